@@ -1,0 +1,67 @@
+"""ckpt_jax: checkpoints for JAX and Flax trainers, a thin layer over Orbax.
+
+Names are loaded on first use, so that `import ckpt_jax` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ckpt_jax.errors import (
+  CheckpointError,
+  ConfigError,
+  CorruptCheckpointError,
+  NoCheckpointError,
+  OutOfSpaceError,
+  SaveFailedError,
+  StorageError,
+  StructureMismatchError,
+  UnhealthyStateError,
+)
+
+if TYPE_CHECKING:
+  from ckpt_jax import policies
+  from ckpt_jax.checkpointer import Checkpointer, Restored
+  from ckpt_jax.config import Config, load_config
+  from ckpt_jax.run import StepInfo
+
+__version__ = "0.1.0"
+_LAZY = {
+  "Checkpointer": "ckpt_jax.checkpointer",
+  "Restored": "ckpt_jax.checkpointer",
+  "StepInfo": "ckpt_jax.run",
+  "Config": "ckpt_jax.config",
+  "load_config": "ckpt_jax.config",
+}
+_SUBMODULES = ("policies", "multihost")
+
+__all__ = [
+  "CheckpointError",
+  "Checkpointer",
+  "Config",
+  "ConfigError",
+  "CorruptCheckpointError",
+  "NoCheckpointError",
+  "OutOfSpaceError",
+  "Restored",
+  "SaveFailedError",
+  "StepInfo",
+  "StorageError",
+  "StructureMismatchError",
+  "UnhealthyStateError",
+  "load_config",
+  "policies",
+]
+
+
+def __getattr__(name: str) -> Any:
+  if name in _LAZY:
+    return getattr(importlib.import_module(_LAZY[name]), name)
+  if name in _SUBMODULES:
+    return importlib.import_module(f"ckpt_jax.{name}")
+  raise AttributeError(f"module 'ckpt_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return sorted([*__all__, "__version__"])

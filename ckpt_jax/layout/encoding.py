@@ -1,0 +1,106 @@
+"""Leaves that Orbax cannot store, written as ones that it can, and back.
+
+Orbax 0.12 refuses empty arrays, numpy scalars, complex numbers and unsigned sub-byte integers. Each becomes a leaf of
+the same tree position, so that the rest of the step stays an ordinary Orbax checkpoint, and an entry in the step's
+JSON says what it was. The stored form is exact: no bit of the value is lost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ckpt_jax.errors import CheckpointError
+
+PyTree = Any
+# Orbax's zarr driver knows int2 and int4 but not their unsigned twins; uint8 holds every value of them.
+_WIDENED = {"uint2": np.uint8, "uint4": np.uint8}
+_NATIVE = (jax.Array, np.ndarray, bool, int, float, str)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """`params/layer_3/kernel` for a jax key path, the way that Orbax names the leaf."""
+  return "/".join(
+    str(next(getattr(k, a) for a in ("key", "idx", "name") if hasattr(k, a))) for k in path
+  )
+
+
+def is_prng_key(leaf: Any) -> bool:
+  """True for typed PRNG keys (`jax.random.key`), concrete or abstract."""
+  dtype = getattr(leaf, "dtype", None)
+  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def encode(state: PyTree) -> tuple[PyTree, dict[str, dict[str, Any]]]:
+  """Returns the tree to hand to Orbax, and `{leaf path: what it was}` for the leaves that were changed.
+
+  Raises:
+    CheckpointError: naming the leaves that no checkpoint can hold, before anything is written.
+  """
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+  out, notes, refused = [], {}, []
+  for path, leaf in leaves:
+    try:
+      stored, note = _encode_leaf(leaf)
+    except TypeError as e:
+      refused.append(f"{path_name(path) or '(the state itself)'}: {e}")
+      continue
+    out.append(stored)
+    if note:
+      notes[path_name(path)] = note
+  if refused:
+    raise CheckpointError("cannot save this state; nothing was written:\n  " + "\n  ".join(refused))
+  return jax.tree_util.tree_unflatten(treedef, out), notes
+
+
+def _encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any] | None]:
+  if isinstance(leaf, np.generic):
+    stored, note = _encode_leaf(np.asarray(leaf))
+    return stored, {**(note or {}), "kind": "numpy_scalar"}
+  if isinstance(leaf, complex):
+    return np.asarray(leaf, np.complex128), {"kind": "complex"}
+  if isinstance(leaf, int) and not isinstance(leaf, bool) and not -(2**63) <= leaf < 2**63:
+    raise TypeError(f"the integer {leaf} needs more than 64 bits; store it as text in extras=")
+  if not isinstance(leaf, _NATIVE):
+    raise TypeError(
+      f"a {type(leaf).__module__}.{type(leaf).__qualname__} is no array or scalar; put it into extras= or leave it out"
+    )
+  if isinstance(leaf, (jax.Array, np.ndarray)):
+    if is_prng_key(leaf):
+      if leaf.size == 0:
+        raise TypeError("an empty array of PRNG keys; leave it out")
+      return leaf, {"kind": "prng_key", "impl": str(jax.random.key_impl(leaf))}
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      pass
+    elif isinstance(leaf, jax.Array) and jax.process_count() > 1:
+      raise TypeError(
+        "lives on this process only; in a job of several processes give it a sharding over the whole mesh, e.g. "
+        "jax.jit(init, out_shardings=NamedSharding(mesh, P()))"
+      )
+    if leaf.dtype.kind in "OSUMm" or leaf.dtype.names:
+      raise TypeError(f"dtype {leaf.dtype} is not numeric; put it into extras=")
+    if leaf.size == 0:
+      return np.zeros((1,), np.uint8), {
+        "kind": "empty",
+        "shape": list(leaf.shape),
+        "dtype": leaf.dtype.name,
+      }
+    if leaf.dtype.name in _WIDENED:
+      return leaf.astype(_WIDENED[leaf.dtype.name]), {"kind": "widened", "dtype": leaf.dtype.name}
+  return leaf, None
+
+
+def decode_leaf(stored: Any, note: dict[str, Any] | None) -> Any:
+  """The leaf as it was, given what was stored and its note; arrays stay where they are."""
+  if note is None or note["kind"] == "prng_key":
+    return stored
+  if note["kind"] == "empty":
+    return np.zeros(tuple(note["shape"]), jnp.dtype(note["dtype"]))
+  if note["kind"] == "complex":
+    return complex(stored[()])
+  if "dtype" in note:
+    stored = stored.astype(jnp.dtype(note["dtype"]))
+  return stored[()] if note["kind"] == "numpy_scalar" else stored

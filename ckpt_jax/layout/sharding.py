@@ -1,0 +1,119 @@
+"""Which bytes of a state this process holds, and what a state will look like before it is built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex_core
+from jax.sharding import Sharding
+
+_log = logging.getLogger(__name__)
+PyTree = Any
+
+
+def local_nbytes(state: PyTree) -> int:
+  """Bytes of distinct array data that this process holds: what a copy of its shards to host memory needs.
+
+  A shard replicated on several local devices counts once.
+  """
+  total = 0
+  for leaf in jax.tree.leaves(state):
+    if isinstance(leaf, jax.Array):
+      shards = {_index_key(s.index): s for s in leaf.addressable_shards}
+      total += sum(_nbytes(s.data) for s in shards.values())
+    elif isinstance(leaf, (np.ndarray, np.generic)):
+      total += leaf.nbytes
+  return total
+
+
+def global_nbytes(state: PyTree) -> int:
+  """Bytes of all array leaves, each counted once however it is sharded."""
+  return sum(_nbytes(x) for x in jax.tree.leaves(state) if hasattr(x, "dtype"))
+
+
+def _nbytes(x: Any) -> int:
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    return int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize
+  return x.nbytes
+
+
+def _index_key(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
+  return tuple((s.start, s.stop) for s in index)
+
+
+def abstract_state(init_fn: Callable[[], PyTree]) -> PyTree:
+  """What `init_fn()` would return, as `jax.ShapeDtypeStruct`s with shardings, without computing or allocating it.
+
+  Leaves that are not traced (Python scalars, numpy arrays, arrays that the function closes over) come back as they
+  are. The sharding of a traced leaf is read off the program: jit's `out_shardings`, `with_sharding_constraint` or
+  `device_put`. Where the program leaves it to the compiler and there is more than one device, or where `init_fn`
+  cannot be traced, the state is built for once and only its description is kept.
+  """
+  try:
+    return _traced_state(init_fn)
+  except _NotDetermined as e:
+    _log.info("init_fn is run to learn its shardings (%s); jit it with out_shardings= to avoid that", e)
+  return jax.tree.map(_describe, init_fn())
+
+
+class _NotDetermined(Exception):
+  pass
+
+
+def _describe(leaf: Any) -> Any:
+  if isinstance(leaf, jax.Array):
+    sharding = leaf.sharding if getattr(leaf, "committed", True) else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return leaf
+
+
+def _traced_state(init_fn: Callable[[], PyTree]) -> PyTree:
+  concrete: list[Any] = []
+  treedef = None
+
+  def traced_leaves():
+    nonlocal concrete, treedef
+    leaves, treedef = jax.tree.flatten(init_fn())
+    concrete = [None if isinstance(x, jax.core.Tracer) else x for x in leaves]
+    return [x for x in leaves if isinstance(x, jax.core.Tracer)]
+
+  try:
+    closed = jax.make_jaxpr(traced_leaves)()
+  except Exception as e:  # whatever an eager init_fn does that tracing forbids
+    raise _NotDetermined(f"it cannot be traced: {type(e).__name__}") from e
+  shapes = iter(
+    jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=_sharding_of(v, closed.jaxpr))
+    for v in closed.jaxpr.outvars
+  )
+  return jax.tree.unflatten(treedef, [next(shapes) if x is None else _describe(x) for x in concrete])
+
+
+def _sharding_of(var: Any, jaxpr: Any) -> Sharding | None:
+  """The sharding that the program gives `var`; None: the default device's, uncommitted."""
+  if jax.device_count() == 1:
+    return None
+  for eqn in jaxpr.eqns:
+    if var not in eqn.outvars:
+      continue
+    i = eqn.outvars.index(var)
+    if eqn.primitive.name in ("pjit", "jit"):
+      given = eqn.params["out_shardings"][i]
+      return given if isinstance(given, Sharding) else _sharding_of(
+        eqn.params["jaxpr"].jaxpr.outvars[i], eqn.params["jaxpr"].jaxpr
+      )
+    if eqn.primitive.name == "sharding_constraint" and isinstance(eqn.params["sharding"], Sharding):
+      return eqn.params["sharding"]
+    if eqn.primitive.name == "device_put":
+      target = eqn.params["devices"][i]
+      if isinstance(target, Sharding):
+        return target
+      if isinstance(target, jax.Device):
+        return jax.sharding.SingleDeviceSharding(target)
+    break
+  if isinstance(var, jex_core.Literal):
+    raise _NotDetermined("a constant has no sharding")
+  raise _NotDetermined(f"the compiler chooses the sharding of a {var.aval.str_short()}")

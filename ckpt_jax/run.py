@@ -1,0 +1,243 @@
+"""What lies in a run directory, read without a CheckpointManager: committed steps, their metadata, their leaves."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import datetime
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError
+
+STEP_METADATA = "_CHECKPOINT_METADATA"
+ITEM_METADATA = "_METADATA"
+DEFAULT_ITEM = "default"
+OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+  """One committed step.
+
+  Attributes:
+    step: the step number.
+    time: when it was committed, UTC; None if its metadata does not say.
+    nbytes: bytes of its arrays, or of its files for a step that plain Orbax wrote.
+    metrics: what was given to `save`.
+    healthy: False if the step was tagged unhealthy; None if nobody looked.
+  """
+
+  step: int
+  time: datetime.datetime | None
+  nbytes: int
+  metrics: dict[str, Any]
+  healthy: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafInfo:
+  """One leaf as it was saved: `path` (slashes between names), `shape`, `dtype` ('int', 'float', 'str' for scalars)."""
+
+  path: str
+  shape: tuple[int, ...]
+  dtype: str
+  nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepDescription:
+  """A committed step with everything but its values."""
+
+  step: int
+  metadata: dict[str, Any]
+  metrics: dict[str, Any]
+  extras: Any
+  leaves: list[LeafInfo]
+
+
+def run_directory(path: str | os.PathLike[str]) -> epath.Path:
+  """An absolute path, with `~` expanded; URLs stay as they are (plain Orbax refuses relative paths)."""
+  text = os.fspath(path)
+  if "://" in text:
+    return epath.Path(text)
+  return epath.Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def committed_steps(run: epath.Path) -> list[int]:
+  """Step numbers in ascending order. Leftovers of unfinished saves, and empty or foreign directories, are not steps."""
+  if not run.exists():
+    return []
+  names = [p.name for p in run.iterdir() if p.name.isdigit()]
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    good = list(pool.map(lambda name: is_step(run / name), names))
+  return sorted(int(name) for name, ok in zip(names, good, strict=True) if ok)
+
+
+def is_step(directory: epath.Path) -> bool:
+  """Whether `directory` holds what every committed Orbax step holds."""
+  return (directory / STEP_METADATA).exists() or (directory / DEFAULT_ITEM / ITEM_METADATA).exists()
+
+
+def step_directory(run: epath.Path, step: int) -> epath.Path:
+  """The directory of a committed step.
+
+  Raises:
+    NoCheckpointError: naming the steps that there are.
+  """
+  directory = run / str(step)
+  if not is_step(directory):
+    steps = committed_steps(run)
+    there = f"; committed steps: {_brief(steps)}" if steps else "; no step is committed there"
+    raise NoCheckpointError(f"{run}: no committed step {step}{there}")
+  return directory
+
+
+def _brief(steps: list[int]) -> str:
+  text = [str(s) for s in steps]
+  return ", ".join(text if len(text) <= 10 else [*text[:3], "...", *text[-5:]])
+
+
+def latest_committed(run: epath.Path) -> int:
+  """The newest committed step.
+
+  Raises:
+    NoCheckpointError: if there is none.
+  """
+  steps = committed_steps(run)
+  if not steps:
+    raise NoCheckpointError(f"{run}: no committed checkpoint; save one first, or check the path")
+  return steps[-1]
+
+
+def item_directory(step_dir: epath.Path) -> epath.Path:
+  """The directory of the training state inside a step, ours or plain Orbax's.
+
+  Raises:
+    CorruptCheckpointError: if the step holds no state.
+    CheckpointError: if it holds several and none is called `default` or `state`.
+  """
+  items = sorted(p.name for p in step_dir.iterdir() if (p / ITEM_METADATA).exists())
+  for name in (DEFAULT_ITEM, "state"):
+    if name in items:
+      return step_dir / name
+  if len(items) == 1:
+    return step_dir / items[0]
+  if not items:
+    raise CorruptCheckpointError(f"{step_dir}: no item with a {ITEM_METADATA}; the step holds no state")
+  raise CheckpointError(f"{step_dir}: several items ({', '.join(items)}) and none is called default or state")
+
+
+def step_metadata(step_dir: epath.Path) -> dict[str, Any]:
+  """The step's JSON as Orbax keeps it; ours is under custom_metadata/ckpt_jax. Empty if an old Orbax wrote none.
+
+  Raises:
+    CorruptCheckpointError: if it is no JSON object.
+  """
+  file = step_dir / STEP_METADATA
+  try:
+    data = json.loads(file.read_text())
+  except FileNotFoundError:
+    return {}
+  except ValueError as e:
+    raise CorruptCheckpointError(f"{file}: not JSON: {e}") from e
+  if not isinstance(data, dict):
+    raise CorruptCheckpointError(f"{file}: expected a JSON object")
+  return data
+
+
+def our_metadata(step_dir: epath.Path) -> dict[str, Any]:
+  """What ckpt_jax recorded in a step; empty for a step that plain Orbax wrote."""
+  return (step_metadata(step_dir).get("custom_metadata") or {}).get(OURS) or {}
+
+
+def list_steps(path: str | os.PathLike[str]) -> list[StepInfo]:
+  """All committed steps of a run, oldest first."""
+  run = run_directory(path)
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    return list(pool.map(lambda step: _info(run / str(step), step), committed_steps(run)))
+
+
+def _info(step_dir: epath.Path, step: int) -> StepInfo:
+  data = step_metadata(step_dir)
+  ours = (data.get("custom_metadata") or {}).get(OURS)
+  stamp = data.get("commit_timestamp_nsecs")
+  time = datetime.datetime.fromtimestamp(stamp / 1e9, datetime.timezone.utc) if stamp else None
+  if ours is not None:
+    return StepInfo(step, time, ours["nbytes"], ours["metrics"])
+  metrics_file = step_dir / "metrics" / "metrics"
+  metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
+  nbytes = sum(f.stat().length for f in step_dir.rglob("*") if f.is_file())
+  return StepInfo(step, time, nbytes, metrics)
+
+
+def describe(path: str | os.PathLike[str], step: int | None = None) -> StepDescription:
+  """Everything about a step (default: the newest) but its values; reads metadata only.
+
+  Raises:
+    NoCheckpointError: if there is no such step.
+    CorruptCheckpointError: if its metadata cannot be read.
+  """
+  run = run_directory(path)
+  step = latest_committed(run) if step is None else step
+  step_dir = step_directory(run, step)
+  ours = our_metadata(step_dir)
+  shown = {k: v for k, v in ours.items() if k not in ("metrics", "extras", "encoded")}
+  return StepDescription(
+    step, shown, _info(step_dir, step).metrics, ours.get("extras"), saved_leaves(step_dir)
+  )
+
+
+def saved_leaves(step_dir: epath.Path) -> list[LeafInfo]:
+  """The leaves of a step as its trainer saw them, sorted as in the saved tree."""
+  import jax  # listing steps needs neither jax nor Orbax
+  import numpy as np
+
+  from ckpt_jax.layout.encoding import path_name
+
+  encoded = our_metadata(step_dir).get("encoded", {})
+  tree = item_tree(item_directory(step_dir))
+  leaves = []
+  for path, meta in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    name = path_name(path)
+    note = encoded.get(name, {})
+    kind = type(meta).__name__
+    if kind == "StringMetadata":
+      leaves.append(LeafInfo(name, (), "str", 0))
+      continue
+    shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    label = dtype.name
+    if kind == "ScalarMetadata":
+      label = {"b": "bool", "i": "int", "f": "float"}.get(dtype.kind, label)
+    if note.get("kind") == "empty":
+      shape, label, nbytes = tuple(note["shape"]), note["dtype"], 0
+    elif note.get("kind") == "prng_key":
+      shape, label = shape[:-1], f"key<{note['impl']}>"
+    elif note.get("kind") == "complex":
+      label = "complex"
+    elif "dtype" in note:
+      label = note["dtype"]
+    leaves.append(LeafInfo(name, shape, label, nbytes))
+  return leaves
+
+
+def item_tree(item_dir: epath.Path) -> Any:
+  """Orbax's description of a saved tree: nested containers with ArrayMetadata, ScalarMetadata, StringMetadata leaves.
+
+  Raises:
+    CorruptCheckpointError: if it cannot be read.
+  """
+  import orbax.checkpoint as ocp
+
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      metadata = reader.metadata(item_dir).item_metadata
+  except Exception as e:
+    raise CorruptCheckpointError(f"{item_dir}: its metadata cannot be read: {e}") from e
+  if metadata is None:
+    raise CorruptCheckpointError(f"{item_dir}: no tree metadata")
+  return metadata.tree
