@@ -19,6 +19,7 @@ from ckpt_jax.errors import (
   StructureMismatchError,
   UnhealthyStateError,
 )
+from ckpt_jax.version import __version__
 
 if TYPE_CHECKING:
   from ckpt_jax import policies
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
   from ckpt_jax.config import Config, load_config
   from ckpt_jax.run import StepInfo
 
-__version__ = "0.1.0"
 _LAZY = {
   "Checkpointer": "ckpt_jax.checkpointer",
   "Restored": "ckpt_jax.checkpointer",

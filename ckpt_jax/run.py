@@ -40,12 +40,21 @@ class StepInfo:
 
 @dataclasses.dataclass(frozen=True)
 class LeafInfo:
-  """One leaf as it was saved: `path` (slashes between names), `shape`, `dtype` ('int', 'float', 'str' for scalars)."""
+  """One leaf as it was saved.
+
+  Attributes:
+    path: names with slashes between, as Orbax names the leaf.
+    shape: () for scalars.
+    dtype: numpy's name; `int`, `float`, `bool`, `str`, `complex` for Python's own; `key<impl>` for PRNG keys.
+    nbytes: bytes of the value.
+    scalar: whether it was a Python number or text rather than an array.
+  """
 
   path: str
   shape: tuple[int, ...]
   dtype: str
   nbytes: int
+  scalar: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +215,7 @@ def saved_leaves(step_dir: epath.Path) -> list[LeafInfo]:
     note = encoded.get(name, {})
     kind = type(meta).__name__
     if kind == "StringMetadata":
-      leaves.append(LeafInfo(name, (), "str", 0))
+      leaves.append(LeafInfo(name, (), "str", 0, scalar=True))
       continue
     shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -216,12 +225,12 @@ def saved_leaves(step_dir: epath.Path) -> list[LeafInfo]:
     if note.get("kind") == "empty":
       shape, label, nbytes = tuple(note["shape"]), note["dtype"], 0
     elif note.get("kind") == "prng_key":
-      shape, label = shape[:-1], f"key<{note['impl']}>"
+      shape, label = shape[:-1], note["dtype"]
     elif note.get("kind") == "complex":
       label = "complex"
     elif "dtype" in note:
       label = note["dtype"]
-    leaves.append(LeafInfo(name, shape, label, nbytes))
+    leaves.append(LeafInfo(name, shape, label, nbytes, scalar=kind == "ScalarMetadata"))
   return leaves
 
 
@@ -234,10 +243,6 @@ def item_tree(item_dir: epath.Path) -> Any:
   import orbax.checkpoint as ocp
 
   try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      metadata = reader.metadata(item_dir).item_metadata
+    return ocp.PyTreeCheckpointHandler().metadata(item_dir).tree
   except Exception as e:
     raise CorruptCheckpointError(f"{item_dir}: its metadata cannot be read: {e}") from e
-  if metadata is None:
-    raise CorruptCheckpointError(f"{item_dir}: no tree metadata")
-  return metadata.tree

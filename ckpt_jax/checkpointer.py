@@ -1,0 +1,571 @@
+"""Checkpointer: the one object a trainer holds. Wires the rooms to Orbax's CheckpointManager and AsyncCheckpointer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ckpt_jax import orbax_private, run
+from ckpt_jax.config import BestConfig, Config, load_config
+from ckpt_jax.errors import (
+  CheckpointError,
+  ConfigError,
+  CorruptCheckpointError,
+  NoCheckpointError,
+  OutOfSpaceError,
+  SaveFailedError,
+  StorageError,
+)
+from ckpt_jax.layout.encoding import decode_leaf, encode
+from ckpt_jax.layout.sharding import abstract_state, global_nbytes, local_nbytes
+from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
+from ckpt_jax.policies.retention import Retention, best_steps
+from ckpt_jax.policies.schedule import AnyOf, EveryMinutes, EverySteps, OnPreemption
+from ckpt_jax.preemption import PreemptionNotice
+from ckpt_jax.restore.match import plan_leaves
+from ckpt_jax.tuning.profile import available_memory
+
+_log = logging.getLogger(__name__)
+PyTree = Any
+# Room for what Orbax and TensorStore need beside the copy itself when the host's memory is checked.
+_COPY_HEADROOM = 1.1
+
+
+@dataclasses.dataclass
+class SaveRecord:
+  """What one save cost.
+
+  Attributes:
+    step: the step saved.
+    nbytes: bytes of the whole state.
+    blocking_s: seconds that `save` kept the training loop.
+    waited_s: the part of `blocking_s` spent on waiting for the previous save's background write.
+    background_s: seconds from the return of `save` to the commit; None while it runs, and for a save that failed.
+  """
+
+  step: int
+  nbytes: int
+  blocking_s: float = 0.0
+  waited_s: float = 0.0
+  background_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoreReport:
+  """How a state was restored: `strategy`, `seconds`, `nbytes` of the whole state, and the step's `directory`."""
+
+  strategy: str
+  seconds: float
+  nbytes: int
+  directory: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A state and where training goes on.
+
+  Attributes:
+    state: the state; the types of `like`, or nested dicts, lists and tuples of numpy arrays without one.
+    step: the step it was saved at; None if it was initialised afresh.
+    next_step: the first step still to be trained: `step + 1`, or 0.
+    metrics, extras: what was given to `save`.
+    report: how it was read; None if it was initialised afresh.
+  """
+
+  state: PyTree
+  step: int | None
+  next_step: int
+  metrics: dict[str, Any]
+  extras: Any
+  report: RestoreReport | None
+
+
+class Checkpointer:
+  """Saves and restores the training state of one run. Made and called alike by all processes of the job.
+
+  Example:
+    with Checkpointer("~/runs/a", Config(schedule={"every_steps": 500})) as c:
+      restored = c.restore_or_init(init_fn)
+      state = restored.state
+      for step in range(restored.next_step, n):
+        state, metrics = train_step(state, batch)
+        c.save(step, state, metrics=metrics, extras={"data": iterator_state})
+
+  Attributes:
+    directory: the run's absolute path.
+    config: the settings in force.
+    saves: a SaveRecord for each save of this object, oldest first.
+
+  Raises:
+    ConfigError: if `config` is wrong.
+    StorageError: if `directory` cannot be created.
+  """
+
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+  ):
+    if config is None:
+      config = Config()
+    elif isinstance(config, Mapping):
+      config = Config(**config)
+    elif not isinstance(config, Config):
+      config = load_config(config)
+    self.config: Config = config
+    for line in config.unimplemented():
+      _log.warning("config: %s", line)
+    self.directory: epath.Path = run.run_directory(directory)
+    self.saves: list[SaveRecord] = []
+    self._writing: SaveRecord | None = None
+    self._returned_at: float | None = None
+    self._record_lock = threading.Lock()
+    self._closed = False
+    with _storage_errors(f"{self.directory}: cannot open the run"):
+      self._manager = self._open_manager(_handler(config))
+    self._notice = PreemptionNotice() if config.preemption.enabled else None
+    finish = weakref.WeakMethod(self._finish_at_exit)
+    orbax_private.before_executors_shut_down(lambda: (m := finish()) and m())
+
+  def __enter__(self) -> Checkpointer:
+    return self
+
+  def __exit__(self, exc_type: Any, exc: BaseException | None, tb: Any) -> None:
+    if exc is None or isinstance(exc, SystemExit):
+      self.close()
+      return
+    try:
+      self.close()
+    except CheckpointError as e:  # the first exception is the one to show
+      _log.error("while another error was on its way: %s", e)
+
+  # -- saving
+
+  def save(
+    self,
+    step: int,
+    state: PyTree,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    extras: Any = None,
+    force: bool = False,
+  ) -> bool:
+    """Saves `state` if the schedule says so. Returns once the arrays may be overwritten or donated.
+
+    State, metrics, extras and run metadata become visible together, when the background write commits. After a
+    preemption notice it saves whatever the schedule says, waits for the commit and raises SystemExit.
+
+    Args:
+      step: not negative; a step number can be saved once.
+      state: any pytree of arrays, typed PRNG keys, numbers, strings and None.
+      metrics: `{name: number}`.
+      extras: anything JSON can hold, e.g. the data iterator's state. Tuples come back as lists.
+      force: save now, whatever the schedule says.
+
+    Returns:
+      Whether a save was started.
+
+    Raises:
+      SaveFailedError: if this save, or an earlier one in the background, failed; told once. OutOfSpaceError is its
+        cause when the storage was full.
+      CheckpointError: if an argument cannot be saved; nothing was written.
+    """
+    started = time.perf_counter()
+    self._check_open()
+    self._raise_background_error()
+    step = int(step)
+    if step < 0:
+      raise CheckpointError(f"step {step}: must not be negative")
+    if not force and not self._manager.should_save(step):
+      return False
+    preempted = self._preempted(step)
+    if force and step in self._manager.all_steps():
+      raise CheckpointError(f"{self.directory}: step {step} is saved already; steps are never overwritten")
+    numbers = plain_metrics(metrics)
+    encoded, notes = encode(state)
+    record = SaveRecord(step, global_nbytes(state))
+    metadata = run_metadata(self.config, state, record.nbytes) | {
+      "metrics": numbers,
+      "extras": checked_json(extras, "extras"),
+      "encoded": notes,
+    }
+    waited = time.perf_counter()
+    self.wait()
+    record.waited_s = time.perf_counter() - waited
+
+    copy_fits = self._copy_fits(state)
+    with self._record_lock:
+      self._writing, self._returned_at = record, None
+    try:
+      if not copy_fits:
+        self._replace_manager(_handler(self.config, device_host_gb=1))
+      self._manager.save(
+        step,
+        args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=_target_file_size(self.config)),
+        metrics=numbers,
+        custom_metadata={run.OURS: metadata},
+        force=True,
+      )
+      with self._record_lock:
+        self._returned_at = time.perf_counter()
+        record.blocking_s = self._returned_at - started
+        if record.background_s is not None:  # committed before save returned
+          record.background_s = 0.0
+      self.saves.append(record)
+      if not copy_fits:
+        self._manager.wait_until_finished()
+        self._replace_manager(_handler(self.config))
+    except Exception as e:
+      raise self._save_failed(e) from e
+    if preempted:
+      self._exit_preempted(step)
+    return True
+
+  def wait(self) -> None:
+    """Waits until the last save is committed.
+
+    Raises:
+      SaveFailedError: if it failed; told once.
+    """
+    if self._closed:
+      return
+    try:
+      self._manager.wait_until_finished()
+    except Exception as e:
+      if self._writing is None:
+        return  # told already: Orbax raises once a thread, this package once in all
+      raise self._save_failed(e) from e
+    with self._record_lock:
+      self._writing = None
+
+  def close(self) -> None:
+    """Waits for the last save, and releases threads and signal handler. May be called twice.
+
+    Raises:
+      SaveFailedError: if the last save failed; told once.
+    """
+    if self._closed:
+      return
+    try:
+      self.wait()
+    finally:
+      self._closed = True
+      if self._notice is not None:
+        self._notice.close()
+      with contextlib.suppress(Exception):  # its background failure was raised by wait() above
+        self._manager.close()
+
+  # -- what there is
+
+  def steps(self) -> list[run.StepInfo]:
+    """All committed steps, oldest first. A step that is still being written, or whose write failed, is not there."""
+    return run.list_steps(self.directory)
+
+  def latest_step(self) -> int | None:
+    """The newest committed step, or None."""
+    steps = run.committed_steps(self.directory)
+    return steps[-1] if steps else None
+
+  def best_step(self) -> int | None:
+    """The committed step with the best metric by `retention.best`, or None if no step has that metric.
+
+    Raises:
+      ConfigError: if `retention.best` is not set.
+    """
+    best = self.config.retention.best
+    if best is None:
+      raise ConfigError("best_step() needs a metric: set retention.best, e.g. {metric: loss, mode: min}")
+    found = best_steps(self.steps(), BestConfig(metric=best.metric, mode=best.mode))
+    return found[0] if found else None
+
+  # -- restoring
+
+  def restore_or_init(self, init_fn: Callable[[], PyTree]) -> Restored:
+    """The newest committed state, in the shapes and shardings of `init_fn()`; or `init_fn()` in an empty run.
+
+    `init_fn` takes no arguments. It is run only if nothing was ever committed, or if its shardings cannot be known
+    without running it (see `layout.sharding.abstract_state`). It starts afresh only where there is no step: one that
+    cannot be read is an error.
+    """
+    self._check_open()
+    self.wait()
+    if self._agreed_step(None, required=False) is None:
+      return Restored(init_fn(), None, 0, {}, None, None)
+    return self.restore(like=abstract_state(init_fn))
+
+  def restore(
+    self, step: int | None = None, like: PyTree | None = None, strategy: str | None = None
+  ) -> Restored:
+    """Reads a committed step.
+
+    Args:
+      step: default: the newest.
+      like: a tree with the structure of the saved one, whose leaves (arrays, `jax.ShapeDtypeStruct`s, scalars) say
+        type, shape, dtype and sharding. Without it: nested dicts, lists and tuples of numpy arrays in host memory.
+      strategy: `direct`: each process reads what its devices need.
+
+    Raises:
+      NoCheckpointError: if there is no such step.
+      StructureMismatchError: listing every difference between `like` and the step; nothing was read.
+      CorruptCheckpointError: if the step cannot be read.
+    """
+    self._check_open()
+    self.wait()
+    strategy = strategy or self.config.restore.strategy
+    if strategy not in ("auto", "direct"):
+      raise ConfigError(f"strategy {strategy!r} is not available in this version; use direct")
+    started = time.perf_counter()
+    chosen = self._agreed_step(step, required=True)
+    assert chosen is not None
+    step_dir = run.step_directory(self.directory, chosen)
+    ours = run.our_metadata(step_dir)
+    notes = ours.get("encoded", {})
+    if like is None:
+      state = self._read_as_saved(step_dir, notes)
+    else:
+      plans, treedef = plan_leaves(like, run.saved_leaves(step_dir), notes, f"{self.directory} step {chosen}")
+      read = self._read(
+        step_dir,
+        treedef.unflatten([p.item for p in plans]),
+        treedef.unflatten([p.restore_args for p in plans]),
+      )
+      state = treedef.unflatten(
+        [p.finish(value) for p, value in zip(plans, treedef.flatten_up_to(read), strict=True)]
+      )
+    jax.block_until_ready(state)
+    nbytes = global_nbytes(state)
+    report = RestoreReport("direct", time.perf_counter() - started, nbytes, str(step_dir))
+    _log.info("restored step %d of %s in %.2f s", chosen, self.directory, report.seconds)
+    metrics = next((s.metrics for s in self.steps() if s.step == chosen), {})
+    return Restored(state, chosen, chosen + 1, metrics, ours.get("extras"), report)
+
+  # -- inside
+
+  def _check_open(self) -> None:
+    if self._closed:
+      raise CheckpointError(f"{self.directory}: this Checkpointer is closed; make a new one")
+
+  def _open_manager(self, handler: ocp.PyTreeCheckpointHandler) -> ocp.CheckpointManager:
+    schedule, keep = self.config.schedule, self.config.retention
+    policies: list[Any] = [OnPreemption(lambda: self._notice is not None and self._notice.received)]
+    if schedule.every is not None:
+      policies.append(EveryMinutes(schedule.every / 60))
+    else:
+      policies.append(EverySteps(schedule.every_steps or 1))
+    best = keep.best
+    return ocp.CheckpointManager(
+      self.directory,
+      item_handlers=handler,
+      options=ocp.CheckpointManagerOptions(
+        save_decision_policy=AnyOf(policies),
+        preservation_policy=Retention(keep.last, keep.every_steps, best),
+        # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
+        best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
+        enable_background_delete=True,
+        async_options=ocp.options.AsyncOptions(
+          timeout_secs=int(self.config.timeouts.save), post_finalization_callback=self._on_commit
+        ),
+      ),
+    )
+
+  def _replace_manager(self, handler: ocp.PyTreeCheckpointHandler) -> None:
+    self._manager.close()
+    self._manager = self._open_manager(handler)
+
+  def _on_commit(self) -> None:
+    with self._record_lock:
+      if self._writing is not None:
+        since = self._returned_at
+        self._writing.background_s = 0.0 if since is None else time.perf_counter() - since
+
+  def _raise_background_error(self) -> None:
+    error = orbax_private.background_error(self._manager)
+    if error is not None and self._writing is not None:
+      raise self._save_failed(error) from error
+
+  def _save_failed(self, error: BaseException) -> CheckpointError:
+    """Forgets the failed step and says so; the caller raises what is returned."""
+    with self._record_lock:
+      record, self._writing = self._writing, None
+    step = record.step if record else None
+    # The manager has dropped the failed step, or will when asked to wait; what is on disk is the truth.
+    with contextlib.suppress(Exception):
+      self._manager.wait_until_finished()
+    with contextlib.suppress(Exception):
+      self._manager.reload()
+    cause = _root_cause(error)
+    full = _is_out_of_space(error)
+    newest = self.latest_step()
+    kept = f"the newest committed step is {newest}" if newest is not None else "no step is committed"
+    message = f"{self.directory}: step {step} was not saved: {cause}; {kept}"
+    if full:
+      message += ". The storage is full: free space, or keep fewer steps (retention)"
+    failed = SaveFailedError(message, step)
+    if full:
+      failed.__cause__ = OutOfSpaceError(errno.ENOSPC, message)
+    return failed
+
+  def _copy_fits(self, state: PyTree) -> bool:
+    limit = self.config.limits.host_memory
+    free = available_memory()
+    free = free if limit == "auto" else min(free, limit)
+    needed = int(local_nbytes(state) * _COPY_HEADROOM)
+    if needed <= free:
+      return _all_processes(True)
+    _log.warning(
+      "%s: a copy of this process's shards needs %.2f GB of host memory and %.2f GB are free: saving in chunks, and "
+      "training waits until they are written. More memory, or more processes, bring asynchronous saving back.",
+      self.directory,
+      needed / 1e9,
+      free / 1e9,
+    )
+    return _all_processes(False)
+
+  def _preempted(self, step: int) -> bool:
+    if self._notice is None:
+      return False
+    return self._notice.received or self._manager.reached_preemption(step)
+
+  def _exit_preempted(self, step: int) -> None:
+    _log.warning("preempted: waiting for step %d to commit, then exiting", step)
+    self.close()
+    if self._notice is not None:
+      self._notice.run_users_handler()
+    _log.warning("preempted: step %d is committed; exiting", step)
+    raise SystemExit(self.config.preemption.exit_code)
+
+  def _finish_at_exit(self) -> None:
+    if not self._closed:
+      try:
+        self.close()
+      except CheckpointError as e:
+        _log.error("at exit: %s", e)
+
+  def _agreed_step(self, step: int | None, *, required: bool) -> int | None:
+    """The step to restore, the same on all processes: process 0 looks, so that a commit in between cannot split them."""
+    found = -1
+    if jax.process_index() == 0:
+      steps = run.committed_steps(self.directory)
+      found = (steps[-1] if steps else -1) if step is None else int(step)
+    if jax.process_count() > 1:
+      found = int(multihost_utils.broadcast_one_to_all(np.int64(found)))
+    if found >= 0:
+      return found
+    if required:
+      raise NoCheckpointError(f"{self.directory}: no committed checkpoint; save one first, or check the path")
+    return None
+
+  def _read_as_saved(self, step_dir: epath.Path, notes: dict[str, Any]) -> PyTree:
+    tree = run.item_tree(run.item_directory(step_dir))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    from ckpt_jax.layout.encoding import path_name
+
+    names = [path_name(path) for path, _ in leaves]
+    items, args = [], []
+    for name, (_, meta) in zip(names, leaves, strict=True):
+      kind = type(meta).__name__
+      if kind in ("StringMetadata", "ScalarMetadata"):
+        items.append("" if kind == "StringMetadata" else 0)
+        args.append(ocp.RestoreArgs())
+      elif notes.get(name, {}).get("kind") == "prng_key":
+        where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        key = jax.ShapeDtypeStruct(tuple(meta.shape), meta.dtype, sharding=where)
+        items.append(key)
+        args.append(ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=where))
+      else:
+        items.append(np.zeros((), np.uint8))
+        args.append(ocp.RestoreArgs(restore_type=np.ndarray))
+    read = self._read(step_dir, treedef.unflatten(items), treedef.unflatten(args))
+    return treedef.unflatten(
+      [
+        decode_leaf(value, notes.get(name))
+        for name, value in zip(names, treedef.flatten_up_to(read), strict=True)
+      ]
+    )
+
+  def _read(self, step_dir: epath.Path, item: PyTree, restore_args: PyTree) -> PyTree:
+    item_dir = run.item_directory(step_dir)
+    try:
+      with ocp.Checkpointer(_handler(self.config)) as reader:
+        return reader.restore(item_dir, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
+    except (MemoryError, CheckpointError):
+      raise
+    except Exception as e:
+      raise CorruptCheckpointError(f"{item_dir}: cannot be read: {_root_cause(e)}") from e
+
+
+def _handler(config: Config, *, device_host_gb: int | None = None) -> ocp.PyTreeCheckpointHandler:
+  layout, limits = config.layout, config.limits
+  registry: dict[str, Any] = {}
+  if layout.replica_parallel == "off":
+    registry["type_handler_registry"] = ocp.type_handlers.create_type_handler_registry(
+      *((kind, ocp.type_handlers.ScalarHandler()) for kind in (int, float, np.number)),
+      (np.ndarray, ocp.type_handlers.NumpyHandler()),
+      (str, ocp.type_handlers.StringHandler()),
+      (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
+    )
+  return ocp.PyTreeCheckpointHandler(
+    # Trained weights shrink by 8% under zstd and the commit takes 2.3 times as long, so auto means off.
+    use_compression=layout.compression == "on",
+    # The target size of data files is honoured by zarr3 only.
+    use_zarr3=layout.target_file_size != "auto",
+    save_concurrent_gb=_gigabytes(limits.save_concurrency),
+    restore_concurrent_gb=_gigabytes(limits.restore_concurrency),
+    save_device_host_concurrent_gb=device_host_gb,
+    **registry,
+  )
+
+
+def _gigabytes(limit: int | str) -> int | None:
+  return None if isinstance(limit, str) else max(1, limit // 10**9)
+
+
+def _target_file_size(config: Config) -> int | None:
+  size = config.layout.target_file_size
+  return None if isinstance(size, str) else size
+
+
+def _all_processes(answer: bool) -> bool:
+  """True only if every process says so: all must take the same road through a save."""
+  if jax.process_count() == 1:
+    return answer
+  return bool(np.all(multihost_utils.process_allgather(np.array(answer))))
+
+
+@contextlib.contextmanager
+def _storage_errors(what: str) -> Iterator[None]:
+  try:
+    yield
+  except OSError as e:
+    raise StorageError(f"{what}: {e.strerror or e}") from e
+
+
+def _root_cause(error: BaseException) -> str:
+  """The innermost message, on one line: Orbax wraps it in several layers of tasks and barriers."""
+  seen = error
+  while (inner := seen.__cause__ or seen.__context__) is not None and inner is not seen:
+    seen = inner
+  text = " ".join(str(seen).split()) or type(seen).__name__
+  return text if len(text) <= 400 else text[:400] + "..."
+
+
+def _is_out_of_space(error: BaseException | None) -> bool:
+  while error is not None:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
