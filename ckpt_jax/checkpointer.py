@@ -26,8 +26,8 @@ from ckpt_jax.errors import (
   ConfigError,
   CorruptCheckpointError,
   NoCheckpointError,
-  OutOfSpaceError,
   SaveFailedError,
+  SaveOutOfSpaceError,
   StorageError,
 )
 from ckpt_jax.layout.encoding import decode_leaf, encode
@@ -180,8 +180,8 @@ class Checkpointer:
       Whether a save was started.
 
     Raises:
-      SaveFailedError: if this save, or an earlier one in the background, failed; told once. OutOfSpaceError is its
-        cause when the storage was full.
+      SaveFailedError: if this save, or an earlier one in the background, failed; told once. It is an OutOfSpaceError
+        too when the storage was full.
       CheckpointError: if an argument cannot be saved; nothing was written.
     """
     started = time.perf_counter()
@@ -307,9 +307,7 @@ class Checkpointer:
       return Restored(init_fn(), None, 0, {}, None, None)
     return self.restore(like=abstract_state(init_fn))
 
-  def restore(
-    self, step: int | None = None, like: PyTree | None = None, strategy: str | None = None
-  ) -> Restored:
+  def restore(self, step: int | None = None, like: PyTree | None = None, strategy: str | None = None) -> Restored:
     """Reads a committed step.
 
     Args:
@@ -343,9 +341,7 @@ class Checkpointer:
         treedef.unflatten([p.item for p in plans]),
         treedef.unflatten([p.restore_args for p in plans]),
       )
-      state = treedef.unflatten(
-        [p.finish(value) for p, value in zip(plans, treedef.flatten_up_to(read), strict=True)]
-      )
+      state = treedef.unflatten([p.finish(value) for p, value in zip(plans, treedef.flatten_up_to(read), strict=True)])
     jax.block_until_ready(state)
     nbytes = global_nbytes(state)
     report = RestoreReport("direct", time.perf_counter() - started, nbytes, str(step_dir))
@@ -408,16 +404,13 @@ class Checkpointer:
     with contextlib.suppress(Exception):
       self._manager.reload()
     cause = _root_cause(error)
-    full = _is_out_of_space(error)
     newest = self.latest_step()
     kept = f"the newest committed step is {newest}" if newest is not None else "no step is committed"
     message = f"{self.directory}: step {step} was not saved: {cause}; {kept}"
-    if full:
-      message += ". The storage is full: free space, or keep fewer steps (retention)"
-    failed = SaveFailedError(message, step)
-    if full:
-      failed.__cause__ = OutOfSpaceError(errno.ENOSPC, message)
-    return failed
+    if _is_out_of_space(error):
+      hint = "The storage is full: free space, or keep fewer steps (retention)"
+      return SaveOutOfSpaceError(f"{message}. {hint}", step)
+    return SaveFailedError(message, step)
 
   def _copy_fits(self, state: PyTree) -> bool:
     limit = self.config.limits.host_memory
@@ -427,11 +420,11 @@ class Checkpointer:
     if needed <= free:
       return _all_processes(True)
     _log.warning(
-      "%s: a copy of this process's shards needs %.2f GB of host memory and %.2f GB are free: saving in chunks, and "
+      "%s: a copy of this process's shards needs %s of host memory and %s are free: saving in chunks, and "
       "training waits until they are written. More memory, or more processes, bring asynchronous saving back.",
       self.directory,
-      needed / 1e9,
-      free / 1e9,
+      _size(needed),
+      _size(free),
     )
     return _all_processes(False)
 
@@ -491,10 +484,7 @@ class Checkpointer:
         args.append(ocp.RestoreArgs(restore_type=np.ndarray))
     read = self._read(step_dir, treedef.unflatten(items), treedef.unflatten(args))
     return treedef.unflatten(
-      [
-        decode_leaf(value, notes.get(name))
-        for name, value in zip(names, treedef.flatten_up_to(read), strict=True)
-      ]
+      [decode_leaf(value, notes.get(name)) for name, value in zip(names, treedef.flatten_up_to(read), strict=True)]
     )
 
   def _read(self, step_dir: epath.Path, item: PyTree, restore_args: PyTree) -> PyTree:
@@ -528,6 +518,10 @@ def _handler(config: Config, *, device_host_gb: int | None = None) -> ocp.PyTree
     save_device_host_concurrent_gb=device_host_gb,
     **registry,
   )
+
+
+def _size(nbytes: int) -> str:
+  return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
 def _gigabytes(limit: int | str) -> int | None:

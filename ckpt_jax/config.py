@@ -477,9 +477,7 @@ def _config_error(model: type[_Section], error: pydantic.ValidationError) -> Con
   return ConfigError("\n".join(message for _, message in _problems(model, error)))
 
 
-def _problems(
-  model: type[_Section], error: pydantic.ValidationError
-) -> list[tuple[tuple[str, ...], str]]:
+def _problems(model: type[_Section], error: pydantic.ValidationError) -> list[tuple[tuple[str, ...], str]]:
   """(key path, message) of each error; the message starts with the key path."""
   found: dict[tuple[str, ...], str] = {}
   for detail in error.errors(include_url=False):
@@ -488,9 +486,7 @@ def _problems(
   return list(found.items())
 
 
-def _key_path(
-  model: type[_Section], loc: tuple[int | str, ...]
-) -> tuple[tuple[str, ...], type[_Section] | None]:
+def _key_path(model: type[_Section], loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], type[_Section] | None]:
   """The part of `loc` that names keys, and the section that the last key stands in.
 
   pydantic adds the members of a union to `loc` (`target_file_size.int`), which no user has written.
@@ -519,9 +515,7 @@ def _section_of(section: type[_Section], key: str) -> type[_Section] | None:
   return None
 
 
-def _explain(
-  model: type[_Section], section: type[_Section] | None, keys: tuple[str, ...], detail: Any
-) -> str:
+def _explain(model: type[_Section], section: type[_Section] | None, keys: tuple[str, ...], detail: Any) -> str:
   kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
   if kind == "extra_forbidden" and section is not None:
     return f"unknown key{_nearest_key(model, section, keys)}"

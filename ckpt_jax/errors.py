@@ -47,5 +47,9 @@ class SaveFailedError(CheckpointError):
     self.step = step
 
 
+class SaveOutOfSpaceError(SaveFailedError, OutOfSpaceError):
+  """A save did not commit because the storage was full: both a SaveFailedError and an OutOfSpaceError."""
+
+
 class UnhealthyStateError(CheckpointError):
   """The state holds non-finite values and the configuration refuses to save it."""

@@ -83,5 +83,3 @@ def checked_json(value: Any, where: str) -> Any:
     return {k: checked_json(v, f"{where}[{k!r}]") for k, v in value.items()}
   hint = "; convert it with .item() or .tolist()" if isinstance(value, (np.generic, np.ndarray, jax.Array)) else ""
   raise CheckpointError(f"{where}: JSON cannot hold a {type(value).__name__}{hint}")
-
-

@@ -179,8 +179,12 @@ def _info(step_dir: epath.Path, step: int) -> StepInfo:
     return StepInfo(step, time, ours["nbytes"], ours["metrics"])
   metrics_file = step_dir / "metrics" / "metrics"
   metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
-  nbytes = sum(f.stat().length for f in step_dir.rglob("*") if f.is_file())
-  return StepInfo(step, time, nbytes, metrics)
+  return StepInfo(step, time, _tree_nbytes(step_dir), metrics)
+
+
+def _tree_nbytes(directory: epath.Path) -> int:
+  # epath refuses a recursive glob
+  return sum(_tree_nbytes(p) if p.is_dir() else p.stat().length for p in directory.iterdir())
 
 
 def describe(path: str | os.PathLike[str], step: int | None = None) -> StepDescription:
@@ -195,9 +199,7 @@ def describe(path: str | os.PathLike[str], step: int | None = None) -> StepDescr
   step_dir = step_directory(run, step)
   ours = our_metadata(step_dir)
   shown = {k: v for k, v in ours.items() if k not in ("metrics", "extras", "encoded")}
-  return StepDescription(
-    step, shown, _info(step_dir, step).metrics, ours.get("extras"), saved_leaves(step_dir)
-  )
+  return StepDescription(step, shown, _info(step_dir, step).metrics, ours.get("extras"), saved_leaves(step_dir))
 
 
 def saved_leaves(step_dir: epath.Path) -> list[LeafInfo]:

@@ -23,9 +23,7 @@ _NATIVE = (jax.Array, np.ndarray, bool, int, float, str)
 
 def path_name(path: tuple[Any, ...]) -> str:
   """`params/layer_3/kernel` for a jax key path, the way that Orbax names the leaf."""
-  return "/".join(
-    str(next(getattr(k, a) for a in ("key", "idx", "name") if hasattr(k, a))) for k in path
-  )
+  return "/".join(str(next(getattr(k, a) for a in ("key", "idx", "name") if hasattr(k, a))) for k in path)
 
 
 def is_prng_key(leaf: Any) -> bool:

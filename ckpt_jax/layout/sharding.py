@@ -85,25 +85,40 @@ def _traced_state(init_fn: Callable[[], PyTree]) -> PyTree:
     closed = jax.make_jaxpr(traced_leaves)()
   except Exception as e:  # whatever an eager init_fn does that tracing forbids
     raise _NotDetermined(f"it cannot be traced: {type(e).__name__}") from e
+  placed = jax.device_count() > 1 and (
+    _places_arrays(closed.jaxpr) or any(getattr(x, "committed", False) for x in closed.consts)
+  )
   shapes = iter(
-    jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=_sharding_of(v, closed.jaxpr))
+    jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=_sharding_of(v, closed.jaxpr) if placed else None)
     for v in closed.jaxpr.outvars
   )
   return jax.tree.unflatten(treedef, [next(shapes) if x is None else _describe(x) for x in concrete])
 
 
-def _sharding_of(var: Any, jaxpr: Any) -> Sharding | None:
-  """The sharding that the program gives `var`; None: the default device's, uncommitted."""
-  if jax.device_count() == 1:
-    return None
+def _places_arrays(jaxpr: Any) -> bool:
+  """Whether the program names a device or sharding anywhere; if not, all it makes is on the default device."""
+  for eqn in jaxpr.eqns:
+    for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, (Sharding, jax.Device))):
+      if isinstance(value, (Sharding, jax.Device)):
+        return True
+      inner = getattr(value, "jaxpr", value)
+      if isinstance(inner, jex_core.Jaxpr) and _places_arrays(inner):
+        return True
+  return False
+
+
+def _sharding_of(var: Any, jaxpr: Any) -> Sharding:
+  """The sharding that the program gives `var`."""
   for eqn in jaxpr.eqns:
     if var not in eqn.outvars:
       continue
     i = eqn.outvars.index(var)
     if eqn.primitive.name in ("pjit", "jit"):
       given = eqn.params["out_shardings"][i]
-      return given if isinstance(given, Sharding) else _sharding_of(
-        eqn.params["jaxpr"].jaxpr.outvars[i], eqn.params["jaxpr"].jaxpr
+      return (
+        given
+        if isinstance(given, Sharding)
+        else _sharding_of(eqn.params["jaxpr"].jaxpr.outvars[i], eqn.params["jaxpr"].jaxpr)
       )
     if eqn.primitive.name == "sharding_constraint" and isinstance(eqn.params["sharding"], Sharding):
       return eqn.params["sharding"]

@@ -38,9 +38,7 @@ class LeafPlan:
     return _as_like(decode_leaf(value, self.note), self.like)
 
 
-def plan_leaves(
-  like: PyTree, saved: list[LeafInfo], notes: dict[str, Note], where: str
-) -> tuple[list[LeafPlan], Any]:
+def plan_leaves(like: PyTree, saved: list[LeafInfo], notes: dict[str, Note], where: str) -> tuple[list[LeafPlan], Any]:
   """Plans for all leaves of `like`, in its flatten order, and its tree structure.
 
   Args:
@@ -105,9 +103,7 @@ def _scalar_class(kind: str) -> str:
 
 
 def _difference(leaf: Any, saved: LeafInfo) -> str | None:
-  if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")) and not isinstance(
-    leaf, (bool, int, float, complex, str)
-  ):
+  if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")) and not isinstance(leaf, (bool, int, float, complex, str)):
     return f"like has a {type(leaf).__name__}; pass an array, a jax.ShapeDtypeStruct or a scalar"
   want, shape = _kind(leaf), tuple(getattr(leaf, "shape", ()))
   # Flax's TrainState.step starts as a Python int and becomes an int32 array after a step: both hold the same number.
@@ -143,9 +139,7 @@ def _plan(name: str, leaf: Any, saved: LeafInfo, note: Note | None) -> LeafPlan:
   if is_prng_key(leaf):
     return LeafPlan(item, ocp.checkpoint_utils.construct_restore_args(item), leaf, note)
   dtype = np.uint8 if kind == "widened" else leaf.dtype
-  args = ocp.ArrayRestoreArgs(
-    restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=dtype
-  )
+  args = ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=dtype)
   return LeafPlan(item, args, leaf, note)
 
 

@@ -1,0 +1,34 @@
+"""Two virtual CPU devices in the test process itself; multi-process tests start their own."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+def bits(leaf):
+  """What must not change: type, dtype, shape and every bit."""
+  if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return jax.Array, str(leaf.dtype), leaf.shape, np.asarray(jax.random.key_data(leaf)).tobytes()
+  if isinstance(leaf, jax.Array):
+    return jax.Array, str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
+  if isinstance(leaf, (np.ndarray, np.generic)):
+    return type(leaf), str(leaf.dtype), leaf.shape, leaf.tobytes()
+  return type(leaf), None, None, leaf
+
+
+@pytest.fixture
+def assert_same():
+  """Fails unless two trees have the same structure and their leaves the same types and bits."""
+
+  def check(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+      assert bits(a) == bits(b), jax.tree_util.keystr(path)
+
+  return check

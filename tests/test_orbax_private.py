@@ -1,0 +1,22 @@
+"""Fails loudly when a private name that orbax_private.py leans on moves."""
+
+import threading
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from ckpt_jax import orbax_private
+
+
+def test_managers_finalize_thread_is_where_we_look(tmp_path):
+  with ocp.CheckpointManager(tmp_path) as manager:
+    assert orbax_private.background_error(manager) is None
+    manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
+    thread = manager._finalize_thread.get()
+    assert isinstance(thread, threading.Thread) and thread.exception is None
+    manager.wait_until_finished()
+    assert orbax_private.background_error(manager) is None
+
+
+def test_python_still_lets_us_run_before_executors_shut_down():
+  assert callable(threading._register_atexit)
