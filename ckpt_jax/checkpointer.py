@@ -30,7 +30,7 @@ from ckpt_jax.errors import (
   SaveOutOfSpaceError,
   StorageError,
 )
-from ckpt_jax.layout.encoding import decode_leaf, encode
+from ckpt_jax.layout.encoding import decode_leaf, encode, path_name
 from ckpt_jax.layout.sharding import abstract_state, global_nbytes, local_nbytes
 from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
 from ckpt_jax.policies.retention import Retention, best_steps
@@ -464,11 +464,11 @@ class Checkpointer:
 
   def _read_as_saved(self, step_dir: epath.Path, notes: dict[str, Any]) -> PyTree:
     tree = run.item_tree(run.item_directory(step_dir))
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    from ckpt_jax.layout.encoding import path_name
-
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    treedef: Any = structure  # jax's stubs do not know its methods
     names = [path_name(path) for path, _ in leaves]
-    items, args = [], []
+    items: list[Any] = []
+    args: list[Any] = []
     for name, (_, meta) in zip(names, leaves, strict=True):
       kind = type(meta).__name__
       if kind in ("StringMetadata", "ScalarMetadata"):

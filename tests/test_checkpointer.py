@@ -251,7 +251,10 @@ def test_restore_or_init_keeps_the_shardings_of_init(tmp_path):
   with ckpt.Checkpointer(tmp_path) as c:
     c.save(0, init())
     assert c.restore_or_init(init).state["w"].sharding == spread
-    eager = lambda: {"w": jax.device_put(np.arange(4.0, dtype=np.float32), spread)}
+
+    def eager():
+      return {"w": jax.device_put(np.arange(4.0, dtype=np.float32), spread)}
+
     assert c.restore_or_init(eager).state["w"].sharding == spread
 
 
@@ -337,7 +340,7 @@ def test_failed_background_save_is_told_once_and_is_no_step(tmp_path, monkeypatc
 
     monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", fail)
     c.save(1, {"x": jnp.ones(4)})
-    with pytest.raises(ckpt.SaveFailedError, match="step 1 was not saved.*newest committed step is 0") as e:
+    with pytest.raises(ckpt.SaveFailedError, match=r"step 1 was not saved.*newest committed step is 0") as e:
       c.wait()
     assert isinstance(e.value, ckpt.OutOfSpaceError) and e.value.step == 1
     monkeypatch.undo()

@@ -14,11 +14,9 @@ from orbax.checkpoint import checkpoint_managers as ocp_policies
 
 from ckpt_jax.errors import ConfigError
 
-Policy = ocp_policies.SaveDecisionPolicy
-
 
 @dataclasses.dataclass(frozen=True)
-class EverySteps(Policy):
+class EverySteps(ocp_policies.SaveDecisionPolicy):
   """Saves at each step that is a multiple of `n`.
 
   Raises:
@@ -35,7 +33,7 @@ class EverySteps(Policy):
     return step.step % self.n == 0
 
 
-class EveryMinutes(Policy):
+class EveryMinutes(ocp_policies.SaveDecisionPolicy):
   """Saves when `minutes` have passed since the last save, by process 0's clock.
 
   Process 0 decides and tells the others, so clocks need not agree. To spare a broadcast on steps that cannot be due,
@@ -85,7 +83,7 @@ class EveryMinutes(Policy):
 
 
 @dataclasses.dataclass(frozen=True)
-class OnPreemption(Policy):
+class OnPreemption(ocp_policies.SaveDecisionPolicy):
   """Saves when the job has been told to end (SIGTERM).
 
   Attributes:
@@ -100,10 +98,10 @@ class OnPreemption(Policy):
 
 
 @dataclasses.dataclass(frozen=True)
-class AnyOf(Policy):
+class AnyOf(ocp_policies.SaveDecisionPolicy):
   """Saves if any of `policies` says so. All are asked, so that each keeps its own count."""
 
-  policies: Sequence[Policy]
+  policies: Sequence[ocp_policies.SaveDecisionPolicy]
 
   def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
     return any([p.should_save(step, previous_steps, context=context) for p in self.policies])

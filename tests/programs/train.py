@@ -1,0 +1,78 @@
+"""A tiny sharded trainer for multi-process tests: train.py RUN MODE."""
+
+import os
+import signal
+import sys
+import time
+
+from ckpt_jax import multihost
+
+multihost.initialize()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ckpt_jax as ckpt
+
+run, mode = sys.argv[1:3]
+mesh = jax.make_mesh((2, jax.device_count() // 2), ("data", "fsdp"))
+
+
+def put(x, spec):
+  return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+
+def init():
+  rng = np.random.default_rng(0)
+  state = {f"w{i}": put(rng.standard_normal((64, 1024), dtype=np.float32), P("fsdp")) for i in range(20)}
+  return state | {"bias": put(np.full(7, -0.0, np.float32), P()), "step": put(np.int32(0), P())}
+
+
+def check(state):
+  want = init()
+  for name, leaf in want.items():
+    for a, b in zip(state[name].addressable_shards, leaf.addressable_shards, strict=True):
+      assert np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes(), name
+
+
+if mode == "save":
+  with ckpt.Checkpointer(run) as c:
+    c.save(0, init(), metrics={"loss": 1.0}, extras={"data": 3})
+elif mode == "restore":
+  with ckpt.Checkpointer(run) as c:
+    got = c.restore_or_init(init)
+    assert got.step == 0 and got.extras == {"data": 3} and got.metrics == {"loss": 1.0}
+    check(got.state)
+elif mode == "sigterm":
+  if jax.process_count() == 1 and len(sys.argv) > 3:
+    signal.signal(signal.SIGTERM, lambda *_: print("users handler", flush=True))
+  with ckpt.Checkpointer(run, ckpt.Config(schedule={"every_steps": 100000})) as c:
+    state = init()
+    for step in range(1, 2000):
+      c.save(step, state)
+      time.sleep(0.02)
+      if step == 20:
+        print("ready", flush=True)
+        if jax.process_count() > 1 and jax.process_index() == 1:
+          os.kill(os.getpid(), signal.SIGTERM)
+  raise SystemExit("the notice never came")
+elif mode == "minutes":
+  with ckpt.Checkpointer(run, ckpt.Config(schedule={"every": 0.5})) as c:
+    state = init()
+    saved = []
+    for step in range(100):
+      if c.save(step, state):
+        saved.append(step)
+      time.sleep(0.02 + 0.002 * jax.process_index())
+    print("saved", saved, flush=True)
+elif mode == "local":
+  with ckpt.Checkpointer(run) as c:
+    try:
+      c.save(0, {"x": jnp.ones(3)})
+    except ckpt.CheckpointError as e:
+      assert "x: lives on this process only" in str(e)
+    else:
+      raise SystemExit("a process-local array was saved")

@@ -1,0 +1,107 @@
+"""Real processes: the launcher, who wrote what, resharding between process counts, preemption."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import ckpt_jax as ckpt
+from ckpt_jax.multihost import Job, launch, who_wrote
+
+TRAIN = str(pathlib.Path(__file__).parent / "programs" / "train.py")
+pytestmark = pytest.mark.multiprocess
+
+
+def run_all(mode, run, processes, devices=2, *more):
+  results = launch([TRAIN, str(run), mode, *more], processes=processes, devices=devices, timeout=180)
+  assert [r.returncode for r in results] == [0] * processes, results[0].log
+  return results
+
+
+def test_each_process_writes_a_quarter_and_nothing_twice_and_any_mesh_restores(tmp_path):
+  run_all("save", tmp_path, 4)
+  report = who_wrote(tmp_path, 0)
+  assert [p.process for p in report.processes] == [0, 1, 2, 3]
+  assert report.overlaps == {}
+  state_bytes = 20 * 64 * 1024 * 4
+  for p in report.processes:
+    assert p.nbytes == pytest.approx(state_bytes / 4, rel=0.1), report.table()
+  run_all("restore", tmp_path, 2)
+  run_all("restore", tmp_path, 1)
+  run_all("restore", tmp_path, 4)
+
+
+def test_sigterm_to_one_process_saves_on_all_and_exits_cleanly(tmp_path):
+  results = run_all("sigterm", tmp_path, 2)
+  assert "preempted" in "".join(r.log for r in results)
+  with ckpt.Checkpointer(tmp_path) as c:
+    assert len(c.steps()) == 1 and c.latest_step() >= 20
+
+
+@pytest.mark.parametrize("users_handler", [False, True])
+def test_sigterm_in_a_single_process_saves_and_exits_cleanly(users_handler, tmp_path):
+  job = Job([TRAIN, str(tmp_path), "sigterm", *["handler"] * users_handler], processes=1, devices=2)
+  try:
+    deadline = time.monotonic() + 60
+    while "ready" not in job.log(0):
+      assert time.monotonic() < deadline, job.log(0)
+      time.sleep(0.05)
+    job.kill(0, signal.SIGTERM)
+    (result,) = job.wait(60)
+  finally:
+    job.stop(grace=0)
+  assert result.returncode == 0, result.log
+  assert ("users handler" in result.log) == users_handler
+  with ckpt.Checkpointer(tmp_path) as c:
+    assert c.latest_step() >= 20
+
+
+def test_every_minutes_agrees_across_processes(tmp_path):
+  results = run_all("minutes", tmp_path, 2)
+  saved = {re.search(r"saved \[.*\]", r.log)[0] for r in results}
+  assert len(saved) == 1 and saved != {"saved []"}
+
+
+def test_process_local_array_in_a_job_of_many_is_refused_by_name(tmp_path):
+  run_all("local", tmp_path, 2)
+
+
+def test_first_failure_ends_the_others_and_shows_its_log(tmp_path):
+  script = tmp_path / "fail.py"
+  script.write_text(
+    "import os, sys, time\n"
+    "if os.environ['CKPT_JAX_PROCESS_INDEX'] == '1': sys.exit('disk on fire')\n"
+    "print('my pid', os.getpid(), flush=True); time.sleep(600)\n"
+  )
+  begin = time.monotonic()
+  done = subprocess.run(
+    [sys.executable, "-m", "ckpt_jax.multihost", "--processes", "3", str(script)],
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert time.monotonic() - begin < 30
+  assert done.returncode == 1
+  assert "process 1 failed with exit code 1" in done.stderr and "disk on fire" in done.stderr
+  for pid in re.findall(r"my pid (\d+)", done.stdout):
+    with pytest.raises(ProcessLookupError):
+      os.kill(int(pid), 0)
+
+
+def test_hanging_job_is_ended_with_a_message_that_names_who(tmp_path):
+  script = tmp_path / "hang.py"
+  script.write_text("import time; time.sleep(600)\n")
+  with pytest.raises(TimeoutError, match=r"waited 1 s for processes \[0, 1\] of 2"):
+    launch([str(script)], processes=2, timeout=1)
+
+
+def test_mistyped_script_exits_2(tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-m", "ckpt_jax.multihost", "nope.py"], capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode == 2 and "no such script: nope.py" in done.stderr
