@@ -52,7 +52,8 @@ class SaveRecord:
   Attributes:
     step: the step saved.
     nbytes: bytes of the whole state.
-    blocking_s: seconds that `save` kept the training loop.
+    blocking_s: seconds that `save` kept the training loop, without those that it waited for the state to be computed:
+      jax dispatches steps ahead of the device, and whoever reads the state first waits for it.
     waited_s: the part of `blocking_s` spent on waiting for the previous save's background write.
     background_s: seconds from the return of `save` to the commit; None while it runs, and for a save that failed.
   """
@@ -208,6 +209,9 @@ class Checkpointer:
     record.waited_s = time.perf_counter() - waited
 
     copy_fits = self._copy_fits(state)
+    computing = time.perf_counter()
+    jax.block_until_ready(encoded)
+    started += time.perf_counter() - computing
     with self._record_lock:
       self._writing, self._returned_at = record, None
     try:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckpt_jax.errors import CheckpointError, NoCheckpointError
@@ -79,7 +79,7 @@ class Job:
     argv: the command after the interpreter: a script and its arguments, or `-m`, a module and its arguments.
     processes, devices: how many processes, and virtual CPU devices in each.
     env: variables on top of this process's.
-    echo: print each line as it comes, prefixed by `[process]`.
+    on_line: called with (process index, line) for each line that a process writes, as it comes.
   """
 
   def __init__(
@@ -89,7 +89,7 @@ class Job:
     processes: int,
     devices: int = 1,
     env: Mapping[str, str] | None = None,
-    echo: bool = False,
+    on_line: Callable[[int, str], None] | None = None,
   ):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
     shared = {
@@ -101,7 +101,7 @@ class Job:
       _COUNT: str(processes),
       **(env or {}),
     }
-    self._echo = echo
+    self._on_line = on_line
     self._logs: list[collections.deque[str]] = []
     self._readers: list[threading.Thread] = []
     self.children: list[subprocess.Popen[str]] = []
@@ -127,9 +127,8 @@ class Job:
     assert stream is not None
     for line in stream:
       self._logs[index].append(line)
-      if self._echo:
-        sys.stdout.write(f"[{index}] {line}")
-        sys.stdout.flush()
+      if self._on_line is not None:
+        self._on_line(index, line)
 
   @property
   def pids(self) -> list[int]:
@@ -288,15 +287,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices in each (default: 1)")
   parser.add_argument("--timeout", type=float, default=86400.0, help="seconds for the whole job (default: a day)")
   parser.add_argument("--grace", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL (default: 10)")
-  parser.add_argument("command", nargs=argparse.REMAINDER, help="SCRIPT ARGS... or -m MODULE ARGS...")
+  parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ARGS...", help="run a module")
+  parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGS...", help="run a script")
   options = parser.parse_args(arguments)
-  if not options.command:
-    parser.error("which script? python -m ckpt_jax.multihost --processes 4 train.py")
   if options.processes < 1 or options.devices < 1:
     parser.error("--processes and --devices must be at least 1")
-  if options.command[0] != "-m" and not pathlib.Path(options.command[0]).is_file():
-    parser.error(f"no such script: {options.command[0]}")
-  job = Job(options.command, processes=options.processes, devices=options.devices, echo=True)
+  command = ["-m", *options.module] if options.module else options.command
+  if not command:
+    parser.error("which script? python -m ckpt_jax.multihost --processes 4 train.py")
+  if not options.module and not pathlib.Path(command[0]).is_file():
+    parser.error(f"no such script: {command[0]}")
+
+  def show(process: int, line: str) -> None:
+    sys.stdout.write(f"[{process}] {line}")
+    sys.stdout.flush()
+
+  job = Job(command, processes=options.processes, devices=options.devices, on_line=show)
 
   def forward(signum: int, _: Any) -> None:
     for index in range(len(job.children)):

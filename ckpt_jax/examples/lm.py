@@ -1,0 +1,231 @@
+"""The main job: a byte-level GPT that trains on the source of the Python standard library and survives being killed.
+
+    python -m ckpt_jax.examples.lm --run /tmp/lm --steps 60 --every 10
+    python -m ckpt_jax.multihost --processes 4 --devices 2 -m ckpt_jax.examples.lm --run /tmp/lm
+    mpirun -n 4 python -m ckpt_jax.examples.lm --run /shared/lm
+
+The lines that checkpointing needs are in `train`; the rest is an ordinary Flax NNX trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import pathlib
+import sysconfig
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ckpt_jax as ckpt
+from ckpt_jax import multihost
+
+PyTree = Any
+
+
+class Block(nnx.Module):
+  """Pre-norm attention and MLP."""
+
+  def __init__(self, width: int, heads: int, dropout: float, rngs: nnx.Rngs):
+    self.norm1 = nnx.LayerNorm(width, rngs=rngs)
+    self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+    self.norm2 = nnx.LayerNorm(width, rngs=rngs)
+    self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+    self.down = nnx.Linear(4 * width, width, rngs=rngs)
+    self.dropout = nnx.Dropout(dropout)
+
+  def __call__(self, x: jax.Array, mask: jax.Array, rngs: nnx.Rngs) -> jax.Array:
+    x = x + self.attention(self.norm1(x), mask=mask)
+    return x + self.dropout(self.down(jax.nn.gelu(self.up(self.norm2(x)))), deterministic=False, rngs=rngs)
+
+
+class ByteGPT(nnx.Module):
+  """int32[batch, context] bytes to float32[batch, context, 256] logits of the next byte."""
+
+  def __init__(self, width: int, layers: int, heads: int, context: int, dropout: float, *, rngs: nnx.Rngs):
+    self.bytes = nnx.Embed(256, width, rngs=rngs)
+    self.positions = nnx.Embed(context, width, rngs=rngs)
+    self.blocks = nnx.List([Block(width, heads, dropout, rngs) for _ in range(layers)])
+    self.norm = nnx.LayerNorm(width, rngs=rngs)
+
+  def __call__(self, tokens: jax.Array, rngs: nnx.Rngs) -> jax.Array:
+    length = tokens.shape[1]
+    x = self.bytes(tokens) + self.positions(jnp.arange(length))
+    mask = nnx.make_causal_mask(tokens)
+    for block in self.blocks:
+      x = block(x, mask, rngs)
+    return self.bytes.attend(self.norm(x))
+
+
+class Batches:
+  """Random windows of the text. Batch n depends on seed and n alone, not on how many processes there are.
+
+  Attributes:
+    state: JSON-able; goes into `extras=` and comes back to `resume`.
+  """
+
+  def __init__(self, text: np.ndarray, batch: int, context: int, seed: int):
+    self._text, self._batch, self._context = text, batch, context
+    self.state = {"seed": seed, "next": 0}
+
+  def resume(self, state: dict[str, int]) -> None:
+    self.state = dict(state)
+
+  def peek(self) -> np.ndarray:
+    """The next batch, int32[batch, context + 1], without moving on."""
+    rng = np.random.default_rng([self.state["seed"], self.state["next"]])
+    starts = rng.integers(len(self._text) - self._context - 1, size=self._batch)
+    return self._text[starts[:, None] + np.arange(self._context + 1)].astype(np.int32)
+
+  def next(self, sharding: NamedSharding) -> jax.Array:
+    """The next batch on the mesh; each process holds its own rows only."""
+    rows = self.peek()
+    self.state["next"] += 1
+    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+
+
+def stdlib_text(limit: int = 4_000_000) -> np.ndarray:
+  """uint8[<= limit]: the top-level sources of the standard library in alphabetical order."""
+  files = sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+  return np.frombuffer(b"\n".join(f.read_bytes() for f in files)[:limit], np.uint8)
+
+
+def shard(leaf: Any, mesh: Mesh) -> NamedSharding:
+  """FSDP: the last axis that the `fsdp` axis divides is split over it; small leaves are replicated."""
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.size < 1024:
+    return NamedSharding(mesh, P())
+  for axis in reversed(range(leaf.ndim)):
+    if leaf.shape[axis] % mesh.shape["fsdp"] == 0:
+      return NamedSharding(mesh, P(*[None] * axis, "fsdp"))
+  return NamedSharding(mesh, P())
+
+
+def digests(state: PyTree, batches: Batches) -> dict[str, str]:
+  """SHA-256 of the bits of every leaf as it is in memory, and of the batch that comes next. All processes call it."""
+  found = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.random.key_data(leaf)
+    whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    found[jax.tree_util.keystr(path)] = hashlib.sha256(np.asarray(whole).tobytes()).hexdigest()
+  found["next batch"] = hashlib.sha256(batches.peek().tobytes()).hexdigest()
+  return found
+
+
+def train(args: argparse.Namespace) -> None:
+  """Trains from the newest checkpoint, or from scratch, to `args.steps`."""
+  first = jax.process_index() == 0
+  devices = np.array(jax.devices())
+  mesh = Mesh(devices.reshape(-1, min(args.fsdp, len(devices))), ("data", "fsdp"))
+  batches = Batches(stdlib_text(), args.batch, args.context, args.seed)
+  rows = NamedSharding(mesh, P(("data", "fsdp")))
+  build = functools.partial(ByteGPT, args.width, args.layers, args.heads, args.context, args.dropout)
+  graph, _ = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(args.seed))))
+  optimizer = optax.adamw(3e-4)
+
+  def build_state() -> dict[str, Any]:
+    params = nnx.split(build(rngs=nnx.Rngs(args.seed)))[1]
+    return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(0), "rng": jax.random.key(args.seed)}
+
+  shardings = jax.tree.map(lambda leaf: shard(leaf, mesh), jax.eval_shape(build_state))
+  init = jax.jit(build_state, out_shardings=shardings)
+  whole = NamedSharding(mesh, P())
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, whole))
+  def train_step(state, tokens):
+    rng, dropout = jax.random.split(state["rng"])
+
+    def loss_fn(params):
+      # FSDP: parameters are gathered for the computation, gradients are scattered back to the shards.
+      params = jax.tree.map(lambda p: jax.lax.with_sharding_constraint(p, whole), params)
+      logits = nnx.merge(graph, params)(tokens[:, :-1], nnx.Rngs(dropout=dropout))
+      return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(state["params"])
+    updates, opt = optimizer.update(grads, state["opt"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    return {"params": params, "opt": opt, "step": state["step"] + 1, "rng": rng}, loss
+
+  def note(name: str, content: Any) -> None:
+    if first and args.notes:
+      path = pathlib.Path(args.notes)
+      path.mkdir(parents=True, exist_ok=True)
+      (path / name).write_text(json.dumps(content))
+
+  config = ckpt.Config(schedule={"every_steps": args.every}, retention={"last": 3})
+  with ckpt.Checkpointer(args.run, config) as c:
+    restored = c.restore_or_init(init)
+    state = restored.state
+    if restored.extras:
+      batches.resume(restored.extras["data"])
+    if first:
+      size = sum(x.size for x in jax.tree.leaves(state["params"]))
+      came = "from scratch" if restored.step is None else f"resumed from step {restored.step}"
+      print(
+        f"{size / 1e6:.1f}M parameters, mesh {dict(mesh.shape)}, {jax.process_count()} processes: {came}", flush=True
+      )
+    if args.notes and restored.step is not None:
+      note(f"restored-{restored.step}.json", digests(state, batches))
+
+    shown = 0
+    since, tokens_since = time.perf_counter(), 0
+    for step in range(restored.next_step, args.steps):
+      tokens = batches.next(rows)
+      state, loss = train_step(state, tokens)
+      tokens_since += tokens.shape[0] * args.context
+      saving = c.save(step, state, metrics={"loss": loss}, extras={"data": batches.state})
+      if saving and args.notes:
+        note(f"trained-{step}.json", digests(state, batches))
+      for record in c.saves[shown:]:
+        if record.background_s is not None:
+          shown += 1
+          if first:
+            print(
+              f"  saved step {record.step}: {record.nbytes / 1e6:.0f} MB, {record.blocking_s:.2f} s blocking, "
+              f"{record.background_s:.2f} s in the background",
+              flush=True,
+            )
+          note(f"save-{record.step}.json", vars(record))
+      if step % args.show == args.show - 1 or step == args.steps - 1:
+        value = float(loss)
+        now = time.perf_counter()
+        if first:
+          print(f"step {step + 1:4d}  loss {value:.3f}  {tokens_since / (now - since):,.0f} tokens/s", flush=True)
+        since, tokens_since = now, 0
+  for record in c.saves[shown:]:
+    note(f"save-{record.step}.json", vars(record))
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(prog="python -m ckpt_jax.examples.lm", description=__doc__.splitlines()[0])
+  parser.add_argument("--run", required=True, help="directory of the run; start again with the same one to resume")
+  parser.add_argument("--steps", type=int, default=60)
+  parser.add_argument("--every", type=int, default=10, help="steps between saves")
+  parser.add_argument("--show", type=int, default=5, help="steps between progress lines")
+  parser.add_argument("--fsdp", type=int, default=2, help="devices that share one copy of the parameters")
+  parser.add_argument("--batch", type=int, default=8)
+  parser.add_argument("--context", type=int, default=64)
+  parser.add_argument("--width", type=int, default=256)
+  parser.add_argument("--layers", type=int, default=4)
+  parser.add_argument("--heads", type=int, default=8)
+  parser.add_argument("--dropout", type=float, default=0.1)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--notes", help="directory for digests of the state and costs of the saves, as JSON")
+  return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+  options = arguments()
+  multihost.initialize()
+  train(options)

@@ -1,0 +1,178 @@
+"""What `make run` shows: a training job is killed in the middle of a background write and goes on, bit for bit.
+
+1. 4 processes x 2 devices train and save on schedule; process 2 is killed with -9 while a save is being written.
+2. 2 processes x 2 devices take over from the newest committed step and train to the end.
+3. An uninterrupted 4 x 2 job with the same seed trains to that step: parameters, optimizer state, step, random key and
+   the next batch must have the same bits as those that the second job found in memory after its restore.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from ckpt_jax import run as runs
+from ckpt_jax.multihost import Job, Result, who_wrote
+
+_TIMEOUT = 240.0
+
+
+class NoKillError(Exception):
+  """The job ended, or committed, before it could be killed in the middle of a write."""
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Returns 0 if the resumed state is bitwise the uninterrupted one."""
+  parser = argparse.ArgumentParser(prog="python -m ckpt_jax.examples.survive", description=__doc__.splitlines()[0])
+  parser.add_argument("--steps", type=int, default=60)
+  parser.add_argument("--every", type=int, default=10)
+  parser.add_argument("--kill-after", type=int, default=25, help="kill in the first write of a step above this")
+  parser.add_argument("--keep", action="store_true", help="keep the run directory, and print where it is")
+  args = parser.parse_args(argv)
+  console = Console(width=100, highlight=False)
+  started = time.monotonic()
+  work = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-jax-run-"))
+  try:
+    return _acts(work, args, console)
+  except (NoKillError, JobFailedError, TimeoutError) as e:
+    console.print(f"[red]{e}[/red]")
+    return 1
+  finally:
+    if args.keep:
+      console.print(f"kept: {work}")
+    else:
+      shutil.rmtree(work, ignore_errors=True)
+    console.print(f"{time.monotonic() - started:.0f} s in all")
+
+
+def _acts(work: pathlib.Path, args: argparse.Namespace, console: Console) -> int:
+  run, notes = work / "run", work / "notes"
+  console.rule("1/3  4 processes x 2 devices train; process 2 dies in the middle of a background write")
+  victim_step = _train_and_kill(run, notes / "killed", args, console)
+  committed = runs.committed_steps(runs.run_directory(run))
+  if not committed:
+    raise NoKillError("no step was committed before the kill; raise --kill-after")
+  resumed_at = committed[-1]
+  writes = who_wrote(run, resumed_at)
+
+  console.rule(f"2/3  2 processes x 2 devices take over from step {resumed_at} and finish")
+  _finish(_start(run, notes / "resumed", args.steps, args.every, processes=2), "the resumed job")
+
+  console.rule(f"3/3  the proof: an uninterrupted 4 x 2 job trains to step {resumed_at}")
+  _finish(_start(work / "reference", notes / "reference", resumed_at + 1, args.every, processes=4), "the reference job")
+  want = json.loads((notes / "reference" / f"trained-{resumed_at}.json").read_text())
+  got = json.loads((notes / "resumed" / f"restored-{resumed_at}.json").read_text())
+
+  saves = Table("job", "step", "MB", "blocking s", "background s", title="What each save cost")
+  for job in ("killed", "resumed"):
+    for file in sorted((notes / job).glob("save-*.json"), key=lambda p: int(p.stem.split("-")[1])):
+      record = json.loads(file.read_text())
+      background = "-" if record["background_s"] is None else f"{record['background_s']:.2f}"
+      saves.add_row(
+        job, str(record["step"]), f"{record['nbytes'] / 1e6:.0f}", f"{record['blocking_s']:.2f}", background
+      )
+  console.print(saves)
+  share = Table("process", "chunks", "MB", "share", title=f"Who wrote step {resumed_at}")
+  for p in writes.processes:
+    share.add_row(str(p.process), str(p.chunks), f"{p.nbytes / 1e6:.1f}", f"{p.nbytes / writes.nbytes:.1%}")
+  share.add_section()
+  share.add_row("twice", str(len(writes.overlaps)))
+  console.print(share)
+
+  different = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
+  proof = Table(
+    "what", "leaves", "bitwise equal", title=f"Uninterrupted (4 x 2) against resumed (2 x 2) at step {resumed_at}"
+  )
+  for title, prefix in (
+    ("parameters", "['params']"),
+    ("optimizer state", "['opt']"),
+    ("step", "['step']"),
+    ("random key", "['rng']"),
+    ("data order (next batch)", "next batch"),
+  ):
+    names = [name for name in want if name.startswith(prefix)]
+    equal = sum(name not in different for name in names)
+    proof.add_row(
+      title, str(len(names)), "yes" if names and equal == len(names) else f"NO: {len(names) - equal} differ"
+    )
+  console.print(proof)
+  console.print(
+    f"killed while step {victim_step} was being written; resumed from step {resumed_at}: "
+    f"{victim_step - resumed_at} steps of work were lost and trained again."
+  )
+  if different:
+    console.print(f"[red]not the same: {', '.join(different[:5])}[/red]")
+    return 1
+  console.print(f"[green]all {len(want)} leaves are bit for bit what an uninterrupted run has.[/green]")
+  return 0
+
+
+def _start(run: pathlib.Path, notes: pathlib.Path, steps: int, every: int, *, processes: int) -> Job:
+  command = ["-m", "ckpt_jax.examples.lm", "--run", run, "--notes", notes, "--steps", steps, "--every", every]
+  return Job([str(part) for part in command], processes=processes, devices=2, on_line=_show)
+
+
+def _show(process: int, line: str) -> None:
+  if process == 0 and not line.startswith(("I0", "W0", "E0", "WARNING", "[Gloo]")):  # jax's and XLA's own logging
+    print(f"  {line}", end="", flush=True)
+
+
+def _finish(job: Job, name: str) -> list[Result]:
+  try:
+    results = job.wait(_TIMEOUT)
+  finally:
+    job.stop(grace=0)
+  failed = [r for r in results if r.returncode]
+  if failed:
+    raise JobFailedError(f"{name}: process {failed[0].process} ended with {failed[0].returncode}:\n{failed[0].log}")
+  return results
+
+
+def _train_and_kill(run: pathlib.Path, notes: pathlib.Path, args: argparse.Namespace, console: Console) -> int:
+  """Kills process 2 while a step above `--kill-after` is being written. Returns that step."""
+  for _ in range(3):  # the write may win the race; then the job resumes and the next one is tried
+    job = _start(run, notes, args.steps, args.every, processes=4)
+    try:
+      step = _wait_for_write(job, run, args.kill_after)
+      job.kill(2, signal.SIGKILL)
+      killed = time.monotonic()
+      job.wait(_TIMEOUT, grace=1.0)
+    finally:
+      job.stop(grace=0)
+    if step in runs.committed_steps(runs.run_directory(run)):
+      console.print(f"step {step} was committed before the kill arrived; trying again")
+      continue
+    console.print(f"process 2 (pid {job.pids[2]}) killed with -9 while step {step} was being written;")
+    console.print(f"the job was down {time.monotonic() - killed:.1f} s later, step {step} is not there.")
+    return step
+  raise NoKillError("three writes were faster than the kill; use a larger model or slower storage")
+
+
+def _wait_for_write(job: Job, run: pathlib.Path, above: int) -> int:
+  deadline = time.monotonic() + _TIMEOUT
+  while time.monotonic() < deadline:
+    if job.children[0].poll() is not None:
+      raise NoKillError(f"the job ended before a step above {above} was written:\n{job.log(0)}")
+    for leftover in run.glob("*.orbax-checkpoint-tmp*"):
+      step = int(leftover.name.split(".")[0])
+      if step > above and any(leftover.glob("*/ocdbt.process_2*")):
+        return step
+    time.sleep(0.001)
+  raise NoKillError(f"waited {_TIMEOUT:.0f} s for a write of a step above {above}")
+
+
+class JobFailedError(Exception):
+  """A job that should have succeeded did not."""
+
+
+if __name__ == "__main__":
+  sys.exit(main())
