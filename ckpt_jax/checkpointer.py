@@ -196,6 +196,9 @@ class Checkpointer:
     preempted = self._preempted(step)
     if force and step in self._manager.all_steps():
       raise CheckpointError(f"{self.directory}: step {step} is saved already; steps are never overwritten")
+    computing = time.perf_counter()
+    jax.block_until_ready((state, metrics))
+    started += time.perf_counter() - computing
     numbers = plain_metrics(metrics)
     encoded, notes = encode(state)
     record = SaveRecord(step, global_nbytes(state))
@@ -209,9 +212,6 @@ class Checkpointer:
     record.waited_s = time.perf_counter() - waited
 
     copy_fits = self._copy_fits(state)
-    computing = time.perf_counter()
-    jax.block_until_ready(encoded)
-    started += time.perf_counter() - computing
     with self._record_lock:
       self._writing, self._returned_at = record, None
     try:
