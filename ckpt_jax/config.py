@@ -173,7 +173,7 @@ class _Section(pydantic.BaseModel):
 
 
 class ScheduleConfig(_Section):
-  """When to save. At most one of `every_steps`, `every` and `overhead`; all unset means every 10 minutes.
+  """When to save. At most one of `every_steps`, `every` and `overhead`; all unset means at each call of `save`.
 
   A preemption notice saves whatever the schedule says.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -122,7 +123,7 @@ def _start(run: pathlib.Path, notes: pathlib.Path, steps: int, every: int, *, pr
 
 
 def _show(process: int, line: str) -> None:
-  if process == 0 and not line.startswith(("I0", "W0", "E0", "WARNING", "[Gloo]")):  # jax's and XLA's own logging
+  if process == 0 and not re.match(r"[IWEF]\d{4} |\[Gloo\]", line):  # XLA's own logging
     print(f"  {line}", end="", flush=True)
 
 

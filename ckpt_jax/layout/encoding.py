@@ -70,7 +70,7 @@ def _encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any] | None]:
     if is_prng_key(leaf):
       if leaf.size == 0:
         raise TypeError("an empty array of PRNG keys; leave it out")
-      return leaf, {"kind": "prng_key", "dtype": str(leaf.dtype)}
+      return leaf, {"kind": "prng_key", "dtype": str(leaf.dtype), "impl": str(jax.random.key_impl(leaf))}
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
       pass
     elif isinstance(leaf, jax.Array) and jax.process_count() > 1:
@@ -93,8 +93,11 @@ def _encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any] | None]:
 
 def decode_leaf(stored: Any, note: dict[str, Any] | None) -> Any:
   """The leaf as it was, given what was stored and its note; arrays stay where they are."""
-  if note is None or note["kind"] == "prng_key":
+  if note is None:
     return stored
+  if note["kind"] == "prng_key":
+    # With replica_parallel off Orbax keeps no array metadata, and hands back the key's words.
+    return stored if is_prng_key(stored) else jax.random.wrap_key_data(stored, impl=note["impl"])
   if note["kind"] == "empty":
     return np.zeros(tuple(note["shape"]), jnp.dtype(note["dtype"]))
   if note["kind"] == "complex":

@@ -1,0 +1,86 @@
+"""The command line as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+import ckpt_jax as ckpt
+
+
+def cli(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "ckpt_jax", *map(str, arguments)], capture_output=True, text=True, timeout=120
+  )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  path = tmp_path_factory.mktemp("run")
+  with ckpt.Checkpointer(path) as c:
+    for step in range(3):
+      c.save(
+        step,
+        {"params": {"w": jnp.ones((4, 8)), "e": jnp.zeros((0, 2))}},
+        metrics={"loss": 3.0 - step},
+        extras={"at": step},
+      )
+  return path
+
+
+def test_ls_lists_steps(run):
+  done = cli("ls", run)
+  assert done.returncode == 0, done.stderr
+  assert "loss=1" in done.stdout and "128 B" in done.stdout
+  steps = json.loads(cli("ls", run, "--json").stdout)
+  assert [s["step"] for s in steps] == [0, 1, 2] and steps[0]["nbytes"] == 128
+
+
+def test_show_shows_leaves_and_metadata_of_the_newest_step(run):
+  shown = json.loads(cli("show", run, "--json").stdout)
+  assert shown["step"] == 2 and shown["extras"] == {"at": 2} and shown["metrics"] == {"loss": 1.0}
+  leaves = {leaf["path"]: (leaf["shape"], leaf["dtype"]) for leaf in shown["leaves"]}
+  assert leaves == {"params/w": ([4, 8], "float32"), "params/e": ([0, 2], "float32")}
+  assert "params/w" in cli("show", run, 1).stdout
+
+
+def test_who_counts_chunks(run):
+  report = json.loads(cli("who", run, 0, "--json").stdout)
+  assert report["overlaps"] == {} and len(report["processes"]) == 1
+
+
+@pytest.mark.parametrize(
+  ("arguments", "code", "message"),
+  [
+    (["shwo", "x"], 2, "did you mean show?"),
+    (["ls"], 2, "RUN"),
+    (["ls", "x", "--jsno"], 2, "--json"),
+    (["ls", "/nowhere/at/all"], 1, "/nowhere/at/all: no committed checkpoint"),
+    (["show", "/nowhere"], 1, "no committed checkpoint"),
+    (["show", "/nowhere", "three"], 2, "three"),
+  ],
+)
+def test_mistakes_get_a_message_and_no_traceback(arguments, code, message):
+  done = cli(*arguments)
+  assert done.returncode == code
+  assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_missing_step_names_those_that_exist(run):
+  done = cli("show", run, 9)
+  assert done.returncode == 1 and "committed steps: 0, 1, 2" in done.stderr
+
+
+def test_damaged_metadata_is_a_message(tmp_path):
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(0, {"x": jnp.ones(2)})
+  (tmp_path / "0" / "_CHECKPOINT_METADATA").write_text("{")
+  done = cli("ls", tmp_path)
+  assert done.returncode == 1 and "not JSON" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_and_version():
+  assert "ls" in cli("--help").stdout
+  assert cli("--version").stdout.strip() == f"ckpt-jax {ckpt.__version__}"

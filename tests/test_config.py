@@ -1,0 +1,96 @@
+"""Configuration: strict, with line numbers and the nearest right name."""
+
+import pathlib
+
+import pytest
+
+import ckpt_jax as ckpt
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize(
+  "name", ["local_ssd", "network_disk", "nfs", "gcs", "s3", "bucket_mount", "laptop", "multihost_gpu"]
+)
+def test_shipped_config_loads_and_all_of_it_acts(name):
+  config = ckpt.load_config(CONFIGS / f"{name}.yaml")
+  assert config != ckpt.Config() and config.unimplemented() == []
+  assert ckpt.Config(**config.to_dict()) == config
+
+
+def load(tmp_path, text):
+  file = tmp_path / "run.yaml"
+  file.write_text(text)
+  return ckpt.load_config(file)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("schedule:\n  evry_steps: 5\n", "run.yaml:2: schedule.evry_steps: unknown key; did you mean every_steps?"),
+    ("\nretension: {last: 3}\n", "run.yaml:2: retension: unknown key; did you mean retention?"),
+    ("every_steps: 5\n", "schedule.every_steps"),
+    ("retention: {last: 0}\n", "run.yaml:1: retention.last"),
+    ("retention: {last: 3}\nretention: {last: 4}\n", "run.yaml:2: retention: given twice, first on line 1"),
+    ("schedule: {every: 10 parsecs}\n", "is no duration"),
+    ("schedule: {every: 10m, every_steps: 5}\n", "exclude each other"),
+    ("layout: {compression: zstd}\n", "not one of auto, on, off"),
+    ("- a\n", "expected sections"),
+    ("a: [\n", "not YAML"),
+  ],
+)
+def test_mistake_is_told_with_file_and_line(tmp_path, text, message):
+  with pytest.raises(ckpt.ConfigError) as e:
+    load(tmp_path, text)
+  assert message in str(e.value) and "run.yaml" in str(e.value)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+  with pytest.raises(ckpt.ConfigError) as e:
+    load(tmp_path, "retention: {lst: 3}\nlimits:\n  host_memory: lots\n")
+  assert len(str(e.value).splitlines()) == 2
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+  (tmp_path / "train.yaml").write_text("")
+  with pytest.raises(ckpt.ConfigError, match=r"did you mean .*train\.yaml"):
+    ckpt.load_config(tmp_path / "trian.yaml")
+
+
+def test_python_config_takes_dicts_and_names_mistakes():
+  assert ckpt.Config(retention={"last": 2}, layout={"pack": "on"}).retention.last == 2
+  with pytest.raises(ckpt.ConfigError, match="did you mean last"):
+    ckpt.Config(retention={"lst": 2})
+
+
+def test_units_and_yaml_booleans(tmp_path):
+  config = load(
+    tmp_path,
+    "schedule: {every: 1h30m}\nlayout: {compression: on, replica_parallel: off}\nlimits: {host_memory: 2GiB}\n",
+  )
+  assert config.schedule.every == 5400
+  assert (config.layout.compression, config.layout.replica_parallel) == ("on", "off")
+  assert config.limits.host_memory == 2 << 30
+
+
+def test_empty_file_is_the_defaults_which_keep_three_steps(tmp_path):
+  assert load(tmp_path, "") == ckpt.Config()
+  assert ckpt.Config().retention.last == 3
+
+
+def test_what_is_not_acted_upon_is_named():
+  assert ckpt.Config(layout={"pack": "on"}).unimplemented()[0].startswith("layout.pack")
+
+
+@pytest.mark.parametrize(
+  "layout", [{"compression": "on"}, {"replica_parallel": "off"}, {"target_file_size": "1MiB"}, {"compression": "off"}]
+)
+def test_every_layout_saves_and_restores(layout, tmp_path, assert_same):
+  import jax
+  import jax.numpy as jnp
+
+  state = {"w": jnp.arange(3000.0), "key": jax.random.key(1), "n": 3, "s": "x"}
+  limits = {"save_concurrency": "1GB", "restore_concurrency": "1GB"}
+  with ckpt.Checkpointer(tmp_path, ckpt.Config(layout=layout, limits=limits)) as c:
+    c.save(0, state)
+    assert_same(c.restore(like=state).state, state)
