@@ -50,6 +50,7 @@ __all__ = [
   "StorageError",
   "StructureMismatchError",
   "UnhealthyStateError",
+  "__version__",
   "load_config",
   "policies",
 ]
@@ -64,4 +65,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-  return sorted([*__all__, "__version__"])
+  return sorted(__all__)

@@ -453,7 +453,7 @@ class Checkpointer:
         _log.error("at exit: %s", e)
 
   def _agreed_step(self, step: int | None, *, required: bool) -> int | None:
-    """The step to restore, the same on all processes: process 0 looks, so that a commit in between cannot split them."""
+    """The step to restore. Process 0 looks and tells the others, so that a commit in between cannot split them."""
     found = -1
     if jax.process_index() == 0:
       steps = run.committed_steps(self.directory)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from ckpt_jax.errors import CheckpointError
@@ -97,7 +97,7 @@ def show(
   facts.add_row("metrics", _pairs(found.metrics))
   facts.add_row("extras", json.dumps(found.extras))
   console.print(facts)
-  leaves = Table("leaf", "shape", "dtype", "size")
+  leaves = Table(Column("leaf", overflow="fold"), "shape", "dtype", "size")
   for leaf in found.leaves:
     leaves.add_row(leaf.path, str(list(leaf.shape)), leaf.dtype, _size(leaf.nbytes))
   leaves.add_section()
@@ -142,7 +142,8 @@ def _fail(message: str) -> None:
 
 
 def _console() -> Console:
-  return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+  # Into a pipe or file nothing is cut to the width of a terminal that is not there.
+  return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def _print_json(value: Any) -> None:

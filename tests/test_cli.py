@@ -55,11 +55,11 @@ def test_who_counts_chunks(run):
   ("arguments", "code", "message"),
   [
     (["shwo", "x"], 2, "did you mean show?"),
-    (["ls"], 2, "RUN"),
+    (["ls"], 2, "Missing argument"),
     (["ls", "x", "--jsno"], 2, "--json"),
     (["ls", "/nowhere/at/all"], 1, "/nowhere/at/all: no committed checkpoint"),
     (["show", "/nowhere"], 1, "no committed checkpoint"),
-    (["show", "/nowhere", "three"], 2, "three"),
+    (["show", "/nowhere", "three"], 2, "valid integer"),
   ],
 )
 def test_mistakes_get_a_message_and_no_traceback(arguments, code, message):

@@ -50,7 +50,7 @@ class Retention(ocp_policies.PreservationPolicy):
       keep.add(max(checkpoints, key=lambda c: (c.time, c.step)).step)
     if self.every_steps:
       keep |= {n for n in numbers if n % self.every_steps == 0}
-    if self.best:
+    if isinstance(self.best, BestConfig):
       keep |= set(best_steps(checkpoints, self.best))
     return [c.step in keep for c in checkpoints]
 
