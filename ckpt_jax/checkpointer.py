@@ -130,6 +130,8 @@ class Checkpointer:
     self.config: Config = config
     for line in config.unimplemented():
       _log.warning("config: %s", line)
+    if os.fspath(directory).startswith("s3://"):
+      raise StorageError(f"{directory}: this version cannot write to s3://, since Orbax cannot (google/orbax#2739)")
     self.directory: epath.Path = run.run_directory(directory)
     self.saves: list[SaveRecord] = []
     self._writing: SaveRecord | None = None
@@ -499,6 +501,8 @@ class Checkpointer:
     except (MemoryError, CheckpointError):
       raise
     except Exception as e:
+      if "more bytes than we reserved" in str(e):
+        raise ConfigError(f"{item_dir}: {_root_cause(e)}") from e
       raise CorruptCheckpointError(f"{item_dir}: cannot be read: {_root_cause(e)}") from e
 
 
@@ -528,8 +532,9 @@ def _size(nbytes: int) -> str:
   return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
-def _gigabytes(limit: int | str) -> int | None:
-  return None if isinstance(limit, str) else max(1, limit // 10**9)
+def _gigabytes(limit: int | str) -> Any:
+  # Orbax documents whole gigabytes, multiplies by 10**9 and takes a fraction as well.
+  return None if isinstance(limit, str) else limit / 1e9
 
 
 def _target_file_size(config: Config) -> int | None:
@@ -558,6 +563,8 @@ def _root_cause(error: BaseException) -> str:
   while (inner := seen.__cause__ or seen.__context__) is not None and inner is not seen:
     seen = inner
   text = " ".join(str(seen).split()) or type(seen).__name__
+  if "more bytes than we reserved" in text:
+    text += " (a shard is larger than limits.save_concurrency or limits.restore_concurrency; raise the limit above it)"
   return text if len(text) <= 400 else text[:400] + "..."
 
 

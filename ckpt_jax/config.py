@@ -42,12 +42,15 @@ NOT_YET: dict[str, str] = {
   "restore.verify": _LATER,
   "restore.on_corruption": _LATER,
   "health.nonfinite": _LATER,
+  "timeouts.restore": _LATER,
+  "storage": _LATER,
 }
 # Values that ask for what happens anyway.
 _TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
   "layout.pack": ("off",),
   "restore.strategy": ("auto", "direct"),
   "health.nonfinite": ("ignore",),
+  "storage": ("auto",),
 }
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -382,10 +385,11 @@ class Config(_Section):
     """The settings that the user made and this version accepts but does not act upon, as `key path: why`."""
     found = []
     for path, why in NOT_YET.items():
-      section_name, key = path.split(".")
-      section = getattr(self, section_name)
-      value = getattr(section, key)
-      explicit = section_name in self.model_fields_set and key in section.model_fields_set
+      value: Any = self
+      explicit = True
+      for key in path.split("."):
+        explicit = explicit and key in value.model_fields_set
+        value = getattr(value, key)
       if explicit and value is not None and value not in _TODAYS_VALUES.get(path, ()):
         found.append(f"{path}: {why}")
     return found

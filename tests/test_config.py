@@ -90,7 +90,29 @@ def test_every_layout_saves_and_restores(layout, tmp_path, assert_same):
   import jax.numpy as jnp
 
   state = {"w": jnp.arange(3000.0), "key": jax.random.key(1), "n": 3, "s": "x"}
-  limits = {"save_concurrency": "1GB", "restore_concurrency": "1GB"}
+  limits = {"save_concurrency": "15kB", "restore_concurrency": "50kB"}
   with ckpt.Checkpointer(tmp_path, ckpt.Config(layout=layout, limits=limits)) as c:
     c.save(0, state)
     assert_same(c.restore(like=state).state, state)
+
+
+def test_s3_is_refused_with_the_reason():
+  with pytest.raises(ckpt.StorageError, match="cannot write to s3://"):
+    ckpt.Checkpointer("s3://bucket/run")
+
+
+def test_concurrency_below_the_largest_shard_names_the_setting(tmp_path):
+  import jax.numpy as jnp
+
+  with ckpt.Checkpointer(tmp_path, ckpt.Config(limits={"save_concurrency": "1kB"})) as c:
+    with pytest.raises(ckpt.SaveFailedError, match=r"raise the limit"):
+      c.save(0, {"w": jnp.ones(1000)})
+      c.wait()
+    c.restore_or_init(lambda: None)
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(1, {"w": jnp.ones(1000)})
+  with (
+    ckpt.Checkpointer(tmp_path, ckpt.Config(limits={"restore_concurrency": "1kB"})) as c,
+    pytest.raises(ckpt.ConfigError, match=r"restore_concurrency"),
+  ):
+    c.restore(like={"w": jnp.ones(1000)})

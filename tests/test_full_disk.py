@@ -14,7 +14,9 @@ import ckpt_jax as ckpt
 def small_disk(tmp_path):
   if os.geteuid() != 0:
     pytest.skip("mounting a tmpfs needs root")
-  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", tmp_path], capture_output=True, text=True)
+  mounted = subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", tmp_path], capture_output=True, text=True
+  )
   if mounted.returncode:
     pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
   yield tmp_path
