@@ -102,6 +102,7 @@ def test_s3_is_refused_with_the_reason():
 
 
 def test_concurrency_below_the_largest_shard_names_the_setting(tmp_path):
+  import jax
   import jax.numpy as jnp
 
   with ckpt.Checkpointer(tmp_path, ckpt.Config(limits={"save_concurrency": "1kB"})) as c:
@@ -115,4 +116,4 @@ def test_concurrency_below_the_largest_shard_names_the_setting(tmp_path):
     ckpt.Checkpointer(tmp_path, ckpt.Config(limits={"restore_concurrency": "1kB"})) as c,
     pytest.raises(ckpt.ConfigError, match=r"restore_concurrency"),
   ):
-    c.restore(like={"w": jnp.ones(1000)})
+    c.restore(like={"w": jax.device_put(jnp.ones(1000), jax.devices()[0])})
