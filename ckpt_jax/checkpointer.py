@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,19 +23,20 @@ from ckpt_jax.config import BestConfig, Config, load_config
 from ckpt_jax.errors import (
   CheckpointError,
   ConfigError,
-  CorruptCheckpointError,
   NoCheckpointError,
   SaveFailedError,
   SaveOutOfSpaceError,
   StorageError,
 )
-from ckpt_jax.layout.encoding import decode_leaf, encode, path_name
+from ckpt_jax.failures import is_out_of_space, root_cause, storage_errors
+from ckpt_jax.layout.encoding import encode
+from ckpt_jax.layout.handler import pytree_handler, target_file_size
 from ckpt_jax.layout.sharding import abstract_state, global_nbytes, local_nbytes
 from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
 from ckpt_jax.policies.retention import Retention, best_steps
 from ckpt_jax.policies.schedule import AnyOf, EveryMinutes, EverySteps, OnPreemption
 from ckpt_jax.preemption import PreemptionNotice
-from ckpt_jax.restore.match import plan_leaves
+from ckpt_jax.restore.read import read_as_saved, read_like
 from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
@@ -138,8 +138,8 @@ class Checkpointer:
     self._returned_at: float | None = None
     self._record_lock = threading.Lock()
     self._closed = False
-    with _storage_errors(f"{self.directory}: cannot open the run"):
-      self._manager = self._open_manager(_handler(config))
+    with storage_errors(f"{self.directory}: cannot open the run"):
+      self._manager = self._open_manager(pytree_handler(config))
     self._notice = PreemptionNotice() if config.preemption.enabled else None
     finish = weakref.WeakMethod(self._finish_at_exit)
     orbax_private.before_executors_shut_down(lambda: (m := finish()) and m())
@@ -218,10 +218,10 @@ class Checkpointer:
       self._writing, self._returned_at = record, None
     try:
       if not copy_fits:
-        self._replace_manager(_handler(self.config, device_host_gb=1))
+        self._replace_manager(pytree_handler(self.config, device_host_gb=1))
       self._manager.save(
         step,
-        args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=_target_file_size(self.config)),
+        args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self.config)),
         metrics=numbers,
         custom_metadata={run.OURS: metadata},
         force=True,
@@ -234,7 +234,7 @@ class Checkpointer:
       self.saves.append(record)
       if not copy_fits:
         self._manager.wait_until_finished()
-        self._replace_manager(_handler(self.config))
+        self._replace_manager(pytree_handler(self.config))
     except Exception as e:
       raise self._save_failed(e) from e
     if preempted:
@@ -337,17 +337,7 @@ class Checkpointer:
     assert chosen is not None
     step_dir = run.step_directory(self.directory, chosen)
     ours = run.our_metadata(step_dir)
-    notes = ours.get("encoded", {})
-    if like is None:
-      state = self._read_as_saved(step_dir, notes)
-    else:
-      plans, treedef = plan_leaves(like, run.saved_leaves(step_dir), notes, f"{self.directory} step {chosen}")
-      read = self._read(
-        step_dir,
-        treedef.unflatten([p.item for p in plans]),
-        treedef.unflatten([p.restore_args for p in plans]),
-      )
-      state = treedef.unflatten([p.finish(value) for p, value in zip(plans, treedef.flatten_up_to(read), strict=True)])
+    state = read_as_saved(step_dir, self.config) if like is None else read_like(step_dir, like, self.config)
     jax.block_until_ready(state)
     nbytes = global_nbytes(state)
     report = RestoreReport("direct", time.perf_counter() - started, nbytes, str(step_dir))
@@ -409,11 +399,11 @@ class Checkpointer:
       self._manager.wait_until_finished()
     with contextlib.suppress(Exception):
       self._manager.reload()
-    cause = _root_cause(error)
+    cause = root_cause(error)
     newest = self.latest_step()
     kept = f"the newest committed step is {newest}" if newest is not None else "no step is committed"
     message = f"{self.directory}: step {step} was not saved: {cause}; {kept}"
-    if _is_out_of_space(error):
+    if is_out_of_space(error):
       hint = "The storage is full: free space, or keep fewer steps (retention)"
       return SaveOutOfSpaceError(f"{message}. {hint}", step)
     return SaveFailedError(message, step)
@@ -468,78 +458,9 @@ class Checkpointer:
       raise NoCheckpointError(f"{self.directory}: no committed checkpoint; save one first, or check the path")
     return None
 
-  def _read_as_saved(self, step_dir: epath.Path, notes: dict[str, Any]) -> PyTree:
-    tree = run.item_tree(run.item_directory(step_dir))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    treedef: Any = structure  # jax's stubs do not know its methods
-    names = [path_name(path) for path, _ in leaves]
-    items: list[Any] = []
-    args: list[Any] = []
-    for name, (_, meta) in zip(names, leaves, strict=True):
-      kind = type(meta).__name__
-      if kind in ("StringMetadata", "ScalarMetadata"):
-        items.append("" if kind == "StringMetadata" else 0)
-        args.append(ocp.RestoreArgs())
-      elif notes.get(name, {}).get("kind") == "prng_key":
-        where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        key = jax.ShapeDtypeStruct(tuple(meta.shape), meta.dtype, sharding=where)
-        items.append(key)
-        args.append(ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=where))
-      else:
-        items.append(np.zeros((), np.uint8))
-        args.append(ocp.RestoreArgs(restore_type=np.ndarray))
-    read = self._read(step_dir, treedef.unflatten(items), treedef.unflatten(args))
-    return treedef.unflatten(
-      [decode_leaf(value, notes.get(name)) for name, value in zip(names, treedef.flatten_up_to(read), strict=True)]
-    )
-
-  def _read(self, step_dir: epath.Path, item: PyTree, restore_args: PyTree) -> PyTree:
-    item_dir = run.item_directory(step_dir)
-    try:
-      with ocp.Checkpointer(_handler(self.config)) as reader:
-        return reader.restore(item_dir, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
-    except (MemoryError, CheckpointError):
-      raise
-    except Exception as e:
-      if "more bytes than we reserved" in str(e):
-        raise ConfigError(f"{item_dir}: {_root_cause(e)}") from e
-      raise CorruptCheckpointError(f"{item_dir}: cannot be read: {_root_cause(e)}") from e
-
-
-def _handler(config: Config, *, device_host_gb: int | None = None) -> ocp.PyTreeCheckpointHandler:
-  layout, limits = config.layout, config.limits
-  registry: dict[str, Any] = {}
-  if layout.replica_parallel == "off":
-    registry["type_handler_registry"] = ocp.type_handlers.create_type_handler_registry(
-      *((kind, ocp.type_handlers.ScalarHandler()) for kind in (int, float, np.number)),
-      (np.ndarray, ocp.type_handlers.NumpyHandler()),
-      (str, ocp.type_handlers.StringHandler()),
-      (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
-    )
-  return ocp.PyTreeCheckpointHandler(
-    # Trained weights shrink by 8% under zstd and the commit takes 2.3 times as long, so auto means off.
-    use_compression=layout.compression == "on",
-    # The target size of data files is honoured by zarr3 only.
-    use_zarr3=layout.target_file_size != "auto",
-    save_concurrent_gb=_gigabytes(limits.save_concurrency),
-    restore_concurrent_gb=_gigabytes(limits.restore_concurrency),
-    save_device_host_concurrent_gb=device_host_gb,
-    **registry,
-  )
-
 
 def _size(nbytes: int) -> str:
   return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
-
-
-def _gigabytes(limit: int | str) -> Any:
-  # Orbax documents whole gigabytes, multiplies by 10**9 and takes a fraction as well.
-  return None if isinstance(limit, str) else limit / 1e9
-
-
-def _target_file_size(config: Config) -> int | None:
-  size = config.layout.target_file_size
-  return None if isinstance(size, str) else size
 
 
 def _all_processes(answer: bool) -> bool:
@@ -547,30 +468,3 @@ def _all_processes(answer: bool) -> bool:
   if jax.process_count() == 1:
     return answer
   return bool(np.all(multihost_utils.process_allgather(np.array(answer))))
-
-
-@contextlib.contextmanager
-def _storage_errors(what: str) -> Iterator[None]:
-  try:
-    yield
-  except OSError as e:
-    raise StorageError(f"{what}: {e.strerror or e}") from e
-
-
-def _root_cause(error: BaseException) -> str:
-  """The innermost message, on one line: Orbax wraps it in several layers of tasks and barriers."""
-  seen = error
-  while (inner := seen.__cause__ or seen.__context__) is not None and inner is not seen:
-    seen = inner
-  text = " ".join(str(seen).split()) or type(seen).__name__
-  if "more bytes than we reserved" in text:
-    text += " (a shard is larger than limits.save_concurrency or limits.restore_concurrency; raise the limit above it)"
-  return text if len(text) <= 400 else text[:400] + "..."
-
-
-def _is_out_of_space(error: BaseException | None) -> bool:
-  while error is not None:
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-      return True
-    error = error.__cause__ or error.__context__
-  return False

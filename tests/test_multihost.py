@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,14 @@ def test_each_process_writes_a_quarter_and_nothing_twice_and_any_mesh_restores(t
   run_all("restore", tmp_path, 2)
   run_all("restore", tmp_path, 1)
   run_all("restore", tmp_path, 4)
+
+
+def test_chunk_that_two_processes_wrote_is_reported(tmp_path):
+  run_all("save", tmp_path, 2)
+  item = tmp_path / "0" / "default"
+  shutil.copytree(item / "ocdbt.process_1", item / "ocdbt.process_7")
+  report = who_wrote(tmp_path, 0)
+  assert report.overlaps and set(map(tuple, report.overlaps.values())) == {(1, 7)}
 
 
 def test_sigterm_to_one_process_saves_on_all_and_exits_cleanly(tmp_path):
