@@ -31,7 +31,7 @@ from ckpt_jax.errors import (
 from ckpt_jax.failures import is_out_of_space, root_cause, storage_errors
 from ckpt_jax.layout.encoding import encode
 from ckpt_jax.layout.handler import pytree_handler, target_file_size
-from ckpt_jax.layout.sharding import abstract_state, global_nbytes, local_nbytes
+from ckpt_jax.layout.sharding import abstract_state, global_nbytes, largest_shard_nbytes, local_nbytes
 from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
 from ckpt_jax.policies.retention import Retention, best_steps
 from ckpt_jax.policies.schedule import AnyOf, EveryMinutes, EverySteps, OnPreemption
@@ -213,12 +213,12 @@ class Checkpointer:
     self.wait()
     record.waited_s = time.perf_counter() - waited
 
-    copy_fits = self._copy_fits(state)
+    chunk_nbytes = self._chunk_nbytes(state)
     with self._record_lock:
       self._writing, self._returned_at = record, None
     try:
-      if not copy_fits:
-        self._replace_manager(pytree_handler(self.config, device_host_gb=1))
+      if chunk_nbytes is not None:
+        self._replace_manager(pytree_handler(self.config, chunk_nbytes=chunk_nbytes))
       self._manager.save(
         step,
         args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self.config)),
@@ -232,7 +232,7 @@ class Checkpointer:
         if record.background_s is not None:  # committed before save returned
           record.background_s = 0.0
       self.saves.append(record)
-      if not copy_fits:
+      if chunk_nbytes is not None:
         self._manager.wait_until_finished()
         self._replace_manager(pytree_handler(self.config))
     except Exception as e:
@@ -408,21 +408,24 @@ class Checkpointer:
       return SaveOutOfSpaceError(f"{message}. {hint}", step)
     return SaveFailedError(message, step)
 
-  def _copy_fits(self, state: PyTree) -> bool:
+  def _chunk_nbytes(self, state: PyTree) -> int | None:
+    """None if a copy of this process's shards fits into host memory; else how much of it to hold at a time."""
     limit = self.config.limits.host_memory
     free = available_memory()
     free = free if limit == "auto" else min(free, limit)
     needed = int(local_nbytes(state) * _COPY_HEADROOM)
-    if needed <= free:
-      return _all_processes(True)
-    _log.warning(
+    chunk = max(int(largest_shard_nbytes(state) * _COPY_HEADROOM), min(10**9, free // 4))
+    if _all_processes(needed <= free):
+      return None
+    _log.log(
+      logging.WARNING if needed > free else logging.INFO,  # another process's shortage is its own to warn of
       "%s: a copy of this process's shards needs %s of host memory and %s are free: saving in chunks, and "
       "training waits until they are written. More memory, or more processes, bring asynchronous saving back.",
       self.directory,
       _size(needed),
       _size(free),
     )
-    return _all_processes(False)
+    return chunk
 
   def _preempted(self, step: int) -> bool:
     if self._notice is None:

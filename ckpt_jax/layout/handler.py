@@ -11,12 +11,13 @@ import orbax.checkpoint as ocp
 from ckpt_jax.config import Config
 
 
-def pytree_handler(config: Config, *, device_host_gb: int | None = None) -> ocp.PyTreeCheckpointHandler:
+def pytree_handler(config: Config, *, chunk_nbytes: int | None = None) -> ocp.PyTreeCheckpointHandler:
   """The handler that writes and reads the state of a step.
 
   Args:
     config: the settings.
-    device_host_gb: gigabytes that may be copied to host memory at a time; None copies all at once.
+    chunk_nbytes: bytes that may be in host memory at a time while saving, at least the largest shard; None copies all
+      at once.
   """
   layout, limits = config.layout, config.limits
   registry: dict[str, Any] = {}
@@ -32,9 +33,10 @@ def pytree_handler(config: Config, *, device_host_gb: int | None = None) -> ocp.
     use_compression=layout.compression == "on",
     # The target size of data files is honoured by zarr3 only.
     use_zarr3=layout.target_file_size != "auto",
-    save_concurrent_gb=_gigabytes(limits.save_concurrency),
+    # Unlimited, Orbax writes in one OCDBT transaction, which keeps every chunk until the commit.
+    save_concurrent_gb=_gigabytes(chunk_nbytes or limits.save_concurrency),
     restore_concurrent_gb=_gigabytes(limits.restore_concurrency),
-    save_device_host_concurrent_gb=device_host_gb,
+    save_device_host_concurrent_gb=_gigabytes(chunk_nbytes or "auto"),
     **registry,
   )
 

@@ -30,6 +30,17 @@ def local_nbytes(state: PyTree) -> int:
   return total
 
 
+def largest_shard_nbytes(state: PyTree) -> int:
+  """Bytes of the largest piece of one array that this process holds; 0 without arrays."""
+  sizes = [0]
+  for leaf in jax.tree.leaves(state):
+    if isinstance(leaf, jax.Array):
+      sizes += [_nbytes(s.data) for s in leaf.addressable_shards]
+    elif isinstance(leaf, (np.ndarray, np.generic)):
+      sizes.append(leaf.nbytes)
+  return max(sizes)
+
+
 def global_nbytes(state: PyTree) -> int:
   """Bytes of all array leaves, each counted once however it is sharded."""
   return sum(_nbytes(x) for x in jax.tree.leaves(state) if hasattr(x, "dtype"))
