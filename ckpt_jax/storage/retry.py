@@ -1,0 +1,138 @@
+"""Retries of HTTP requests to object stores: capped exponential backoff with full jitter under one total deadline.
+
+Used for the small metadata requests, which go through fsspec. gcsfs's own retries start at one second and botocore's at
+up to one: a save makes some ten requests one after another, and with one in five failing that adds tens of seconds.
+Bulk data goes through TensorStore, which gets the same figures in its own terms (`kvstore.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ckpt_jax.errors import StorageError
+
+RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+
+
+@dataclasses.dataclass(frozen=True)
+class Retry:
+  """When and how often to ask again.
+
+  The wait before retry n (from 0) is uniform between 0 and min(max_delay, initial_delay * 2**n), called full jitter
+  (M. Brooker, "Exponential backoff and jitter", AWS Architecture Blog, 2015).
+
+  Attributes:
+    initial_delay, max_delay: seconds.
+    deadline: seconds in all after which a request that keeps failing is given up.
+  """
+
+  initial_delay: float = 0.05
+  max_delay: float = 8.0
+  deadline: float = 60.0
+
+  def delay(self, attempt: int) -> float:
+    """Seconds to wait before retry number `attempt`, from 0."""
+    return random.uniform(0, min(self.max_delay, self.initial_delay * 2 ** min(attempt, 60)))
+
+  @property
+  def max_retries(self) -> int:
+    """How many retries fit the deadline when each waits its longest: for clients that count instead of timing."""
+    spent, count = 0.0, 0
+    while spent < self.deadline:
+      spent += min(self.max_delay, self.initial_delay * 2**count)
+      count += 1
+    return count
+
+
+async def send(
+  attempt: Callable[[], Awaitable[Any]],
+  status: Callable[[Any], int],
+  discard: Callable[[Any], Awaitable[None]],
+  transient: tuple[type[BaseException], ...],
+  retry: Retry,
+  what: str,
+) -> Any:
+  """The answer of `attempt()` once its status is not one of RETRIED_STATUS.
+
+  Args:
+    attempt: sends the request.
+    status: the HTTP status of an answer.
+    discard: releases an answer that is not used.
+    transient: exceptions that mean the request may succeed later.
+    retry: the limits.
+    what: names the request in the error.
+
+  Raises:
+    StorageError: when the deadline has passed, with the last failure.
+  """
+  started = time.monotonic()
+  tries = 0
+  while True:
+    answer = None
+    try:
+      answer = await attempt()
+      code = status(answer)
+      if code not in RETRIED_STATUS:
+        return answer
+      failure = {429: "429 Too Many Requests", 503: "503 Service Unavailable"}.get(code, f"status {code}")
+    except transient as e:
+      failure = f"{type(e).__name__}: {e}"
+    if answer is not None:
+      await discard(answer)
+    delay = retry.delay(tries)
+    tries += 1
+    spent = time.monotonic() - started
+    if spent + delay > retry.deadline:
+      raise StorageError(
+        f"{what}: gave up after {tries} tries in {spent:.1f} s: {failure}. The store is overloaded or cannot be "
+        "reached; storage.retry.deadline sets how long to go on"
+      )
+    await asyncio.sleep(delay)
+
+
+def gcs_middleware(retry: Retry) -> Any:
+  """An aiohttp client middleware that retries."""
+  import aiohttp
+
+  async def middleware(request: Any, handler: Any) -> Any:
+    async def discard(answer: Any) -> None:
+      answer.release()
+
+    return await send(
+      lambda: handler(request),
+      lambda answer: answer.status,
+      discard,
+      (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError),
+      retry,
+      f"{request.method} {request.url.with_query(None)}",
+    )
+
+  return middleware
+
+
+def s3_session_class(retry: Retry) -> type:
+  """An aiobotocore HTTP session that retries; botocore's own retries are to be switched off."""
+  from aiobotocore.httpsession import AIOHTTPSession
+  from botocore import exceptions
+
+  transient = (exceptions.HTTPClientError, exceptions.ConnectionError, asyncio.TimeoutError)
+
+  class RetryingSession(AIOHTTPSession):
+    async def send(self, request: Any) -> Any:
+      async def discard(answer: Any) -> None:
+        await answer.content
+
+      def attempt() -> Awaitable[Any]:
+        if hasattr(request.body, "seek"):
+          request.body.seek(0)
+        return AIOHTTPSession.send(self, request)
+
+      what = f"{request.method} {request.url.partition('?')[0]}"
+      return await send(attempt, lambda answer: answer.status_code, discard, transient, retry, what)
+
+  return RetryingSession
