@@ -26,7 +26,6 @@ from ckpt_jax.errors import (
   NoCheckpointError,
   SaveFailedError,
   SaveOutOfSpaceError,
-  StorageError,
 )
 from ckpt_jax.failures import is_out_of_space, root_cause, storage_errors
 from ckpt_jax.layout.encoding import encode
@@ -37,6 +36,9 @@ from ckpt_jax.policies.retention import Retention, best_steps
 from ckpt_jax.policies.schedule import AnyOf, EveryMinutes, EverySteps, OnPreemption
 from ckpt_jax.preemption import PreemptionNotice
 from ckpt_jax.restore.read import read_as_saved, read_like
+from ckpt_jax.storage.kinds import StorageKind, check_suitable
+from ckpt_jax.storage.kvstore import connect, store_options
+from ckpt_jax.storage.objects import snapshot
 from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
@@ -109,11 +111,13 @@ class Checkpointer:
   Attributes:
     directory: the run's absolute path.
     config: the settings in force.
+    storage: what kind of storage the run lies on.
     saves: a SaveRecord for each save of this object, oldest first.
 
   Raises:
     ConfigError: if `config` is wrong.
-    StorageError: if `directory` cannot be created.
+    StorageError: if `directory` cannot be created or reached, or if it is on a disk that the job's other hosts do not
+      see.
   """
 
   def __init__(
@@ -130,15 +134,15 @@ class Checkpointer:
     self.config: Config = config
     for line in config.unimplemented():
       _log.warning("config: %s", line)
-    if os.fspath(directory).startswith("s3://"):
-      raise StorageError(f"{directory}: this version cannot write to s3://, since Orbax cannot (google/orbax#2739)")
+    connect(directory, store_options(config.storage))
     self.directory: epath.Path = run.run_directory(directory)
+    self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
     self.saves: list[SaveRecord] = []
     self._writing: SaveRecord | None = None
     self._returned_at: float | None = None
     self._record_lock = threading.Lock()
     self._closed = False
-    with storage_errors(f"{self.directory}: cannot open the run"):
+    with storage_errors(f"{self.directory}: cannot open the run"), snapshot(self.directory):
       self._manager = self._open_manager(pytree_handler(config))
     self._notice = PreemptionNotice() if config.preemption.enabled else None
     finish = weakref.WeakMethod(self._finish_at_exit)
@@ -336,8 +340,9 @@ class Checkpointer:
     chosen = self._agreed_step(step, required=True)
     assert chosen is not None
     step_dir = run.step_directory(self.directory, chosen)
-    ours = run.our_metadata(step_dir)
-    state = read_as_saved(step_dir, self.config) if like is None else read_like(step_dir, like, self.config)
+    with snapshot(step_dir):
+      ours = run.our_metadata(step_dir)
+      state = read_as_saved(step_dir, self.config) if like is None else read_like(step_dir, like, self.config)
     jax.block_until_ready(state)
     nbytes = global_nbytes(state)
     report = RestoreReport("direct", time.perf_counter() - started, nbytes, str(step_dir))

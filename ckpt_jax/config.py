@@ -43,14 +43,12 @@ NOT_YET: dict[str, str] = {
   "restore.on_corruption": _LATER,
   "health.nonfinite": _LATER,
   "timeouts.restore": _LATER,
-  "storage": _LATER,
 }
 # Values that ask for what happens anyway.
 _TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
   "layout.pack": ("off",),
   "restore.strategy": ("auto", "direct"),
   "health.nonfinite": ("ignore",),
-  "storage": ("auto",),
 }
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -154,7 +152,23 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Count = Annotated[StrictInt, BeforeValidator(_whole), Field(gt=0)]
 AutoOrBytes = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_bytes)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
-StorageName = Literal["auto", "local", "network_disk", "nfs", "gcs", "s3", "bucket_mount"]
+StorageName = Literal[
+  "auto",
+  "local",
+  "network_disk",
+  "tmpfs",
+  "nfs",
+  "lustre",
+  "glusterfs",
+  "cephfs",
+  "gpfs",
+  "wekafs",
+  "beegfs",
+  "smb",
+  "gcs",
+  "s3",
+  "bucket_mount",
+]
 
 
 class _Section(pydantic.BaseModel):
@@ -329,6 +343,52 @@ class TimeoutsConfig(_Section):
   restore: Duration = 1200.0
 
 
+class RetryConfig(_Section):
+  """How requests that an object store refuses (429, 503) or does not answer are sent again, in seconds.
+
+  Attributes:
+    initial_delay: the longest wait before the first retry; each further one may wait twice as long.
+    max_delay: the longest wait of all.
+    deadline: when a request that keeps failing is given up.
+  """
+
+  initial_delay: Duration = 0.05
+  max_delay: Duration = 8.0
+  deadline: Duration = 60.0
+
+
+class StorageConfig(_Section):
+  """The storage that the run lies on. A plain name is short for `{kind: NAME}`.
+
+  Attributes:
+    kind: what it is; `auto` finds out.
+    endpoint: address of an object store, `https://host[:port]`; null: as the standard variables say (AWS_ENDPOINT_URL,
+      STORAGE_EMULATOR_HOST).
+    region: AWS region; null: AWS_REGION or the profile's.
+    path_style: whether the bucket is in the path rather than in the host name; null: as the endpoint wants.
+    profile: name of an AWS profile. Keys themselves do not belong into this file.
+    anonymous: send no credentials.
+    driver: TensorStore's driver for gs://, `gcs` or `gcs_grpc`.
+    requests: requests in flight at a time and process; `auto` leaves it to TensorStore.
+    retry: how failed requests are sent again.
+  """
+
+  kind: StorageName = "auto"
+  endpoint: StrictStr | None = None
+  region: StrictStr | None = None
+  path_style: StrictBool | None = None
+  profile: StrictStr | None = None
+  anonymous: StrictBool | None = None
+  driver: Literal["gcs", "gcs_grpc"] | None = None
+  requests: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] = "auto"
+  retry: RetryConfig = Field(default_factory=RetryConfig)
+
+  @pydantic.model_validator(mode="before")
+  @classmethod
+  def _name_is_kind(cls, data: Any) -> Any:
+    return {"kind": data} if isinstance(data, str) else data
+
+
 class Config(_Section):
   """All settings of a Checkpointer; each section is a dict or its typed object. Immutable.
 
@@ -341,7 +401,7 @@ class Config(_Section):
     health: what to do with non-finite states.
     preemption: what SIGTERM does.
     timeouts: when an operation counts as failed.
-    storage: the kind of storage that the run lies on; `auto` finds out.
+    storage: what the run lies on, and how to reach it.
 
   Raises:
     ConfigError: for an unknown key (with the nearest right one) or a wrong value; all of them at once.
@@ -355,7 +415,7 @@ class Config(_Section):
   health: HealthConfig = Field(default_factory=HealthConfig)
   preemption: PreemptionConfig = Field(default_factory=PreemptionConfig)
   timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
-  storage: StorageName = "auto"
+  storage: StorageConfig = Field(default_factory=StorageConfig)
 
   if TYPE_CHECKING:  # a section may be given as a dict, which the synthesized signature would not allow
 
@@ -370,7 +430,7 @@ class Config(_Section):
       health: HealthConfig | Mapping[str, Any] = ...,
       preemption: PreemptionConfig | Mapping[str, Any] = ...,
       timeouts: TimeoutsConfig | Mapping[str, Any] = ...,
-      storage: StorageName = ...,
+      storage: StorageConfig | StorageName | Mapping[str, Any] = ...,
     ) -> None: ...
 
   @pydantic.model_validator(mode="before")

@@ -1,9 +1,11 @@
-"""The only file that touches private names, Orbax's and Python's. tests/test_orbax_private.py fails when they move."""
+"""The only file that touches private names of Orbax, epath and Python; tests/test_orbax_private.py guards them."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import orbax.checkpoint as ocp
 
@@ -27,3 +29,56 @@ def before_executors_shut_down(callback: Callable[[], None]) -> None:
   earlier; `concurrent.futures.thread` itself uses this one (python/cpython#86128).
   """
   threading._register_atexit(callback)  # type: ignore[attr-defined]  # pylint: disable=protected-access
+
+
+_taught = False
+
+
+def teach_object_stores(backend: Any, kvstore_spec: Callable[[str], dict[str, Any]]) -> None:
+  """Lets Orbax read and write s3:// as it does gs://, both with our clients. Does so once in a process.
+
+  Why private: Orbax takes every path for a local one but gs:// (google/orbax#2739 is open). All its decisions about
+  object stores (commit by marker file instead of rename, size of data files, how to delete, which TensorStore driver)
+  hang on the functions replaced here. epath has a table of back ends and no way to register one; with TensorFlow
+  installed it would use that, without our retries and without S3.
+
+  Args:
+    backend: epath back end for gs:// and s3://.
+    kvstore_spec: TensorStore's JSON for a URL.
+  """
+  global _taught
+  if _taught:
+    return
+  from etils.epath import gpath
+  from orbax.checkpoint._src.path import gcs_utils
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+
+  schemes = ("gs://", "s3://")
+  has_folders = gcs_utils.is_hierarchical_namespace_enabled
+
+  def is_remote(path: Any) -> bool:
+    text = path.as_posix() if hasattr(path, "as_posix") else os.fspath(path)
+    return text.startswith(schemes)
+
+  def normalized(path: str) -> str:
+    scheme, found, rest = str(path).partition("://")
+    return f"{scheme}://{os.path.normpath(rest)}" if found else os.path.normpath(path)
+
+  def hierarchical(path: Any) -> bool:
+    # Asks Google's own client, which needs a project and a permission (storage.buckets.get) that nothing else needs.
+    if not str(path).startswith("gs://") or "STORAGE_EMULATOR_HOST" in os.environ:
+      return False
+    try:
+      return bool(has_folders(path))
+    except Exception:  # whatever it lacks: a bucket that is used flat works, hierarchical or not
+      return False
+
+  gcs_utils.is_gcs_path = is_remote
+  gcs_utils.is_hierarchical_namespace_enabled = hierarchical
+  gcs_utils.get_kvstore_for_gcs = kvstore_spec
+  tensorstore_utils._use_gcs_driver = is_remote
+  tensorstore_utils._normalize_path = normalized
+  gpath._PREFIX_TO_BACKEND["gs"] = gpath._PREFIX_TO_BACKEND["s3"] = backend
+  gpath._GCS_BACKENDS = gpath._GCS_BACKENDS | {backend}
+  gpath._is_tf_installed = lambda: False
+  _taught = True

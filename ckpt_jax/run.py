@@ -11,11 +11,14 @@ from typing import Any
 
 from etils import epath
 
-from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.storage.kvstore import connect, is_object_store
+from ckpt_jax.storage.objects import snapshot
 
 STEP_METADATA = "_CHECKPOINT_METADATA"
 ITEM_METADATA = "_METADATA"
 DEFAULT_ITEM = "default"
+COMMIT_MARKER = "commit_success.txt"
 OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
 
 
@@ -71,23 +74,30 @@ class StepDescription:
 def run_directory(path: str | os.PathLike[str]) -> epath.Path:
   """An absolute path, with `~` expanded; URLs stay as they are (plain Orbax refuses relative paths)."""
   text = os.fspath(path)
+  if is_object_store(text):
+    connect(text)
+    return epath.Path(text.rstrip("/"))
   if "://" in text:
-    return epath.Path(text)
+    raise StorageError(f"{text}: only local paths, gs:// and s3:// are known")
   return epath.Path(os.path.abspath(os.path.expanduser(text)))
 
 
 def committed_steps(run: epath.Path) -> list[int]:
   """Step numbers in ascending order. Leftovers of unfinished saves, and empty or foreign directories, are not steps."""
-  if not run.exists():
-    return []
-  names = [p.name for p in run.iterdir() if p.name.isdigit()]
-  with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    good = list(pool.map(lambda name: is_step(run / name), names))
+  with snapshot(run):
+    if not run.exists():
+      return []
+    names = [p.name for p in run.iterdir() if p.name.isdigit()]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+      good = list(pool.map(lambda name: is_step(run / name), names))
   return sorted(int(name) for name, ok in zip(names, good, strict=True) if ok)
 
 
 def is_step(directory: epath.Path) -> bool:
   """Whether `directory` holds what every committed Orbax step holds."""
+  if is_object_store(directory):
+    # Nothing is renamed there: a step is committed once its marker is written, last of all.
+    return (directory / COMMIT_MARKER).exists()
   return (directory / STEP_METADATA).exists() or (directory / DEFAULT_ITEM / ITEM_METADATA).exists()
 
 

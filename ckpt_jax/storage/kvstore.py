@@ -16,6 +16,7 @@ import threading
 import urllib.parse
 from typing import Any
 
+from ckpt_jax.config import StorageConfig
 from ckpt_jax.errors import ConfigError, StorageError
 from ckpt_jax.storage.retry import Retry, gcs_middleware, s3_session_class
 
@@ -45,7 +46,7 @@ class StoreOptions:
   anonymous: bool | None = None
   driver: str | None = None
   requests: int | None = None
-  retry: Retry = Retry()
+  retry: Retry = dataclasses.field(default_factory=Retry)
 
 
 _lock = threading.Lock()
@@ -85,7 +86,7 @@ def connect(url: str | os.PathLike[str], options: StoreOptions | None = None) ->
   if not is_object_store(url):
     return
   from ckpt_jax import orbax_private
-  from ckpt_jax.storage.objects import ObjectBackend
+  from ckpt_jax.storage.objects import ObjectBackend, activate
 
   scheme, bucket, _ = split_url(url)
   with _lock:
@@ -97,7 +98,23 @@ def connect(url: str | os.PathLike[str], options: StoreOptions | None = None) ->
       endpoint = options_of(url).endpoint or os.environ.get("STORAGE_EMULATOR_HOST")
       if endpoint:
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", endpoint)
-    orbax_private.teach_object_stores(ObjectBackend(filesystem), kvstore_spec)
+        # Spares TensorStore the search for credentials that an emulator does not want.
+        os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    orbax_private.teach_object_stores(activate(ObjectBackend(filesystem)), kvstore_spec)
+
+
+def store_options(config: StorageConfig) -> StoreOptions:
+  """The options that a configuration asks for."""
+  return StoreOptions(
+    endpoint=config.endpoint,
+    region=config.region,
+    path_style=config.path_style,
+    profile=config.profile,
+    anonymous=config.anonymous,
+    driver=config.driver,
+    requests=None if config.requests == "auto" else config.requests,
+    retry=Retry(config.retry.initial_delay, config.retry.max_delay, config.retry.deadline),
+  )
 
 
 def options_of(url: str | os.PathLike[str]) -> StoreOptions:
@@ -115,8 +132,8 @@ def _check(scheme: str, bucket: str, options: StoreOptions) -> None:
       raise ConfigError("storage.endpoint: holds credentials; pass them by the AWS variables or a profile")
     if scheme == "s3" and options.path_style is False:
       raise ConfigError(
-        "storage.path_style: false does not work with storage.endpoint: TensorStore puts the bucket into the path of an "
-        "endpoint of your own; leave path_style out"
+        "storage.path_style: false does not work with storage.endpoint: TensorStore puts the bucket into the path of "
+        "an endpoint of your own; leave path_style out"
       )
   if options.profile and options.anonymous:
     raise ConfigError("storage.anonymous and storage.profile exclude each other; leave one out")
@@ -160,6 +177,9 @@ def kvstore_spec(url: str | os.PathLike[str]) -> dict[str, Any]:
     spec["aws_credentials"] = {"type": "anonymous"}
   elif options.profile:
     spec["aws_credentials"] = {"type": "profile", "profile": options.profile}
+  elif "AWS_ACCESS_KEY_ID" in os.environ:
+    # What the default chain would find too, after complaints on stderr about config files that are not there.
+    spec["aws_credentials"] = {"type": "environment"}
   if options.requests:
     spec["s3_request_concurrency"] = {"limit": options.requests}
   return spec
@@ -208,7 +228,7 @@ def _resolved_by_botocore(
 
 
 def filesystem(url: str | os.PathLike[str]) -> Any:
-  """The fsspec file system (gcsfs or s3fs) for the bucket of `url`, with this package's retries and no listing cache."""
+  """The fsspec file system (gcsfs or s3fs) for the bucket of `url`: our retries, and no cache of listings."""
   scheme, _, _ = split_url(url)
   options = options_of(url)
   if scheme == "gs":

@@ -14,9 +14,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ckpt_jax.errors import StorageError
-
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class GaveUpError(Exception):
+  """The deadline of a request has passed. No OSError, since aiohttp and gcsfs would take that for a reason to retry."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ async def send(
     what: names the request in the error.
 
   Raises:
-    StorageError: when the deadline has passed, with the last failure.
+    GaveUpError: when the deadline has passed, with the last failure.
   """
   started = time.monotonic()
   tries = 0
@@ -88,7 +90,7 @@ async def send(
     tries += 1
     spent = time.monotonic() - started
     if spent + delay > retry.deadline:
-      raise StorageError(
+      raise GaveUpError(
         f"{what}: gave up after {tries} tries in {spent:.1f} s: {failure}. The store is overloaded or cannot be "
         "reached; storage.retry.deadline sets how long to go on"
       )

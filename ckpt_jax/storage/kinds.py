@@ -1,0 +1,395 @@
+"""What a path lies on: found from its URL or the mount table, with what follows for checkpoints.
+
+The tables are data: a new file system is a new line. Without a mount table (not Linux) a path counts as `local`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Callable
+
+from ckpt_jax.errors import StorageError
+
+_log = logging.getLogger(__name__)
+
+
+class StorageKind(enum.StrEnum):
+  """Kinds of storage; each value is the name used in configuration and output."""
+
+  LOCAL = "local"
+  NETWORK_DISK = "network_disk"
+  TMPFS = "tmpfs"
+  NFS = "nfs"
+  LUSTRE = "lustre"
+  GLUSTERFS = "glusterfs"
+  CEPHFS = "cephfs"
+  GPFS = "gpfs"
+  WEKAFS = "wekafs"
+  BEEGFS = "beegfs"
+  SMB = "smb"
+  GCS = "gcs"
+  S3 = "s3"
+  BUCKET_MOUNT = "bucket_mount"
+
+  @property
+  def traits(self) -> Traits:
+    """What can be relied on."""
+    return TRAITS[self]
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+  """What can be relied on, and what to avoid, on a kind of storage.
+
+  Attributes:
+    shared: whether all hosts of a job see the same files.
+    atomic_rename: whether renaming a directory is one step that cannot be half done; else a commit marker is needed.
+    overwrite_in_place: whether a part of a file can be rewritten.
+    real_directories: whether an empty directory exists, and deleting one is one operation.
+    listing: `cheap`, `dear` (a request per 1000 names) or `slow` (a round trip per file for its attributes).
+    consistency: `strict`: other hosts see a finished write at once; `close_to_open`: once they open the file anew;
+      `cached`: a mount may answer from a cache for seconds.
+    retries: who repeats what failed: the `kernel` (calls block until the server is back) or the `client`, this process.
+    request_nbytes: bytes of one read or write from which throughput hardly grows; a start, `probe` measures it.
+    parallelism: requests in flight at a time that it takes to fill it from one host; a start, `probe` measures it.
+    durable_on_close: whether data is safe from a power cut once the file is closed; else fsync is needed.
+    why: the reason behind what is special about it.
+  """
+
+  shared: bool
+  atomic_rename: bool
+  overwrite_in_place: bool
+  real_directories: bool
+  listing: str
+  consistency: str
+  retries: str
+  request_nbytes: int
+  parallelism: int
+  durable_on_close: bool
+  why: str
+
+
+_MIB = 2**20
+_DISK = Traits(
+  shared=False,
+  atomic_rename=True,
+  overwrite_in_place=True,
+  real_directories=True,
+  listing="cheap",
+  consistency="strict",
+  retries="kernel",
+  request_nbytes=1 * _MIB,
+  parallelism=8,
+  durable_on_close=False,
+  why="A disk of this host: rename is atomic within it, and writes are safe only after fsync.",
+)
+_CLUSTER = dataclasses.replace(
+  _DISK,
+  shared=True,
+  request_nbytes=4 * _MIB,
+  parallelism=16,
+  why="A cluster file system with POSIX locks: all hosts see a finished write; data is striped over servers, so large "
+  "requests in parallel are fast and many small files are not.",
+)
+_BUCKET = Traits(
+  shared=True,
+  atomic_rename=False,
+  overwrite_in_place=False,
+  real_directories=False,
+  listing="dear",
+  consistency="strict",
+  retries="client",
+  request_nbytes=8 * _MIB,
+  parallelism=32,
+  durable_on_close=True,
+  why="A map from keys to objects: no rename, no append, no directories. A step is committed by writing a marker last. "
+  "One request is slow and many at once are not; too many are answered by 429 or 503 and must be repeated.",
+)
+TRAITS: dict[StorageKind, Traits] = {
+  StorageKind.LOCAL: _DISK,
+  StorageKind.NETWORK_DISK: dataclasses.replace(
+    _DISK,
+    request_nbytes=4 * _MIB,
+    parallelism=16,
+    why="A block device over the network, attached to one host at a time: other hosts cannot see it. Throughput is "
+    "capped by the size of disk and machine, and grows with requests in flight.",
+  ),
+  StorageKind.TMPFS: dataclasses.replace(
+    _DISK, parallelism=2, why="Memory: lost at reboot, and every byte is missing from the host's RAM."
+  ),
+  StorageKind.NFS: dataclasses.replace(
+    _CLUSTER,
+    listing="slow",
+    consistency="close_to_open",
+    durable_on_close=True,
+    request_nbytes=1 * _MIB,
+    parallelism=8,
+    why="Close-to-open consistency: a host sees another's write once it opens the file after the writer closed it, and "
+    "directory listings may be seconds old. close() sends everything to the server. One server is the bottleneck.",
+  ),
+  StorageKind.LUSTRE: _CLUSTER,
+  StorageKind.GLUSTERFS: dataclasses.replace(
+    _CLUSTER,
+    listing="slow",
+    why="Files are spread over bricks by the hash of their names: a listing asks every brick, and renames may leave "
+    "link files behind.",
+  ),
+  StorageKind.CEPHFS: _CLUSTER,
+  StorageKind.GPFS: _CLUSTER,
+  StorageKind.WEKAFS: _CLUSTER,
+  StorageKind.BEEGFS: _CLUSTER,
+  StorageKind.SMB: dataclasses.replace(
+    _CLUSTER,
+    consistency="cached",
+    listing="slow",
+    parallelism=8,
+    why="Windows file shares: leases let clients cache, and renaming a directory fails while a file in it is open.",
+  ),
+  StorageKind.GCS: _BUCKET,
+  StorageKind.S3: _BUCKET,
+  StorageKind.BUCKET_MOUNT: dataclasses.replace(
+    _BUCKET,
+    consistency="cached",
+    retries="kernel",
+    why="Looks like a disk and is not one: a rename copies every object, an append rewrites it, and the mount caches "
+    "listings for a while. The URL of the bucket avoids all of it.",
+  ),
+}
+
+# File system types as they stand in the mount table. FUSE ones are `fuse.NAME`, or bare `fuse` with a telling source.
+_BY_TYPE: dict[str, StorageKind] = {
+  "tmpfs": StorageKind.TMPFS,
+  "ramfs": StorageKind.TMPFS,
+  "nfs": StorageKind.NFS,
+  "nfs3": StorageKind.NFS,
+  "nfs4": StorageKind.NFS,
+  "efs": StorageKind.NFS,
+  "lustre": StorageKind.LUSTRE,
+  "glusterfs": StorageKind.GLUSTERFS,
+  "fuse.glusterfs": StorageKind.GLUSTERFS,
+  "ceph": StorageKind.CEPHFS,
+  "fuse.ceph": StorageKind.CEPHFS,
+  "fuse.ceph-fuse": StorageKind.CEPHFS,
+  "gpfs": StorageKind.GPFS,
+  "mmfs": StorageKind.GPFS,
+  "wekafs": StorageKind.WEKAFS,
+  "beegfs": StorageKind.BEEGFS,
+  "cifs": StorageKind.SMB,
+  "smb3": StorageKind.SMB,
+  "smbfs": StorageKind.SMB,
+}
+# Programs that mount buckets, and the scheme of the URL that serves better.
+BUCKET_MOUNTS: dict[str, str] = {
+  "s3fs": "s3",
+  "goofys": "s3",
+  "mountpoint-s3": "s3",
+  "geesefs": "s3",
+  "gcsfuse": "gs",
+  "rclone": "",
+  "juicefs": "",
+}
+# Vendor, model or serial strings of the clouds' disks in /sys/block/DEVICE/device.
+_NETWORK_DISKS = re.compile(
+  r"Amazon Elastic Block Store|nvme_card-pd|PersistentDisk|Google\s*PersistentDisk|Msft\s*Virtual Disk|"
+  r"MSFT NVMe Accelerator|HyperDisk|BlockVolume|iSCSI|LIO-ORG|IET",
+  re.IGNORECASE,
+)
+_LOCAL_IN_CLOUDS = re.compile(
+  r"Amazon EC2 NVMe Instance Storage|nvme_card\d*$|EphemeralDisk|Microsoft NVMe Direct", re.I
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mount:
+  """One line of /proc/self/mountinfo: device number `major:minor`, where it is mounted, type and source."""
+
+  device: str
+  point: str
+  type: str
+  source: str
+
+
+def parse_mounts(text: str) -> list[Mount]:
+  """The mounts in text of the form of /proc/self/mountinfo (man 5 proc_pid_mountinfo); other lines are skipped."""
+  mounts = []
+  for line in text.splitlines():
+    left, dash, right = line.partition(" - ")
+    before, after = left.split(), right.split()
+    if not dash or len(before) < 6 or len(after) < 2:
+      continue
+    mounts.append(Mount(before[2], _unescaped(before[4]), after[0], _unescaped(after[1])))
+  return mounts
+
+
+def _unescaped(text: str) -> str:
+  return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text)
+
+
+def detect(path: str | os.PathLike[str], mounts: str | None = None) -> StorageKind:
+  """The kind of storage that `path` lies on. Reads no data and sends no request.
+
+  Args:
+    path: a path that need not exist yet, or a gs:// or s3:// URL.
+    mounts: a mount table in the form of /proc/self/mountinfo; default: this system's.
+
+  Raises:
+    StorageError: if the URL's scheme is not known.
+  """
+  return _detect(path, mounts)[0]
+
+
+def _detect(path: str | os.PathLike[str], mounts: str | None) -> tuple[StorageKind, Mount | None]:
+  text = os.fspath(path)
+  scheme, found, _ = text.partition("://")
+  if found and scheme != "file":
+    if scheme not in ("gs", "s3"):
+      raise StorageError(f"{text}: scheme {scheme}:// is not known; use a path, gs:// or s3://")
+    return (StorageKind.GCS if scheme == "gs" else StorageKind.S3), None
+  given = mounts is not None
+  mount = _mount_of(text.removeprefix("file://"), mounts)
+  if mount is None:
+    return StorageKind.LOCAL, None
+  kind = _BY_TYPE.get(mount.type)
+  if kind is None and _mounter(mount):
+    kind = StorageKind.BUCKET_MOUNT
+  if kind is None and not given and _is_network_disk(mount.device):
+    kind = StorageKind.NETWORK_DISK
+  return kind or StorageKind.LOCAL, mount
+
+
+def _mount_of(path: str, mounts: str | None) -> Mount | None:
+  """The deepest mount above `path`; of several on one point the last, which hides the others."""
+  # realpath resolves symlinks in the part that exists and leaves the rest as it is.
+  resolved = os.path.realpath(os.path.expanduser(path))
+  if mounts is None:
+    try:
+      mounts = pathlib.Path("/proc/self/mountinfo").read_text()
+    except OSError:
+      return None
+  best = None
+  for mount in parse_mounts(mounts):
+    inside = resolved == mount.point or resolved.startswith(mount.point.rstrip("/") + "/")
+    if inside and (best is None or len(mount.point) >= len(best.point)):
+      best = mount
+  return best
+
+
+def _mounter(mount: Mount) -> str | None:
+  """Which of BUCKET_MOUNTS made this mount."""
+  if not mount.type.startswith("fuse"):
+    return None
+  name = mount.type.removeprefix("fuse").removeprefix(".")
+  if name in BUCKET_MOUNTS:
+    return name
+  # goofys, geesefs and mountpoint-s3 may show up as plain `fuse` with their name or the bucket's URL as source.
+  source = mount.source.lower()
+  for mounter in BUCKET_MOUNTS:
+    if source == mounter or source.startswith((f"{mounter}#", f"{mounter}:")):
+      return mounter
+  return "mountpoint-s3" if source.startswith("s3://") else "juicefs" if source.startswith("juicefs:") else None
+
+
+def _is_network_disk(device: str, sys_root: str = "/sys") -> bool:
+  """Whether /sys says that a block device is one of the clouds' network disks, or reached by iSCSI or nbd."""
+  try:
+    node = pathlib.Path(sys_root, "dev", "block", device).resolve(strict=True)
+  except OSError:
+    return False
+  disk = node.parent if (node / "partition").exists() else node
+  slaves = disk / "slaves"  # LVM, RAID and encryption lie on other devices
+  if slaves.is_dir():
+    for below in slaves.iterdir():
+      try:
+        number = (below / "dev").read_text().strip()
+      except OSError:
+        continue
+      if _is_network_disk(number, sys_root):
+        return True
+  if disk.name.startswith(("nbd", "rbd", "drbd")) or "/session" in str(disk):
+    return True
+  text = ""
+  for name in ("vendor", "model", "serial", "subsysnqn"):
+    try:
+      text += (disk / "device" / name).read_text().strip() + " "
+    except OSError:
+      continue
+  if _LOCAL_IN_CLOUDS.search(text.strip()):
+    return False
+  return bool(_NETWORK_DISKS.search(text))
+
+
+def check_suitable(
+  path: str | os.PathLike[str],
+  wanted: str = "auto",
+  processes: int = 1,
+  mounts: str | None = None,
+  *,
+  hosts: Callable[[], int] | None = None,
+) -> StorageKind:
+  """The kind of storage of `path`, refused or warned of where checkpoints would suffer.
+
+  Args:
+    path: the run.
+    wanted: `storage.kind` of the configuration; anything but `auto` is taken as told.
+    processes: processes of the job.
+    mounts: as for `detect`.
+    hosts: how many hosts they run on, asked only where it matters; default: told by jax's processes.
+
+  Raises:
+    StorageError: if several hosts are to write on a disk of one of them.
+  """
+  found, mount = _detect(path, mounts)
+  kind = found if wanted == "auto" else StorageKind(wanted)
+  if not kind.traits.shared and processes > 1 and (hosts or _count_hosts)() > 1:
+    raise StorageError(
+      f"{os.fspath(path)}: lies on {kind} storage, which only one host sees, and this job runs on several: each would "
+      "write its shards where nobody else can read them. Use shared storage (gs://, s3://, NFS, Lustre ...); if it is "
+      "shared all the same, say what it is by storage: nfs in the configuration"
+    )
+  if kind is StorageKind.TMPFS:
+    _warn_once(f"{os.fspath(path)}: lies in memory (tmpfs): checkpoints are lost at reboot and take RAM from training")
+  if kind is StorageKind.BUCKET_MOUNT:
+    _warn_once(f"{os.fspath(path)}: lies on a bucket mounted as a file system; {_better_url(path, mount)}")
+  return kind
+
+
+def _better_url(path: str | os.PathLike[str], mount: Mount | None) -> str:
+  mounter = mount and _mounter(mount)
+  scheme = BUCKET_MOUNTS.get(mounter or "", "")
+  if mount is None or not scheme:
+    return "the bucket's own URL (gs://... or s3://...) is faster and needs no renames"
+  source = mount.source.removeprefix(f"{mounter}#").removeprefix("s3://")
+  bucket = source if source and source not in (mounter, "fuse") else "BUCKET"
+  inside = os.path.relpath(os.path.realpath(os.fspath(path)), mount.point)
+  return f"{scheme}://{bucket.replace(':/', '/').rstrip('/')}/{inside} is faster and needs no renames"
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+  if message not in _warned:
+    _warned.add(message)
+    _log.warning("%s", message)
+
+
+def _count_hosts() -> int:
+  import jax
+  import numpy as np
+  from jax.experimental import multihost_utils
+
+  if jax.process_count() == 1:
+    return 1
+  # The boot id tells hosts apart where names do not (containers); processes of one host share it.
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+  except OSError:
+    boot = os.uname().nodename
+  number = int.from_bytes(hashlib.sha256(boot.encode()).digest()[:4], "big") & 0x7FFFFFFF
+  return len(np.unique(multihost_utils.process_allgather(np.int32(number))))
