@@ -393,3 +393,12 @@ def _count_hosts() -> int:
     boot = os.uname().nodename
   number = int.from_bytes(hashlib.sha256(boot.encode()).digest()[:4], "big") & 0x7FFFFFFF
   return len(np.unique(multihost_utils.process_allgather(np.int32(number))))
+
+
+def storage_identity(path: str | os.PathLike[str]) -> str:
+  """A name for the storage itself: the bucket and its endpoint, or the mount. Paths on one storage share it."""
+  kind, mount = _detect(path, None)
+  if kind in (StorageKind.GCS, StorageKind.S3):
+    endpoint = os.environ.get("AWS_ENDPOINT_URL" if kind is StorageKind.S3 else "STORAGE_EMULATOR_HOST", "")
+    return f"{kind} {os.fspath(path).split('/')[2]} {endpoint}"
+  return f"{kind} {mount.source} {mount.point}" if mount else str(kind)
