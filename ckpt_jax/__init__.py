@@ -26,6 +26,8 @@ if TYPE_CHECKING:
   from ckpt_jax.checkpointer import Checkpointer, Restored
   from ckpt_jax.config import Config, load_config
   from ckpt_jax.run import StepInfo
+  from ckpt_jax.storage.kinds import StorageKind, detect
+  from ckpt_jax.storage.probe import StorageProfile, probe
 
 _LAZY = {
   "Checkpointer": "ckpt_jax.checkpointer",
@@ -33,6 +35,10 @@ _LAZY = {
   "StepInfo": "ckpt_jax.run",
   "Config": "ckpt_jax.config",
   "load_config": "ckpt_jax.config",
+  "StorageKind": "ckpt_jax.storage.kinds",
+  "StorageProfile": "ckpt_jax.storage.probe",
+  "detect": "ckpt_jax.storage.kinds",
+  "probe": "ckpt_jax.storage.probe",
 }
 _SUBMODULES = ("policies", "multihost")
 
@@ -48,11 +54,15 @@ __all__ = [
   "SaveFailedError",
   "StepInfo",
   "StorageError",
+  "StorageKind",
+  "StorageProfile",
   "StructureMismatchError",
   "UnhealthyStateError",
   "__version__",
+  "detect",
   "load_config",
   "policies",
+  "probe",
 ]
 
 

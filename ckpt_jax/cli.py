@@ -121,6 +121,32 @@ def who(
     raise typer.Exit(1)
 
 
+@app.command("probe")
+def probe_command(
+  path: Annotated[str, typer.Argument(help="Directory, gs://... or s3://...", show_default=False)],
+  budget: Annotated[str, typer.Option(help="Time it may take.")] = "30s",
+  max_bytes: Annotated[str, typer.Option(help="Bytes it may have stored at a time.")] = "4GiB",
+  cached: Annotated[bool, typer.Option("--cached", help="Show the last measurement of this storage instead.")] = False,
+  plot: Annotated[str | None, typer.Option(help="Draw the curves into this file (.png, .svg, .pdf).")] = None,
+  as_json: Json = False,
+) -> None:
+  """Measure storage: throughput over streams, cost of a read over its size, latency of metadata operations."""
+  from ckpt_jax.storage.probe import cached_profile, probe
+  from ckpt_jax.storage.show import plot_profile, tables
+
+  profile = cached_profile(path) if cached else probe(path, budget, max_bytes)
+  if profile is None:
+    _fail(f"{path}: not measured on this host yet; leave out --cached")
+    return
+  if plot:
+    plot_profile(profile, plot)
+  if as_json:
+    _print_json(profile.to_dict() | {"age_s": profile.age_s})
+    return
+  for table in tables(profile):
+    _console().print(table)
+
+
 def main() -> None:
   """Entry point: every expected failure is a message and an exit code, never a traceback."""
   try:

@@ -24,6 +24,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+from ckpt_jax.bench.link import Link
 from ckpt_jax.errors import CheckpointError
 
 _START_TIMEOUT = 60.0
@@ -217,17 +218,31 @@ def gcs_binary() -> str:
 
 
 @contextlib.contextmanager
-def gcs_server(directory: str | os.PathLike[str], bucket: str = "bucket", *, seed: int = 0) -> Iterator[Bucket]:
-  """Serves an empty `gs://BUCKET` whose objects lie in `directory` while the block runs."""
+def gcs_server(
+  directory: str | os.PathLike[str], bucket: str = "bucket", *, seed: int = 0, link: Link | None = None
+) -> Iterator[Bucket]:
+  """Serves an empty `gs://BUCKET` whose objects lie in `directory` while the block runs, behind `link` if given."""
   port = free_port()
-  proxy = Proxy(f"http://127.0.0.1:{port}", seed=seed)
-  args = [gcs_binary(), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-log-level", "error"]
+  host = link.address if link else "127.0.0.1"
+  proxy = Proxy(f"http://{host}:{port}", seed=seed)
+  args = [
+    *(link.prefix if link else ()),
+    gcs_binary(),
+    "-scheme",
+    "http",
+    "-host",
+    host,
+    "-port",
+    str(port),
+    "-log-level",
+    "error",
+  ]
   args += ["-backend", "filesystem", "-filesystem-root", os.fspath(directory)]
   args += ["-public-host", f"127.0.0.1:{proxy.port}", "-external-url", proxy.address]
   try:
-    with _process(args, "fake-gcs-server", f"http://127.0.0.1:{port}/storage/v1/b?project=p"):
+    with _process(args, "fake-gcs-server", f"http://{host}:{port}/storage/v1/b?project=p"):
       make = urllib.request.Request(
-        f"http://127.0.0.1:{port}/storage/v1/b?project=p",
+        f"http://{host}:{port}/storage/v1/b?project=p",
         data=f'{{"name": "{bucket}"}}'.encode(),
         headers={"Content-Type": "application/json"},
       )

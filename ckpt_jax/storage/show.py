@@ -1,0 +1,79 @@
+"""A StorageProfile for people: rich tables, and a picture with the `plots` extra."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rich.table import Table
+
+from ckpt_jax.errors import CheckpointError
+from ckpt_jax.storage.probe import StorageProfile
+
+
+def tables(profile: StorageProfile) -> list[Table]:
+  """What a person wants to see of a profile."""
+  facts = Table(title=profile.path, show_header=False)
+  facts.add_row("kind", str(profile.kind))
+  facts.add_row("what that means", profile.kind.traits.why)
+  age = profile.age_s
+  old = f"{age:.0f} s" if age < 120 else f"{age / 3600:.1f} h" if age < 172800 else f"{age / 86400:.0f} days"
+  facts.add_row("measured", f"{old} ago on {profile.host}, in {profile.seconds:.1f} s")
+  facts.add_row("reads", f"cold: {profile.cold_by}" if profile.cold_by else "WARM: they came from the page cache")
+  facts.add_row("knee", f"{_size(profile.knee_nbytes)}: half of the throughput of large reads")
+  curve = Table("streams", "write MB/s (durable)", "read MB/s")
+  write = {t.streams: t.bytes_per_s for t in profile.write}
+  read = {t.streams: t.bytes_per_s for t in profile.read}
+  for streams in sorted({*write, *read}):
+    curve.add_row(str(streams), _megabytes(write.get(streams)), _megabytes(read.get(streams)))
+  ranges = Table("one read of", "takes ms", "MB/s")
+  for r in profile.ranges:
+    ranges.add_row(_size(r.nbytes), f"{r.seconds * 1e3:.2f}", _megabytes(r.nbytes / r.seconds))
+  latency = Table("operation", "ms")
+  for name, seconds in profile.latency.items():
+    latency.add_row(name, f"{seconds * 1e3:.2f}")
+  return [facts, curve, ranges, latency]
+
+
+def plot_profile(profile: StorageProfile, file: str | os.PathLike[str] | None = None) -> Any:
+  """Draws throughput over streams and over request size.
+
+  Args:
+    profile: what to draw.
+    file: where to; None returns matplotlib's figure, as notebooks want it.
+
+  Raises:
+    CheckpointError: if matplotlib is not installed, or does not know the kind of file.
+  """
+  try:
+    from matplotlib.figure import Figure
+  except ImportError as e:
+    raise CheckpointError('plots need matplotlib: pip install "ckpt_jax[plots]"') from e
+  figure = Figure(figsize=(10, 4), layout="constrained")
+  left, right = figure.subplots(1, 2)
+  for name, curve in (("write, durable", profile.write), ("read", profile.read)):
+    left.plot([t.streams for t in curve], [t.bytes_per_s / 1e6 for t in curve], "o-", label=name)
+  left.set_xscale("log", base=2)
+  left.set(xlabel="streams", ylabel="MB/s", ylim=(0, None), title=f"{profile.path} ({profile.kind})")
+  left.legend()
+  right.plot([r.nbytes for r in profile.ranges], [r.nbytes / r.seconds / 1e6 for r in profile.ranges], "o-")
+  right.axvline(profile.knee_nbytes, linestyle="--", color="gray", label=f"knee {_size(profile.knee_nbytes)}")
+  right.set_xscale("log", base=2)
+  right.set_yscale("log")
+  right.set(xlabel="bytes a request", ylabel="MB/s, one at a time", title="reads by request size")
+  right.legend()
+  if file is None:
+    return figure
+  try:
+    figure.savefig(file)
+  except (ValueError, OSError) as e:
+    raise CheckpointError(f"{os.fspath(file)}: cannot be drawn: {e}") from e
+  return None
+
+
+def _megabytes(bytes_per_s: float | None) -> str:
+  return "" if bytes_per_s is None else f"{bytes_per_s / 1e6:.0f}"
+
+
+def _size(nbytes: int) -> str:
+  return f"{nbytes // 2**20} MiB" if nbytes >= 2**20 else f"{nbytes // 2**10} KiB"
