@@ -251,6 +251,7 @@ def who_wrote(run: str | os.PathLike[str], step: int) -> WriteReport:
   import tensorstore as ts
 
   from ckpt_jax import run as run_lib
+  from ckpt_jax.storage.kvstore import kvstore_spec
 
   item = run_lib.item_directory(run_lib.step_directory(run_lib.run_directory(run), step))
   parts = sorted((p for p in item.iterdir() if p.name.startswith("ocdbt.process_")), key=lambda p: _process_of(p.name))
@@ -260,8 +261,7 @@ def who_wrote(run: str | os.PathLike[str], step: int) -> WriteReport:
   processes = []
   for part in parts:
     text = str(part)
-    base = text.rstrip("/") + "/" if "://" in text else {"driver": "file", "path": text.rstrip("/") + "/"}
-    store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    store = ts.KvStore.open({"driver": "ocdbt", "base": kvstore_spec(text.rstrip("/") + "/")}).result()
     chunks = [key.decode() for key in store.list().result() if not _is_array_metadata(key)]
     nbytes = sum(len(store.read(key).result().value) for key in chunks)
     for key in chunks:

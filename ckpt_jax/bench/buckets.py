@@ -11,6 +11,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import random
@@ -28,6 +29,7 @@ from ckpt_jax.bench.link import Link
 from ckpt_jax.errors import CheckpointError
 
 _START_TIMEOUT = 60.0
+_CONTROL = "/__proxy__"
 
 
 @dataclasses.dataclass
@@ -100,6 +102,7 @@ class Proxy:
       auto_decompress=False, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)
     )
     app = web.Application(client_max_size=1 << 40)
+    app.router.add_route("*", _CONTROL, self._control)
     app.router.add_route("*", "/{path:.*}", self._forward)
     self._runner = web.AppRunner(app, access_log=None)
     await self._runner.setup()
@@ -111,6 +114,16 @@ class Proxy:
   async def _stop(self) -> None:
     await self._client.close()
     await self._runner.cleanup()
+
+  async def _control(self, request: Any) -> Any:
+    """GET tells the counters and sets them to zero; POST sets `fail_share` first."""
+    from aiohttp import web
+
+    if request.method == "POST":
+      self.fail_share = float((await request.json())["fail_share"])
+    counted = {"requests": dict(self.requests), "failed": self.failed}
+    self.reset()
+    return web.json_response(counted)
 
   async def _forward(self, request: Any) -> Any:
     from aiohttp import web
@@ -138,6 +151,13 @@ class Proxy:
       if request.method == "HEAD" and "Content-Length" in answer.headers:
         response.headers["Content-Length"] = answer.headers["Content-Length"]
       return response
+
+
+def control(endpoint: str, fail_share: float | None = None) -> dict[str, Any]:
+  """The counters of the proxy at `endpoint`, perhaps another process's; zeroes them, and sets what share fails."""
+  data = None if fail_share is None else json.dumps({"fail_share": fail_share}).encode()
+  with urllib.request.urlopen(endpoint + _CONTROL, data=data, timeout=30) as answer:
+    return json.loads(answer.read())
 
 
 def request_kind(method: str, path: str, headers: Any = ()) -> str:

@@ -195,6 +195,7 @@ def _s3_endpoint_and_region(
   endpoint: str | None, region: str | None, profile: str | None
 ) -> tuple[str | None, str | None]:
   """What botocore makes of options, variables and profile, so that both clients go to the same place."""
+  region = region or os.environ.get("AWS_REGION")  # which botocore does not look at, unlike the other AWS SDKs
   relevant = (v for k, v in sorted(os.environ.items()) if k.startswith("AWS_") and "SECRET" not in k)
   return _resolved_by_botocore(endpoint, region, profile, tuple(relevant))
 

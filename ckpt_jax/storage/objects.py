@@ -23,6 +23,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fsspec.asyn
 from etils import epath
 from etils.epath import backend as epath_backend
 
@@ -160,13 +161,22 @@ class ObjectBackend(epath_backend.Backend):
     """Whole objects only: reading fetches all of it, writing stores it on close."""
     url = os.fspath(path)
     if "r" in mode:
-      with _client_errors(url):
-        data = io.BytesIO(self._filesystem(url).cat_file(url))
+      data = io.BytesIO(self._fetch(url))
       return data if "b" in mode else io.TextIOWrapper(data, encoding="utf-8")
     if "w" not in mode:
       raise NotImplementedError(f"{url}: mode {mode!r}; objects can be read and written, not appended to")
     file = _Upload(lambda content: self._write(url, content))
     return file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8", write_through=True)
+
+  def _fetch(self, url: str) -> bytes:
+    scheme, bucket, key = split_url(url)
+    fs = self._filesystem(url)
+    with _client_errors(url):
+      if scheme == "gs":
+        return fs.cat_file(url)
+      # s3fs would ask for the object's head first.
+      answer = fs.call_s3("get_object", Bucket=bucket, Key=key)
+      return fsspec.asyn.sync(fs.loop, answer["Body"].read)
 
   # -- writing
 

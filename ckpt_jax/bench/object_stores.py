@@ -1,0 +1,221 @@
+"""Object stores, raw Orbax beside ours: requests of one save, restore and open; saves while requests fail; s3 and s3fs.
+
+Each variant runs in a process of its own, since ours teaches Orbax about object stores for the whole process. Servers are
+emulators on this machine: request counts and ratios mean something, seconds do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ckpt_jax.bench.buckets import Bucket, control, gcs_server, s3_server
+from ckpt_jax.errors import CheckpointError
+
+_LEAVES = 64
+
+
+def run(repeats: int = 10, megabytes: int = 268, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+  """All measurements, as JSON-able data.
+
+  Args:
+    repeats: saves while requests fail; the others are made 5 times at most.
+    megabytes: 10**6 bytes of the state that is saved while requests fail.
+    progress: told what is measured now.
+  """
+  result: dict[str, Any] = {"leaves": _LEAVES, "megabytes": megabytes, "repeats": repeats, "cpus": os.cpu_count()}
+  for scheme, variants in (("gs", ("orbax", "ckpt_jax")), ("s3", ("ckpt_jax",))):
+    for variant in variants:
+      for part, count in (("requests", 1), ("faults", repeats if variant == "ckpt_jax" else 2)):
+        progress(f"{scheme}:// {variant}: {part}")
+        with _server(scheme) as bucket:
+          result[f"{scheme} {variant} {part}"] = _child(bucket, variant, part, f"{bucket.url}/run", count, megabytes)
+  if shutil.which("s3fs") and os.geteuid() == 0:
+    progress("s3:// and the s3fs mount, interleaved")
+    result["s3 and s3fs commit_s"] = _mounted(min(repeats, 5))
+  return result
+
+
+@contextlib.contextmanager
+def _server(scheme: str) -> Iterator[Bucket]:
+  with tempfile.TemporaryDirectory() as objects, gcs_server(objects) if scheme == "gs" else s3_server() as bucket:
+    yield bucket
+
+
+def _child(bucket: Bucket, variant: str, part: str, run_url: str, count: int, megabytes: int) -> Any:
+  command = [sys.executable, "-m", __name__, variant, part, run_url, bucket.endpoint, str(count), str(megabytes)]
+  env = {**os.environ, **bucket.env, "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
+  if done.returncode:
+    raise CheckpointError(f"{variant} {part}: {done.stderr[-2000:]}")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def _mounted(repeats: int) -> dict[str, Any]:
+  """Seconds to commit 33 MB natively and onto a FUSE mount of the same bucket, one after the other."""
+  with s3_server() as bucket, tempfile.TemporaryDirectory() as mount:
+    options = f"url={bucket.endpoint},use_path_request_style,passwd_file={mount}.passwd"
+    password = pathlib.Path(f"{mount}.passwd")
+    password.write_text("testing:testing")
+    password.chmod(0o600)
+    try:
+      subprocess.run(["s3fs", bucket.url.removeprefix("s3://"), mount, "-o", options], check=True, timeout=60)
+      seconds: dict[str, list[float]] = {"s3": [], "s3fs": []}
+      for i in range(repeats):
+        for name, where in (("s3", f"{bucket.url}/native{i}"), ("s3fs", f"{mount}/mounted{i}")):
+          seconds[name] += [_child(bucket, "ckpt_jax", "commit", where, 1, 33)["commit_s"]]
+    finally:
+      subprocess.run(["umount", mount], check=False, timeout=60)
+      password.unlink()
+  return {name: {"median": statistics.median(values), "all": values} for name, values in seconds.items()}
+
+
+# -- in the child
+
+
+class _Raw:
+  """Plain Orbax with compression off, behind the few calls that are measured."""
+
+  def __init__(self, url: str, keep: int | None):
+    import orbax.checkpoint as ocp
+
+    self._ocp = ocp
+    self._manager = ocp.CheckpointManager(
+      url,
+      item_handlers=ocp.PyTreeCheckpointHandler(use_compression=False),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+    )
+
+  def save(self, step: int, state: Any) -> None:
+    self._manager.save(step, args=self._ocp.args.PyTreeSave(state))
+
+  def wait(self) -> None:
+    self._manager.wait_until_finished()
+
+  def restore(self, state: Any) -> Any:
+    args = self._ocp.checkpoint_utils.construct_restore_args(state)
+    return self._manager.restore(None, args=self._ocp.args.PyTreeRestore(item=state, restore_args=args))
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+class _Ours:
+  def __init__(self, url: str, keep: int | None):
+    import ckpt_jax
+
+    self._checkpointer = ckpt_jax.Checkpointer(url, {"retention": {"last": keep}})
+
+  def save(self, step: int, state: Any) -> None:
+    self._checkpointer.save(step, state)
+
+  def wait(self) -> None:
+    self._checkpointer.wait()
+
+  def restore(self, state: Any) -> Any:
+    return self._checkpointer.restore(like=state).state
+
+  def close(self) -> None:
+    self._checkpointer.close()
+
+
+def _state(megabytes: float, seed: int) -> dict[str, Any]:
+  import jax.numpy as jnp
+  import numpy as np
+
+  rng = np.random.default_rng(seed)
+  rows = max(1, int(megabytes * 1e6 / _LEAVES / 4096))
+  return {f"leaf{i}": jnp.asarray(rng.standard_normal((rows, 1024), dtype=np.float32)) for i in range(_LEAVES)}
+
+
+def _timed(operation: Callable[[], Any]) -> float:
+  started = time.perf_counter()
+  operation()
+  return time.perf_counter() - started
+
+
+def _count_requests(make: Callable[[str, int | None], Any], url: str, endpoint: str) -> dict[str, Any]:
+  state = _state(16, 0)
+  found: dict[str, Any] = {}
+  target = make(url, None)
+  for step in range(50):
+    control(endpoint)
+    target.save(step, state if step > 47 else {"leaf0": state["leaf0"]})
+    found["save, before it returns"] = control(endpoint)["requests"]
+    target.wait()
+    found["save, in the background"] = control(endpoint)["requests"]
+  target.restore(state)
+  found["restore"] = control(endpoint)["requests"]
+  target.close()
+  control(endpoint)
+  target = make(url, None)
+  found["open with 50 steps"] = control(endpoint)["requests"]
+  target.close()
+  return found
+
+
+def _save_under_faults(
+  make: Callable[[str, int | None], Any], url: str, endpoint: str, count: int, megabytes: int
+) -> dict[str, Any]:
+  import numpy as np
+
+  found: dict[str, dict[str, list[float]]] = {}
+  target = make(url, 2)
+  target.save(0, _state(megabytes, 0))
+  target.wait()
+  step = 0
+  for _ in range(count):
+    for name, share in (("fault-free", 0.0), ("20% fail", 0.2)):
+      control(endpoint, share)
+      step += 1
+      state = _state(megabytes, step)
+      figures = found.setdefault(name, {"blocking_s": [], "commit_s": [], "restore_s": [], "bitwise": []})
+      started = time.perf_counter()
+      figures["blocking_s"].append(_timed(lambda: target.save(step, state)))  # noqa: B023 - called at once
+      target.wait()
+      figures["commit_s"].append(time.perf_counter() - started)
+      got: list[Any] = []
+      figures["restore_s"].append(_timed(lambda: got.append(target.restore(state))))  # noqa: B023
+      same = all(np.asarray(got[0][k]).tobytes() == np.asarray(v).tobytes() for k, v in state.items())
+      figures["bitwise"].append(float(same))
+      control(endpoint, 0.0)
+  target.close()
+  return {name: {k: {"median": statistics.median(v), "all": v} for k, v in f.items()} for name, f in found.items()}
+
+
+def _main() -> None:
+  from absl import logging as absl_logging
+
+  absl_logging.set_verbosity("error")
+  variant, part, url, endpoint, count, megabytes = sys.argv[1:]
+  make = _Raw if variant == "orbax" else _Ours
+  if part == "requests":
+    found = _count_requests(make, url, endpoint)
+  elif part == "faults":
+    found = _save_under_faults(make, url, endpoint, int(count), int(megabytes))
+  else:
+    target, state = make(url, None), _state(int(megabytes), 0)
+    target.save(0, state)
+    target.wait()
+
+    def save() -> None:
+      target.save(1, state)
+      target.wait()
+
+    found = {"commit_s": _timed(save)}
+    target.close()
+  print(json.dumps(found))
+
+
+if __name__ == "__main__":
+  _main()
