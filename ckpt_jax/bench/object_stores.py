@@ -1,7 +1,7 @@
-"""Object stores, raw Orbax beside ours: requests of one save, restore and open; saves while requests fail; s3 and s3fs.
+"""Object stores, raw Orbax beside ours: requests of a save, restore and open; saves while requests fail; s3 and s3fs.
 
-Each variant runs in a process of its own, since ours teaches Orbax about object stores for the whole process. Servers are
-emulators on this machine: request counts and ratios mean something, seconds do not.
+Each variant runs in a process of its own, since ours teaches Orbax about object stores for the whole process. Servers
+are emulators on this machine: request counts and ratios mean something, seconds do not.
 """
 
 from __future__ import annotations
