@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
@@ -62,17 +63,21 @@ def _options(
 @app.command("ls")
 def list_command(run: Run, as_json: Json = False) -> None:
   """List the committed steps of a run: when, how large, with which metrics."""
-  from ckpt_jax.run import list_steps, run_directory
+  from ckpt_jax.run import list_readable_steps, run_directory
 
-  steps = list_steps(run)
+  steps, damaged = list_readable_steps(run)
   if as_json:
-    _print_json([dataclasses.asdict(s) for s in steps])
+    _print_json([dataclasses.asdict(s) for s in steps] + [{"step": n, "damaged": why} for n, why in damaged.items()])
   elif steps:
     table = Table("step", "committed (UTC)", "size", "metrics", title=str(run_directory(run)))
     for s in steps:
       when = s.time.strftime("%Y-%m-%d %H:%M:%S") if s.time else "?"
-      table.add_row(str(s.step), when, _size(s.nbytes), _pairs(s.metrics))
+      table.add_row(str(s.step), when, _size(s.nbytes), escape(_pairs(s.metrics)))
     _console().print(table)
+  for why in damaged.values():
+    typer.echo(f"error: {why}", err=True)
+  if damaged:
+    raise typer.Exit(1)
   if not steps:
     _fail(f"{run_directory(run)}: no committed checkpoint; check the path")
 
@@ -93,13 +98,13 @@ def show(
   console = _console()
   facts = Table(title=f"step {found.step}", show_header=False)
   for key, value in found.metadata.items():
-    facts.add_row(key, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
-  facts.add_row("metrics", _pairs(found.metrics))
-  facts.add_row("extras", json.dumps(found.extras))
+    facts.add_row(escape(key), escape(json.dumps(value) if isinstance(value, (dict, list)) else str(value)))
+  facts.add_row("metrics", escape(_pairs(found.metrics)))
+  facts.add_row("extras", escape(json.dumps(found.extras)))
   console.print(facts)
   leaves = Table(Column("leaf", overflow="fold"), "shape", "dtype", "size")
   for leaf in found.leaves:
-    leaves.add_row(leaf.path, str(list(leaf.shape)), leaf.dtype, _size(leaf.nbytes))
+    leaves.add_row(escape(leaf.path), escape(str(list(leaf.shape))), escape(leaf.dtype), _size(leaf.nbytes))
   leaves.add_section()
   leaves.add_row(f"{len(found.leaves)} leaves", "", "", _size(sum(leaf.nbytes for leaf in found.leaves)))
   console.print(leaves)
@@ -117,7 +122,10 @@ def who(
     _print_json(dataclasses.asdict(report))
   else:
     typer.echo(report.table())
-  if report.overlaps:
+  empty = [p.process for p in report.processes if p.chunks == 0]
+  if empty and not as_json:
+    typer.echo(f"error: nothing is left of what process {', '.join(map(str, empty))} wrote", err=True)
+  if report.overlaps or empty:
     raise typer.Exit(1)
 
 
@@ -180,6 +188,10 @@ def main() -> None:
     sys.exit(0)
   except OSError as e:
     typer.echo(f"error: {e.filename or ''}: {e.strerror or e}", err=True)
+  except Exception as e:  # no command ends in a traceback; CKPT_JAX_TRACEBACK=1 shows it to whoever reports the bug
+    if os.environ.get("CKPT_JAX_TRACEBACK"):
+      raise
+    typer.echo(f"error: {type(e).__name__}: {' '.join(str(e).split())[:500]}", err=True)
   sys.exit(1)
 
 

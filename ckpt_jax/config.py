@@ -141,7 +141,7 @@ def _switch(value: Any) -> Any:
 def _whole(value: Any) -> Any:
   # JSON and YAML 1.2 writers may spell 1000 as 1e3 or 1000.0; PyYAML reads the first as text.
   number = _plain_number(value)
-  if isinstance(value, str) and number is not None and number == int(number):
+  if isinstance(value, str) and number is not None and math.isfinite(number) and number == int(number):
     return int(number)
   return value
 
@@ -513,8 +513,10 @@ def _to_data(
   if not isinstance(node, yaml.MappingNode):
     try:
       constructor = yaml.constructor.SafeConstructor()
+      if node.tag == "tag:yaml.org,2002:int" and ":" in node.value:
+        return node.value  # YAML 1.1 reads 1:30 as ninety, base 60; whoever writes it means something else
       return constructor.construct_object(node)
-    except ValueError:  # 2026-13-45, or an integer of 5,000 digits
+    except (ValueError, KeyError):  # 2026-13-45, an integer of 5,000 digits, `!!bool x`
       return node.value
   data: dict[str, Any] = {}
   for key_node, value_node in node.value:

@@ -9,7 +9,9 @@ works under `mpirun` and `srun`, and does nothing in a single process: a trainer
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -51,7 +53,7 @@ def initialize(timeout: float = 120.0) -> None:
     }
     count = explicit["num_processes"]
   else:
-    count = max(int(os.environ.get(name, 1)) for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"))
+    count = max(int(os.environ.get(name) or 1) for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
   if count == 1 or jax.distributed.is_initialized():
     return
   if os.environ.get("JAX_PLATFORMS", "") == "cpu":
@@ -61,6 +63,30 @@ def initialize(timeout: float = 120.0) -> None:
   except Exception as e:
     where = explicit.get("coordinator_address", "the launcher's coordinator")
     raise CheckpointError(f"waited {timeout:.0f} s at {where} for {count} processes to start: {e}") from e
+  _leave_at_once_after_an_exception()
+
+
+def _leave_at_once_after_an_exception() -> None:
+  """Spares a process that failed jax's shutdown barrier, which waits 5 minutes for processes that wait for this one.
+
+  Only jax's own exit is skipped: `with` blocks have been left by then, and what ends before `atexit` (the last
+  background write among it) has ended. `sys.exit` is an orderly end, and goes through the barrier.
+  """
+  failed: list[bool] = []
+  previous = sys.excepthook
+
+  def note(*exception: Any) -> None:
+    failed.append(True)
+    previous(*exception)
+
+  def leave() -> None:
+    if failed:
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(1)
+
+  sys.excepthook = note
+  atexit.register(leave)  # after jax's own, so it runs before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +106,10 @@ class Job:
     processes, devices: how many processes, and virtual CPU devices in each.
     env: variables on top of this process's.
     on_line: called with (process index, line) for each line that a process writes, as it comes.
+
+  Attributes:
+    first_failed: after `wait`, the index of the process that failed first: the others end because of it. None if
+      none failed.
   """
 
   def __init__(
@@ -101,6 +131,7 @@ class Job:
       _COUNT: str(processes),
       **(env or {}),
     }
+    self.first_failed: int | None = None
     self._on_line = on_line
     self._logs: list[collections.deque[str]] = []
     self._readers: list[threading.Thread] = []
@@ -151,9 +182,11 @@ class Job:
       TimeoutError: after `timeout` seconds, naming the processes that still ran; they are killed.
     """
     deadline = time.monotonic() + timeout
-    failed = None
-    while failed is None and any(code is None for code in self._codes()):
-      failed = next((i for i, code in enumerate(self._codes()) if code), None)
+    while True:
+      codes = self._codes()
+      self.first_failed = next((i for i, code in enumerate(codes) if code), None)
+      if self.first_failed is not None or None not in codes:
+        break
       if time.monotonic() > deadline:
         running = [i for i, code in enumerate(self._codes()) if code is None]
         self.stop(grace=0)
@@ -162,7 +195,7 @@ class Job:
           f"Process {running[0]} wrote last:\n{self.log(running[0])}"
         )
       time.sleep(0.02)
-    if failed is not None:
+    if self.first_failed is not None:
       self.stop(grace)
     for reader in self._readers:
       reader.join(5)
@@ -174,7 +207,8 @@ class Job:
       if patience <= 0:
         continue
       for child in self.children:
-        if child.poll() is None:
+        # The group, also after its leader has ended: what the leader started may still run.
+        with contextlib.suppress(ProcessLookupError):
           os.killpg(child.pid, sig)
       deadline = time.monotonic() + patience
       while any(code is None for code in self._codes()) and time.monotonic() < deadline:
@@ -317,11 +351,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 124
   finally:
     job.stop(grace=0)
-  # The others die of the SIGTERM that followed the first failure; the culprit is the one that did not.
-  bad = sorted((r for r in results if r.returncode), key=lambda r: r.returncode == -signal.SIGTERM)
-  if not bad:
+  if job.first_failed is None:
     return 0
-  first = bad[0]
+  first = results[job.first_failed]
   tail = "".join(first.log.splitlines(keepends=True)[-30:])
   print(f"process {first.process} failed with exit code {first.returncode}; it wrote last:\n{tail}", file=sys.stderr)
   return first.returncode if first.returncode > 0 else 128 - first.returncode

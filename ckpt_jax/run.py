@@ -180,15 +180,35 @@ def list_steps(path: str | os.PathLike[str]) -> list[StepInfo]:
     return list(pool.map(lambda step: _info(run / str(step), step), committed_steps(run)))
 
 
+def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], dict[int, str]]:
+  """The committed steps of a run whose metadata can be read, oldest first, and why the others cannot, by step."""
+  run = run_directory(path)
+  damaged: dict[int, str] = {}
+
+  def info(step: int) -> StepInfo | None:
+    try:
+      return _info(run / str(step), step)
+    except CorruptCheckpointError as e:
+      damaged[step] = str(e)
+      return None
+
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    found = list(pool.map(info, committed_steps(run)))
+  return [s for s in found if s is not None], dict(sorted(damaged.items()))
+
+
 def _info(step_dir: epath.Path, step: int) -> StepInfo:
   data = step_metadata(step_dir)
-  ours = (data.get("custom_metadata") or {}).get(OURS)
-  stamp = data.get("commit_timestamp_nsecs")
-  time = datetime.datetime.fromtimestamp(stamp / 1e9, datetime.timezone.utc) if stamp else None
-  if ours is not None:
-    return StepInfo(step, time, ours["nbytes"], ours["metrics"])
-  metrics_file = step_dir / "metrics" / "metrics"
-  metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
+  try:
+    ours = (data.get("custom_metadata") or {}).get(OURS)
+    stamp = data.get("commit_timestamp_nsecs")
+    time = datetime.datetime.fromtimestamp(stamp / 1e9, datetime.timezone.utc) if stamp else None
+    if ours is not None:
+      return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]))
+    metrics_file = step_dir / "metrics" / "metrics"
+    metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
+  except (KeyError, TypeError, AttributeError, ValueError) as e:
+    raise CorruptCheckpointError(f"{step_dir}: its metadata is damaged ({type(e).__name__}: {e})") from e
   return StepInfo(step, time, _tree_nbytes(step_dir), metrics)
 
 

@@ -84,3 +84,30 @@ def test_damaged_metadata_is_a_message(tmp_path):
 def test_help_and_version():
   assert "ls" in cli("--help").stdout
   assert cli("--version").stdout.strip() == f"ckpt-jax {ckpt.__version__}"
+
+
+def test_one_damaged_step_does_not_hide_the_others(tmp_path):
+  with ckpt.Checkpointer(tmp_path) as c:
+    for step in (1, 2):
+      c.save(step, {"w": jnp.ones(3)}, metrics={"loss[x]": 0.5})
+  file = tmp_path / "2" / "_CHECKPOINT_METADATA"
+  data = json.loads(file.read_text())
+  del data["custom_metadata"]["ckpt_jax"]["nbytes"]
+  file.write_text(json.dumps(data))
+  listed = cli("ls", tmp_path)
+  assert listed.returncode == 1 and "loss[x]=0.5" in listed.stdout and "damaged" in listed.stderr
+  as_json = json.loads(cli("ls", tmp_path, "--json").stdout)
+  assert [s["step"] for s in as_json] == [1, 2] and "damaged" in as_json[1]
+
+
+def test_leaf_names_that_look_like_markup_are_shown(tmp_path):
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(0, {"w": {"[bold]": jnp.ones(3)}})
+  assert "w/[bold]" in cli("show", tmp_path).stdout
+
+
+def test_who_reports_a_process_of_which_nothing_is_left(tmp_path):
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(0, {"w": jnp.ones(3)})
+  (tmp_path / "0" / "default" / "ocdbt.process_0" / "manifest.ocdbt").unlink()
+  assert cli("who", tmp_path, "0").returncode == 1

@@ -96,8 +96,12 @@ def test_every_layout_saves_and_restores(layout, tmp_path, assert_same):
     assert_same(c.restore(like=state).state, state)
 
 
-def test_s3_is_refused_with_the_reason():
-  with pytest.raises(ckpt.StorageError, match="cannot write to s3://"):
+def test_s3_without_credentials_says_so_instead_of_waiting(monkeypatch, tmp_path):
+  for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+  monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+  with pytest.raises(ckpt.StorageError, match="no credentials"):
     ckpt.Checkpointer("s3://bucket/run")
 
 
@@ -117,3 +121,13 @@ def test_concurrency_below_the_largest_shard_names_the_setting(tmp_path):
     pytest.raises(ckpt.ConfigError, match=r"restore_concurrency"),
   ):
     c.restore(like={"w": jax.device_put(jnp.ones(1000), jax.devices()[0])})
+
+
+@pytest.mark.parametrize(
+  "text", ["schedule: {every_steps: 1e400}", "schedule: {every: 1:30}", "restore: {verify: !!bool x}"]
+)
+def test_values_that_yaml_reads_oddly_are_refused_with_their_line(text, tmp_path):
+  file = tmp_path / "odd.yaml"
+  file.write_text(text)
+  with pytest.raises(ckpt.ConfigError, match=r"odd\.yaml:1: (schedule|restore)\."):
+    ckpt.load_config(file)

@@ -12,6 +12,7 @@ import time
 import pytest
 
 import ckpt_jax as ckpt
+from ckpt_jax import multihost
 from ckpt_jax.multihost import Job, launch, who_wrote
 
 TRAIN = str(pathlib.Path(__file__).parent / "programs" / "train.py")
@@ -114,3 +115,26 @@ def test_mistyped_script_exits_2(tmp_path):
     [sys.executable, "-m", "ckpt_jax.multihost", "nope.py"], capture_output=True, text=True, timeout=60
   )
   assert done.returncode == 2 and "no such script: nope.py" in done.stderr
+
+
+def test_uncaught_exception_in_one_process_ends_the_job_and_is_the_one_reported(tmp_path):
+  program = tmp_path / "fails.py"
+  program.write_text(
+    "from ckpt_jax import multihost\n"
+    "multihost.initialize()\n"
+    "import jax, time\n"
+    "if jax.process_index() == 1:\n"
+    "  raise ValueError('process one is broken')\n"
+    "time.sleep(120)\n"
+  )
+  started = time.monotonic()
+  command = [sys.executable, "-m", "ckpt_jax.multihost", "--processes", "2", str(program)]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+  assert time.monotonic() - started < 60
+  assert done.returncode != 0 and "process one is broken" in done.stderr and "process 1 failed" in done.stderr
+
+
+def test_empty_launcher_variables_mean_one_process(monkeypatch):
+  monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "")
+  monkeypatch.setenv("SLURM_NTASKS", "8")  # set by sbatch too, where nothing else runs
+  multihost.initialize()

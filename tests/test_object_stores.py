@@ -95,6 +95,8 @@ def test_commands_work_on_buckets(bucket):
   assert cli("who", bucket.url + "/run", "5").returncode == 0
   empty = cli("ls", bucket.url + "/nothing")
   assert empty.returncode == 1 and "no committed checkpoint" in empty.stderr
+  nowhere = cli("ls", bucket.url.replace("bucket", "no-such-bucket") + "/run")
+  assert nowhere.returncode == 1 and "no-such-bucket" in nowhere.stderr and "Traceback" not in nowhere.stderr
 
 
 @pytest.mark.multiprocess
