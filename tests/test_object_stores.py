@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -235,3 +237,24 @@ def test_waits_between_retries_grow_to_their_cap_and_fit_the_deadline():
 )
 def test_requests_are_counted_by_kind(method, path, kind):
   assert request_kind(method, path) == kind
+
+
+@pytest.mark.skipif(shutil.which("s3fs") is None or not os.path.exists("/dev/fuse"), reason="needs s3fs and FUSE")
+def test_mounted_bucket_is_seen_saved_to_and_warned_of(tmp_path, caplog):
+  with s3_server() as bucket:
+    password = tmp_path / "password"
+    password.write_text("testing:testing")
+    password.chmod(0o600)
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    options = f"url={bucket.endpoint},use_path_request_style,passwd_file={password}"
+    subprocess.run(["s3fs", "bucket", str(mount), "-o", options], check=True, timeout=60)
+    try:
+      assert ckpt.detect(mount / "run") == "bucket_mount"
+      with caplog.at_level(logging.WARNING, "ckpt_jax"), ckpt.Checkpointer(mount / "run") as c:
+        c.save(0, {"w": jnp.ones(3)})
+        c.wait()
+        assert np.array_equal(c.restore().state["w"], np.ones(3))
+      assert "bucket mounted as a file system; s3://" in caplog.text
+    finally:
+      subprocess.run(["umount", str(mount)], check=True, timeout=60)

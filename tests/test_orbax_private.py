@@ -20,3 +20,27 @@ def test_managers_finalize_thread_is_where_we_look(tmp_path):
 
 def test_python_still_lets_us_run_before_executors_shut_down():
   assert callable(threading._register_atexit)
+
+
+def test_names_that_make_s3_possible_are_where_we_replace_them():
+  from etils.epath import backend, gpath
+  from orbax.checkpoint._src.path import gcs_utils
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+
+  from ckpt_jax.storage.kvstore import connect
+  from ckpt_jax.storage.objects import ObjectBackend
+
+  connect("s3://bucket/run")
+  for module, name in (
+    (gcs_utils, "is_gcs_path"),
+    (gcs_utils, "is_hierarchical_namespace_enabled"),
+    (gcs_utils, "get_kvstore_for_gcs"),
+    (tensorstore_utils, "_use_gcs_driver"),
+    (tensorstore_utils, "_normalize_path"),
+    (gpath, "_is_tf_installed"),
+  ):
+    assert getattr(module, name).__module__.startswith("ckpt_jax"), name
+  assert isinstance(gpath._PREFIX_TO_BACKEND["s3"], ObjectBackend)
+  assert backend.fsspec_backend in gpath._GCS_BACKENDS
+  spec = tensorstore_utils.build_kvstore_tspec("s3://bucket/run/1/default", "w", use_ocdbt=True)
+  assert spec["driver"] == "ocdbt" and spec["base"]["driver"] == "s3" and spec["base"]["bucket"] == "bucket"
