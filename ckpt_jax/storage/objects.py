@@ -333,8 +333,16 @@ class ObjectBackend(epath_backend.Backend):
   ) -> Iterator[tuple[dict[str, Entry], list[str]]]:
     """Pages of a listing: objects by key, and common prefixes with their slash."""
     scheme, bucket, _ = split_url(url)
-    fs = self._filesystem(url)
+    try:
+      yield from self._listing(self._filesystem(url), scheme, bucket, prefix, delimiter)
+    except FileNotFoundError as e:
+      raise StorageError(f"{scheme}://{bucket}: no such bucket") from e
+
+  def _listing(
+    self, fs: Any, scheme: str, bucket: str, prefix: str, delimiter: str | None
+  ) -> Iterator[tuple[dict[str, Entry], list[str]]]:
     token: dict[str, Any] = {}
+    url = f"{scheme}://{bucket}/{prefix}"
     while True:
       if scheme == "gs":
         extra = {"delimiter": delimiter} if delimiter else {}
