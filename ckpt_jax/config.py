@@ -317,10 +317,12 @@ class TimeoutsConfig(_Section):
   Attributes:
     save: from the call of `save` to the commit.
     restore: the whole of a restore.
+    delete: how long `close` waits for old steps to be removed. What is left is marked, and the next open goes on.
   """
 
   save: Duration = 1200.0
   restore: Duration = 1200.0
+  delete: Duration = 60.0
 
 
 class Config(_Section):

@@ -20,3 +20,28 @@ def test_managers_finalize_thread_is_where_we_look(tmp_path):
 
 def test_python_still_lets_us_run_before_executors_shut_down():
   assert callable(threading._register_atexit)
+
+
+def test_managers_deleter_and_step_list_are_where_we_look(tmp_path):
+  asked = []
+
+  class Deleter:
+    def delete(self, step):
+      asked.append(step)
+
+    def delete_steps(self, steps):
+      asked.extend(steps)
+
+    def close(self):
+      asked.append("close")
+
+  with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
+    orbax_private.use_deleter(manager, Deleter())
+    for step in range(3):
+      manager.save(step, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
+    manager.wait_until_finished()
+    assert asked == [0, 1] and (tmp_path / "0").exists()
+    manager.reload()
+    orbax_private.forget_steps(manager, {0, 1})
+    assert manager.all_steps() == [2]
+  assert asked[-1] == "close"

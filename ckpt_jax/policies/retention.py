@@ -231,7 +231,7 @@ class Retention(ocp_policies.PreservationPolicy):
     for i, step in enumerate(ranked):
       # Counting stops at n: with 5,000 steps a full count for each of them would take a second.
       rivals = (s for s in itertools.islice(ranked, i) if not _saved_later_than(s, step, time_of))
-      if sum(1 for _ in itertools.islice(rivals, best.n)) < best.n:
+      if i < best.n or sum(1 for _ in itertools.islice(rivals, best.n)) < best.n:
         reasons[step].append("best")
     if best.keep_missing:
       scored = set(ranked)
