@@ -145,7 +145,6 @@ class Checkpointer:
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
     self._deleter = StepDeleter(self.directory, active=jax.process_index() == 0, timeout=config.timeouts.delete)
     with storage_errors(f"{self.directory}: cannot open the run"):
-      self._deleter.resume()
       self._manager = self._open_manager(pytree_handler(config))
     self._notice = PreemptionNotice() if config.preemption.enabled else None
     finish = weakref.WeakMethod(self._finish_at_exit)
@@ -388,21 +387,23 @@ class Checkpointer:
     else:
       policies.append(EverySteps(schedule.every_steps or 1))
     best = keep.best
-    manager = ocp.CheckpointManager(
-      self.directory,
-      item_handlers=handler,
-      options=ocp.CheckpointManagerOptions(
-        save_decision_policy=AnyOf(policies),
-        preservation_policy=self._retention,
-        # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
-        best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
-        async_options=ocp.options.AsyncOptions(
-          timeout_secs=int(self.config.timeouts.save), post_finalization_callback=self._on_commit
+    with self._deleter.paused():
+      self._deleter.resume()
+      manager = ocp.CheckpointManager(
+        self.directory,
+        item_handlers=handler,
+        options=ocp.CheckpointManagerOptions(
+          save_decision_policy=AnyOf(policies),
+          preservation_policy=self._retention,
+          # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
+          best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
+          async_options=ocp.options.AsyncOptions(
+            timeout_secs=int(self.config.timeouts.save), post_finalization_callback=self._on_commit
+          ),
         ),
-      ),
-    )
-    orbax_private.use_deleter(manager, self._deleter)
-    orbax_private.forget_steps(manager, from_process_zero(sorted(self._deleter.pending)))
+      )
+      orbax_private.use_deleter(manager, self._deleter)
+      orbax_private.forget_steps(manager, from_process_zero(sorted(self._deleter.pending)))
     return manager
 
   def _replace_manager(self, handler: ocp.PyTreeCheckpointHandler) -> None:

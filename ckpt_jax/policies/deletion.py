@@ -8,13 +8,14 @@ saved anew under the same number is never taken for the old one.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -56,6 +57,17 @@ class StepDeleter:
     self._changed = threading.Condition()
     self._thread: threading.Thread | None = None
     self._stop = threading.Event()
+    self._go = threading.Event()
+    self._go.set()
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Removes no file meanwhile: an Orbax manager that opens fails if a directory that it has listed vanishes."""
+    self._go.clear()
+    try:
+      yield
+    finally:
+      self._go.set()
 
   @property
   def pending(self) -> set[int]:
@@ -79,7 +91,7 @@ class StepDeleter:
     """Takes up what an earlier process has marked and not removed. Returns those steps."""
     if not self._active:
       return []
-    left = sorted(run.noted_steps(self.directory, run.DELETING))
+    left = sorted(run.noted_steps(self.directory, run.DELETING) - self.pending)
     anew = [step for step in left if self._saved_anew(step)]
     for step in anew:
       _log.warning("%s: step %d was saved anew after its deletion was begun; it stays", self.directory, step)
@@ -183,6 +195,7 @@ class StepDeleter:
     # What makes it a step goes first; the rest goes by the bucket's batch requests (fsspec's recursive rm).
     for name in ("commit_success.txt", run.STEP_METADATA):
       (directory / name).unlink(missing_ok=True)
+    self._go.wait()
     directory.rmtree(missing_ok=True)
 
   def _remove_files(self, directory: str) -> None:
@@ -203,6 +216,7 @@ class StepDeleter:
     if self._stop.is_set():
       return
     for folder in reversed(folders):  # os.walk names parents first
+      self._go.wait()
       os.rmdir(folder)
 
   def _unlink(self, file: str) -> None:
@@ -210,6 +224,7 @@ class StepDeleter:
       return
     if self._pause:
       self._stop.wait(self._pause)
+    self._go.wait()
     try:
       size = os.lstat(file).st_size
       os.unlink(file)
