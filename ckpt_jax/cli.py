@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
+from ckpt_jax import cli_prune
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.version import __version__
 
@@ -119,6 +120,11 @@ def who(
     typer.echo(report.table())
   if report.overlaps:
     raise typer.Exit(1)
+
+
+app.command()(cli_prune.prune)
+app.command()(cli_prune.pin)
+app.command()(cli_prune.unpin)
 
 
 def main() -> None:
