@@ -32,6 +32,10 @@ from ckpt_jax.layout.encoding import encode
 from ckpt_jax.layout.handler import pytree_handler, target_file_size
 from ckpt_jax.layout.sharding import abstract_state, global_nbytes, largest_shard_nbytes, local_nbytes
 from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
+from ckpt_jax.policies import pins
+from ckpt_jax.policies.agree import from_process_zero
+from ckpt_jax.policies.deletion import StepDeleter
+from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.policies.retention import Retention, best_steps
 from ckpt_jax.policies.schedule import AnyOf, EveryMinutes, EverySteps, OnPreemption
 from ckpt_jax.preemption import PreemptionNotice
@@ -142,6 +146,8 @@ class Checkpointer:
     self._returned_at: float | None = None
     self._record_lock = threading.Lock()
     self._closed = False
+    self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
+    self._deleter = StepDeleter(self.directory, active=jax.process_index() == 0, timeout=config.timeouts.delete)
     with storage_errors(f"{self.directory}: cannot open the run"), snapshot(self.directory):
       self._manager = self._open_manager(pytree_handler(config))
     self._notice = PreemptionNotice() if config.preemption.enabled else None
@@ -223,6 +229,9 @@ class Checkpointer:
     try:
       if chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self.config, chunk_nbytes=chunk_nbytes))
+      self._retention.note(step, record.nbytes, (metadata.get("health") or {}).get("healthy"))
+      if not self._deleter.wait_for({step}, self.config.timeouts.save):
+        raise CheckpointError(f"{self.directory}: an older step {step} is still being deleted (timeouts.save)")
       self._manager.save(
         step,
         args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self.config)),
@@ -278,6 +287,7 @@ class Checkpointer:
         self._notice.close()
       with contextlib.suppress(Exception):  # its background failure was raised by wait() above
         self._manager.close()
+      self._deleter.finish()
 
   # -- what there is
 
@@ -301,6 +311,20 @@ class Checkpointer:
       raise ConfigError("best_step() needs a metric: set retention.best, e.g. {metric: loss, mode: min}")
     found = best_steps(self.steps(), BestConfig(metric=best.metric, mode=best.mode))
     return found[0] if found else None
+
+  def pin(self, step: int) -> None:
+    """Keeps a committed step whatever the retention rules say, in this job and all later ones, until `unpin`.
+
+    Raises:
+      NoCheckpointError: if there is no such step.
+    """
+    if jax.process_index() == 0:
+      pins.pin(self.directory, step)
+
+  def unpin(self, step: int) -> None:
+    """Gives a step back to the retention rules, which are applied at the next save."""
+    if jax.process_index() == 0:
+      pins.unpin(self.directory, step)
 
   # -- restoring
 
@@ -340,10 +364,14 @@ class Checkpointer:
     chosen = self._agreed_step(step, required=True)
     assert chosen is not None
     step_dir = run.step_directory(self.directory, chosen)
-    with snapshot(step_dir):
-      ours = run.our_metadata(step_dir)
-      state = read_as_saved(step_dir, self.config) if like is None else read_like(step_dir, like, self.config)
-    jax.block_until_ready(state)
+    self._retention.restoring.add(chosen)
+    try:
+      with snapshot(step_dir):
+        ours = run.our_metadata(step_dir)
+        state = read_as_saved(step_dir, self.config) if like is None else read_like(step_dir, like, self.config)
+      jax.block_until_ready(state)
+    finally:
+      self._retention.restoring.discard(chosen)
     nbytes = global_nbytes(state)
     report = RestoreReport("direct", time.perf_counter() - started, nbytes, str(step_dir))
     _log.info("restored step %d of %s in %.2f s", chosen, self.directory, report.seconds)
@@ -364,20 +392,24 @@ class Checkpointer:
     else:
       policies.append(EverySteps(schedule.every_steps or 1))
     best = keep.best
-    return ocp.CheckpointManager(
-      self.directory,
-      item_handlers=handler,
-      options=ocp.CheckpointManagerOptions(
-        save_decision_policy=AnyOf(policies),
-        preservation_policy=Retention(keep.last, keep.every_steps, best),
-        # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
-        best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
-        enable_background_delete=True,
-        async_options=ocp.options.AsyncOptions(
-          timeout_secs=int(self.config.timeouts.save), post_finalization_callback=self._on_commit
+    with self._deleter.paused():
+      self._deleter.resume()
+      manager = ocp.CheckpointManager(
+        self.directory,
+        item_handlers=handler,
+        options=ocp.CheckpointManagerOptions(
+          save_decision_policy=AnyOf(policies),
+          preservation_policy=self._retention,
+          # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
+          best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
+          async_options=ocp.options.AsyncOptions(
+            timeout_secs=int(self.config.timeouts.save), post_finalization_callback=self._on_commit
+          ),
         ),
-      ),
-    )
+      )
+      orbax_private.use_deleter(manager, self._deleter)
+      orbax_private.forget_steps(manager, from_process_zero(sorted(self._deleter.pending)))
+    return manager
 
   def _replace_manager(self, handler: ocp.PyTreeCheckpointHandler) -> None:
     self._manager.close()
@@ -404,6 +436,7 @@ class Checkpointer:
       self._manager.wait_until_finished()
     with contextlib.suppress(Exception):
       self._manager.reload()
+      orbax_private.forget_steps(self._manager, self._deleter.pending)
     cause = root_cause(error)
     newest = self.latest_step()
     kept = f"the newest committed step is {newest}" if newest is not None else "no step is committed"

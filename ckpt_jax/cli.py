@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
+from ckpt_jax import cli_prune
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.version import __version__
 
@@ -174,6 +175,11 @@ def bench_object_stores(
       file.write(found + "\n")
   else:
     typer.echo(found)
+
+
+app.command()(cli_prune.prune)
+app.command()(cli_prune.pin)
+app.command()(cli_prune.unpin)
 
 
 def main() -> None:

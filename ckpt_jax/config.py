@@ -29,14 +29,6 @@ from ckpt_jax.errors import ConfigError
 # is accepted in silence and then ignored.
 _LATER = "accepted, not acted upon yet"
 NOT_YET: dict[str, str] = {
-  "schedule.overhead": _LATER,
-  "schedule.mtti": _LATER,
-  "retention.hourly": _LATER,
-  "retention.daily": _LATER,
-  "retention.weekly": _LATER,
-  "retention.monthly": _LATER,
-  "retention.within": _LATER,
-  "retention.budget": _LATER,
   "layout.pack": _LATER,
   "restore.strategy": _LATER + " (other than auto and direct)",
   "restore.verify": _LATER,
@@ -224,11 +216,13 @@ class BestConfig(_Section):
     metric: a name in the `metrics` given to `save`.
     mode: `min` if a lower value is better, `max` if a higher one is.
     n: how many steps to keep.
+    keep_missing: keep the steps that lack the metric, or have NaN for it, too.
   """
 
   metric: Annotated[StrictStr, Field(min_length=1)]
   mode: Literal["min", "max"] = "min"
   n: Count = 1
+  keep_missing: StrictBool = False
 
 
 class RetentionConfig(_Section):
@@ -337,10 +331,12 @@ class TimeoutsConfig(_Section):
   Attributes:
     save: from the call of `save` to the commit.
     restore: the whole of a restore.
+    delete: how long `close` waits for old steps to be removed. What is left is marked, and the next open goes on.
   """
 
   save: Duration = 1200.0
   restore: Duration = 1200.0
+  delete: Duration = 60.0
 
 
 class RetryConfig(_Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -19,6 +19,26 @@ def background_error(manager: ocp.CheckpointManager) -> BaseException | None:
   """
   thread = manager._finalize_thread.get()  # pylint: disable=protected-access
   return None if thread is None or thread.is_alive() else thread.exception
+
+
+def use_deleter(manager: ocp.CheckpointManager, deleter: Any) -> None:
+  """Makes `manager` hand the steps that its retention drops to `deleter` (delete, delete_steps, close).
+
+  Why private: Orbax's own background deleter takes one step after the other, ends for good at the first error, forgets
+  after a crash what it had begun, and `close()` waits for it without a limit; there is no option for another one
+  (AI-Hypercomputer/maxtext#3488).
+  """
+  manager._checkpoint_deleter.close()  # pylint: disable=protected-access
+  manager._checkpoint_deleter = deleter  # pylint: disable=protected-access
+
+
+def forget_steps(manager: ocp.CheckpointManager, steps: Collection[int]) -> None:
+  """Drops steps from what `manager` believes to be there: those whose deletion was begun before a crash.
+
+  Why private: on POSIX Orbax takes any directory with a number for a step, half deleted ones too, and `delete()` would
+  wait for their removal.
+  """
+  manager._checkpoints.delete_if(lambda info: info.step in steps)  # pylint: disable=protected-access
 
 
 def before_executors_shut_down(callback: Callable[[], None]) -> None:

@@ -20,6 +20,10 @@ ITEM_METADATA = "_METADATA"
 DEFAULT_ITEM = "default"
 COMMIT_MARKER = "commit_success.txt"
 OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
+# What ckpt_jax notes about a run: RUN/.ckpt_jax/pins/STEP, RUN/.ckpt_jax/deleting/STEP and more. Plain small files,
+# each written in one go, since a bucket has neither rename nor append.
+NOTES = ".ckpt_jax"
+PINS, DELETING = "pins", "deleting"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,7 @@ class StepInfo:
     nbytes: bytes of its arrays, or of its files for a step that plain Orbax wrote.
     metrics: what was given to `save`.
     healthy: False if the step was tagged unhealthy; None if nobody looked.
+    pinned: whether it was pinned, so that retention leaves it alone.
   """
 
   step: int
@@ -39,6 +44,7 @@ class StepInfo:
   nbytes: int
   metrics: dict[str, Any]
   healthy: bool | None = None
+  pinned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +89,26 @@ def run_directory(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def committed_steps(run: epath.Path) -> list[int]:
-  """Step numbers in ascending order. Leftovers of unfinished saves, and empty or foreign directories, are not steps."""
+  """Step numbers in ascending order.
+
+  Leftovers of unfinished saves, steps marked for deletion, and empty or foreign directories are not steps.
+  """
   with snapshot(run):
     if not run.exists():
       return []
-    names = [p.name for p in run.iterdir() if p.name.isdigit()]
+    doomed = noted_steps(run, DELETING)
+    names = [p.name for p in run.iterdir() if p.name.isdigit() and int(p.name) not in doomed]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
       good = list(pool.map(lambda name: is_step(run / name), names))
   return sorted(int(name) for name, ok in zip(names, good, strict=True) if ok)
+
+
+def noted_steps(run: epath.Path, kind: str) -> set[int]:
+  """The steps with a note of a kind, `PINS` or `DELETING`."""
+  try:
+    return {int(p.name) for p in (run / NOTES / kind).iterdir() if p.name.isdigit()}
+  except (FileNotFoundError, NotADirectoryError):
+    return set()
 
 
 def is_step(directory: epath.Path) -> bool:
@@ -177,7 +195,18 @@ def list_steps(path: str | os.PathLike[str]) -> list[StepInfo]:
   """All committed steps of a run, oldest first."""
   run = run_directory(path)
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    return list(pool.map(lambda step: _info(run / str(step), step), committed_steps(run)))
+    found = list(pool.map(lambda step: _info(run / str(step), step), committed_steps(run)))
+  pins = noted_steps(run, PINS)
+  return [dataclasses.replace(info, pinned=True) if info.step in pins else info for info in found]
+
+
+def step_info(run: epath.Path, step: int) -> StepInfo:
+  """One committed step; whether it is pinned is left out.
+
+  Raises:
+    CorruptCheckpointError: if its metadata cannot be read.
+  """
+  return _info(run / str(step), step)
 
 
 def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], dict[int, str]]:
@@ -194,7 +223,9 @@ def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], d
 
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
     found = list(pool.map(info, committed_steps(run)))
-  return [s for s in found if s is not None], dict(sorted(damaged.items()))
+  pins = noted_steps(run, PINS)
+  steps = [dataclasses.replace(s, pinned=s.step in pins) for s in found if s is not None]
+  return steps, dict(sorted(damaged.items()))
 
 
 def _info(step_dir: epath.Path, step: int) -> StepInfo:

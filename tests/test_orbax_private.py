@@ -44,3 +44,28 @@ def test_names_that_make_s3_possible_are_where_we_replace_them():
   assert backend.fsspec_backend in gpath._GCS_BACKENDS
   spec = tensorstore_utils.build_kvstore_tspec("s3://bucket/run/1/default", "w", use_ocdbt=True)
   assert spec["driver"] == "ocdbt" and spec["base"]["driver"] == "s3" and spec["base"]["bucket"] == "bucket"
+
+
+def test_managers_deleter_and_step_list_are_where_we_look(tmp_path):
+  asked = []
+
+  class Deleter:
+    def delete(self, step):
+      asked.append(step)
+
+    def delete_steps(self, steps):
+      asked.extend(steps)
+
+    def close(self):
+      asked.append("close")
+
+  with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
+    orbax_private.use_deleter(manager, Deleter())
+    for step in range(3):
+      manager.save(step, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
+    manager.wait_until_finished()
+    assert asked == [0, 1] and (tmp_path / "0").exists()
+    manager.reload()
+    orbax_private.forget_steps(manager, {0, 1})
+    assert manager.all_steps() == [2]
+  assert asked[-1] == "close"

@@ -1,0 +1,241 @@
+"""Removing steps: in the background, in parallel, and to the end even if the process dies half-way.
+
+A step is first marked (RUN/.ckpt_jax/deleting/STEP), from when on it is no step any more, then emptied, then its mark
+is removed. Whoever opens the run next finishes what is marked. A mark names the commit that it means, so that a step
+saved anew under the same number is never taken for the old one.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from ckpt_jax import run
+
+_log = logging.getLogger(__name__)
+_WORKERS = 8
+_MARKS_AT_ONCE = 16
+
+
+class StepDeleter:
+  """Deletes steps in a thread of its own; an Orbax CheckpointDeleter.
+
+  Nothing here waits for storage but the marking, and that is one small write a step. An error keeps the mark and is
+  logged; the next open tries again.
+
+  Attributes:
+    directory: the run.
+    freed: bytes removed so far, on local paths; buckets do not say.
+  """
+
+  def __init__(self, directory: epath.Path, *, active: bool = True, timeout: float = 60.0, files_per_second: float = 0):
+    """Starts nothing yet.
+
+    Args:
+      directory: the run.
+      active: False on all processes but one: their calls do nothing.
+      timeout: seconds that `finish` waits.
+      files_per_second: the most files removed in a second; 0 is no limit.
+    """
+    self.directory = directory
+    self.freed = 0
+    self._active = active
+    self._timeout = timeout
+    self._pause = 1 / files_per_second if files_per_second else 0.0
+    self._waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    self._open: set[int] = set()  # given to delete() and not gone yet
+    self._changed = threading.Condition()
+    self._thread: threading.Thread | None = None
+    self._stop = threading.Event()
+    self._go = threading.Event()
+    self._go.set()
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Removes no file meanwhile: an Orbax manager that opens fails if a directory that it has listed vanishes."""
+    self._go.clear()
+    try:
+      yield
+    finally:
+      self._go.set()
+
+  @property
+  def pending(self) -> set[int]:
+    """Steps whose removal has not ended."""
+    with self._changed:
+      return set(self._open)
+
+  def delete(self, step: int) -> None:
+    """Marks a step and returns; it is no step from now on."""
+    self.delete_steps([step])
+
+  def delete_steps(self, steps: Sequence[int]) -> None:
+    """Marks steps and returns; they are no steps from now on. A step whose mark cannot be written stays."""
+    if not self._active or not steps:
+      return
+    with concurrent.futures.ThreadPoolExecutor(min(_MARKS_AT_ONCE, len(steps))) as pool:
+      marked = [step for step, ok in zip(steps, pool.map(self._mark, steps), strict=True) if ok]
+    self._enqueue(marked)
+
+  def resume(self) -> list[int]:
+    """Takes up what an earlier process has marked and not removed. Returns those steps."""
+    if not self._active:
+      return []
+    left = sorted(run.noted_steps(self.directory, run.DELETING) - self.pending)
+    anew = [step for step in left if self._saved_anew(step)]
+    for step in anew:
+      _log.warning("%s: step %d was saved anew after its deletion was begun; it stays", self.directory, step)
+      self._mark_file(step).unlink(missing_ok=True)
+    left = [step for step in left if step not in anew]
+    if left:
+      _log.info("%s: finishing the deletion of %s", self.directory, left)
+      self._enqueue(left)
+    return left
+
+  def wait_for(self, steps: Collection[int] | None = None, timeout: float | None = None) -> bool:
+    """Waits until these steps (default: all given so far) are gone. False if the time ran out."""
+    limit = self._timeout if timeout is None else timeout
+    with self._changed:
+      return self._changed.wait_for(
+        lambda: not (self._open if steps is None else self._open & set(steps)), timeout=limit
+      )
+
+  def close(self) -> None:
+    """Nothing: Orbax calls it whenever a manager is replaced, and deleting goes on behind the next one."""
+
+  def finish(self) -> None:
+    """Waits for the rest up to the timeout, and stops. What is left then is marked, and the next open removes it."""
+    if self._thread is None:
+      return
+    if not self.wait_for():
+      _log.warning(
+        "%s: %d steps are not removed after %.0f s (timeouts.delete); they are marked, and the next open or "
+        "`ckpt-jax prune` goes on",
+        self.directory,
+        len(self.pending),
+        self._timeout,
+      )
+    self._stop.set()
+    self._waiting.put(None)
+    self._thread.join(timeout=5)
+    self._thread = None
+
+  # -- inside
+
+  def _enqueue(self, steps: Sequence[int]) -> None:
+    if not steps:
+      return
+    with self._changed:
+      self._open |= set(steps)
+    for step in steps:
+      self._waiting.put(step)
+    if self._thread is None:
+      self._stop.clear()
+      # A daemon: a process that ends without close() must not hang on a slow bucket; the marks remain.
+      self._thread = threading.Thread(target=self._work, name="ckpt_jax_deleter", daemon=True)
+      self._thread.start()
+
+  def _work(self) -> None:
+    while not self._stop.is_set() and (step := self._waiting.get()) is not None:
+      try:
+        self._remove(step)
+      except Exception as e:
+        _log.warning("%s: step %d is not removed yet: %s; the next open tries again", self.directory, step, e)
+      with self._changed:
+        self._open.discard(step)
+        self._changed.notify_all()
+
+  def _mark_file(self, step: int) -> epath.Path:
+    return self.directory / run.NOTES / run.DELETING / str(step)
+
+  def _mark(self, step: int) -> bool:
+    if not (self.directory / str(step)).exists():
+      return False
+    file = self._mark_file(step)
+    try:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      file.write_text(json.dumps({"commit": _commit(self.directory / str(step)), "time": time.time()}))
+    except OSError as e:
+      _log.warning("%s: cannot be written, step %d stays: %s", file, step, e)
+      return False
+    return True
+
+  def _saved_anew(self, step: int) -> bool:
+    directory = self.directory / str(step)
+    if not run.is_step(directory):
+      return False
+    try:
+      marked = json.loads(self._mark_file(step).read_text())
+    except (OSError, ValueError):
+      return True  # a mark cut short by a crash: nothing was removed yet, and the rules will judge the step again
+    return marked.get("commit") != _commit(directory) and _commit(directory) is not None
+
+  def _remove(self, step: int) -> None:
+    directory = self.directory / str(step)
+    if directory.exists():
+      if "://" in os.fspath(directory):
+        self._remove_objects(directory)
+      else:
+        self._remove_files(os.fspath(directory))
+    if not self._stop.is_set():
+      self._mark_file(step).unlink(missing_ok=True)
+      _log.info("%s: removed step %d", self.directory, step)
+
+  def _remove_objects(self, directory: epath.Path) -> None:
+    # What makes it a step goes first; the rest goes by the bucket's batch requests (fsspec's recursive rm).
+    for name in ("commit_success.txt", run.STEP_METADATA):
+      (directory / name).unlink(missing_ok=True)
+    self._go.wait()
+    directory.rmtree(missing_ok=True)
+
+  def _remove_files(self, directory: str) -> None:
+    folders, files = [], []
+    for folder, _, names in os.walk(directory):
+      folders.append(folder)
+      files += [os.path.join(folder, name) for name in names]
+    # What makes it a step goes first, so that a reader without the marks does not take the rest for one; commit
+    # metadata last of it, since it tells this commit from a later one.
+    heads = [f for f in files if os.path.basename(f) in (run.ITEM_METADATA, "commit_success.txt")]
+    heads += [f for f in files if os.path.basename(f) == run.STEP_METADATA]
+    for file in heads:
+      self._unlink(file)
+    rest = sorted(set(files) - set(heads))
+    with concurrent.futures.ThreadPoolExecutor(1 if self._pause else _WORKERS) as pool:
+      for _ in pool.map(self._unlink, rest):
+        pass
+    if self._stop.is_set():
+      return
+    for folder in reversed(folders):  # os.walk names parents first
+      self._go.wait()
+      os.rmdir(folder)
+
+  def _unlink(self, file: str) -> None:
+    if self._stop.is_set():
+      return
+    if self._pause:
+      self._stop.wait(self._pause)
+    self._go.wait()
+    try:
+      size = os.lstat(file).st_size
+      os.unlink(file)
+    except FileNotFoundError:
+      return
+    self.freed += size
+
+
+def _commit(step_dir: epath.Path) -> Any:
+  """What tells one commit of a step number from another; None if the step does not say."""
+  try:
+    return run.step_metadata(step_dir).get("commit_timestamp_nsecs")
+  except Exception:  # unreadable metadata must not keep a step alive
+    return None

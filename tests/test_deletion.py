@@ -1,0 +1,187 @@
+"""Steps that retention drops: marked, removed behind training, and to the end even after a crash."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+import ckpt_jax as ckpt
+from ckpt_jax import run
+from ckpt_jax.policies.deletion import StepDeleter
+from ckpt_jax.policies.pins import pinned
+
+
+def save_steps(path, steps, **config):
+  with ckpt.Checkpointer(path, ckpt.Config(**config)) as c:
+    for step in steps:
+      c.save(step, {"x": jnp.full(4, step)}, metrics={"loss": float(step)}, force=True)
+  return c
+
+
+def numbers(path):
+  return [s.step for s in run.list_steps(path)]
+
+
+KEEP_ALL = {"retention": {"last": None}}
+
+
+def test_steps_that_no_rule_keeps_are_gone_after_close(tmp_path):
+  save_steps(tmp_path, range(6), retention={"last": 2})
+  assert numbers(tmp_path) == [4, 5]
+  assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["4", "5"]
+  assert not list((tmp_path / ".ckpt_jax" / "deleting").iterdir()), "no mark outlives its step"
+
+
+def test_a_pinned_step_stays_until_it_is_unpinned(tmp_path):
+  with ckpt.Checkpointer(tmp_path, ckpt.Config(retention={"last": 1})) as c:
+    c.save(0, {"x": jnp.ones(2)})
+    c.wait()
+    c.pin(0)
+    for step in range(1, 4):
+      c.save(step, {"x": jnp.ones(2)})
+    c.wait()
+    assert [(s.step, s.pinned) for s in c.steps()] == [(0, True), (3, False)]
+    c.unpin(0)
+    c.save(4, {"x": jnp.ones(2)})
+  assert numbers(tmp_path) == [4]
+
+
+def test_pinning_what_is_not_there_names_what_is(tmp_path):
+  c = save_steps(tmp_path, [3, 5])
+  with pytest.raises(ckpt.NoCheckpointError, match="committed steps: 3, 5"):
+    c.pin(4)
+  assert pinned(tmp_path) == set()
+
+
+def test_an_older_step_saved_after_a_rollback_deletes_no_newer_one(tmp_path):
+  save_steps(tmp_path, [10, 20, 30], retention={"last": 2})
+  save_steps(tmp_path, [15], retention={"last": 2})
+  assert numbers(tmp_path) == [15, 20, 30]
+
+
+def test_the_newest_healthy_step_outlives_unhealthy_ones(tmp_path):
+  save_steps(tmp_path, range(4), **KEEP_ALL)
+  for step in (2, 3):
+    file = tmp_path / str(step) / run.STEP_METADATA
+    data = json.loads(file.read_text())
+    data["custom_metadata"]["ckpt_jax"]["health"] = {"healthy": False}
+    file.write_text(json.dumps(data))
+  if run.list_steps(tmp_path)[3].healthy is not False:
+    pytest.skip("StepInfo.healthy is not filled in yet")
+  with ckpt.Checkpointer(tmp_path, ckpt.Config(retention={"last": 1})) as c:
+    c._retention.note(4, 16, False)
+    c._retention.note = lambda *_: None  # the step being saved turns out unhealthy too
+    c.save(4, {"x": jnp.ones(4)})
+  assert numbers(tmp_path) == [1, 4]
+
+
+def test_the_budget_counts_the_steps_of_earlier_processes(tmp_path):
+  save_steps(tmp_path, range(5), **KEEP_ALL)
+  save_steps(tmp_path, [5], retention={"budget": 48})
+  assert numbers(tmp_path) == [3, 4, 5]
+
+
+def test_a_marked_step_is_no_step_and_the_next_open_removes_it(tmp_path):
+  save_steps(tmp_path, range(3), **KEEP_ALL)
+  deleter = StepDeleter(epath.Path(tmp_path))
+  deleter._enqueue = lambda steps: None  # the process dies right after marking
+  deleter.delete(1)
+  (tmp_path / "1" / run.STEP_METADATA).unlink()  # and has got a little further
+  assert numbers(tmp_path) == [0, 2]
+  with pytest.raises(ckpt.NoCheckpointError), ckpt.Checkpointer(tmp_path, ckpt.Config(**KEEP_ALL)) as c:
+    assert c._manager.all_steps() == [0, 2]
+    c.restore(1)
+  assert not (tmp_path / "1").exists() and not (tmp_path / ".ckpt_jax/deleting/1").exists()
+
+
+def test_a_step_saved_anew_under_a_marked_number_is_not_deleted(tmp_path):
+  save_steps(tmp_path, range(3), **KEEP_ALL)
+  deleter = StepDeleter(epath.Path(tmp_path))
+  deleter._enqueue = lambda steps: None
+  deleter.delete(1)
+  with ocp.CheckpointManager(tmp_path) as manager:  # plain Orbax knows nothing of marks
+    manager.delete(1)
+    manager.save(1, args=ocp.args.PyTreeSave({"x": jnp.zeros(3)}), force=True)
+  save_steps(tmp_path, [3], **KEEP_ALL)
+  assert numbers(tmp_path) == [0, 1, 2, 3]
+
+
+def test_a_step_can_be_saved_again_while_its_old_files_are_being_removed(tmp_path):
+  save_steps(tmp_path, range(3), **KEEP_ALL)
+  with ckpt.Checkpointer(tmp_path, ckpt.Config(**KEEP_ALL)) as c:
+    c._deleter._pause = 0.02
+    c._manager.delete(2)
+    assert c.latest_step() == 1
+    c.save(2, {"x": jnp.full(4, 7)})
+    c.wait()
+    np.testing.assert_array_equal(c.restore(2).state["x"], np.full(4, 7))
+
+
+def test_saves_do_not_wait_for_a_slow_deletion_and_close_waits_with_a_limit(tmp_path, caplog):
+  save_steps(tmp_path, range(4), **KEEP_ALL)
+  c = ckpt.Checkpointer(tmp_path, ckpt.Config(retention={"last": 1}, timeouts={"delete": 0.2}))
+  c._deleter._pause = 30.0
+  c.save(4, {"x": jnp.ones(4)})
+  c.save(5, {"x": jnp.ones(4)})
+  c.wait()
+  assert c._deleter.pending >= {0, 1, 2, 3} and c.latest_step() == 5
+  c.close()
+  assert "steps are not removed after" in caplog.text
+  assert numbers(tmp_path) == [5]
+  save_steps(tmp_path, [6], retention={"last": 1})
+  assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["6"]
+
+
+def test_a_step_that_cannot_be_removed_is_reported_and_tried_again(tmp_path, caplog, monkeypatch):
+  save_steps(tmp_path, range(2), **KEEP_ALL)
+
+  def refuse(self, directory):
+    raise PermissionError("read-only file system")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(StepDeleter, "_remove_files", refuse)
+    save_steps(tmp_path, [2], retention={"last": 1})
+  assert "step 0 is not removed yet: read-only file system" in caplog.text
+  assert numbers(tmp_path) == [2] and (tmp_path / "0").exists()
+  save_steps(tmp_path, [3], retention={"last": 1})
+  assert not (tmp_path / "0").exists() and not (tmp_path / "1").exists()
+
+
+KILLED = """
+import sys, os
+from etils import epath
+from ckpt_jax.policies.deletion import StepDeleter
+deleter = StepDeleter(epath.Path(sys.argv[1]), files_per_second=20)
+deleter.delete_steps([0, 1])
+print("marked", flush=True)
+deleter.wait_for(timeout=60)
+"""
+
+
+def test_a_process_killed_while_deleting_leaves_nothing_behind_for_good(tmp_path):
+  save_steps(tmp_path, range(3), **KEEP_ALL)
+  child = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE, text=True)
+  assert child.stdout.readline() == "marked\n"
+  time.sleep(0.2)
+  child.send_signal(signal.SIGKILL)
+  child.wait(timeout=30)
+  assert (tmp_path / "1").exists(), "the kill came too late to test anything"
+  assert numbers(tmp_path) == [2]
+  with ckpt.Checkpointer(tmp_path, ckpt.Config(**KEEP_ALL)) as c:
+    assert c.latest_step() == 2
+  assert sorted(os.listdir(tmp_path)) == [".ckpt_jax", "2"]
+
+
+def test_a_plain_manager_sees_the_same_steps(tmp_path):
+  save_steps(tmp_path, range(5), retention={"last": 2, "every_steps": 2})
+  with ocp.CheckpointManager(pathlib.Path(tmp_path)) as manager:
+    assert sorted(manager.all_steps()) == [0, 2, 3, 4]
