@@ -126,7 +126,7 @@ def step_directory(run: epath.Path, step: int) -> epath.Path:
     NoCheckpointError: naming the steps that there are.
   """
   directory = run / str(step)
-  if not is_step(directory):
+  if not is_step(directory) or step in noted_steps(run, DELETING):
     steps = committed_steps(run)
     there = f"; committed steps: {_brief(steps)}" if steps else "; no step is committed there"
     raise NoCheckpointError(f"{run}: no committed step {step}{there}")

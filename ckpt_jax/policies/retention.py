@@ -171,9 +171,9 @@ class Retention(ocp_policies.PreservationPolicy):
       reasons[healthy.step].append(NEWEST_HEALTHY)
     latest = times[0]
     for c, time in zip(steps[1:], times[1:], strict=True):
+      # Where the newest does not say when it was saved, the next one that does may have been saved after it.
       if time is not None and (latest is None or time > latest):
-        if latest is not None:
-          reasons[c.step].append(SAVED_LAST)
+        reasons[c.step].append(SAVED_LAST)
         latest = time
     pinned = set(getattr(context, "pinned", ()))
     restoring = set(getattr(context, "restoring", ()))
