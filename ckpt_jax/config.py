@@ -29,6 +29,8 @@ from ckpt_jax.errors import ConfigError
 # is accepted in silence and then ignored.
 _LATER = "accepted, not acted upon yet"
 NOT_YET: dict[str, str] = {
+  "schedule.overhead": _LATER,
+  "schedule.mtti": _LATER,
   "layout.pack": _LATER,
   "restore.strategy": _LATER + " (other than auto and direct)",
   "restore.verify": _LATER,
