@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from ckpt_jax import cli_prune
-from ckpt_jax.errors import CheckpointError
+from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
 
 
@@ -186,6 +186,9 @@ def main() -> None:
   """Entry point: every expected failure is a message and an exit code, never a traceback."""
   try:
     app()
+  except ConfigError as e:  # an argument that makes no sense
+    typer.echo(f"error: {e}", err=True)
+    sys.exit(2)
   except CheckpointError as e:
     typer.echo(f"error: {e}", err=True)
   except BrokenPipeError:

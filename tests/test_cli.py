@@ -111,3 +111,17 @@ def test_who_reports_a_process_of_which_nothing_is_left(tmp_path):
     c.save(0, {"w": jnp.ones(3)})
   (tmp_path / "0" / "default" / "ocdbt.process_0" / "manifest.ocdbt").unlink()
   assert cli("who", tmp_path, "0").returncode == 1
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["prob", "x"], "did you mean probe"),
+    (["probe", "/tmp", "--budget", "never"], "no duration"),
+    (["probe", "gs:///x"], "expected gs://BUCKET/PATH"),
+    (["bench", "object-store"], "did you mean object-stores"),
+  ],
+)
+def test_wrong_usage_exits_2_and_says_what_is_right(arguments, message):
+  done = cli(*arguments)
+  assert done.returncode == 2 and message in " ".join(done.stderr.split()), done.stderr
