@@ -41,7 +41,7 @@ from ckpt_jax.policies.schedule import AnyOf, EveryMinutes, EverySteps, OnPreemp
 from ckpt_jax.preemption import PreemptionNotice
 from ckpt_jax.restore.read import read_as_saved, read_like
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
-from ckpt_jax.storage.kvstore import connect, store_options
+from ckpt_jax.storage.kvstore import connect
 from ckpt_jax.storage.objects import snapshot
 from ckpt_jax.tuning.profile import available_memory
 
@@ -138,7 +138,7 @@ class Checkpointer:
     self.config: Config = config
     for line in config.unimplemented():
       _log.warning("config: %s", line)
-    connect(directory, store_options(config.storage))
+    connect(directory, config.storage)
     self.directory: epath.Path = run.run_directory(directory)
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
     self.saves: list[SaveRecord] = []
@@ -368,6 +368,7 @@ class Checkpointer:
     try:
       with snapshot(step_dir):
         ours = run.our_metadata(step_dir)
+        metrics = run.step_info(self.directory, chosen).metrics
         state = read_as_saved(step_dir, self.config) if like is None else read_like(step_dir, like, self.config)
       jax.block_until_ready(state)
     finally:
@@ -375,7 +376,6 @@ class Checkpointer:
     nbytes = global_nbytes(state)
     report = RestoreReport("direct", time.perf_counter() - started, nbytes, str(step_dir))
     _log.info("restored step %d of %s in %.2f s", chosen, self.directory, report.seconds)
-    metrics = next((s.metrics for s in self.steps() if s.step == chosen), {})
     return Restored(state, chosen, chosen + 1, metrics, ours.get("extras"), report)
 
   # -- inside

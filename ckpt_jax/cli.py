@@ -6,7 +6,6 @@ Exit codes: 0 fine, 1 a finding (no checkpoint, damage), 2 wrong usage.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import difflib
 import json
 import os
@@ -14,12 +13,12 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from ckpt_jax import cli_prune
+from ckpt_jax.cli_common import Json, Run, console, fail, pairs, print_json, size
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
 
@@ -42,8 +41,6 @@ app = typer.Typer(
   pretty_exceptions_enable=False,
   help="Look at checkpoints of JAX and Flax trainers.",
 )
-Run = Annotated[str, typer.Argument(help="Directory of the run: a path, gs://...", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _version(show: bool) -> None:
@@ -68,19 +65,19 @@ def list_command(run: Run, as_json: Json = False) -> None:
 
   steps, damaged = list_readable_steps(run)
   if as_json:
-    _print_json([dataclasses.asdict(s) for s in steps] + [{"step": n, "damaged": why} for n, why in damaged.items()])
+    print_json([dataclasses.asdict(s) for s in steps] + [{"step": n, "damaged": str(e)} for n, e in damaged.items()])
   elif steps:
     table = Table("step", "committed (UTC)", "size", "metrics", title=str(run_directory(run)))
     for s in steps:
       when = s.time.strftime("%Y-%m-%d %H:%M:%S") if s.time else "?"
-      table.add_row(str(s.step), when, _size(s.nbytes), escape(_pairs(s.metrics)))
-    _console().print(table)
-  for why in damaged.values():
-    typer.echo(f"error: {why}", err=True)
+      table.add_row(str(s.step), when, size(s.nbytes), escape(pairs(s.metrics)))
+    console().print(table)
+  for e in damaged.values():
+    typer.echo(f"error: {e}", err=True)
   if damaged:
     raise typer.Exit(1)
   if not steps:
-    _fail(f"{run_directory(run)}: no committed checkpoint; check the path")
+    fail(f"{run_directory(run)}: no committed checkpoint; check the path")
 
 
 @app.command()
@@ -94,21 +91,21 @@ def show(
 
   found = describe(run, step)
   if as_json:
-    _print_json(dataclasses.asdict(found))
+    print_json(dataclasses.asdict(found))
     return
-  console = _console()
+  terminal = console()
   facts = Table(title=f"step {found.step}", show_header=False)
   for key, value in found.metadata.items():
     facts.add_row(escape(key), escape(json.dumps(value) if isinstance(value, (dict, list)) else str(value)))
-  facts.add_row("metrics", escape(_pairs(found.metrics)))
+  facts.add_row("metrics", escape(pairs(found.metrics)))
   facts.add_row("extras", escape(json.dumps(found.extras)))
-  console.print(facts)
+  terminal.print(facts)
   leaves = Table(Column("leaf", overflow="fold"), "shape", "dtype", "size")
   for leaf in found.leaves:
-    leaves.add_row(escape(leaf.path), escape(str(list(leaf.shape))), escape(leaf.dtype), _size(leaf.nbytes))
+    leaves.add_row(escape(leaf.path), escape(str(list(leaf.shape))), escape(leaf.dtype), size(leaf.nbytes))
   leaves.add_section()
-  leaves.add_row(f"{len(found.leaves)} leaves", "", "", _size(sum(leaf.nbytes for leaf in found.leaves)))
-  console.print(leaves)
+  leaves.add_row(f"{len(found.leaves)} leaves", "", "", size(sum(leaf.nbytes for leaf in found.leaves)))
+  terminal.print(leaves)
 
 
 @app.command()
@@ -120,7 +117,7 @@ def who(
 
   report = who_wrote(run, step)
   if as_json:
-    _print_json(dataclasses.asdict(report))
+    print_json(dataclasses.asdict(report))
   else:
     typer.echo(report.table())
   empty = [p.process for p in report.processes if p.chunks == 0]
@@ -145,15 +142,14 @@ def probe_command(
 
   profile = cached_profile(path) if cached else probe(path, budget, max_bytes)
   if profile is None:
-    _fail(f"{path}: not measured on this host yet; leave out --cached")
-    return
+    fail(f"{path}: not measured on this host yet; leave out --cached")
   if plot:
     plot_profile(profile, plot)
   if as_json:
-    _print_json(profile.to_dict() | {"age_s": profile.age_s})
+    print_json(profile.to_dict() | {"age_s": profile.age_s})
     return
   for table in tables(profile):
-    _console().print(table)
+    console().print(table)
 
 
 bench = typer.Typer(cls=_NearestName, no_args_is_help=True, help="Measure side by side with raw Orbax.")
@@ -202,32 +198,3 @@ def main() -> None:
       raise
     typer.echo(f"error: {type(e).__name__}: {' '.join(str(e).split())[:500]}", err=True)
   sys.exit(1)
-
-
-def _fail(message: str) -> None:
-  typer.echo(f"error: {message}", err=True)
-  raise typer.Exit(1)
-
-
-def _console() -> Console:
-  # Into a pipe or file nothing is cut to the width of a terminal that is not there.
-  return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-
-def _print_json(value: Any) -> None:
-  def other(x: Any) -> Any:
-    return x.isoformat() if isinstance(x, datetime.datetime) else str(x)
-
-  typer.echo(json.dumps(value, default=other, indent=2))
-
-
-def _pairs(values: dict[str, Any]) -> str:
-  return "  ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
-
-
-def _size(nbytes: float) -> str:
-  for unit in ("B", "KiB", "MiB", "GiB"):
-    if nbytes < 1024:
-      return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-    nbytes /= 1024
-  return f"{nbytes:.1f} TiB"

@@ -8,11 +8,13 @@ import re
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
+from ckpt_jax.cli_common import Run, console, fail, pairs, print_json, size
 from ckpt_jax.errors import ConfigError
 
 _PATIENCE = 24 * 3600.0  # a user who waits may press Ctrl-C: the marks stay, and the next prune goes on
-RunArgument = Annotated[str, typer.Argument(help="Directory of the run: a path, gs://...", show_default=False)]
 StepArgument = Annotated[int, typer.Argument(help="A committed step.", show_default=False)]
 
 
@@ -43,7 +45,7 @@ def retention(
 
 
 def prune(
-  run: RunArgument,
+  run: Run,
   keep_last: Annotated[int | None, typer.Option(help="Keep the newest N steps.")] = None,
   keep_hourly: Annotated[int | None, typer.Option(help="Keep the newest step of each of the last N hours.")] = None,
   keep_daily: Annotated[int | None, typer.Option(help="... of the last N days.")] = None,
@@ -60,7 +62,6 @@ def prune(
   as_json: Annotated[bool, typer.Option("--json", help="Print JSON; deletes only with --yes.")] = False,
 ) -> None:
   """Delete the steps that no rule keeps: a step stays if any rule keeps it, as in restic's forget."""
-  from ckpt_jax import cli
   from ckpt_jax import run as runs
 
   try:
@@ -84,11 +85,11 @@ def prune(
   plan = plan_pruning(run, rules)
   directory = runs.run_directory(run)
   if not plan.steps and not runs.noted_steps(directory, runs.DELETING):
-    cli._fail(f"{directory}: no committed checkpoint; check the path")
+    fail(f"{directory}: no committed checkpoint; check the path")
   freed = sum(s.nbytes for s in plan.removed)
   going = not dry_run and (yes or (not as_json and bool(plan.removed)))
   if as_json:
-    cli._print_json(
+    print_json(
       {
         "steps": [
           {"step": s.step, "time": s.time, "nbytes": s.nbytes, "metrics": s.metrics, "healthy": s.healthy}
@@ -107,7 +108,7 @@ def prune(
   if not going:
     return
   if not yes and not typer.confirm(f"Delete {len(plan.removed)} of {len(plan.steps)} steps?"):
-    cli._fail("nothing deleted")
+    fail("nothing deleted")
   from ckpt_jax.policies.deletion import StepDeleter
 
   deleter = StepDeleter(directory, timeout=_PATIENCE)
@@ -116,16 +117,12 @@ def prune(
   deleter.finish()
   left = runs.noted_steps(directory, runs.DELETING)
   if left:
-    cli._fail(f"{directory}: steps {sorted(left)} are marked and could not be removed; run prune again")
+    fail(f"{directory}: steps {sorted(left)} are marked and could not be removed; run prune again")
   if not as_json:
-    typer.echo(f"deleted {len(plan.removed)} steps, {cli._size(freed)}")
+    typer.echo(f"deleted {len(plan.removed)} steps, {size(freed)}")
 
 
 def _print_plan(plan: Any, directory: Any, freed: int, dry_run: bool) -> None:
-  from rich.table import Table
-
-  from ckpt_jax import cli
-
   now = datetime.datetime.now(datetime.timezone.utc)
   table = Table("step", "age", "size", "metrics", "health", "", "why", title=os.fspath(directory))
   for s in plan.steps:
@@ -134,13 +131,13 @@ def _print_plan(plan: Any, directory: Any, freed: int, dry_run: bool) -> None:
     reason = ", ".join(why) if why else ("over budget" if s.step in plan.over_budget else "no rule keeps it")
     age = _age((now - s.time).total_seconds()) if s.time else "?"
     table.add_row(
-      str(s.step), age, cli._size(s.nbytes), cli._pairs(s.metrics), health, "keep" if why else "remove", reason
+      str(s.step), age, size(s.nbytes), escape(pairs(s.metrics)), health, "keep" if why else "remove", reason
     )
-  cli._console().print(table)
+  console().print(table)
   for note in plan.notes:
     typer.echo(f"note: {note}")
   what = "would be removed" if dry_run else "to remove"
-  typer.echo(f"{len(plan.removed)} of {len(plan.steps)} steps {what}, {cli._size(freed)} freed")
+  typer.echo(f"{len(plan.removed)} of {len(plan.steps)} steps {what}, {size(freed)} freed")
 
 
 def _age(seconds: float) -> str:
@@ -150,7 +147,7 @@ def _age(seconds: float) -> str:
   return f"{max(seconds, 0):.0f} s"
 
 
-def pin(run: RunArgument, step: StepArgument) -> None:
+def pin(run: Run, step: StepArgument) -> None:
   """Keep a step whatever the retention rules say."""
   from ckpt_jax.policies import pins
 
@@ -158,7 +155,7 @@ def pin(run: RunArgument, step: StepArgument) -> None:
   typer.echo(f"pinned step {step}")
 
 
-def unpin(run: RunArgument, step: StepArgument) -> None:
+def unpin(run: Run, step: StepArgument) -> None:
   """Give a step back to the retention rules; exit 1 if it was not pinned."""
   from ckpt_jax.policies import pins
 

@@ -16,8 +16,6 @@ def storage_errors(what: str) -> Iterator[None]:
   """Turns OSError into StorageError, with `what` in front."""
   try:
     yield
-  except StorageError as e:
-    raise StorageError(f"{what}: {without_secrets(str(e))}") from e
   except OSError as e:
     raise StorageError(f"{what}: {without_secrets(str(e.strerror or e))}") from e
 

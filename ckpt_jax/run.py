@@ -192,12 +192,15 @@ def our_metadata(step_dir: epath.Path) -> dict[str, Any]:
 
 
 def list_steps(path: str | os.PathLike[str]) -> list[StepInfo]:
-  """All committed steps of a run, oldest first."""
-  run = run_directory(path)
-  with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    found = list(pool.map(lambda step: _info(run / str(step), step), committed_steps(run)))
-  pins = noted_steps(run, PINS)
-  return [dataclasses.replace(info, pinned=True) if info.step in pins else info for info in found]
+  """All committed steps of a run, oldest first.
+
+  Raises:
+    CorruptCheckpointError: if the metadata of one cannot be read.
+  """
+  steps, damaged = list_readable_steps(path)
+  for error in damaged.values():
+    raise error
+  return steps
 
 
 def step_info(run: epath.Path, step: int) -> StepInfo:
@@ -209,16 +212,16 @@ def step_info(run: epath.Path, step: int) -> StepInfo:
   return _info(run / str(step), step)
 
 
-def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], dict[int, str]]:
+def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], dict[int, CorruptCheckpointError]]:
   """The committed steps of a run whose metadata can be read, oldest first, and why the others cannot, by step."""
   run = run_directory(path)
-  damaged: dict[int, str] = {}
+  damaged: dict[int, CorruptCheckpointError] = {}
 
   def info(step: int) -> StepInfo | None:
     try:
       return _info(run / str(step), step)
     except CorruptCheckpointError as e:
-      damaged[step] = str(e)
+      damaged[step] = e
       return None
 
   with concurrent.futures.ThreadPoolExecutor(16) as pool:

@@ -17,10 +17,11 @@ import pytest
 
 import ckpt_jax as ckpt
 from ckpt_jax.bench.buckets import gcs_server, request_kind, s3_server
+from ckpt_jax.config import RetryConfig, StorageConfig
 from ckpt_jax.multihost import launch, who_wrote
 from ckpt_jax.storage import kvstore
-from ckpt_jax.storage.kvstore import StoreOptions, kvstore_spec
-from ckpt_jax.storage.retry import Retry
+from ckpt_jax.storage.kvstore import kvstore_spec
+from ckpt_jax.storage.retry import delay, max_retries
 
 TRAIN = str(pathlib.Path(__file__).parent / "programs" / "train.py")
 SECRET = "wJalrXUtnFEMI-secret"
@@ -191,7 +192,7 @@ def test_credentials_appear_nowhere(bucket, caplog):
 def test_options_reach_tensorstore_and_contradictions_are_refused(monkeypatch):
   for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID"):
     monkeypatch.delenv(name, raising=False)
-  options = StoreOptions(endpoint="https://minio:9000", region="eu-north1", anonymous=True, requests=7, retry=Retry())
+  options = StorageConfig(endpoint="https://minio:9000", region="eu-north1", anonymous=True, requests=7)
   kvstore.connect("s3://options-bucket/run", options)
   spec = kvstore_spec("s3://options-bucket/run/")
   assert spec["endpoint"] == "https://minio:9000" and spec["aws_region"] == "eu-north1" and spec["path"] == "run/"
@@ -201,24 +202,24 @@ def test_options_reach_tensorstore_and_contradictions_are_refused(monkeypatch):
   spec = kvstore_spec("s3://other-bucket/run")
   assert spec["endpoint"] == "http://store:1234" and spec["aws_region"] == "us-west-2"
   for bad, message in (
-    (StoreOptions(endpoint="minio:9000"), "expected http"),
-    (StoreOptions(endpoint="https://user:pw@minio"), "credentials"),
-    (StoreOptions(endpoint="https://minio", path_style=False), "path_style"),
-    (StoreOptions(profile="a", anonymous=True), "exclude"),
+    (StorageConfig(endpoint="minio:9000"), "expected http"),
+    (StorageConfig(endpoint="https://user:pw@minio"), "credentials"),
+    (StorageConfig(endpoint="https://minio", path_style=False), "path_style"),
+    (StorageConfig(profile="a", anonymous=True), "exclude"),
   ):
     with pytest.raises(ckpt.ConfigError, match=message) as refused:
       kvstore.connect("s3://bad-bucket/run", bad)
     assert "pw" not in str(refused.value)
   with pytest.raises(ckpt.ConfigError, match="profile"):
-    kvstore.connect("s3://p-bucket/run", StoreOptions(profile="not-there"))
+    kvstore.connect("s3://p-bucket/run", StorageConfig(profile="not-there"))
     kvstore_spec("s3://p-bucket/run")
 
 
 def test_waits_between_retries_grow_to_their_cap_and_fit_the_deadline():
-  retry = Retry(initial_delay=0.1, max_delay=2.0, deadline=20.0)
+  retry = RetryConfig(initial_delay=0.1, max_delay=2.0, deadline=20.0)
   for attempt in range(40):
-    assert 0 <= retry.delay(attempt) <= min(2.0, 0.1 * 2**attempt)
-  longest = sum(min(2.0, 0.1 * 2**n) for n in range(retry.max_retries))
+    assert 0 <= delay(retry, attempt) <= min(2.0, 0.1 * 2**attempt)
+  longest = sum(min(2.0, 0.1 * 2**n) for n in range(max_retries(retry)))
   assert 20 <= longest < 22
 
 

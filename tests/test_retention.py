@@ -63,23 +63,12 @@ def restic(policy, infos):
 
 
 counts = st.none() | st.integers(1, 6)
-timed_rules = st.builds(
-  Retention,
-  last=counts,
-  hourly=counts,
-  daily=counts,
-  weekly=counts,
-  monthly=counts,
-  within=st.none() | st.floats(60, 40 * DAY),
-)
+timed = dict.fromkeys(("last", "hourly", "daily", "weekly", "monthly"), counts)
+timed["within"] = st.none() | st.floats(60, 40 * DAY)
+timed_rules = st.builds(Retention, **timed)
 rules = st.builds(
   Retention,
-  last=counts,
-  hourly=counts,
-  daily=counts,
-  weekly=counts,
-  monthly=counts,
-  within=st.none() | st.floats(60, 40 * DAY),
+  **timed,
   every_steps=st.none() | st.integers(1, 50),
   best=st.none() | st.builds(dict, metric=st.just("loss"), mode=st.sampled_from(["min", "max"]), n=st.integers(1, 4)),
   budget=st.none() | st.integers(1, 300),

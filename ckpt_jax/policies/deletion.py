@@ -21,6 +21,7 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax import run
+from ckpt_jax.storage.kvstore import is_object_store
 
 _log = logging.getLogger(__name__)
 _WORKERS = 8
@@ -183,20 +184,14 @@ class StepDeleter:
   def _remove(self, step: int) -> None:
     directory = self.directory / str(step)
     if directory.exists():
-      if "://" in os.fspath(directory):
-        self._remove_objects(directory)
+      if is_object_store(directory):
+        self._go.wait()
+        directory.rmtree(missing_ok=True)  # commit markers first, in batches: see ObjectBackend.rmtree
       else:
         self._remove_files(os.fspath(directory))
     if not self._stop.is_set():
       self._mark_file(step).unlink(missing_ok=True)
       _log.info("%s: removed step %d", self.directory, step)
-
-  def _remove_objects(self, directory: epath.Path) -> None:
-    # What makes it a step goes first; the rest goes by the bucket's batch requests (fsspec's recursive rm).
-    for name in ("commit_success.txt", run.STEP_METADATA):
-      (directory / name).unlink(missing_ok=True)
-    self._go.wait()
-    directory.rmtree(missing_ok=True)
 
   def _remove_files(self, directory: str) -> None:
     folders, files = [], []
@@ -205,7 +200,7 @@ class StepDeleter:
       files += [os.path.join(folder, name) for name in names]
     # What makes it a step goes first, so that a reader without the marks does not take the rest for one; commit
     # metadata last of it, since it tells this commit from a later one.
-    heads = [f for f in files if os.path.basename(f) in (run.ITEM_METADATA, "commit_success.txt")]
+    heads = [f for f in files if os.path.basename(f) in (run.ITEM_METADATA, run.COMMIT_MARKER)]
     heads += [f for f in files if os.path.basename(f) == run.STEP_METADATA]
     for file in heads:
       self._unlink(file)

@@ -9,7 +9,6 @@ roles; Google's application default credentials), and only their names can appea
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import threading
@@ -18,39 +17,13 @@ from typing import Any
 
 from ckpt_jax.config import StorageConfig
 from ckpt_jax.errors import ConfigError, StorageError
-from ckpt_jax.storage.retry import Retry, gcs_middleware, s3_session_class
+from ckpt_jax.storage.retry import gcs_middleware, max_retries, s3_session_class
 
 SCHEMES = ("gs", "s3")
 
 
-@dataclasses.dataclass(frozen=True)
-class StoreOptions:
-  """How to reach a bucket. None means: as the environment says.
-
-  Attributes:
-    endpoint: server address, `https://host[:port]`; for s3 else AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile's,
-      for gs STORAGE_EMULATOR_HOST.
-    region: AWS region; else AWS_REGION, AWS_DEFAULT_REGION or the profile's.
-    path_style: whether the bucket is in the path rather than in the host name; own endpoints are always path-style.
-    profile: name of an AWS profile; else AWS_PROFILE.
-    anonymous: send no credentials; else AWS_NO_SIGN_REQUEST.
-    driver: TensorStore's driver for gs://, `gcs` or `gcs_grpc`; else TENSORSTORE_GCS_BACKEND.
-    requests: requests in flight at a time and process.
-    retry: how failures of the store are retried.
-  """
-
-  endpoint: str | None = None
-  region: str | None = None
-  path_style: bool | None = None
-  profile: str | None = None
-  anonymous: bool | None = None
-  driver: str | None = None
-  requests: int | None = None
-  retry: Retry = dataclasses.field(default_factory=Retry)
-
-
 _lock = threading.Lock()
-_options: dict[str, StoreOptions] = {}
+_options: dict[str, StorageConfig] = {}
 
 
 def is_object_store(path: str | os.PathLike[str]) -> bool:
@@ -72,7 +45,7 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str, str]:
   return scheme, bucket, key.strip("/")
 
 
-def connect(url: str | os.PathLike[str], options: StoreOptions | None = None) -> None:
+def connect(url: str | os.PathLike[str], options: StorageConfig | None = None) -> None:
   """Makes epath, TensorStore and Orbax reach the bucket of `url`; without effect on local paths.
 
   Args:
@@ -86,12 +59,12 @@ def connect(url: str | os.PathLike[str], options: StoreOptions | None = None) ->
   if not is_object_store(url):
     return
   from ckpt_jax import orbax_private
-  from ckpt_jax.storage.objects import ObjectBackend, activate
+  from ckpt_jax.storage.objects import BACKEND
 
   scheme, bucket, _ = split_url(url)
   with _lock:
     if options is not None:
-      _check(scheme, bucket, options)
+      _check(scheme, options)
       _options[f"{scheme}://{bucket}"] = options
     if scheme == "gs":
       # TensorStore and gcsfs look at one variable each.
@@ -100,30 +73,16 @@ def connect(url: str | os.PathLike[str], options: StoreOptions | None = None) ->
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", endpoint)
         # Spares TensorStore the search for credentials that an emulator does not want.
         os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-    orbax_private.teach_object_stores(activate(ObjectBackend(filesystem)), kvstore_spec)
+    orbax_private.teach_object_stores(BACKEND, kvstore_spec)
 
 
-def store_options(config: StorageConfig) -> StoreOptions:
-  """The options that a configuration asks for."""
-  return StoreOptions(
-    endpoint=config.endpoint,
-    region=config.region,
-    path_style=config.path_style,
-    profile=config.profile,
-    anonymous=config.anonymous,
-    driver=config.driver,
-    requests=None if config.requests == "auto" else config.requests,
-    retry=Retry(config.retry.initial_delay, config.retry.max_delay, config.retry.deadline),
-  )
-
-
-def options_of(url: str | os.PathLike[str]) -> StoreOptions:
+def options_of(url: str | os.PathLike[str]) -> StorageConfig:
   """The options that `connect` was given for the bucket of `url`, else the defaults."""
   scheme, bucket, _ = split_url(url)
-  return _options.get(f"{scheme}://{bucket}", StoreOptions())
+  return _options.get(f"{scheme}://{bucket}", StorageConfig())
 
 
-def _check(scheme: str, bucket: str, options: StoreOptions) -> None:
+def _check(scheme: str, options: StorageConfig) -> None:
   if options.endpoint is not None:
     parts = urllib.parse.urlsplit(options.endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -137,8 +96,6 @@ def _check(scheme: str, bucket: str, options: StoreOptions) -> None:
       )
   if options.profile and options.anonymous:
     raise ConfigError("storage.anonymous and storage.profile exclude each other; leave one out")
-  if options.driver not in (None, "gcs", "gcs_grpc"):
-    raise ConfigError(f"storage.driver: {options.driver!r}; expected gcs or gcs_grpc")
 
 
 # -- TensorStore
@@ -155,7 +112,7 @@ def kvstore_spec(url: str | os.PathLike[str]) -> dict[str, Any]:
   scheme, bucket, key = split_url(text)
   options = options_of(text)
   retries = {
-    "max_retries": options.retry.max_retries,
+    "max_retries": max_retries(options.retry),
     "initial_delay": f"{options.retry.initial_delay * 1e3:.0f}ms",
     "max_delay": f"{options.retry.max_delay * 1e3:.0f}ms",
   }
@@ -166,7 +123,7 @@ def kvstore_spec(url: str | os.PathLike[str]) -> dict[str, Any]:
     if driver == "gcs_grpc":
       endpoint = os.environ.get("STORAGE_EMULATOR_GRPC_HOST")
       return spec | ({"endpoint": endpoint} if endpoint else {})
-    return spec | ({"gcs_request_concurrency": {"limit": options.requests}} if options.requests else {})
+    return spec if options.requests == "auto" else spec | {"gcs_request_concurrency": {"limit": options.requests}}
   spec = {"driver": "s3", "bucket": bucket, "path": path, "s3_request_retries": retries}
   endpoint, region = _s3_endpoint_and_region(options.endpoint, options.region, options.profile)
   if endpoint:
@@ -180,12 +137,12 @@ def kvstore_spec(url: str | os.PathLike[str]) -> dict[str, Any]:
   elif "AWS_ACCESS_KEY_ID" in os.environ:
     # What the default chain would find too, after complaints on stderr about config files that are not there.
     spec["aws_credentials"] = {"type": "environment"}
-  if options.requests:
+  if options.requests != "auto":
     spec["s3_request_concurrency"] = {"limit": options.requests}
   return spec
 
 
-def _anonymous(options: StoreOptions) -> bool:
+def _anonymous(options: StorageConfig) -> bool:
   if options.anonymous is not None:
     return options.anonymous
   return os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
@@ -239,7 +196,7 @@ def filesystem(url: str | os.PathLike[str]) -> Any:
 
 
 @functools.cache
-def _gcs_filesystem(options: StoreOptions, endpoint: str | None) -> Any:
+def _gcs_filesystem(options: StorageConfig, endpoint: str | None) -> Any:
   # The core class: gcsfs's default one probes for hierarchical namespaces, which hangs for 60 s without credentials.
   try:
     from gcsfs.core import GCSFileSystem
@@ -255,7 +212,7 @@ def _gcs_filesystem(options: StoreOptions, endpoint: str | None) -> Any:
 
 
 @functools.cache
-def _s3_filesystem(options: StoreOptions, endpoint: str | None, region: str | None, anonymous: bool) -> Any:
+def _s3_filesystem(options: StorageConfig, endpoint: str | None, region: str | None, anonymous: bool) -> Any:
   try:
     import s3fs
   except ImportError as e:

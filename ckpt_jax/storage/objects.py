@@ -29,7 +29,7 @@ from etils.epath import backend as epath_backend
 
 from ckpt_jax.errors import ConfigError, StorageError
 from ckpt_jax.failures import without_secrets
-from ckpt_jax.storage.kvstore import is_object_store, split_url
+from ckpt_jax.storage.kvstore import filesystem, is_object_store, split_url
 
 # Long enough for the checks that follow a write at once, short enough that another process's deletion is noticed.
 _OWN_WRITES_S = 10.0
@@ -79,16 +79,11 @@ def _client_errors(url: Path) -> Iterator[None]:
 
 
 class ObjectBackend(epath_backend.Backend):
-  """epath's back end for gs:// and s3://.
+  """epath's back end for gs:// and s3://."""
 
-  Args:
-    filesystem: the fsspec file system for a URL.
-  """
-
-  def __init__(self, filesystem: Callable[[Path], Any]):
-    self._filesystem = filesystem
+  def __init__(self):
     self._lock = threading.Lock()
-    self._own: dict[str, float] = {}
+    self._own: dict[str, tuple[float, bool]] = {}  # URL -> when this process made it, and whether it is an object
     self._snapshots: dict[str, tuple[_Snapshot, int]] = {}
 
   # -- reading
@@ -170,7 +165,7 @@ class ObjectBackend(epath_backend.Backend):
 
   def _fetch(self, url: str) -> bytes:
     scheme, bucket, key = split_url(url)
-    fs = self._filesystem(url)
+    fs = filesystem(url)
     with _client_errors(url):
       if scheme == "gs":
         return fs.cat_file(url)
@@ -182,8 +177,8 @@ class ObjectBackend(epath_backend.Backend):
 
   def _write(self, url: str, content: bytes) -> None:
     with _client_errors(url):
-      self._filesystem(url).pipe_file(url, content)
-    self._note_own(url)
+      filesystem(url).pipe_file(url, content)
+    self._note_own(url, is_object=True)
 
   def mkdir(self, path: Path, *, exist_ok: bool = False, mode: int | None = None) -> None:
     self.makedirs(path, exist_ok=exist_ok, mode=mode)
@@ -192,14 +187,14 @@ class ObjectBackend(epath_backend.Backend):
     del mode  # objects have none
     if not exist_ok and self.exists(path):
       raise FileExistsError(f"{os.fspath(path)} exists already")
-    self._note_own(path)
+    self._note_own(path, is_object=False)
 
   def remove(self, path: Path) -> None:
     url = os.fspath(path)
     self._forget(url)
     # A key that is not there is no error to S3; GCS says so.
     with _client_errors(url):
-      self._filesystem(url).rm([url], recursive=False)
+      filesystem(url).rm([url], recursive=False)
 
   def rmtree(self, path: Path) -> None:
     url = os.fspath(path).rstrip("/")
@@ -211,12 +206,11 @@ class ObjectBackend(epath_backend.Backend):
     if keys:
       # In batches: up to 1000 keys a request on S3, 100 on GCS. Commit markers go first, so that a deletion that is cut
       # off leaves something that nobody takes for a checkpoint.
-      keys.sort(key=lambda k: (not k.endswith("commit_success.txt"), k.count("/")))
       markers = [k for k in keys if k.endswith("commit_success.txt")]
-      for group in (markers, keys[len(markers) :]):
+      for group in (markers, [k for k in keys if not k.endswith("commit_success.txt")]):
         if group:
           with _client_errors(url):
-            self._filesystem(url).rm([f"{url}/{k}" for k in group], recursive=False)
+            filesystem(url).rm([f"{url}/{k}" for k in group], recursive=False)
 
   def rename(self, path: Path, dst: Path) -> None:
     raise NotImplementedError(f"{os.fspath(path)}: object stores cannot rename; copy, and delete what was copied")
@@ -229,7 +223,7 @@ class ObjectBackend(epath_backend.Backend):
     if not overwrite and epath.Path(target).exists():
       raise FileExistsError(f"{target} exists already")
     with _client_errors(remote):
-      fs = self._filesystem(remote)
+      fs = filesystem(remote)
       if is_object_store(source) and is_object_store(target):
         fs.cp_file(source, target)
       elif is_object_store(target):
@@ -237,7 +231,7 @@ class ObjectBackend(epath_backend.Backend):
       else:
         fs.get_file(source, target)
     if is_object_store(target):
-      self._note_own(target)
+      self._note_own(target, is_object=True)
 
   # -- what need not be asked
 
@@ -284,27 +278,31 @@ class ObjectBackend(epath_backend.Backend):
           return snapshot
     return None
 
-  def _note_own(self, path: Path) -> None:
+  def _note_own(self, path: Path, *, is_object: bool) -> None:
     scheme, bucket, key = split_url(path)
     now = time.monotonic()
     with self._lock:
-      self._own = {p: t for p, t in self._own.items() if t > now - _OWN_WRITES_S}
+      self._own = {p: made for p, made in self._own.items() if made[0] > now - _OWN_WRITES_S}
       while key:
-        self._own[f"{scheme}://{bucket}/{key}"] = now
-        key = key.rpartition("/")[0]
+        self._own[f"{scheme}://{bucket}/{key}"] = now, is_object
+        key, is_object = key.rpartition("/")[0], False  # what it lies in is a directory
       url = os.fspath(path)
       for root in [r for r in self._snapshots if url.startswith(r + "/")]:
         del self._snapshots[root]  # it does change, after all
 
   def _forget(self, url: str) -> None:
     with self._lock:
-      self._own = {p: t for p, t in self._own.items() if p != url and not p.startswith(url + "/")}
+      self._own = {p: made for p, made in self._own.items() if p != url and not p.startswith(url + "/")}
       for root in [r for r in self._snapshots if url == r or url.startswith(r + "/")]:
         del self._snapshots[root]
 
   def _is_own(self, path: Path) -> bool:
-    when = self._own.get(os.fspath(path).rstrip("/"))
-    return when is not None and when > time.monotonic() - _OWN_WRITES_S
+    return self._own_kind(path) is not None
+
+  def _own_kind(self, path: Path) -> bool | None:
+    """Whether what this process made at `path` a moment ago is an object; None if it made nothing there."""
+    made = self._own.get(os.fspath(path).rstrip("/"))
+    return made[1] if made is not None and made[0] > time.monotonic() - _OWN_WRITES_S else None
 
   # -- requests
 
@@ -314,9 +312,9 @@ class ObjectBackend(epath_backend.Backend):
     snapshot = self._snapshot_of(path)
     if snapshot is not None:
       return snapshot.entries.get(key), bool(snapshot.under(key))
-    if own_writes and self._is_own(path):
-      is_file = any(os.fspath(path).endswith(s) for s in (".txt", ".json", "METADATA"))
-      return (Entry(0, 0.0), False) if is_file else (None, True)
+    is_object = self._own_kind(path) if own_writes else None
+    if is_object is not None:
+      return (Entry(0, 0.0), False) if is_object else (None, True)
     if not key:
       next(self._pages(path, ""))  # raises if there is no such bucket
       return None, True
@@ -334,7 +332,7 @@ class ObjectBackend(epath_backend.Backend):
     """Pages of a listing: objects by key, and common prefixes with their slash."""
     scheme, bucket, _ = split_url(url)
     try:
-      yield from self._listing(self._filesystem(url), scheme, bucket, prefix, delimiter)
+      yield from self._listing(filesystem(url), scheme, bucket, prefix, delimiter)
     except FileNotFoundError as e:
       raise StorageError(f"{scheme}://{bucket}: no such bucket") from e
 
@@ -391,21 +389,14 @@ def _seconds(when: Any) -> float:
   return when.timestamp() if when else 0.0
 
 
-_active: list[ObjectBackend] = []
-
-
-def activate(backend: ObjectBackend) -> ObjectBackend:
-  """The back end that epath uses from now on: `backend`, or the one that was activated before."""
-  if not _active:
-    _active.append(backend)
-  return _active[0]
+BACKEND = ObjectBackend()  # epath's for the whole process, once `kvstore.connect` was called
 
 
 @contextlib.contextmanager
 def snapshot(path: Path) -> Iterator[None]:
   """`ObjectBackend.snapshot` for a gs:// or s3:// path; without effect on others."""
-  if is_object_store(path) and _active:
-    with _active[0].snapshot(path):
+  if is_object_store(path):
+    with BACKEND.snapshot(path):
       yield
   else:
     yield

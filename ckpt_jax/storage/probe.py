@@ -154,8 +154,7 @@ def probe(path: str | os.PathLike[str], budget: float | str = 30.0, max_bytes: i
   else:
     where = pathlib.Path(os.path.abspath(os.path.expanduser(os.fspath(path))))
     with file_target(where, 2 * _SMALLEST) as files:
-      free = _free(where)
-      measured = _Measurement(files, started + seconds, min(limit, free // 2)).run()
+      measured = _Measurement(files, started + seconds, min(limit, files.free_nbytes() // 2)).run()
   profile = StorageProfile(
     path=os.fspath(path),
     kind=kind,
@@ -166,14 +165,6 @@ def probe(path: str | os.PathLike[str], budget: float | str = 30.0, max_bytes: i
   )
   _remember(path, profile)
   return profile
-
-
-def _free(path: pathlib.Path) -> int:
-  import shutil
-
-  while not path.exists():
-    path = path.parent
-  return shutil.disk_usage(path).free
 
 
 class _Measurement:

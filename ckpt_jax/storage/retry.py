@@ -8,11 +8,12 @@ Bulk data goes through TensorStore, which gets the same figures in its own terms
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import random
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+from ckpt_jax.config import RetryConfig
 
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -21,34 +22,26 @@ class GaveUpError(Exception):
   """The deadline of a request has passed. No OSError, since aiohttp and gcsfs would take that for a reason to retry."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Retry:
-  """When and how often to ask again.
+def longest_delay(retry: RetryConfig, attempt: int) -> float:
+  """The longest wait before retry number `attempt` (from 0) in seconds: min(max_delay, initial_delay * 2**attempt)."""
+  return min(retry.max_delay, retry.initial_delay * 2 ** min(attempt, 60))
 
-  The wait before retry n (from 0) is uniform between 0 and min(max_delay, initial_delay * 2**n), called full jitter
-  (M. Brooker, "Exponential backoff and jitter", AWS Architecture Blog, 2015).
 
-  Attributes:
-    initial_delay, max_delay: seconds.
-    deadline: seconds in all after which a request that keeps failing is given up.
+def delay(retry: RetryConfig, attempt: int) -> float:
+  """Seconds to wait before retry number `attempt`, from 0: uniform between 0 and the longest, called full jitter.
+
+  M. Brooker, "Exponential backoff and jitter", AWS Architecture Blog, 2015.
   """
+  return random.uniform(0, longest_delay(retry, attempt))
 
-  initial_delay: float = 0.05
-  max_delay: float = 8.0
-  deadline: float = 60.0
 
-  def delay(self, attempt: int) -> float:
-    """Seconds to wait before retry number `attempt`, from 0."""
-    return random.uniform(0, min(self.max_delay, self.initial_delay * 2 ** min(attempt, 60)))
-
-  @property
-  def max_retries(self) -> int:
-    """How many retries fit the deadline when each waits its longest: for clients that count instead of timing."""
-    spent, count = 0.0, 0
-    while spent < self.deadline:
-      spent += min(self.max_delay, self.initial_delay * 2**count)
-      count += 1
-    return count
+def max_retries(retry: RetryConfig) -> int:
+  """How many retries fit the deadline when each waits its longest: for clients that count instead of timing."""
+  spent, count = 0.0, 0
+  while spent < retry.deadline:
+    spent += longest_delay(retry, count)
+    count += 1
+  return count
 
 
 async def send(
@@ -56,7 +49,7 @@ async def send(
   status: Callable[[Any], int],
   discard: Callable[[Any], Awaitable[None]],
   transient: tuple[type[BaseException], ...],
-  retry: Retry,
+  retry: RetryConfig,
   what: str,
 ) -> Any:
   """The answer of `attempt()` once its status is not one of RETRIED_STATUS.
@@ -86,18 +79,18 @@ async def send(
       failure = f"{type(e).__name__}: {e}"
     if answer is not None:
       await discard(answer)
-    delay = retry.delay(tries)
+    wait = delay(retry, tries)
     tries += 1
     spent = time.monotonic() - started
-    if spent + delay > retry.deadline:
+    if spent + wait > retry.deadline:
       raise GaveUpError(
         f"{what}: gave up after {tries} tries in {spent:.1f} s: {failure}. The store is overloaded or cannot be "
         "reached; storage.retry.deadline sets how long to go on"
       )
-    await asyncio.sleep(delay)
+    await asyncio.sleep(wait)
 
 
-def gcs_middleware(retry: Retry) -> Any:
+def gcs_middleware(retry: RetryConfig) -> Any:
   """An aiohttp client middleware that retries."""
   import aiohttp
 
@@ -117,7 +110,7 @@ def gcs_middleware(retry: Retry) -> Any:
   return middleware
 
 
-def s3_session_class(retry: Retry) -> type:
+def s3_session_class(retry: RetryConfig) -> type:
   """An aiobotocore HTTP session that retries; botocore's own retries are to be switched off."""
   from aiobotocore.httpsession import AIOHTTPSession
   from botocore import exceptions

@@ -15,6 +15,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from etils import epath
+
 from ckpt_jax.errors import StorageError
 from ckpt_jax.storage.kvstore import connect, filesystem, kvstore_spec
 
@@ -53,6 +55,9 @@ class FileTarget:
     self.cold_by: str | None = None
     self.fsync_s: list[float] = []
 
+  def free_nbytes(self) -> int:
+    return shutil.disk_usage(self._directory).free
+
   def write(self, name: str, data: memoryview) -> None:
     fd = os.open(self._directory / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     try:
@@ -88,8 +93,6 @@ class FileTarget:
       fd = os.open(self._directory / name, os.O_RDONLY)
       try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        # Without readahead a small request would be charged for what the kernel reads beside it.
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
         in_memory, pages = _pages_in_memory(fd)
         cached, total = cached + in_memory, total + pages
       finally:
@@ -122,14 +125,16 @@ class ObjectTarget:
 
     self._url = url
     self._fs = filesystem(url)
+    self._nbytes: dict[str, int] = {}
     self._store: Any = ts.KvStore.open(kvstore_spec(url + "/")).result()
     self.cold_by: str | None = "object store, no cache on this host"
 
   def write(self, name: str, data: memoryview) -> None:
     self._store.write(name, bytes(data)).result()
+    self._nbytes[name] = len(data)
 
   def read(self, name: str, start: int, end: int) -> int:
-    if start == 0 and end % BLOCK == 0:  # a whole object, as written by `write`
+    if (start, end) == (0, self._nbytes.get(name)):  # whole, as TensorStore reads a data file
       return len(self._store.read(name).result().value)
     return len(self._fs.cat_file(f"{self._url}/{name}", start=start, end=end))
 
@@ -190,8 +195,6 @@ def object_target(url: str) -> Iterator[ObjectTarget]:
   """A prefix of our own under `url`, gone afterwards."""
   connect(url)
   prefix = f"{url.rstrip('/')}/ckpt_jax-probe-{uuid.uuid4().hex[:12]}"
-  from etils import epath
-
   where = epath.Path(prefix)
   where.exists()  # a bucket that is not there, or lets nobody in, says so before anything else
   try:

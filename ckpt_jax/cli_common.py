@@ -1,0 +1,43 @@
+"""What the commands share: arguments, and how they print and fail."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+Run = Annotated[str, typer.Argument(help="Directory of the run: a path, gs://...", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def fail(message: str) -> NoReturn:
+  typer.echo(f"error: {message}", err=True)
+  raise typer.Exit(1)
+
+
+def console() -> Console:
+  # Into a pipe or file nothing is cut to the width of a terminal that is not there.
+  return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def print_json(value: Any) -> None:
+  def other(x: Any) -> Any:
+    return x.isoformat() if isinstance(x, datetime.datetime) else str(x)
+
+  typer.echo(json.dumps(value, default=other, indent=2))
+
+
+def pairs(values: dict[str, Any]) -> str:
+  return "  ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+
+
+def size(nbytes: float) -> str:
+  for unit in ("B", "KiB", "MiB", "GiB"):
+    if nbytes < 1024:
+      return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+    nbytes /= 1024
+  return f"{nbytes:.1f} TiB"
