@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from ckpt_jax import cli_prune
+from ckpt_jax import cli_prune, cli_simulate
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.version import __version__
 
@@ -125,6 +125,7 @@ def who(
 app.command()(cli_prune.prune)
 app.command()(cli_prune.pin)
 app.command()(cli_prune.unpin)
+app.command()(cli_simulate.simulate)
 
 
 def main() -> None:
