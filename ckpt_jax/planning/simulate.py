@@ -277,5 +277,6 @@ def calibrated(path: Any, restart_s: float = 60.0) -> tuple[Job, int, str]:
     float(np.median([a.background_s for a in attempts])),
     restart_s,
   )
-  how = f"{sum(a.saves for a in attempts)} saves in {len(attempts)} attempts, {interruptions} interruptions in {seconds:.0f} s"
+  lives = f"{len(attempts)} attempts, {interruptions} interruptions in {seconds:.0f} s"
+  how = f"{sum(a.saves for a in attempts)} saves in {lives}"
   return job, attempts[-1].nbytes, how
