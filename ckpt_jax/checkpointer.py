@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import BestConfig, Config, load_config
@@ -34,10 +35,12 @@ from ckpt_jax.layout.sharding import abstract_state, global_nbytes, largest_shar
 from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
 from ckpt_jax.policies import pins
 from ckpt_jax.policies.agree import from_process_zero
+from ckpt_jax.policies.attempts import CLOSED, PREEMPTED, AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.policies.retention import Retention, best_steps
-from ckpt_jax.policies.schedule import AnyOf, EveryMinutes, EverySteps, OnPreemption
+from ckpt_jax.policies.schedule import AnyOf, OnPreemption
+from ckpt_jax.policies.wiring import make_schedule
 from ckpt_jax.preemption import PreemptionNotice
 from ckpt_jax.restore.read import read_as_saved, read_like
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
@@ -117,6 +120,7 @@ class Checkpointer:
     config: the settings in force.
     storage: what kind of storage the run lies on.
     saves: a SaveRecord for each save of this object, oldest first.
+    schedule: what decides when to save, but for preemption; `schedule.explain()` says why.
 
   Raises:
     ConfigError: if `config` is wrong.
@@ -128,7 +132,17 @@ class Checkpointer:
     self,
     directory: str | os.PathLike[str],
     config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    *,
+    schedule: SaveDecisionPolicy | None = None,
   ):
+    """Opens a run, which need not exist.
+
+    Args:
+      directory: the run.
+      config: settings, or a YAML file with them.
+      schedule: in place of the configuration's, for those that a file cannot say, e.g. `policies.AtSteps`. All
+        processes must give the same.
+    """
     if config is None:
       config = Config()
     elif isinstance(config, Mapping):
@@ -148,7 +162,9 @@ class Checkpointer:
     self._closed = False
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
     self._deleter = StepDeleter(self.directory, active=jax.process_index() == 0, timeout=config.timeouts.delete)
+    self._attempt = AttemptLog(self.directory, active=jax.process_index() == 0)
     with storage_errors(f"{self.directory}: cannot open the run"), snapshot(self.directory):
+      self.schedule: SaveDecisionPolicy = schedule or make_schedule(config.schedule, self.directory)
       self._manager = self._open_manager(pytree_handler(config))
     self._notice = PreemptionNotice() if config.preemption.enabled else None
     finish = weakref.WeakMethod(self._finish_at_exit)
@@ -232,6 +248,7 @@ class Checkpointer:
       self._retention.note(step, record.nbytes, (metadata.get("health") or {}).get("healthy"))
       if not self._deleter.wait_for({step}, self.config.timeouts.save):
         raise CheckpointError(f"{self.directory}: an older step {step} is still being deleted (timeouts.save)")
+      self._told_schedule("begun", step)
       self._manager.save(
         step,
         args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self.config)),
@@ -242,8 +259,11 @@ class Checkpointer:
       with self._record_lock:
         self._returned_at = time.perf_counter()
         record.blocking_s = self._returned_at - started
-        if record.background_s is not None:  # committed before save returned
+        early = record.background_s is not None  # committed before save returned
+        if early:
           record.background_s = 0.0
+      if early:
+        self._note_commit(record)
       self.saves.append(record)
       if chunk_nbytes is not None:
         self._manager.wait_until_finished()
@@ -288,6 +308,7 @@ class Checkpointer:
       with contextlib.suppress(Exception):  # its background failure was raised by wait() above
         self._manager.close()
       self._deleter.finish()
+      self._attempt.ended(CLOSED)
 
   # -- what there is
 
@@ -385,20 +406,15 @@ class Checkpointer:
       raise CheckpointError(f"{self.directory}: this Checkpointer is closed; make a new one")
 
   def _open_manager(self, handler: ocp.PyTreeCheckpointHandler) -> ocp.CheckpointManager:
-    schedule, keep = self.config.schedule, self.config.retention
-    policies: list[Any] = [OnPreemption(lambda: self._notice is not None and self._notice.received)]
-    if schedule.every is not None:
-      policies.append(EveryMinutes(schedule.every / 60))
-    else:
-      policies.append(EverySteps(schedule.every_steps or 1))
-    best = keep.best
+    best = self.config.retention.best
+    preempted = OnPreemption(lambda: self._notice is not None and self._notice.received)
     with self._deleter.paused():
       self._deleter.resume()
       manager = ocp.CheckpointManager(
         self.directory,
         item_handlers=handler,
         options=ocp.CheckpointManagerOptions(
-          save_decision_policy=AnyOf(policies),
+          save_decision_policy=AnyOf([preempted, self.schedule]),
           preservation_policy=self._retention,
           # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
           best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
@@ -420,6 +436,24 @@ class Checkpointer:
       if self._writing is not None:
         since = self._returned_at
         self._writing.background_s = 0.0 if since is None else time.perf_counter() - since
+        record = self._writing if since is not None else None  # else `save` notes it, when its blocking time is known
+      else:
+        record = None
+    if record is not None:
+      self._note_commit(record)
+
+  def _note_commit(self, record: SaveRecord) -> None:
+    assert record.background_s is not None
+    # What a save waited for its predecessor is not its own cost.
+    blocking = record.blocking_s - record.waited_s
+    self._told_schedule("finished", blocking, record.background_s)
+    self._attempt.committed(record.step, record.nbytes, blocking, record.background_s)
+
+  def _told_schedule(self, event: str, *arguments: Any) -> None:
+    # Orbax's own policies can be given too; they do not listen.
+    listener = getattr(self.schedule, event, None)
+    if listener is not None:
+      listener(*arguments)
 
   def _raise_background_error(self) -> None:
     error = orbax_private.background_error(self._manager)
@@ -473,6 +507,7 @@ class Checkpointer:
   def _exit_preempted(self, step: int) -> None:
     _log.warning("preempted: waiting for step %d to commit, then exiting", step)
     self.close()
+    self._attempt.ended(PREEMPTED)
     if self._notice is not None:
       self._notice.run_users_handler()
     _log.warning("preempted: step %d is committed; exiting", step)

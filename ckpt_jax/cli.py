@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from ckpt_jax import cli_prune
+from ckpt_jax import cli_prune, cli_simulate
 from ckpt_jax.cli_common import Json, Run, console, fail, pairs, print_json, size
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
@@ -176,6 +176,7 @@ def bench_object_stores(
 app.command()(cli_prune.prune)
 app.command()(cli_prune.pin)
 app.command()(cli_prune.unpin)
+app.command()(cli_simulate.simulate)
 
 
 def main() -> None:

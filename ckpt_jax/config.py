@@ -29,8 +29,6 @@ from ckpt_jax.errors import ConfigError
 # is accepted in silence and then ignored.
 _LATER = "accepted, not acted upon yet"
 NOT_YET: dict[str, str] = {
-  "schedule.overhead": _LATER,
-  "schedule.mtti": _LATER,
   "layout.pack": _LATER,
   "restore.strategy": _LATER + " (other than auto and direct)",
   "restore.verify": _LATER,
@@ -125,6 +123,10 @@ def _auto_or_bytes(value: Any) -> Any:
     raise ValueError(f"{e}, or auto") from None
 
 
+def _learned_or_duration(value: Any) -> Any:
+  return value if value == "learned" else parse_duration(value)
+
+
 def _switch(value: Any) -> Any:
   # YAML 1.1 reads a bare on or off as a boolean.
   if value is True:
@@ -193,21 +195,28 @@ class ScheduleConfig(_Section):
     every: seconds between the starts of two saves.
     overhead: the largest share of training time that saving may take, 0 to 1; the interval follows from the measured
       cost of a save.
-    mtti: mean time to interruption of the whole job, in seconds; only with `overhead`.
+    mtti: mean time to interruption of the whole job, in seconds, or `learned` from this run's restarts; only with
+      `overhead`.
+    node_mtti: mean time to interruption of one process's node, in place of `mtti`: it is divided by the number of
+      processes.
   """
 
   every_steps: Count | None = None
   every: Duration | None = None
   overhead: Share | None = None
-  mtti: Duration | None = None
+  mtti: Annotated[float | Literal["learned"], BeforeValidator(_learned_or_duration)] | None = None
+  node_mtti: Duration | None = None
 
   @pydantic.model_validator(mode="after")
   def _one_rule(self) -> ScheduleConfig:
     given = [k for k in ("every_steps", "every", "overhead") if getattr(self, k) is not None]
     if len(given) > 1:
       raise ValueError(f"{' and '.join(given)} exclude each other; keep one")
-    if self.mtti is not None and self.overhead is None:
-      raise ValueError("mtti goes with overhead; add overhead, or remove mtti")
+    for name in ("mtti", "node_mtti"):
+      if getattr(self, name) is not None and self.overhead is None:
+        raise ValueError(f"{name} goes with overhead; add overhead, or remove {name}")
+    if self.mtti is not None and self.node_mtti is not None:
+      raise ValueError("mtti and node_mtti exclude each other; keep one")
     return self
 
 

@@ -1,0 +1,282 @@
+"""What a schedule and a retention do to a job: goodput, lost work, storage over time. Numbers, not processes.
+
+The model: work runs in periods of `interval` seconds, each followed by a save that blocks for `blocking_s` and commits
+`background_s` later. Interruptions come at random (exponential with mean `mtti`, or as given). After one, the job takes
+`restart_s` to be started and `restore_s` to read its state, and goes on from the last commit; it may be interrupted
+again on the way there. Goodput is the share of the time that ends up in committed work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ckpt_jax.errors import ConfigError
+from ckpt_jax.policies.retention import Retention
+from ckpt_jax.run import StepInfo
+
+STRATEGIES = ("direct", "gather", "broadcast")
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+  """How fast the run's storage is, in bytes per second.
+
+  Attributes:
+    bandwidth: of all hosts together (a file server); None if each host brings its own.
+    per_host: what one host can move at most; with `bandwidth` unset the total grows with the hosts (a bucket).
+    interconnect: between hosts, each way, for `gather` and `broadcast`.
+  """
+
+  bandwidth: float | None = None
+  per_host: float | None = None
+  interconnect: float = 12.5e9
+
+  def __post_init__(self):
+    if self.bandwidth is None and self.per_host is None:
+      raise ConfigError("Storage: give bandwidth (of all hosts together), per_host, or both")
+    for name in ("bandwidth", "per_host", "interconnect"):
+      value = getattr(self, name)
+      if value is not None and value <= 0:
+        raise ConfigError(f"Storage({name}={value}): must be above zero")
+
+  def seconds(self, nbytes_total: float, hosts: int, busy_hosts: int | None = None) -> float:
+    """To move `nbytes_total`, spread evenly over `busy_hosts` (default: all) of `hosts`."""
+    busy = hosts if busy_hosts is None else busy_hosts
+    shared = nbytes_total / self.bandwidth if self.bandwidth else 0.0
+    own = nbytes_total / busy / self.per_host if self.per_host else 0.0
+    return max(shared, own)
+
+  def restore_seconds(self, nbytes: float, hosts: int, strategy: str = "direct", copies: int | None = None) -> float:
+    """To bring a state of `nbytes` back.
+
+    Args:
+      nbytes: of the whole state.
+      hosts: that restore at once.
+      strategy: `direct`: each replica reads its own copy; `gather`: each host reads 1/N of one copy, and they exchange
+        it; `broadcast`: one replica reads and sends.
+      copies: replicas of the state over all hosts; default one on each host (pure data parallelism).
+    """
+    copies = hosts if copies is None else copies
+    per_host = nbytes * copies / hosts
+    # Ring all-gather or pipelined broadcast: each host receives its part once.
+    exchange = 0.0 if hosts == 1 or copies == 1 else per_host / self.interconnect
+    if strategy == "direct":
+      return self.seconds(nbytes * copies, hosts)
+    if strategy == "gather":
+      return self.seconds(nbytes, hosts) + exchange
+    if strategy == "broadcast":
+      return self.seconds(nbytes, hosts, max(1, hosts // copies)) + exchange
+    raise ConfigError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What the goodput of a job depends on, in seconds.
+
+  Attributes:
+    mtti: mean time to interruption of the whole job.
+    blocking_s: what one save takes from training: blocking time plus slowdown of steps.
+    background_s: from the end of the blocking part to the commit.
+    restart_s: from an interruption to the point where the state can be read: scheduling, imports, compilation.
+    restore_s: reading the state.
+  """
+
+  mtti: float
+  blocking_s: float
+  background_s: float = 0.0
+  restart_s: float = 0.0
+  restore_s: float = 0.0
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if not math.isfinite(value) or value < 0 or (value == 0 and field.name in ("mtti", "blocking_s")):
+        raise ConfigError(f"Job({field.name}={value}): must be finite and above zero")
+
+  @property
+  def down_s(self) -> float:
+    return self.restart_s + self.restore_s
+
+
+@dataclasses.dataclass(frozen=True)
+class Goodput:
+  """What came out of a simulation.
+
+  Attributes:
+    interval: seconds of work between saves.
+    goodput: share of the time that became committed work, 0 to 1.
+    low, high: the middle 90% of the trials.
+    saving, rework, down: shares of the time that went into saving, into work done again, and into restarts.
+    lost_s: mean seconds of work lost at an interruption.
+  """
+
+  interval: float
+  goodput: float
+  low: float
+  high: float
+  saving: float
+  rework: float
+  down: float
+  lost_s: float
+
+
+def closed_form(job: Job, interval: float) -> float:
+  """Expected goodput for exponential interruptions.
+
+  Without a background write it is Daly's complete model, wall time = M e^(R/M) (e^((tau + delta)/M) - 1) Ts / tau
+  (Daly 2006, eq. 20); a write of w seconds behind training delays each commit, and so acts on the way to it like R.
+  """
+  x = (interval + job.blocking_s) / job.mtti
+  if x > 700:
+    return 0.0
+  return interval / job.mtti * math.exp(-(job.down_s + job.background_s) / job.mtti) / math.expm1(x)
+
+
+def best_interval(job: Job) -> float:
+  """Seconds of work between saves at which `closed_form` is highest, and not shorter than the background write.
+
+  Its exact optimum is M (1 + W(-e^(-delta/M - 1))) with Lambert's W, found here by bisection of
+  1 - y = e^(-y - delta/M), y = tau / M; restarts and the background write do not move it.
+  """
+  low, high = 0.0, 1.0
+  for _ in range(200):
+    y = (low + high) / 2
+    if 1 - y > math.exp(-y - job.blocking_s / job.mtti):
+      low = y
+    else:
+      high = y
+  return max(job.mtti * low, job.background_s)
+
+
+def simulate(
+  job: Job,
+  interval: float,
+  *,
+  interruptions: int = 200,
+  trials: int = 200,
+  seed: int = 0,
+  lifetimes: Sequence[float] | None = None,
+) -> Goodput:
+  """Monte Carlo of the model above, one trial being `interruptions` lives of the job.
+
+  Args:
+    job: costs and MTTI.
+    interval: seconds of work between the end of a save and the start of the next.
+    interruptions: how many a trial sees.
+    trials: how many runs are drawn.
+    seed: of the random numbers; the same seed, the same answer.
+    lifetimes: seconds that each life of the job lasted, from its start to its interruption, in place of random ones.
+  """
+  if interval <= 0:
+    raise ConfigError(f"interval {interval}: must be above zero")
+  if lifetimes is None:
+    lives = np.random.default_rng(seed).exponential(job.mtti, (trials, interruptions))
+  else:
+    lives = np.asarray(lifetimes, float)[None]
+  period = interval + job.blocking_s
+  # The k-th commit of a life comes at down + k * period + background and holds k * interval of work.
+  up = np.maximum(lives - job.down_s, 0.0)
+  commits = np.floor(np.maximum(up - job.background_s, 0.0) / period)
+  begun = np.floor(up / period)
+  worked = begun * interval + np.minimum(up - begun * period, interval)
+  committed = commits * interval
+  total = lives.sum(axis=1)
+  good = committed.sum(axis=1) / total
+  low, high = np.quantile(good, [0.05, 0.95])
+  time = float(total.sum())
+  return Goodput(
+    interval,
+    float(committed.sum()) / time,
+    float(low),
+    float(high),
+    float((up - worked).sum()) / time,
+    float((worked - committed).sum()) / time,
+    float(np.minimum(lives, job.down_s).sum()) / time,
+    float((worked - committed).mean()),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class StorageUse:
+  """Storage taken over a simulated time.
+
+  Attributes:
+    days: points in time.
+    nbytes: what all steps take at each of them.
+    steps: how many there are at each of them.
+    kept: step numbers and ages in days at the end.
+  """
+
+  days: list[float]
+  nbytes: list[int]
+  steps: list[int]
+  kept: list[tuple[int, float]]
+
+  @property
+  def mean_nbytes(self) -> float:
+    return float(np.mean(self.nbytes)) if self.nbytes else 0.0
+
+  @property
+  def peak_nbytes(self) -> int:
+    return max(self.nbytes, default=0)
+
+
+def storage_use(retention: Retention, period: float, nbytes: int, days: float = 30.0, most: int = 5000) -> StorageUse:
+  """Applies `retention` after each save of a run that saves every `period` seconds for `days`.
+
+  At most `most` saves are simulated: with more of them a period that is a multiple of the real one stands for it, and
+  `last` and `every_steps` then count those.
+  """
+  stride = max(1, math.ceil(days * 86400 / period / most))
+  count = int(days * 86400 / (period * stride))
+  start = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
+  steps: list[StepInfo] = []
+  use: tuple[list[float], list[int], list[int]] = ([], [], [])
+  every = max(1, count // 1000) if retention.keeps_all else 1
+  for i in range(1, count + 1):
+    seconds = i * period * stride
+    steps.append(StepInfo(i, start + datetime.timedelta(seconds=seconds), nbytes, {}))
+    if i % every:
+      continue
+    if not retention.keeps_all:
+      reasons = retention.decide(steps).reasons
+      steps = [s for s in steps if reasons[s.step]]
+    use[0].append(seconds / 86400)
+    use[1].append(sum(s.nbytes for s in steps))
+    use[2].append(len(steps))
+  end = start + datetime.timedelta(seconds=count * period * stride)
+  kept = [(s.step, (end - s.time).total_seconds() / 86400) for s in steps if s.time is not None]
+  return StorageUse(*use, kept)
+
+
+def calibrated(path: Any, restart_s: float = 60.0) -> tuple[Job, int, str]:
+  """A Job and the bytes of a state from what a run remembers of its saves and restarts, and how it was found.
+
+  Raises:
+    NoCheckpointError: if the run remembers nothing.
+  """
+  from ckpt_jax.errors import NoCheckpointError
+  from ckpt_jax.policies.attempts import exposure, read_attempts
+  from ckpt_jax.policies.youngdaly import learned_mtti
+  from ckpt_jax.run import NOTES, run_directory
+
+  directory = run_directory(path)
+  attempts = [a for a in read_attempts(directory) if a.saves]
+  if not attempts:
+    raise NoCheckpointError(f"{directory / NOTES}: no recorded saves; a Checkpointer of ckpt_jax writes them")
+  seconds, interruptions = exposure(attempts)
+  job = Job(
+    learned_mtti(seconds, interruptions),
+    max(float(np.median([a.blocking_s for a in attempts])), 1e-6),
+    float(np.median([a.background_s for a in attempts])),
+    restart_s,
+  )
+  lives = f"{len(attempts)} attempts, {interruptions} interruptions in {seconds:.0f} s"
+  how = f"{sum(a.saves for a in attempts)} saves in {lives}"
+  return job, attempts[-1].nbytes, how

@@ -1,0 +1,213 @@
+"""The interval that loses the least work, from what saving costs and how often the job is interrupted."""
+
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ckpt_jax.config import parse_duration, parse_share
+from ckpt_jax.errors import ConfigError
+from ckpt_jax.policies.schedule import ByClock
+
+_WINDOW = 9  # saves and steps whose median stands for the next one: one slow save does not move the interval
+_DEFAULT_MTTI = 86400.0  # what a job that was never interrupted is taken for, until it has run for longer
+
+
+def young_interval(cost: float, mtti: float) -> float:
+  """Seconds of work between saves that lose the least: sqrt(2 * cost * mtti) (Young 1974)."""
+  return math.sqrt(2 * cost * mtti)
+
+
+def daly_interval(cost: float, mtti: float) -> float:
+  """Seconds of work between the end of a save and the start of the next (Daly 2006, eq. 37, to higher order)."""
+  if cost >= 2 * mtti:
+    return mtti
+  x = cost / (2 * mtti)
+  return math.sqrt(2 * cost * mtti) * (1 + math.sqrt(x) / 3 + x / 9) - cost
+
+
+def learned_mtti(seconds_run: float, interruptions: int, prior: float = _DEFAULT_MTTI) -> float:
+  """Mean time to interruption from what a run has seen, in seconds.
+
+  `prior` counts as one interruption seen in `prior` seconds, so that a young run is not judged by one bad hour, and
+  one that was never interrupted gets no infinite answer.
+  """
+  return (seconds_run + prior) / (interruptions + 1)
+
+
+class YoungDaly(ByClock):
+  """Saves at the interval that loses the least work.
+
+  The interval is sqrt(2 * cost * mtti), where `cost` is what one save takes from training: the blocking time, and what
+  the background write slows the steps down by, not the write itself (Young 1974; Daly 2006, eq. 20). With
+  `max_overhead` it is never shorter than cost / max_overhead, and without `mtti` it is just that: as often as the
+  overhead allows. It is never shorter than a save takes from start to commit, since saves do not overlap.
+
+  Costs are the medians of the last saves; the first save of a process, which also compiles and connects, counts only
+  until there is another one. As long as nothing is known, the first step is saved, to learn from. In a plain Orbax
+  manager, which reports no costs, the blocking time is what a step with a save takes longer than others.
+
+  Attributes:
+    mtti: mean time to interruption of the whole job, in seconds (node MTTI / number of nodes); None: not considered.
+    max_overhead: the largest share of training time that saving may take, 0 to 1.
+    mtti_source: where `mtti` is from, for `explain`.
+
+  Raises:
+    ConfigError: if neither is given, or one is not positive.
+  """
+
+  def __init__(
+    self,
+    mtti: float | str | None = None,
+    max_overhead: float | str | None = None,
+    *,
+    node_mtti: float | str | None = None,
+    nodes: int = 1,
+    shortest: float = 0.0,
+    longest: float = 86400.0,
+    mtti_source: str = "given",
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """A schedule that knows no cost yet.
+
+    Args:
+      mtti: seconds, or text such as `6h`.
+      max_overhead: a share, or text such as `1%`.
+      node_mtti: mean time to interruption of one node, with `nodes`, in place of `mtti`.
+      nodes: how many nodes the job needs.
+      shortest, longest: bounds of the interval in seconds; the save's own duration and `max_overhead` go before
+        `longest`.
+      mtti_source: for `explain`.
+      clock: seconds, monotonic; replaced in tests.
+    """
+    try:
+      if node_mtti is not None:
+        if mtti is not None or nodes < 1:
+          raise ValueError("give mtti, or node_mtti with nodes of at least 1")
+        mtti = parse_duration(node_mtti) / nodes
+        mtti_source = f"{nodes} nodes of {_time(parse_duration(node_mtti))} each"
+      self.mtti: float | None = None if mtti is None else parse_duration(mtti)
+      self.max_overhead: float | None = None if max_overhead is None else parse_share(max_overhead)
+    except ValueError as e:
+      raise ConfigError(f"YoungDaly: {e}") from None
+    if self.mtti is None and self.max_overhead is None:
+      raise ConfigError("YoungDaly: give mtti, max_overhead, or both")
+    super().__init__(clock)
+    self.mtti_source = mtti_source
+    self._shortest, self._longest = shortest, longest
+    self._costs: collections.deque[tuple[float, float, float]] = collections.deque(maxlen=_WINDOW)
+    self._first_counts = True
+    self._calm_steps: collections.deque[float] = collections.deque(maxlen=64)
+    self._busy_steps: list[float] = []
+    self._writing = False
+    self._last_step: tuple[int, float] | None = None
+    self._unmeasured: float | None = None  # when a save was asked for of which nobody has told us more
+
+  # -- what it learns from
+
+  def begun(self, step: int) -> None:
+    super().begun(step)
+    self._writing = True
+    self._unmeasured = None
+    self._busy_steps = []
+    self._last_step = None  # the time of the save itself is no step time
+
+  def finished(self, blocking_s: float, background_s: float) -> None:
+    self._writing = False
+    slowdown = 0.0
+    if len(self._calm_steps) >= 3 and self._busy_steps:
+      calm = statistics.median(self._calm_steps)
+      slowdown = min(max(0.0, sum(self._busy_steps) - calm * len(self._busy_steps)), background_s)
+    self._learn(max(blocking_s, 0.0), max(background_s, 0.0), slowdown)
+
+  def seed(self, blocking_s: float, background_s: float) -> None:
+    """Starts from what saves of an earlier process cost, until this one has saved."""
+    if not self._costs:
+      self._costs.append((blocking_s, background_s, 0.0))
+
+  def _learn(self, blocking_s: float, background_s: float, slowdown_s: float) -> None:
+    if self._first_counts and len(self._costs) == 1:
+      self._costs.clear()
+      self._first_counts = False
+    self._costs.append((blocking_s, background_s, slowdown_s))
+
+  def should_save(self, step: Any, previous_steps: Any, *, context: Any) -> bool:
+    now = self._clock()
+    if self._unmeasured is not None:
+      # A plain Orbax manager reports no costs. What this step took longer than others is the blocking time.
+      calm = statistics.median(self._calm_steps) if self._calm_steps else 0.0
+      self._learn(max(now - self._unmeasured - calm, 0.0), 0.0, 0.0)
+      self._unmeasured, self._last_step = None, None
+    if self._last_step is not None and step.step == self._last_step[0] + 1:
+      took = now - self._last_step[1]
+      (self._busy_steps if self._writing else self._calm_steps).append(took)
+    self._last_step = (step.step, now)
+    due = super().should_save(step, previous_steps, context=context)
+    self._unmeasured = now if due else None
+    return due
+
+  # -- what it decides
+
+  @property
+  def cost(self) -> float | None:
+    """Seconds that one save takes from training: blocking time and slowdown. None before the first save."""
+    return statistics.median(b + s for b, _, s in self._costs) if self._costs else None
+
+  @property
+  def duration(self) -> float:
+    """Seconds from the start of a save to its commit."""
+    return statistics.median(b + w for b, w, _ in self._costs) if self._costs else 0.0
+
+  def interval(self) -> float:
+    if self.cost is None:
+      return math.inf if self._writing else 0.0
+    return self._bounded()[0]
+
+  def _bounded(self) -> tuple[float, str]:
+    """The interval in seconds and what sets it."""
+    cost = self.cost
+    assert cost is not None
+    chosen, why = self._shortest, "the lower bound"
+    if self.mtti is not None:
+      best = min(max(young_interval(cost, self.mtti), self._shortest), self._longest)
+      if best > chosen:
+        chosen, why = best, "sqrt(2 x cost x MTTI)" if best < self._longest else "the upper bound"
+    if self.max_overhead is not None and cost / self.max_overhead > chosen:
+      chosen, why = cost / self.max_overhead, f"the overhead of {self.max_overhead:.3g}"
+    if self.duration > chosen:
+      chosen, why = self.duration, "the time that a save takes to commit"
+    return chosen, why
+
+  def explain(self) -> str:
+    asked = [] if self.mtti is None else [f"MTTI {_time(self.mtti)} ({self.mtti_source})"]
+    if self.max_overhead is not None:
+      asked.append(f"at most {self.max_overhead:.2%} of the time")
+    if self.cost is None:
+      return f"{', '.join(asked)}; no save has been measured yet, the first step is saved to learn from"
+    interval, why = self._bounded()
+    blocking = statistics.median(b for b, _, _ in self._costs)
+    lines = [
+      f"every {_time(interval)}, set by {why}: {', '.join(asked)}",
+      f"a save costs {_time(self.cost)} of training (blocking {_time(blocking)}, slowdown of steps "
+      f"{_time(self.cost - blocking if self.cost > blocking else 0.0)}) and commits after {_time(self.duration)}",
+    ]
+    lost = self.cost / max(interval, 1e-9)
+    if self.mtti is not None:
+      rework = (interval / 2 + self.duration) / self.mtti
+      lines.append(f"expected: {lost:.2%} of the time goes into saving, {rework:.2%} into work lost at interruptions")
+    else:
+      lines.append(f"expected: {lost:.2%} of the time goes into saving")
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+  if seconds < 1:
+    return f"{seconds * 1e3:.3g} ms"
+  for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+    if seconds >= 2 * length:
+      return f"{seconds / length:.3g} {unit}"
+  return f"{seconds:.3g} s"
