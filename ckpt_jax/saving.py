@@ -29,6 +29,7 @@ from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.attempts import AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
+from ckpt_jax.tuning.planner import Planner
 from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Saver:
     directory: epath.Path,
     config: Config,
     *,
+    planner: Planner,
     policy: SaveDecisionPolicy,
     schedule: SaveDecisionPolicy,
     retention: LiveRetention,
@@ -84,6 +86,7 @@ class Saver:
     Args:
       directory: the run.
       config: the settings.
+      planner: decides on those that are `auto`, once it sees a state.
       policy: what decides on saving, preemption included.
       schedule: the part of it that is told when saves begin and what they cost.
       retention: what stays.
@@ -92,7 +95,8 @@ class Saver:
     """
     self.records: list[SaveRecord] = []
     self._directory = directory
-    self._config = config
+    self._config = planner.unplanned
+    self._planner = planner
     self._policy = policy
     self._schedule = schedule
     self._retention = retention
@@ -101,7 +105,7 @@ class Saver:
     self._writing: SaveRecord | None = None
     self._returned_at: float | None = None
     self._record_lock = threading.Lock()
-    self.manager = self._open_manager(pytree_handler(config))
+    self.manager = self._open_manager(pytree_handler(self._config))
 
   def save(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
     """Starts a save and returns once the arrays may be overwritten; see `Checkpointer.save`.
@@ -113,10 +117,11 @@ class Saver:
     computing = time.perf_counter()
     jax.block_until_ready((state, metrics))
     started += time.perf_counter() - computing
+    planned = self._planner.for_save(state)
     numbers = plain_metrics(metrics)
     encoded, notes = encode(state)
     record = SaveRecord(step, global_nbytes(state))
-    metadata = run_metadata(self._config, state, record.nbytes) | {
+    metadata = run_metadata(planned, state, record.nbytes) | {
       "metrics": numbers,
       "extras": checked_json(extras, "extras"),
       "encoded": notes,
@@ -125,6 +130,9 @@ class Saver:
     self.wait()
     record.waited_s = time.perf_counter() - waited
 
+    if planned != self._config:
+      self._config = planned
+      self._replace_manager(pytree_handler(planned))
     chunk_nbytes = self._chunk_nbytes(state)
     with self._record_lock:
       self._writing, self._returned_at = record, None
@@ -132,7 +140,7 @@ class Saver:
       if chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=chunk_nbytes))
       self._retention.note(step, record.nbytes, (metadata.get("health") or {}).get("healthy"))
-      if not self._deleter.wait_for({step}, self._config.timeouts.save):
+      if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
         raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
       self._told_schedule("begun", step)
       self.manager.save(
@@ -198,7 +206,7 @@ class Saver:
           # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
           best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
           async_options=ocp.options.AsyncOptions(
-            timeout_secs=int(self._config.timeouts.save), post_finalization_callback=self._on_commit
+            timeout_secs=int(self._config.timeouts.save_s), post_finalization_callback=self._on_commit
           ),
         ),
       )

@@ -329,7 +329,7 @@ class _Measurement:
     if not self._stored:
       return ()
     names = list(self._stored)
-    found = []
+    found: list[RangeRead] = []
     rng = random.Random(0)
     for nbytes in _RANGES:
       fitting = [n for n in names if self._stored[n] >= nbytes]

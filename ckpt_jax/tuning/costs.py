@@ -1,13 +1,14 @@
 """Predicts what a save and a restore cost, from profiles: a pure function with its constants in one place, `OURS`.
 
-A cost is (fixed) + (leaves and shards, in interpreter time) + (bytes, at the rates of host and storage). Rates come from
-profiles. The constants are what this package's code and Orbax's spend, fitted by `ckpt-jax bench predictions`; refit
-them there when that code changes.
+A cost is (fixed) + (leaves and shards, in interpreter time) + (bytes, at the rates of host and storage). Rates come
+from profiles. The constants are what this package's code and Orbax's spend, fitted to `ckpt-jax bench predictions`;
+refit them when that code changes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 from ckpt_jax.storage.probe import StorageProfile
@@ -51,8 +52,8 @@ class CostModel:
   process_files: int
 
 
-# Orbax 0.12.8 itself: 1.3 ms a leaf on save and 1 ms a leaf and shard on restore (FACTS, profiled on a host with 4.3 us a
-# task), three copies on restore where one would do, 0.64 s of blocking for 5,000 leaves.
+# Orbax 0.12.8 itself: 1.3 ms a leaf on save and 1 ms a leaf and shard on restore (FACTS; profiled on a host with 4.3 us
+# a task), three copies on restore where one would do, 0.64 s of blocking for 5,000 leaves.
 ORBAX = CostModel(
   block_fixed_s=0.01,
   commit_fixed_s=0.05,
@@ -121,7 +122,7 @@ def predict(
   divided among the job's processes.
   """
   model = model or OURS
-  leaves, shards, largest = state.local_leaves or state.leaves, state.local_shards or state.leaves, state
+  leaves, shards = state.local_leaves or state.leaves, state.local_shards or state.leaves
   if layout.pack:
     # Small leaves lie in slabs, which are few; unpacking is a device_put of all at once.
     packed = state.small_leaves * leaves // max(state.leaves, 1)
@@ -216,7 +217,7 @@ def request_s(storage: StorageProfile, nbytes: float) -> float:
   ranges = storage.ranges
   if nbytes <= ranges[0].nbytes:
     return ranges[0].seconds
-  for a, b in zip(ranges, ranges[1:], strict=False):
+  for a, b in itertools.pairwise(ranges):
     if nbytes <= b.nbytes:
       return a.seconds + (b.seconds - a.seconds) * (nbytes - a.nbytes) / (b.nbytes - a.nbytes)
   last = ranges[-1]

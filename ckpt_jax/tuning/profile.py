@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
 import pathlib
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 PyTree = Any
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _VERSION = 1
-# Below this a leaf costs more by being one than by its bytes: 1 MiB at 1 GB/s is as long as Orbax's Python for one leaf.
+# Below this a leaf costs more by being one than by its bytes: 1 MiB at 1 GB/s takes as long as Orbax's Python for it.
 SMALL_LEAF_NBYTES = 1 << 20
 _COPIED_NBYTES = 32 << 20
 _TASKS = 2000
@@ -44,6 +44,7 @@ class StateProfile:
     read_nbytes: bytes that all processes together read if each reads what its devices need.
     copies: on how many devices an average byte lies.
     largest_leaf_nbytes, largest_shard_nbytes: of one array, and of one piece.
+    largest_local_nbytes: of all that this process holds of one array.
     small_leaves, small_nbytes: leaves below 1 MiB, and their bytes.
     compressibility: measured on a sample of the values; None for a state without values.
   """
@@ -59,6 +60,7 @@ class StateProfile:
   copies: float = 1.0
   largest_leaf_nbytes: int = 0
   largest_shard_nbytes: int = 0
+  largest_local_nbytes: int = 0
   small_leaves: int = 0
   small_nbytes: int = 0
   compressibility: Compressibility | None = None
@@ -101,13 +103,14 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
   import jax
 
   arrays = [_as_array(x) for x in jax.tree.leaves(state) if hasattr(x, "shape") and hasattr(x, "dtype")]
-  total = local = read = held = shards = local_shards = small = small_bytes = largest_shard = local_leaves = 0
+  total = local = read = held = shards = local_shards = small = small_bytes = largest_shard = largest_local = (
+    local_leaves
+  ) = 0
   dtypes: dict[str, int] = {}
   sizes: list[int] = []
   cache: dict[Any, _Cut] = {}
   for x in arrays:
-    itemsize = _itemsize(x.dtype)
-    nbytes = functools.reduce(lambda a, b: a * b, x.shape, 1) * itemsize
+    nbytes = math.prod(x.shape) * x.dtype.itemsize
     key = (tuple(x.shape), getattr(x, "sharding", None))
     cut = cache.get(key)
     if cut is None:
@@ -123,6 +126,7 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
     read += cut.read * piece
     held += cut.held * piece
     largest_shard = max(largest_shard, piece if cut.local else 0)
+    largest_local = max(largest_local, cut.local * piece)
     if nbytes < SMALL_LEAF_NBYTES:
       small, small_bytes = small + 1, small_bytes + nbytes
   values = [x for x in arrays if hasattr(x, "addressable_shards") or hasattr(x, "__array_interface__")]
@@ -138,6 +142,7 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
     copies=held / total if total else 1.0,
     largest_leaf_nbytes=max(sizes, default=0),
     largest_shard_nbytes=largest_shard,
+    largest_local_nbytes=largest_local,
     small_leaves=small,
     small_nbytes=small_bytes,
     compressibility=measure_compression(_chunks(values)) if sample and values else None,
@@ -162,7 +167,10 @@ def _cut(shape: tuple[int, ...], sharding: Any) -> _Cut:
     return _Cut(1, 1, jax.process_count(), jax.process_count())
   me = jax.process_index()
   by_process: dict[int, set[Any]] = {}
-  devices = sharding.devices_indices_map(shape)
+  try:
+    devices = sharding.devices_indices_map(shape)
+  except Exception:  # an abstract mesh, or a shape that it does not divide: who saves or restores it will say so
+    return _Cut(1, 1, jax.process_count(), jax.process_count())
   for device, index in devices.items():
     by_process.setdefault(device.process_index, set()).add(tuple((s.start, s.stop) for s in index))
   distinct = set().union(*by_process.values())
@@ -175,10 +183,6 @@ def _as_array(x: Any) -> Any:
   if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
     return jax.random.key_data(x)
   return x
-
-
-def _itemsize(dtype: Any) -> int:
-  return getattr(dtype, "itemsize", None) or 4
 
 
 def _chunks(arrays: list[Any]) -> list[Any]:
@@ -245,6 +249,7 @@ def _measure_host() -> dict[str, Any]:
     per_task = min(pool.submit(asyncio.run, tasks()).result() for _ in range(3))
   numbers = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
   zstd = measure_compression([numbers])
+  assert zstd is not None
   # The best of three: what others do on this host now is not its speed.
   return {
     "copy_bytes_per_s": _COPIED_NBYTES / min(copies),

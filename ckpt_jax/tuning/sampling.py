@@ -116,8 +116,8 @@ def _compress(data: np.ndarray) -> Compressibility:
   written = time.perf_counter()
   store.read().result()
   read = time.perf_counter()
-  chunks = [key for key in store.kvstore.list().result() if not key.endswith(b".zarray")]
-  stored = sum(len(store.kvstore.read(key).result().value) for key in chunks)
+  kvstore: Any = store.kvstore
+  stored = sum(len(kvstore.read(k).result().value) for k in kvstore.list().result() if not k.endswith(b".zarray"))
   return Compressibility(
     ratio=min(1.0, stored / data.nbytes),
     compress_bytes_per_s=data.nbytes / (written - started),
