@@ -1,4 +1,4 @@
-"""Plans: pure decisions on profiles made by hand, their explanation, and the plan that a Checkpointer makes by itself."""
+"""Plans: pure decisions on profiles made by hand, their explanation, and the plan of a Checkpointer itself."""
 
 import dataclasses
 import json
