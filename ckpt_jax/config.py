@@ -30,11 +30,9 @@ from ckpt_jax.errors import ConfigError
 _LATER = "accepted, not acted upon yet"
 NOT_YET: dict[str, str] = {
   "layout.pack": _LATER,
-  "restore.strategy": _LATER + " (other than auto and direct)",
   "restore.verify": _LATER,
   "restore.on_corruption": _LATER,
   "health.nonfinite": _LATER,
-  "timeouts.restore": _LATER,
   "layout.chunk_size": _LATER,
   "layout.min_slice_for_replica_parallel": _LATER,
   "limits.file_io_concurrency": _LATER,
@@ -43,7 +41,6 @@ NOT_YET: dict[str, str] = {
 # Values that ask for what happens anyway.
 _TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
   "layout.pack": ("off",),
-  "restore.strategy": ("auto", "direct"),
   "health.nonfinite": ("ignore",),
   "layout.chunk_size": ("auto",),
   "layout.min_slice_for_replica_parallel": ("auto",),
