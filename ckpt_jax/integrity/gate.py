@@ -1,0 +1,245 @@
+"""What stands between a save and the storage: one writer, no leftovers, room, and a durable commit."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ckpt_jax import run
+from ckpt_jax.config import Config
+from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError
+from ckpt_jax.failures import storage_errors
+from ckpt_jax.integrity import leftovers
+from ckpt_jax.integrity.durability import Hooks, Sealing, restrict, step_path_class, sync_own_files
+from ckpt_jax.integrity.lease import Lease
+from ckpt_jax.integrity.space import Room, free_bytes, planned_bytes, tree_nbytes
+from ckpt_jax.policies.agree import decided_by_process_zero
+from ckpt_jax.policies.deletion import StepDeleter
+from ckpt_jax.policies.live import LiveRetention
+from ckpt_jax.policies.retention import RetentionContext
+from ckpt_jax.storage.kinds import StorageKind
+from ckpt_jax.storage.kvstore import is_object_store
+
+_log = logging.getLogger(__name__)
+
+
+class Gate:
+  """Admits saves to a run. Only process 0 looks at storage; all processes get the same answer.
+
+  Attributes:
+    lease: the claim to the run; only process 0 takes it.
+    sealing: how files are left.
+  """
+
+  def __init__(
+    self, directory: epath.Path, config: Config, kind: StorageKind, retention: LiveRetention, deleter: StepDeleter
+  ):
+    """Writes nothing; on process 0 it looks whether the run has another writer."""
+    self.sealing = sealing_of(config, kind)
+    self.lease = Lease(directory, patience=config.timeouts.lease)
+    self._directory = directory
+    self._config = config
+    self._retention = retention
+    self._deleter = deleter
+    self._abandoned: set[int] = set()
+    self._first = jax.process_index() == 0
+
+  def opened(self) -> None:
+    """Clears what a dead writer left, before Orbax lists the run; nothing if its writer may be alive."""
+    if not self._first:
+      return
+    try:
+      if is_object_store(self._directory):
+        self.lease.look()  # an owner elsewhere is watched from now on; its leftovers wait for the first save
+        return
+      leftovers.empty_trash(self._directory)
+      if self.lease.look() in ("free", "dead") and leftovers.temporary_steps(self._directory):
+        self.lease.acquire(wait=0)
+        self._clear()
+        self.lease.release()
+    except (CheckpointError, OSError) as e:  # a reader may have no right to clean up
+      _log.info("%s: leftovers of unfinished saves stay: %s", self._directory, e)
+
+  def admit(self, step: int, nbytes: int, leaves: int) -> list[int]:
+    """Lets a save begin: takes the lease, clears leftovers, makes room. Call it on all processes.
+
+    Returns:
+      Steps that had to go to make room, which retention would have dropped after this save anyway.
+
+    Raises:
+      StorageError: if another job writes into this run.
+      OutOfSpaceError: if there is no room; a SaveFailedError too. Nothing was written.
+    """
+    return decided_by_process_zero(lambda: self._admit(step, nbytes, leaves), self._config.timeouts.save)
+
+  def failed(self, step: int | None, *, hangs: bool) -> None:
+    """Cleans up after a save that failed. What a hanging write left stays until the next open: it may still write."""
+    if step is None:
+      return
+    if hangs:
+      self._abandoned.add(step)
+    elif self._first and self.lease.held:
+      try:
+        for cleared in leftovers.clear(self._directory, {step}):
+          self.lease.done(cleared)
+      except OSError as e:
+        _log.warning("%s: what was written of step %d stays: %s", self._directory, step, e)
+
+  def probe(self) -> None:
+    """Makes sure that storage answers again after a write that hung.
+
+    Raises:
+      StorageError: if it does not.
+    """
+
+    def renew() -> list[int]:
+      if self.lease.held:
+        self.lease.renew()
+      return []
+
+    decided_by_process_zero(renew, self._config.timeouts.save)
+
+  def close(self) -> None:
+    """Gives the lease back."""
+    self.lease.release()
+
+  # -- for Orbax
+
+  def path_class(self, committed: Callable[[], None]) -> type[ocp.path.atomicity_types.TemporaryPath]:
+    """Orbax's `temporary_path_class`; `committed` is called on process 0 once a commit is durable."""
+
+    def on_committed(step: int) -> None:
+      self.lease.done(step)
+      committed()
+
+    return step_path_class(self._directory, self.sealing, Hooks(self.lease.begin, self._committing, on_committed))
+
+  def barrier(self) -> Callable[..., None]:
+    """Orbax's `barrier_sync_fn`: before a process tells that its part is written, it syncs its small files."""
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def sync_and_wait(*, key: str, timeout_ms: int) -> None:
+      if "async_write_complete" in key and self.sealing.fsync and not self._first:
+        for path in self._temporary_items():
+          sync_own_files([path])
+      wait(key=key, timeout_ms=timeout_ms)
+
+    return sync_and_wait
+
+  # -- inside
+
+  def _temporary_items(self) -> list[str]:
+    if is_object_store(self._directory):
+      return []
+    items = []
+    for path in leftovers.temporary_steps(self._directory):
+      items += [entry.path for entry in os.scandir(path) if entry.is_dir()]
+    return items
+
+  def _committing(self, step: int) -> None:
+    if step in self._abandoned:
+      raise SaveFailedError(f"{self._directory}: step {step} took longer than timeouts.save and was given up", step)
+    self.lease.check()
+
+  def _clear(self) -> None:
+    if self.lease.saving or not is_object_store(self._directory):
+      begun = self.lease.saving
+      for step in {*leftovers.clear(self._directory, begun), *(s for s in begun if self._is_gone(s))}:
+        self.lease.done(step)
+
+  def _is_gone(self, step: int) -> bool:
+    return run.is_step(self._directory / str(step)) or not leftovers.find(self._directory, {step}).ours
+
+  def _admit(self, step: int, nbytes: int, leaves: int) -> list[int]:
+    if step in self._abandoned:
+      raise CheckpointError(f"{self._directory}: an earlier write of step {step} still hangs; save another step")
+    if not self.lease.held:
+      self.lease.acquire()
+      with storage_errors(f"{self._directory}: leftovers cannot be cleared"):
+        self._clear()
+      if not is_object_store(self._directory):
+        for path in (self._directory, self._directory / run.NOTES):
+          restrict(os.fspath(path), self.sealing.directory_mode)
+    self.lease.ensure_ours()
+    leftovers.set_aside(self._directory, step)
+    return self._make_room(step, nbytes, leaves)
+
+  def _make_room(self, step: int, nbytes: int, leaves: int) -> list[int]:
+    room = self._room(nbytes, leaves)
+    if room is None or room.fits:
+      return []
+    deadline = time.monotonic() + self._config.timeouts.delete
+    leftovers.wait_for_trash(self._directory, deadline - time.monotonic())
+    self._deleter.wait_for(timeout=max(0.0, deadline - time.monotonic()))
+    room = self._room(nbytes, leaves)
+    dropped: list[int] = []
+    for old in self._droppable(step, nbytes):
+      if room is None or room.fits:
+        break
+      self._deleter.delete(old)
+      dropped.append(old)
+      self._deleter.wait_for({old}, max(0.0, deadline - time.monotonic()))
+      room = self._room(nbytes, leaves)
+    if dropped:
+      _log.warning("%s: removed steps %s before step %d to make room for it", self._directory, dropped, step)
+    if room is None or room.fits:
+      return dropped
+    gone = f", {len(dropped)} old steps are removed already" if dropped else ""
+    raise SaveOutOfSpaceError(
+      f"{self._directory}: step {step} was not saved: it needs {_size(room.needed)} and {_size(room.free)} are free"
+      f"{gone}; nothing was written. Free space, or keep fewer steps (retention)",
+      step,
+    )
+
+  def _room(self, nbytes: int, leaves: int) -> Room | None:
+    free = free_bytes(self._directory)
+    if free is None:
+      return None
+    share: float | None = None
+    if self._config.layout.compression == "on":
+      share = self._stored_share()
+      if share is None:
+        return None  # nobody knows how far it shrinks
+    return Room(free, planned_bytes(nbytes, leaves, share))
+
+  def _stored_share(self) -> float | None:
+    steps = run.committed_steps(self._directory)
+    if not steps:
+      return None
+    try:
+      nbytes = run.step_info(self._directory, steps[-1]).nbytes
+      return tree_nbytes(os.fspath(self._directory / str(steps[-1]))) / nbytes if nbytes else None
+    except (CheckpointError, OSError):
+      return None
+
+  def _droppable(self, step: int, nbytes: int) -> list[int]:
+    """Steps that the rules drop once `step` is committed, oldest first; what they keep today for safety stays."""
+    steps, _ = run.list_readable_steps(self._directory)
+    if not steps:
+      return []
+    rules = self._retention.rules
+    context = RetentionContext(run.noted_steps(self._directory, run.PINS), self._retention.restoring)
+    coming = run.StepInfo(step, datetime.datetime.now(datetime.timezone.utc), nbytes, {})
+    later = set(rules.decide([*steps, coming], context=context).removed)
+    healthy = [s.step for s in steps if s.healthy is not False]
+    safe = {steps[-1].step, *healthy[-1:]}
+    return sorted(s.step for s in steps if s.step in later and s.step not in safe)
+
+
+def sealing_of(config: Config, kind: StorageKind) -> Sealing:
+  """What `storage.fsync` and `storage.mode` ask for on a kind of storage."""
+  wanted = config.storage.fsync
+  fsync = not kind.traits.durable_on_close if wanted == "auto" else wanted == "on"
+  mode = config.storage.mode
+  return Sealing(fsync, None if mode is None else int(mode, 8))
+
+
+def _size(nbytes: int) -> str:
+  return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
