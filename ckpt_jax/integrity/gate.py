@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -43,7 +44,7 @@ class Gate:
   ):
     """Writes nothing; on process 0 it looks whether the run has another writer."""
     self.sealing = sealing_of(config, kind)
-    self.lease = Lease(directory, patience=config.timeouts.lease)
+    self.lease = Lease(directory, patience=config.timeouts.lease, mode=self.sealing.mode)
     self._directory = directory
     self._config = config
     self._retention = retention
@@ -108,6 +109,7 @@ class Gate:
 
   def close(self) -> None:
     """Gives the lease back."""
+    self._restrict_notes()
     self.lease.release()
 
   # -- for Orbax
@@ -118,6 +120,7 @@ class Gate:
     def on_committed(step: int) -> None:
       self.lease.done(step)
       committed()
+      self._restrict_notes()
 
     return step_path_class(self._directory, self.sealing, Hooks(self.lease.begin, self._committing, on_committed))
 
@@ -134,6 +137,19 @@ class Gate:
     return sync_and_wait
 
   # -- inside
+
+  def _restrict_notes(self) -> None:
+    """Gives what ckpt_jax notes about the run, and the run's directory, the modes that its steps have."""
+    if not self.lease.held or is_object_store(self._directory):
+      return
+    top = os.fspath(self._directory / run.NOTES)
+    with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
+      restrict(os.fspath(self._directory), self.sealing.directory_mode)
+    for folder, folders, names in os.walk(top):
+      folders[:] = [f for f in folders if f != leftovers.TRASH]
+      for path, mode in [(folder, self.sealing.directory_mode), *((f"{folder}/{n}", self.sealing.mode) for n in names)]:
+        with contextlib.suppress(OSError):
+          restrict(path, mode)
 
   def _temporary_items(self) -> list[str]:
     if is_object_store(self._directory):
@@ -164,9 +180,7 @@ class Gate:
       self.lease.acquire()
       with storage_errors(f"{self._directory}: leftovers cannot be cleared"):
         self._clear()
-      if not is_object_store(self._directory):
-        for path in (self._directory, self._directory / run.NOTES):
-          restrict(os.fspath(path), self.sealing.directory_mode)
+      self._restrict_notes()
     self.lease.ensure_ours()
     leftovers.set_aside(self._directory, step)
     return self._make_room(step, nbytes, leaves)

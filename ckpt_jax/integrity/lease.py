@@ -31,6 +31,7 @@ from etils import epath
 from ckpt_jax import run
 from ckpt_jax.errors import StorageError
 from ckpt_jax.failures import root_cause
+from ckpt_jax.integrity.durability import restrict
 from ckpt_jax.storage.kvstore import is_object_store, kvstore_spec
 
 _log = logging.getLogger(__name__)
@@ -113,18 +114,21 @@ class Lease:
     held: whether it is held, as far as the last heartbeat knows.
   """
 
-  def __init__(self, directory: epath.Path, *, patience: float = 60.0, interval: float = _BEAT_S):
+  def __init__(
+    self, directory: epath.Path, *, patience: float = 60.0, interval: float = _BEAT_S, mode: int | None = None
+  ):
     """Writes nothing.
 
     Args:
       directory: the run.
       patience: seconds that the heartbeat of an owner on another host must stand still before it counts as dead.
       interval: seconds between this owner's heartbeats.
+      mode: permission bits of the file; None: as the umask says.
     """
     self.held = False
     self._directory = directory
     self._patience = patience
-    self._cell = _Cell(directory)
+    self._cell = _Cell(directory, mode)
     self._me = Holder(
       owner=uuid.uuid4().hex,
       host=socket.gethostname(),
@@ -332,8 +336,9 @@ def _beat(lease: weakref.ref[Lease], stop: threading.Event, interval: float) -> 
 class _Cell:
   """The lease file: read, and replaced only if it is what was read."""
 
-  def __init__(self, directory: epath.Path):
+  def __init__(self, directory: epath.Path, mode: int | None):
     self._path = os.fspath(directory / run.NOTES)
+    self.mode = mode
     self._store: Any = None
 
   def read(self, timeout: float = _REQUEST_S) -> tuple[Holder | None, bytes]:
@@ -342,7 +347,11 @@ class _Cell:
 
   def swap(self, holder: Holder, generation: bytes, timeout: float = _REQUEST_S) -> bool:
     data = holder.to_json()
-    return self._call(lambda store: store.write(LEASE, data, if_equal=generation), timeout).generation != b""
+    written = self._call(lambda store: store.write(LEASE, data, if_equal=generation), timeout).generation != b""
+    if written and not is_object_store(self._path):
+      with contextlib.suppress(OSError):  # each write makes a new file
+        restrict(os.path.join(self._path, LEASE), self.mode)
+    return written
 
   def _call(self, operation: Callable[[Any], Any], timeout: float) -> Any:
     try:
