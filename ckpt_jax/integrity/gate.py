@@ -124,15 +124,14 @@ class Gate:
 
     return step_path_class(self._directory, self.sealing, Hooks(self.lease.begin, self._committing, on_committed))
 
-  def barrier(self) -> Callable[..., None]:
-    """Orbax's `barrier_sync_fn`: before a process tells that its part is written, it syncs its small files."""
-    wait = ocp.multihost.get_barrier_sync_fn()
+  def barrier(self, meet: Callable[..., None]) -> Callable[..., None]:
+    """Orbax's `barrier_sync_fn` around `meet`: before a process says that its part is written, it syncs its files."""
 
     def sync_and_wait(*, key: str, timeout_ms: int) -> None:
       if "async_write_complete" in key and self.sealing.fsync and not self._first:
         for path in self._temporary_items():
           sync_own_files([path])
-      wait(key=key, timeout_ms=timeout_ms)
+      meet(key=key, timeout_ms=timeout_ms)
 
     return sync_and_wait
 
