@@ -33,6 +33,7 @@ from ckpt_jax.policies.attempts import AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
+from ckpt_jax.tuning.planner import Planner
 from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Saver:
     directory: epath.Path,
     config: Config,
     *,
+    planner: Planner,
     policy: SaveDecisionPolicy,
     schedule: SaveDecisionPolicy,
     retention: LiveRetention,
@@ -91,6 +93,7 @@ class Saver:
     Args:
       directory: the run.
       config: the settings.
+      planner: decides on those that are `auto`, once it sees a state.
       policy: what decides on saving, preemption included.
       schedule: the part of it that is told when saves begin and what they cost.
       retention: what stays.
@@ -100,7 +103,8 @@ class Saver:
     """
     self.records: list[SaveRecord] = []
     self._directory = directory
-    self._config = config
+    self._config = planner.unplanned
+    self._planner = planner
     self._policy = policy
     self._schedule = schedule
     self._retention = retention
@@ -113,7 +117,7 @@ class Saver:
     self._record_lock = threading.Lock()
     self._rendezvous = Rendezvous(f"save {directory}")
     gate.opened()
-    self._manager: ocp.CheckpointManager | None = self._open_manager(pytree_handler(config))
+    self._manager: ocp.CheckpointManager | None = self._open_manager(pytree_handler(self._config))
 
   @property
   def manager(self) -> ocp.CheckpointManager:
@@ -133,10 +137,11 @@ class Saver:
     computing = time.perf_counter()
     jax.block_until_ready((state, metrics))
     started += time.perf_counter() - computing
+    planned = self._planner.for_save(state)
     numbers = plain_metrics(metrics)
     encoded, notes = encode(state)
     record = SaveRecord(step, global_nbytes(state))
-    metadata = run_metadata(self._config, state, record.nbytes) | {
+    metadata = run_metadata(planned, state, record.nbytes) | {
       "metrics": numbers,
       "extras": checked_json(extras, "extras"),
       "encoded": notes,
@@ -145,17 +150,20 @@ class Saver:
     self.wait()
     record.waited_s = time.perf_counter() - waited
 
-    leaves = len(jax.tree.leaves(state))
-    orbax_private.forget_steps(self.manager, self._gate.admit(step, record.nbytes, leaves))
+    if planned != self._config:
+      self._config = planned
+      self._replace_manager(pytree_handler(planned))
+    made_room = self._gate.admit(step, record.nbytes, metadata["leaves"], compressed=planned.layout.compression == "on")
+    orbax_private.forget_steps(self.manager, made_room)
     chunk_nbytes = self._chunk_nbytes(state)
-    self._deadline = time.monotonic() + self._config.timeouts.save + _GRACE_S
+    self._deadline = time.monotonic() + self._config.timeouts.save_s + _GRACE_S
     with self._record_lock:
       self._writing, self._returned_at = record, None
     try:
       if chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=chunk_nbytes))
       self._retention.note(step, record.nbytes, (metadata.get("health") or {}).get("healthy"))
-      if not self._deleter.wait_for({step}, self._config.timeouts.save):
+      if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
         raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
       self._told_schedule("begun", step)
       self._rendezvous.begin()
@@ -239,7 +247,7 @@ class Saver:
           best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
           temporary_path_class=self._gate.path_class(self._on_commit),
           async_options=ocp.options.AsyncOptions(
-            timeout_secs=math.ceil(self._config.timeouts.save), barrier_sync_fn=self._gate.barrier(self._meet)
+            timeout_secs=math.ceil(self._config.timeouts.save_s), barrier_sync_fn=self._gate.barrier(self._meet)
           ),
         ),
       )
@@ -294,8 +302,8 @@ class Saver:
     self._gate.failed(step, hangs=True)
     return SaveFailedError(
       f"{self._directory}: step {step} was not saved: its background write did not end within "
-      f"{self._config.timeouts.save:.0f} s (timeouts.save) and still hangs; the storage does not answer. Earlier steps "
-      "are untouched, and this step will not be committed any more",
+      f"{self._config.timeouts.save_s:.0f} s (timeouts.save) and still hangs; the storage does not answer. Earlier "
+      "steps are untouched, and this step will not be committed any more",
       step,
     )
 

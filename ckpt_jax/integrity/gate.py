@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import logging
 import os
 import time
@@ -25,6 +26,7 @@ from ckpt_jax.policies.agree import decided_by_process_zero
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.policies.retention import RetentionContext
+from ckpt_jax.rendezvous import Rendezvous
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.kvstore import is_object_store
 
@@ -49,7 +51,9 @@ class Gate:
     self._config = config
     self._retention = retention
     self._deleter = deleter
+    self._rendezvous = Rendezvous(f"admit {directory}")
     self._abandoned: set[int] = set()
+    self._failed: set[int] = set()
     self._first = jax.process_index() == 0
 
   def opened(self) -> None:
@@ -68,8 +72,13 @@ class Gate:
     except (CheckpointError, OSError) as e:  # a reader may have no right to clean up
       _log.info("%s: leftovers of unfinished saves stay: %s", self._directory, e)
 
-  def admit(self, step: int, nbytes: int, leaves: int) -> list[int]:
+  def admit(self, step: int, nbytes: int, leaves: int, *, compressed: bool) -> list[int]:
     """Lets a save begin: takes the lease, clears leftovers, makes room. Call it on all processes.
+
+    Args:
+      step: what is saved.
+      nbytes, leaves: bytes and number of its arrays.
+      compressed: whether they will take less than that.
 
     Returns:
       Steps that had to go to make room, which retention would have dropped after this save anyway.
@@ -78,20 +87,27 @@ class Gate:
       StorageError: if another job writes into this run.
       OutOfSpaceError: if there is no room; a SaveFailedError too. Nothing was written.
     """
-    return decided_by_process_zero(lambda: self._admit(step, nbytes, leaves), self._config.timeouts.save)
+    if self._failed:
+      self._rendezvous.wait("the failed save to end on every process", self._config.timeouts.save_s)
+    admit = functools.partial(self._admit, step, nbytes, leaves, compressed)
+    decided = decided_by_process_zero(admit, self._rendezvous, self._config.timeouts.save_s)
+    self._failed.clear()
+    return decided
 
   def failed(self, step: int | None, *, hangs: bool) -> None:
-    """Cleans up after a save that failed. What a hanging write left stays until the next open: it may still write."""
+    """Cleans up after a save that failed. What a hanging write left stays until the next open: it may still write.
+
+    In a job of many it waits for the next save: another process may still be writing its part, or wait for a directory
+    that would be gone.
+    """
     if step is None:
       return
     if hangs:
       self._abandoned.add(step)
-    elif self._first and self.lease.held:
-      try:
-        for cleared in leftovers.clear(self._directory, {step}):
-          self.lease.done(cleared)
-      except OSError as e:
-        _log.warning("%s: what was written of step %d stays: %s", self._directory, step, e)
+      return
+    self._failed.add(step)
+    if jax.process_count() == 1:
+      self._clear_failed()
 
   def probe(self) -> None:
     """Makes sure that storage answers again after a write that hung.
@@ -105,7 +121,7 @@ class Gate:
         self.lease.renew()
       return []
 
-    decided_by_process_zero(renew, self._config.timeouts.save)
+    decided_by_process_zero(renew, self._rendezvous, self._config.timeouts.save_s)
 
   def close(self) -> None:
     """Gives the lease back."""
@@ -169,10 +185,20 @@ class Gate:
       for step in {*leftovers.clear(self._directory, begun), *(s for s in begun if self._is_gone(s))}:
         self.lease.done(step)
 
+  def _clear_failed(self) -> None:
+    steps, self._failed = self._failed, set()
+    if not (self._first and self.lease.held and steps):
+      return
+    try:
+      for cleared in leftovers.clear(self._directory, steps):
+        self.lease.done(cleared)
+    except OSError as e:
+      _log.warning("%s: what was written of %s stays: %s", self._directory, sorted(steps), e)
+
   def _is_gone(self, step: int) -> bool:
     return run.is_step(self._directory / str(step)) or not leftovers.find(self._directory, {step}).ours
 
-  def _admit(self, step: int, nbytes: int, leaves: int) -> list[int]:
+  def _admit(self, step: int, nbytes: int, leaves: int, compressed: bool) -> list[int]:
     if step in self._abandoned:
       raise CheckpointError(f"{self._directory}: an earlier write of step {step} still hangs; save another step")
     if not self.lease.held:
@@ -181,17 +207,18 @@ class Gate:
         self._clear()
       self._restrict_notes()
     self.lease.ensure_ours()
+    self._clear_failed()
     leftovers.set_aside(self._directory, step)
-    return self._make_room(step, nbytes, leaves)
+    return self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
 
-  def _make_room(self, step: int, nbytes: int, leaves: int) -> list[int]:
-    room = self._room(nbytes, leaves)
+  def _make_room(self, step: int, nbytes: int, ask: Callable[[], Room | None]) -> list[int]:
+    room = ask()
     if room is None or room.fits:
       return []
     deadline = time.monotonic() + self._config.timeouts.delete
     leftovers.wait_for_trash(self._directory, deadline - time.monotonic())
     self._deleter.wait_for(timeout=max(0.0, deadline - time.monotonic()))
-    room = self._room(nbytes, leaves)
+    room = ask()
     dropped: list[int] = []
     for old in self._droppable(step, nbytes):
       if room is None or room.fits:
@@ -199,7 +226,7 @@ class Gate:
       self._deleter.delete(old)
       dropped.append(old)
       self._deleter.wait_for({old}, max(0.0, deadline - time.monotonic()))
-      room = self._room(nbytes, leaves)
+      room = ask()
     if dropped:
       _log.warning("%s: removed steps %s before step %d to make room for it", self._directory, dropped, step)
     if room is None or room.fits:
@@ -211,12 +238,12 @@ class Gate:
       step,
     )
 
-  def _room(self, nbytes: int, leaves: int) -> Room | None:
+  def _room(self, nbytes: int, leaves: int, compressed: bool) -> Room | None:
     free = free_bytes(self._directory)
     if free is None:
       return None
     share: float | None = None
-    if self._config.layout.compression == "on":
+    if compressed:
       share = self._stored_share()
       if share is None:
         return None  # nobody knows how far it shrinks

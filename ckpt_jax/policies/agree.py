@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ckpt_jax import errors
+from ckpt_jax.rendezvous import Rendezvous
 
 
 def from_process_zero(steps: Sequence[int]) -> list[int]:
@@ -27,14 +26,12 @@ def from_process_zero(steps: Sequence[int]) -> list[int]:
   return [int(s) for s in np.asarray(sent, np.uint8).view(np.int64)]
 
 
-_calls = itertools.count()
-
-
-def decided_by_process_zero(decide: Callable[[], Sequence[int]], timeout: float) -> list[int]:
+def decided_by_process_zero(decide: Callable[[], Sequence[int]], rendezvous: Rendezvous, timeout: float) -> list[int]:
   """What `decide` returns on process 0, or the CheckpointError that it raises there, on every process.
 
   Args:
     decide: called on process 0 only; may take its time.
+    rendezvous: where the others wait meanwhile.
     timeout: seconds that the others wait for it.
   """
   if jax.process_count() == 1:
@@ -46,9 +43,8 @@ def decided_by_process_zero(decide: Callable[[], Sequence[int]], timeout: float)
       told = [0, *found] if found else []
     except errors.CheckpointError as e:
       told = [1, *json.dumps([type(e).__name__, str(e), getattr(e, "step", None)]).encode()]
-  # The collective beneath gives up after 30 s (gloo); the barrier of the coordinator waits as long as it is told.
-  barrier = ocp.multihost.get_barrier_sync_fn()
-  barrier(key=f"ckpt_jax_decided_{next(_calls)}", timeout_ms=int((timeout + 60) * 1000))
+  # The collective beneath gives up after 30 s (gloo).
+  rendezvous.wait("what process 0 decides", timeout + 60)
   told = from_process_zero(told)
   if told and told[0] == 1:
     name, message, step = json.loads(bytes(told[1:]))
