@@ -23,15 +23,16 @@ from ckpt_jax.version import __version__
 
 if TYPE_CHECKING:
   from ckpt_jax import policies
-  from ckpt_jax.checkpointer import Checkpointer, Restored
+  from ckpt_jax.checkpointer import Checkpointer
   from ckpt_jax.config import Config, load_config
+  from ckpt_jax.restore.result import Restored
   from ckpt_jax.run import StepInfo
   from ckpt_jax.storage.kinds import StorageKind, detect
   from ckpt_jax.storage.probe import StorageProfile, probe
 
 _LAZY = {
   "Checkpointer": "ckpt_jax.checkpointer",
-  "Restored": "ckpt_jax.checkpointer",
+  "Restored": "ckpt_jax.restore.result",
   "StepInfo": "ckpt_jax.run",
   "Config": "ckpt_jax.config",
   "load_config": "ckpt_jax.config",

@@ -1,12 +1,9 @@
-"""Checkpointer: the one object a trainer holds. Wires the rooms to Orbax's CheckpointManager and AsyncCheckpointer."""
+"""Checkpointer: the one object a trainer holds. Wires the rooms together."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -14,27 +11,16 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import BestConfig, Config, load_config
-from ckpt_jax.errors import (
-  CheckpointError,
-  ConfigError,
-  NoCheckpointError,
-  SaveFailedError,
-  SaveOutOfSpaceError,
-)
-from ckpt_jax.failures import is_out_of_space, root_cause, storage_errors
-from ckpt_jax.layout.encoding import encode
-from ckpt_jax.layout.handler import pytree_handler, target_file_size
-from ckpt_jax.layout.sharding import abstract_state, global_nbytes, largest_shard_nbytes, local_nbytes
-from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
+from ckpt_jax.errors import CheckpointError, ConfigError, NoCheckpointError
+from ckpt_jax.failures import storage_errors
+from ckpt_jax.layout.sharding import abstract_state, global_nbytes
 from ckpt_jax.policies import pins
-from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.attempts import CLOSED, PREEMPTED, AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
@@ -43,65 +29,14 @@ from ckpt_jax.policies.schedule import AnyOf, OnPreemption
 from ckpt_jax.policies.wiring import make_schedule
 from ckpt_jax.preemption import PreemptionNotice
 from ckpt_jax.restore.read import read_as_saved, read_like
+from ckpt_jax.restore.result import Restored, RestoreReport
+from ckpt_jax.saving import Saver, SaveRecord
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.kvstore import connect
 from ckpt_jax.storage.objects import snapshot
-from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
 PyTree = Any
-# Room for what Orbax and TensorStore need beside the copy itself when the host's memory is checked.
-_COPY_HEADROOM = 1.1
-
-
-@dataclasses.dataclass
-class SaveRecord:
-  """What one save cost.
-
-  Attributes:
-    step: the step saved.
-    nbytes: bytes of the whole state.
-    blocking_s: seconds that `save` kept the training loop, without those that it waited for the state to be computed:
-      jax dispatches steps ahead of the device, and whoever reads the state first waits for it.
-    waited_s: the part of `blocking_s` spent on waiting for the previous save's background write.
-    background_s: seconds from the return of `save` to the commit; None while it runs, and for a save that failed.
-  """
-
-  step: int
-  nbytes: int
-  blocking_s: float = 0.0
-  waited_s: float = 0.0
-  background_s: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class RestoreReport:
-  """How a state was restored: `strategy`, `seconds`, `nbytes` of the whole state, and the step's `directory`."""
-
-  strategy: str
-  seconds: float
-  nbytes: int
-  directory: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-  """A state and where training goes on.
-
-  Attributes:
-    state: the state; the types of `like`, or nested dicts, lists and tuples of numpy arrays without one.
-    step: the step it was saved at; None if it was initialised afresh.
-    next_step: the first step still to be trained: `step + 1`, or 0.
-    metrics, extras: what was given to `save`.
-    report: how it was read; None if it was initialised afresh.
-  """
-
-  state: PyTree
-  step: int | None
-  next_step: int
-  metrics: dict[str, Any]
-  extras: Any
-  report: RestoreReport | None
 
 
 class Checkpointer:
@@ -155,18 +90,27 @@ class Checkpointer:
     connect(directory, config.storage)
     self.directory: epath.Path = run.run_directory(directory)
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
-    self.saves: list[SaveRecord] = []
-    self._writing: SaveRecord | None = None
-    self._returned_at: float | None = None
-    self._record_lock = threading.Lock()
     self._closed = False
+    first = jax.process_index() == 0
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
-    self._deleter = StepDeleter(self.directory, active=jax.process_index() == 0, timeout=config.timeouts.delete)
-    self._attempt = AttemptLog(self.directory, active=jax.process_index() == 0)
+    self._deleter = StepDeleter(self.directory, active=first, timeout=config.timeouts.delete)
+    self._attempt = AttemptLog(self.directory, active=first)
+    self._notice: PreemptionNotice | None = None
+    preempted = OnPreemption(lambda: self._notice is not None and self._notice.received)
     with storage_errors(f"{self.directory}: cannot open the run"), snapshot(self.directory):
       self.schedule: SaveDecisionPolicy = schedule or make_schedule(config.schedule, self.directory)
-      self._manager = self._open_manager(pytree_handler(config))
-    self._notice = PreemptionNotice() if config.preemption.enabled else None
+      self._saver = Saver(
+        self.directory,
+        config,
+        policy=AnyOf([preempted, self.schedule]),
+        schedule=self.schedule,
+        retention=self._retention,
+        deleter=self._deleter,
+        attempt=self._attempt,
+      )
+    self.saves: list[SaveRecord] = self._saver.records
+    if config.preemption.enabled:
+      self._notice = PreemptionNotice()
     finish = weakref.WeakMethod(self._finish_at_exit)
     orbax_private.before_executors_shut_down(lambda: (m := finish()) and m())
 
@@ -215,61 +159,16 @@ class Checkpointer:
     """
     started = time.perf_counter()
     self._check_open()
-    self._raise_background_error()
+    self._saver.raise_background_error()
     step = int(step)
     if step < 0:
       raise CheckpointError(f"step {step}: must not be negative")
-    if not force and not self._manager.should_save(step):
+    if not force and not self._saver.manager.should_save(step):
       return False
     preempted = self._preempted(step)
-    if force and step in self._manager.all_steps():
+    if force and step in self._saver.manager.all_steps():
       raise CheckpointError(f"{self.directory}: step {step} is saved already; steps are never overwritten")
-    computing = time.perf_counter()
-    jax.block_until_ready((state, metrics))
-    started += time.perf_counter() - computing
-    numbers = plain_metrics(metrics)
-    encoded, notes = encode(state)
-    record = SaveRecord(step, global_nbytes(state))
-    metadata = run_metadata(self.config, state, record.nbytes) | {
-      "metrics": numbers,
-      "extras": checked_json(extras, "extras"),
-      "encoded": notes,
-    }
-    waited = time.perf_counter()
-    self.wait()
-    record.waited_s = time.perf_counter() - waited
-
-    chunk_nbytes = self._chunk_nbytes(state)
-    with self._record_lock:
-      self._writing, self._returned_at = record, None
-    try:
-      if chunk_nbytes is not None:
-        self._replace_manager(pytree_handler(self.config, chunk_nbytes=chunk_nbytes))
-      self._retention.note(step, record.nbytes, (metadata.get("health") or {}).get("healthy"))
-      if not self._deleter.wait_for({step}, self.config.timeouts.save):
-        raise CheckpointError(f"{self.directory}: an older step {step} is still being deleted (timeouts.save)")
-      self._told_schedule("begun", step)
-      self._manager.save(
-        step,
-        args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self.config)),
-        metrics=numbers,
-        custom_metadata={run.OURS: metadata},
-        force=True,
-      )
-      with self._record_lock:
-        self._returned_at = time.perf_counter()
-        record.blocking_s = self._returned_at - started
-        early = record.background_s is not None  # committed before save returned
-        if early:
-          record.background_s = 0.0
-      if early:
-        self._note_commit(record)
-      self.saves.append(record)
-      if chunk_nbytes is not None:
-        self._manager.wait_until_finished()
-        self._replace_manager(pytree_handler(self.config))
-    except Exception as e:
-      raise self._save_failed(e) from e
+    self._saver.save(step, state, metrics, extras, started)
     if preempted:
       self._exit_preempted(step)
     return True
@@ -280,16 +179,8 @@ class Checkpointer:
     Raises:
       SaveFailedError: if it failed; told once.
     """
-    if self._closed:
-      return
-    try:
-      self._manager.wait_until_finished()
-    except Exception as e:
-      if self._writing is None:
-        return  # told already: Orbax raises once a thread, this package once in all
-      raise self._save_failed(e) from e
-    with self._record_lock:
-      self._writing = None
+    if not self._closed:
+      self._saver.wait()
 
   def close(self) -> None:
     """Waits for the last save, and releases threads and signal handler. May be called twice.
@@ -305,8 +196,7 @@ class Checkpointer:
       self._closed = True
       if self._notice is not None:
         self._notice.close()
-      with contextlib.suppress(Exception):  # its background failure was raised by wait() above
-        self._manager.close()
+      self._saver.close()
       self._deleter.finish()
       self._attempt.ended(CLOSED)
 
@@ -405,104 +295,10 @@ class Checkpointer:
     if self._closed:
       raise CheckpointError(f"{self.directory}: this Checkpointer is closed; make a new one")
 
-  def _open_manager(self, handler: ocp.PyTreeCheckpointHandler) -> ocp.CheckpointManager:
-    best = self.config.retention.best
-    preempted = OnPreemption(lambda: self._notice is not None and self._notice.received)
-    with self._deleter.paused():
-      self._deleter.resume()
-      manager = ocp.CheckpointManager(
-        self.directory,
-        item_handlers=handler,
-        options=ocp.CheckpointManagerOptions(
-          save_decision_policy=AnyOf([preempted, self.schedule]),
-          preservation_policy=self._retention,
-          # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
-          best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
-          async_options=ocp.options.AsyncOptions(
-            timeout_secs=int(self.config.timeouts.save), post_finalization_callback=self._on_commit
-          ),
-        ),
-      )
-      orbax_private.use_deleter(manager, self._deleter)
-      orbax_private.forget_steps(manager, from_process_zero(sorted(self._deleter.pending)))
-    return manager
-
-  def _replace_manager(self, handler: ocp.PyTreeCheckpointHandler) -> None:
-    self._manager.close()
-    self._manager = self._open_manager(handler)
-
-  def _on_commit(self) -> None:
-    with self._record_lock:
-      if self._writing is not None:
-        since = self._returned_at
-        self._writing.background_s = 0.0 if since is None else time.perf_counter() - since
-        record = self._writing if since is not None else None  # else `save` notes it, when its blocking time is known
-      else:
-        record = None
-    if record is not None:
-      self._note_commit(record)
-
-  def _note_commit(self, record: SaveRecord) -> None:
-    assert record.background_s is not None
-    # What a save waited for its predecessor is not its own cost.
-    blocking = record.blocking_s - record.waited_s
-    self._told_schedule("finished", blocking, record.background_s)
-    self._attempt.committed(record.step, record.nbytes, blocking, record.background_s)
-
-  def _told_schedule(self, event: str, *arguments: Any) -> None:
-    # Orbax's own policies can be given too; they do not listen.
-    listener = getattr(self.schedule, event, None)
-    if listener is not None:
-      listener(*arguments)
-
-  def _raise_background_error(self) -> None:
-    error = orbax_private.background_error(self._manager)
-    if error is not None and self._writing is not None:
-      raise self._save_failed(error) from error
-
-  def _save_failed(self, error: BaseException) -> CheckpointError:
-    """Forgets the failed step and says so; the caller raises what is returned."""
-    with self._record_lock:
-      record, self._writing = self._writing, None
-    step = record.step if record else None
-    # The manager has dropped the failed step, or will when asked to wait; what is on disk is the truth.
-    with contextlib.suppress(Exception):
-      self._manager.wait_until_finished()
-    with contextlib.suppress(Exception):
-      self._manager.reload()
-      orbax_private.forget_steps(self._manager, self._deleter.pending)
-    cause = root_cause(error)
-    newest = self.latest_step()
-    kept = f"the newest committed step is {newest}" if newest is not None else "no step is committed"
-    message = f"{self.directory}: step {step} was not saved: {cause}; {kept}"
-    if is_out_of_space(error):
-      hint = "The storage is full: free space, or keep fewer steps (retention)"
-      return SaveOutOfSpaceError(f"{message}. {hint}", step)
-    return SaveFailedError(message, step)
-
-  def _chunk_nbytes(self, state: PyTree) -> int | None:
-    """None if a copy of this process's shards fits into host memory; else how much of it to hold at a time."""
-    limit = self.config.limits.host_memory
-    free = available_memory()
-    free = free if limit == "auto" else min(free, limit)
-    needed = int(local_nbytes(state) * _COPY_HEADROOM)
-    chunk = max(int(largest_shard_nbytes(state) * _COPY_HEADROOM), min(10**9, free // 4))
-    if _all_processes(needed <= free):
-      return None
-    _log.log(
-      logging.WARNING if needed > free else logging.INFO,  # another process's shortage is its own to warn of
-      "%s: a copy of this process's shards needs %s of host memory and %s are free: saving in chunks, and "
-      "training waits until they are written. More memory, or more processes, bring asynchronous saving back.",
-      self.directory,
-      _size(needed),
-      _size(free),
-    )
-    return chunk
-
   def _preempted(self, step: int) -> bool:
     if self._notice is None:
       return False
-    return self._notice.received or self._manager.reached_preemption(step)
+    return self._notice.received or self._saver.manager.reached_preemption(step)
 
   def _exit_preempted(self, step: int) -> None:
     _log.warning("preempted: waiting for step %d to commit, then exiting", step)
@@ -533,14 +329,3 @@ class Checkpointer:
     if required:
       raise NoCheckpointError(f"{self.directory}: no committed checkpoint; save one first, or check the path")
     return None
-
-
-def _size(nbytes: int) -> str:
-  return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
-
-
-def _all_processes(answer: bool) -> bool:
-  """True only if every process says so: all must take the same road through a save."""
-  if jax.process_count() == 1:
-    return answer
-  return bool(np.all(multihost_utils.process_allgather(np.array(answer))))

@@ -35,12 +35,20 @@ NOT_YET: dict[str, str] = {
   "restore.on_corruption": _LATER,
   "health.nonfinite": _LATER,
   "timeouts.restore": _LATER,
+  "layout.chunk_size": _LATER,
+  "layout.min_slice_for_replica_parallel": _LATER,
+  "limits.file_io_concurrency": _LATER,
+  "limits.data_copy_concurrency": _LATER,
 }
 # Values that ask for what happens anyway.
 _TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
   "layout.pack": ("off",),
   "restore.strategy": ("auto", "direct"),
   "health.nonfinite": ("ignore",),
+  "layout.chunk_size": ("auto",),
+  "layout.min_slice_for_replica_parallel": ("auto",),
+  "limits.file_io_concurrency": ("auto",),
+  "limits.data_copy_concurrency": ("auto",),
 }
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -123,6 +131,15 @@ def _auto_or_bytes(value: Any) -> Any:
     raise ValueError(f"{e}, or auto") from None
 
 
+def _auto_or_count(value: Any) -> Any:
+  if value == "auto":
+    return value
+  number = _whole(value)
+  if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+    raise ValueError(f"{value!r} is no count; write a whole number from 1, or auto")
+  return number
+
+
 def _learned_or_duration(value: Any) -> Any:
   return value if value == "learned" else parse_duration(value)
 
@@ -147,6 +164,7 @@ Share = Annotated[float, BeforeValidator(parse_share)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Count = Annotated[StrictInt, BeforeValidator(_whole), Field(gt=0)]
 AutoOrBytes = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_bytes)]
+AutoOrCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 StorageName = Literal[
   "auto",
@@ -274,28 +292,36 @@ class LayoutConfig(_Section):
   Attributes:
     compression: zstd on the chunks. Trained float32 weights hardly shrink (8%) and the commit takes 2.3x as long.
     target_file_size: bytes of an OCDBT data file.
+    chunk_size: bytes of the pieces that each shard is stored in; a read fetches whole chunks, and several in parallel.
     pack: concatenate small leaves into few arrays. A packed checkpoint cannot be read by plain Orbax.
     replica_parallel: replicas of a leaf each write a part of it, rather than one replica all of it.
+    min_slice_for_replica_parallel: bytes below which such a part is not worth a request of its own.
   """
 
   compression: Switch = "auto"
   target_file_size: AutoOrBytes = "auto"
+  chunk_size: AutoOrBytes = "auto"
   pack: Switch = "off"
   replica_parallel: Switch = "auto"
+  min_slice_for_replica_parallel: AutoOrBytes = "auto"
 
 
 class LimitsConfig(_Section):
-  """What saving and restoring may take from the host, in bytes per process.
+  """What saving and restoring may take from the host: bytes per process, and threads.
 
   Attributes:
     host_memory: RAM for the copies of the state that wait to be written; auto is what the host (or cgroup) has free.
     save_concurrency: bytes in flight while writing.
     restore_concurrency: bytes in flight while reading.
+    file_io_concurrency: reads and writes of files in flight at a time (TensorStore's `file_io_concurrency`).
+    data_copy_concurrency: threads that copy and compress (TensorStore's `data_copy_concurrency`).
   """
 
   host_memory: AutoOrBytes = "auto"
   save_concurrency: AutoOrBytes = "auto"
   restore_concurrency: AutoOrBytes = "auto"
+  file_io_concurrency: AutoOrCount = "auto"
+  data_copy_concurrency: AutoOrCount = "auto"
 
 
 class RestoreConfig(_Section):

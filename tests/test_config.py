@@ -35,6 +35,7 @@ def load(tmp_path, text):
     ("schedule: {every: 10 parsecs}\n", "is no duration"),
     ("schedule: {every: 10m, every_steps: 5}\n", "exclude each other"),
     ("layout: {compression: zstd}\n", "not one of auto, on, off"),
+    ("limits: {file_io_concurrency: 0}\n", "run.yaml:1: limits.file_io_concurrency: 0 is no count"),
     ("- a\n", "expected sections"),
     ("a: [\n", "not YAML"),
   ],

@@ -98,7 +98,7 @@ def test_a_marked_step_is_no_step_and_the_next_open_removes_it(tmp_path):
   (tmp_path / "1" / run.STEP_METADATA).unlink()  # and has got a little further
   assert numbers(tmp_path) == [0, 2]
   with pytest.raises(ckpt.NoCheckpointError), ckpt.Checkpointer(tmp_path, ckpt.Config(**KEEP_ALL)) as c:
-    assert c._manager.all_steps() == [0, 2]
+    assert c._saver.manager.all_steps() == [0, 2]
     c.restore(1)
   assert not (tmp_path / "1").exists() and not (tmp_path / ".ckpt_jax/deleting/1").exists()
 
@@ -119,7 +119,7 @@ def test_a_step_can_be_saved_again_while_its_old_files_are_being_removed(tmp_pat
   save_steps(tmp_path, range(3), **KEEP_ALL)
   with ckpt.Checkpointer(tmp_path, ckpt.Config(**KEEP_ALL)) as c:
     c._deleter._pause = 0.02
-    c._manager.delete(2)
+    c._saver.manager.delete(2)
     assert c.latest_step() == 1
     c.save(2, {"x": jnp.full(4, 7)})
     c.wait()

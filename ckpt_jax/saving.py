@@ -1,0 +1,286 @@
+"""One save at a time over Orbax's manager: from the state that training holds to a commit or one clear exception."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
+
+from ckpt_jax import orbax_private, run
+from ckpt_jax.config import Config
+from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError
+from ckpt_jax.failures import is_out_of_space, root_cause
+from ckpt_jax.layout.encoding import encode
+from ckpt_jax.layout.handler import pytree_handler, target_file_size
+from ckpt_jax.layout.sharding import global_nbytes, largest_shard_nbytes, local_nbytes
+from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
+from ckpt_jax.policies.agree import from_process_zero
+from ckpt_jax.policies.attempts import AttemptLog
+from ckpt_jax.policies.deletion import StepDeleter
+from ckpt_jax.policies.live import LiveRetention
+from ckpt_jax.tuning.profile import available_memory
+
+_log = logging.getLogger(__name__)
+PyTree = Any
+# Room for what Orbax and TensorStore need beside the copy itself when the host's memory is checked.
+_COPY_HEADROOM = 1.1
+
+
+@dataclasses.dataclass
+class SaveRecord:
+  """What one save cost.
+
+  Attributes:
+    step: the step saved.
+    nbytes: bytes of the whole state.
+    blocking_s: seconds that `save` kept the training loop, without those that it waited for the state to be computed:
+      jax dispatches steps ahead of the device, and whoever reads the state first waits for it.
+    waited_s: the part of `blocking_s` spent on waiting for the previous save's background write.
+    background_s: seconds from the return of `save` to the commit; None while it runs, and for a save that failed.
+  """
+
+  step: int
+  nbytes: int
+  blocking_s: float = 0.0
+  waited_s: float = 0.0
+  background_s: float | None = None
+
+
+class Saver:
+  """The save pipeline of one run.
+
+  A save goes through `save` (what training waits for), Orbax's background write, and `_on_commit`. What fails on the
+  way is raised once, by the next call of `raise_background_error`, `save` or `wait`.
+
+  Attributes:
+    records: a SaveRecord for each save, oldest first.
+    manager: Orbax's manager; replaced when a save needs another handler.
+  """
+
+  def __init__(
+    self,
+    directory: epath.Path,
+    config: Config,
+    *,
+    policy: SaveDecisionPolicy,
+    schedule: SaveDecisionPolicy,
+    retention: LiveRetention,
+    deleter: StepDeleter,
+    attempt: AttemptLog,
+  ):
+    """Opens Orbax's manager.
+
+    Args:
+      directory: the run.
+      config: the settings.
+      policy: what decides on saving, preemption included.
+      schedule: the part of it that is told when saves begin and what they cost.
+      retention: what stays.
+      deleter: removes the rest.
+      attempt: remembers what saves cost.
+    """
+    self.records: list[SaveRecord] = []
+    self._directory = directory
+    self._config = config
+    self._policy = policy
+    self._schedule = schedule
+    self._retention = retention
+    self._deleter = deleter
+    self._attempt = attempt
+    self._writing: SaveRecord | None = None
+    self._returned_at: float | None = None
+    self._record_lock = threading.Lock()
+    self.manager = self._open_manager(pytree_handler(config))
+
+  def save(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
+    """Starts a save and returns once the arrays may be overwritten; see `Checkpointer.save`.
+
+    Args:
+      step, state, metrics, extras: what to save.
+      started: `time.perf_counter()` when training began to wait.
+    """
+    computing = time.perf_counter()
+    jax.block_until_ready((state, metrics))
+    started += time.perf_counter() - computing
+    numbers = plain_metrics(metrics)
+    encoded, notes = encode(state)
+    record = SaveRecord(step, global_nbytes(state))
+    metadata = run_metadata(self._config, state, record.nbytes) | {
+      "metrics": numbers,
+      "extras": checked_json(extras, "extras"),
+      "encoded": notes,
+    }
+    waited = time.perf_counter()
+    self.wait()
+    record.waited_s = time.perf_counter() - waited
+
+    chunk_nbytes = self._chunk_nbytes(state)
+    with self._record_lock:
+      self._writing, self._returned_at = record, None
+    try:
+      if chunk_nbytes is not None:
+        self._replace_manager(pytree_handler(self._config, chunk_nbytes=chunk_nbytes))
+      self._retention.note(step, record.nbytes, (metadata.get("health") or {}).get("healthy"))
+      if not self._deleter.wait_for({step}, self._config.timeouts.save):
+        raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
+      self._told_schedule("begun", step)
+      self.manager.save(
+        step,
+        args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self._config)),
+        metrics=numbers,
+        custom_metadata={run.OURS: metadata},
+        force=True,
+      )
+      with self._record_lock:
+        self._returned_at = time.perf_counter()
+        record.blocking_s = self._returned_at - started
+        early = record.background_s is not None  # committed before save returned
+        if early:
+          record.background_s = 0.0
+      if early:
+        self._note_commit(record)
+      self.records.append(record)
+      if chunk_nbytes is not None:
+        self.manager.wait_until_finished()
+        self._replace_manager(pytree_handler(self._config))
+    except Exception as e:
+      raise self._save_failed(e) from e
+
+  def wait(self) -> None:
+    """Waits until the last save is committed.
+
+    Raises:
+      SaveFailedError: if it failed; told once.
+    """
+    try:
+      self.manager.wait_until_finished()
+    except Exception as e:
+      if self._writing is None:
+        return  # told already: Orbax raises once a thread, this package once in all
+      raise self._save_failed(e) from e
+    with self._record_lock:
+      self._writing = None
+
+  def raise_background_error(self) -> None:
+    """Raises what a background save has died of, without waiting for one that still runs; told once."""
+    error = orbax_private.background_error(self.manager)
+    if error is not None and self._writing is not None:
+      raise self._save_failed(error) from error
+
+  def close(self) -> None:
+    """Releases Orbax's threads; call `wait` first."""
+    with contextlib.suppress(Exception):  # its background failure was raised by wait()
+      self.manager.close()
+
+  # -- inside
+
+  def _open_manager(self, handler: ocp.PyTreeCheckpointHandler) -> ocp.CheckpointManager:
+    best = self._config.retention.best
+    with self._deleter.paused():
+      self._deleter.resume()
+      manager = ocp.CheckpointManager(
+        self._directory,
+        item_handlers=handler,
+        options=ocp.CheckpointManagerOptions(
+          save_decision_policy=self._policy,
+          preservation_policy=self._retention,
+          # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
+          best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
+          async_options=ocp.options.AsyncOptions(
+            timeout_secs=int(self._config.timeouts.save), post_finalization_callback=self._on_commit
+          ),
+        ),
+      )
+      orbax_private.use_deleter(manager, self._deleter)
+      orbax_private.forget_steps(manager, from_process_zero(sorted(self._deleter.pending)))
+    return manager
+
+  def _replace_manager(self, handler: ocp.PyTreeCheckpointHandler) -> None:
+    self.manager.close()
+    self.manager = self._open_manager(handler)
+
+  def _on_commit(self) -> None:
+    with self._record_lock:
+      if self._writing is not None:
+        since = self._returned_at
+        self._writing.background_s = 0.0 if since is None else time.perf_counter() - since
+        record = self._writing if since is not None else None  # else `save` notes it, when its blocking time is known
+      else:
+        record = None
+    if record is not None:
+      self._note_commit(record)
+
+  def _note_commit(self, record: SaveRecord) -> None:
+    assert record.background_s is not None
+    # What a save waited for its predecessor is not its own cost.
+    blocking = record.blocking_s - record.waited_s
+    self._told_schedule("finished", blocking, record.background_s)
+    self._attempt.committed(record.step, record.nbytes, blocking, record.background_s)
+
+  def _told_schedule(self, event: str, *arguments: Any) -> None:
+    # Orbax's own policies can be given too; they do not listen.
+    listener = getattr(self._schedule, event, None)
+    if listener is not None:
+      listener(*arguments)
+
+  def _save_failed(self, error: BaseException) -> CheckpointError:
+    """Forgets the failed step and says so; the caller raises what is returned."""
+    with self._record_lock:
+      record, self._writing = self._writing, None
+    step = record.step if record else None
+    # The manager has dropped the failed step, or will when asked to wait; what is on disk is the truth.
+    with contextlib.suppress(Exception):
+      self.manager.wait_until_finished()
+    with contextlib.suppress(Exception):
+      self.manager.reload()
+      orbax_private.forget_steps(self.manager, self._deleter.pending)
+    cause = root_cause(error)
+    steps = run.committed_steps(self._directory)
+    newest = steps[-1] if steps else None
+    kept = f"the newest committed step is {newest}" if newest is not None else "no step is committed"
+    message = f"{self._directory}: step {step} was not saved: {cause}; {kept}"
+    if is_out_of_space(error):
+      hint = "The storage is full: free space, or keep fewer steps (retention)"
+      return SaveOutOfSpaceError(f"{message}. {hint}", step)
+    return SaveFailedError(message, step)
+
+  def _chunk_nbytes(self, state: PyTree) -> int | None:
+    """None if a copy of this process's shards fits into host memory; else how much of it to hold at a time."""
+    limit = self._config.limits.host_memory
+    free = available_memory()
+    free = free if limit == "auto" else min(free, limit)
+    needed = int(local_nbytes(state) * _COPY_HEADROOM)
+    chunk = max(int(largest_shard_nbytes(state) * _COPY_HEADROOM), min(10**9, free // 4))
+    if _all_processes(needed <= free):
+      return None
+    _log.log(
+      logging.WARNING if needed > free else logging.INFO,  # another process's shortage is its own to warn of
+      "%s: a copy of this process's shards needs %s of host memory and %s are free: saving in chunks, and "
+      "training waits until they are written. More memory, or more processes, bring asynchronous saving back.",
+      self._directory,
+      _size(needed),
+      _size(free),
+    )
+    return chunk
+
+
+def _size(nbytes: int) -> str:
+  return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _all_processes(answer: bool) -> bool:
+  """True only if every process says so: all must take the same road through a save."""
+  if jax.process_count() == 1:
+    return answer
+  return bool(np.all(multihost_utils.process_allgather(np.array(answer))))
