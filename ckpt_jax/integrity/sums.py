@@ -12,7 +12,7 @@ term keeps little (two lost sign bits would cancel half of the time): it leaves 
 which is the multilinear hashing of Lemire and Kaser, arXiv:1202.4961. It is a check against faults, not against
 forgery.
 
-Why not a jit: XLA's CPU code made 1 to 2.4 GB/s of it on one core, numpy's einsum 6 to 11.
+Why not a jit: XLA's CPU code made 1 to 2.4 GB/s of it on one core, numpy's einsum 6 to 11. `device.py` has the jit for accelerators.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ MASK = 2**64 - 1
 ROW_NBYTES = 512  # columns hold at least this much: shorter rows would cost more in overhead than in sums
 BLOCK = 8192  # words
 _CHUNK_NBYTES = 1 << 18  # so that the second pass finds the data in the cache
-_GOLDEN = 0x9E3779B97F4A7C15
-_ROWS, _BLOCKS, _LOW, _HIGH = 1, 2, 3, 4  # seeds
+GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+ROW_SEED, BLOCK_SEED, LOW_SEED, HIGH_SEED = 1, 2, 3, 4
 
 _local = threading.local()
 
 
 def mix(numbers: np.ndarray, seed: int) -> np.ndarray:
   """Odd 64-bit weights for positions (splitmix64's finaliser: Steele, Lea, Flood 2014, doi:10.1145/2714064.2660195)."""
-  z = (numbers.astype(np.uint64) + np.uint64(seed << 56)) * np.uint64(_GOLDEN)
+  z = (numbers.astype(np.uint64) + np.uint64(seed << 56)) * np.uint64(GOLDEN)
   z ^= z >> np.uint64(30)
-  z *= np.uint64(0xBF58476D1CE4E5B9)
+  z *= np.uint64(MIX_1)
   z ^= z >> np.uint64(27)
-  z *= np.uint64(0x94D049BB133111EB)
+  z *= np.uint64(MIX_2)
   z ^= z >> np.uint64(31)
   return z | np.uint64(1)
 
 
-_K1 = mix(np.arange(BLOCK), _LOW)
-_K2 = mix(np.arange(BLOCK), _HIGH)
+_K1 = mix(np.arange(BLOCK), LOW_SEED)
+_K2 = mix(np.arange(BLOCK), HIGH_SEED)
 
 
 @functools.lru_cache(maxsize=4096)
 def _block_weight(block: int) -> int:
-  return int(mix(np.array([block]), _BLOCKS)[0])
+  return int(mix(np.array([block]), BLOCK_SEED)[0])
 
 
 @functools.lru_cache(maxsize=64)
 def word_weights(first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
   """H * K1 and H * K2 of the words `first` to `first + count - 1`."""
   words = np.arange(first, first + count)
-  blocks = mix(words // BLOCK, _BLOCKS)
+  blocks = mix(words // BLOCK, BLOCK_SEED)
   return blocks * _K1[words % BLOCK], blocks * _K2[words % BLOCK]
 
 
@@ -77,7 +77,7 @@ def row_weights(lead: tuple[int, ...], start: tuple[int, ...], local: tuple[int,
   rows = np.zeros((), np.int64)
   for size, begin, count in zip(lead, start, local, strict=True):
     rows = rows[..., None] * size + np.arange(begin, begin + count)
-  return mix(rows.reshape(-1), _ROWS)
+  return mix(rows.reshape(-1), ROW_SEED)
 
 
 class Tally:
