@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.attempts import AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
+from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
 from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
@@ -101,6 +103,7 @@ class Saver:
     self._writing: SaveRecord | None = None
     self._returned_at: float | None = None
     self._record_lock = threading.Lock()
+    self._rendezvous = Rendezvous(f"save {directory}")
     self.manager = self._open_manager(pytree_handler(config))
 
   def save(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
@@ -135,6 +138,7 @@ class Saver:
       if not self._deleter.wait_for({step}, self._config.timeouts.save):
         raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
       self._told_schedule("begun", step)
+      self._rendezvous.begin()
       self.manager.save(
         step,
         args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self._config)),
@@ -173,7 +177,13 @@ class Saver:
       self._writing = None
 
   def raise_background_error(self) -> None:
-    """Raises what a background save has died of, without waiting for one that still runs; told once."""
+    """Raises what a background save has died of, without waiting for one that still runs; told once.
+
+    In a job of many the processes learn of a failure at different steps. There the next call that all make alike tells
+    (a save that is due, `wait`, `close`), so that all raise at the same one, and a trainer may go on.
+    """
+    if jax.process_count() > 1:
+      return
     error = orbax_private.background_error(self.manager)
     if error is not None and self._writing is not None:
       raise self._save_failed(error) from error
@@ -198,7 +208,9 @@ class Saver:
           # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
           best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
           async_options=ocp.options.AsyncOptions(
-            timeout_secs=int(self._config.timeouts.save), post_finalization_callback=self._on_commit
+            timeout_secs=int(self._config.timeouts.save),
+            barrier_sync_fn=self._meet,
+            post_finalization_callback=self._on_commit,
           ),
         ),
       )
@@ -209,6 +221,14 @@ class Saver:
   def _replace_manager(self, handler: ocp.PyTreeCheckpointHandler) -> None:
     self.manager.close()
     self.manager = self._open_manager(handler)
+
+  def _meet(self, *, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier_sync_fn. A process whose write failed comes here too, on its way out, and is not waited for."""
+    error = sys.exc_info()[1]
+    if error is None:
+      self._rendezvous.wait(key, timeout_ms / 1000)
+    elif not isinstance(error, PeerFailedError):
+      self._rendezvous.fail(root_cause(error))
 
   def _on_commit(self) -> None:
     with self._record_lock:
