@@ -20,8 +20,18 @@ from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import Config
-from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError
+from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, UnhealthyStateError
 from ckpt_jax.failures import is_out_of_space, root_cause
+from ckpt_jax.integrity import health
+from ckpt_jax.integrity.fingerprint import take
+from ckpt_jax.integrity.record import (
+  RecordedSave,
+  Recording,
+  RecordingHandler,
+  history,
+  is_unhealthy,
+  remove_unfinished,
+)
 from ckpt_jax.layout.encoding import encode
 from ckpt_jax.layout.handler import pytree_handler, target_file_size
 from ckpt_jax.layout.sharding import global_nbytes, largest_shard_nbytes, local_nbytes
@@ -31,6 +41,7 @@ from ckpt_jax.policies.attempts import AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
+from ckpt_jax.seal import sealed
 from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
@@ -103,6 +114,7 @@ class Saver:
     self._writing: SaveRecord | None = None
     self._returned_at: float | None = None
     self._record_lock = threading.Lock()
+    self._norms = history()
     self._rendezvous = Rendezvous(f"save {directory}")
     self.manager = self._open_manager(pytree_handler(config))
 
@@ -128,22 +140,26 @@ class Saver:
     self.wait()
     record.waited_s = time.perf_counter() - waited
 
+    recording = self._recording(step, state, record.nbytes)
+    metadata |= {"fingerprints": 1, "health": self._health_known(recording)}
     chunk_nbytes = self._chunk_nbytes(state)
     with self._record_lock:
       self._writing, self._returned_at = record, None
     try:
       if chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=chunk_nbytes))
-      self._retention.note(step, record.nbytes, (metadata.get("health") or {}).get("healthy"))
+      self._retention.note(step, record.nbytes, metadata["health"].get("healthy"))
       if not self._deleter.wait_for({step}, self._config.timeouts.save):
         raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
       self._told_schedule("begun", step)
       self._rendezvous.begin()
       self.manager.save(
         step,
-        args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self._config)),
+        args=RecordedSave(
+          ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self._config)), recording
+        ),
         metrics=numbers,
-        custom_metadata={run.OURS: metadata},
+        custom_metadata={run.OURS: sealed(metadata)},
         force=True,
       )
       with self._record_lock:
@@ -201,7 +217,7 @@ class Saver:
       self._deleter.resume()
       manager = ocp.CheckpointManager(
         self._directory,
-        item_handlers=handler,
+        item_handlers=RecordingHandler(handler, self._norms),
         options=ocp.CheckpointManagerOptions(
           save_decision_policy=self._policy,
           preservation_policy=self._retention,
@@ -254,6 +270,25 @@ class Saver:
     if listener is not None:
       listener(*arguments)
 
+  def _recording(self, step: int, state: PyTree, nbytes: int) -> Recording:
+    """What is to be recorded of the state. Refuses it at once if it is unhealthy and that can be known at once."""
+    wanted = self._config.health.nonfinite
+    where = f"{self._directory}: step {step}"
+    taken = take(state)
+    known = None if wanted == "ignore" else health.before_save(taken, nbytes, always=wanted == "tag")
+    if known is not None and not known.healthy:
+      if wanted == "refuse":
+        raise known.error(where)
+      _log.warning("%s is tagged unhealthy: non-finite numbers in %s", where, ", ".join(list(known.nonfinite)[:10]))
+    return Recording(step, taken, known, wanted == "refuse", where)
+
+  def _health_known(self, recording: Recording) -> dict[str, Any]:
+    """What `steps()` says of the step's health once it is committed."""
+    if self._config.health.nonfinite == "ignore":
+      return {}
+    # If it is not known yet, it will be before the commit, and an unhealthy state is not committed.
+    return {"healthy": recording.health is None or recording.health.healthy}
+
   def _save_failed(self, error: BaseException) -> CheckpointError:
     """Forgets the failed step and says so; the caller raises what is returned."""
     with self._record_lock:
@@ -265,6 +300,11 @@ class Saver:
     with contextlib.suppress(Exception):
       self.manager.reload()
       orbax_private.forget_steps(self.manager, self._deleter.pending)
+    unhealthy = is_unhealthy(error)
+    if unhealthy is not None:
+      if step is not None and jax.process_index() == 0:
+        remove_unfinished(self._directory, step)
+      return UnhealthyStateError(str(unhealthy))
     cause = root_cause(error)
     steps = run.committed_steps(self._directory)
     newest = steps[-1] if steps else None

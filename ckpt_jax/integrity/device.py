@@ -58,9 +58,10 @@ def _tally(x: jax.Array) -> tuple[jax.Array, ...]:
   planes, itemsize = _planes(x)
   if jnp.issubdtype(x.dtype, jnp.inexact):
     parts = [lax.real(x), lax.imag(x)] if jnp.issubdtype(x.dtype, jnp.complexfloating) else [x]
-    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(p) for p in parts])
-    squares = sum(jnp.sum(jnp.where(finite, p, 0).astype(jnp.float32) ** 2, dtype=jnp.float32) for p in parts)
-    nonfinite = jnp.sum(~finite, dtype=jnp.int64)
+    finite = [jnp.isfinite(p) for p in parts]
+    wide = [jnp.where(ok, p, 0).astype(jnp.float32) for ok, p in zip(finite, parts, strict=True)]
+    squares = functools.reduce(jnp.add, [jnp.sum(p * p) for p in wide])
+    nonfinite = functools.reduce(jnp.add, [jnp.sum(~ok, dtype=jnp.int64) for ok in finite])
   else:
     nonfinite, squares = jnp.zeros((), jnp.int64), jnp.zeros((), jnp.float32)
   shape = x.shape
@@ -99,7 +100,9 @@ def _column_weights(byte: jax.Array) -> jax.Array:
   word, within = byte // 8, (byte % 8).astype(jnp.uint64)
   blocks = _mixed(word // sums.BLOCK, sums.BLOCK_SEED)
   low = blocks * _mixed(word % sums.BLOCK, sums.LOW_SEED) << (8 * within)
-  high = blocks * _mixed(word % sums.BLOCK, sums.HIGH_SEED) << (8 * (jnp.maximum(within, jnp.uint64(4)) - jnp.uint64(4)))
+  high = blocks * _mixed(word % sums.BLOCK, sums.HIGH_SEED) << (
+    8 * (jnp.maximum(within, jnp.uint64(4)) - jnp.uint64(4))
+  )
   return low + jnp.where(within >= 4, high, jnp.uint64(0))
 
 

@@ -41,7 +41,7 @@ class _Leaf:
   shape: tuple[int, ...]
   bits_shape: tuple[int, ...]  # of the unsigned integers: that of the key data, or with the two halves of a complex128
   floats: np.dtype | None
-  pieces: list[tuple[Any, tuple[int, ...]]]  # what _bits reads, and where it lies
+  pieces: list[tuple[np.ndarray, tuple[int, ...]]]  # views, and where in the array they lie
   copies: int = 1  # how often the leaf is there, over all processes
   on_device: tuple[jax.Array, ...] | None = None
 
@@ -56,8 +56,8 @@ class Taken:
   def __init__(self, leaves: list[_Leaf]):
     self._leaves = leaves
 
-  def tallies(self, threads: int, *, health: bool) -> dict[str, sums.Tally]:
-    """Sums, and health if wanted, by leaf path: of this process's part, or of all where the leaf is on a device."""
+  def tallies(self, threads: int, *, fingerprint: bool = True, health: bool = True) -> dict[str, sums.Tally]:
+    """Sums and health, or one of them, by leaf path: of this process's part, or of all where it is on a device."""
     tasks: list[tuple[_Leaf, Any, tuple[int, ...]]] = []
     out = {leaf.path: sums.Tally() for leaf in self._leaves}
     for leaf in self._leaves:
@@ -66,7 +66,11 @@ class Taken:
     def tally(task: tuple[_Leaf, np.ndarray, tuple[int, ...]]) -> sums.Tally:
       leaf, bits, start = task
       part = sums.Tally()
-      sums.add_block(part, bits, start, leaf.bits_shape, leaf.floats if health else None)
+      floats = leaf.floats if health else None
+      if fingerprint:
+        sums.add_block(part, bits, start, leaf.bits_shape, floats)
+      elif floats is not None:
+        sums.add_health(part, bits, floats)
       return part
 
     for (leaf, *_), part in zip(tasks, _in_threads(tally, tasks, threads), strict=True):
@@ -90,6 +94,15 @@ class Taken:
       leaf.path: LeafPrint(leaf.dtype, leaf.shape, digest(leaf.path, leaf.dtype, leaf.shape, totals[leaf.path]))
       for leaf in self._leaves
     }
+
+  @property
+  def on_accelerator(self) -> bool:
+    return any(leaf.on_device is not None for leaf in self._leaves)
+
+  @property
+  def host_nbytes(self) -> int:
+    """Bytes that this process has yet to go through."""
+    return sum(piece.nbytes for leaf in self._leaves for piece, _ in leaf.pieces)
 
   @property
   def copies(self) -> dict[str, int]:
@@ -165,13 +178,13 @@ def _view(path: str, leaf: Any, every_copy: bool) -> _Leaf:
     if array.is_fully_addressable:
       # A state that lives on one device of its own process: in a job of many each has one.
       if every_copy or jax.process_index() == 0 or processes == 1:
-        out.pieces = [(array, (0,) * array.ndim)]
+        out.pieces = [(_host_view(array), (0,) * array.ndim)]
       out.copies = processes if every_copy else 1
     return out
   for shard in array.addressable_shards:
     if every_copy or shard.replica_id == 0:
       start = tuple(s.start or 0 for s in shard.index)
-      out.pieces.append((shard.data, start))
+      out.pieces.append((_host_view(shard.data), start))
   if every_copy:
     indices = array.sharding.devices_indices_map(array.shape).values()
     out.copies = len(indices) // len({tuple((s.start, s.stop) for s in index) for index in indices})
@@ -194,16 +207,19 @@ def _is_on_accelerator(leaf: Any) -> bool:
   return next(iter(leaf.sharding.device_set)).platform != "cpu"
 
 
-def _bits(value: Any) -> np.ndarray:
-  """The bits of an array as unsigned integers, C-contiguous; without a copy where it lies in the host's memory."""
-  if isinstance(value, jax.Array):
-    try:
-      # Not np.asarray: the array would keep that view, and could then never be donated.
-      array = np.asarray(memoryview(value))  # type: ignore[arg-type]
-    except (BufferError, TypeError):  # bfloat16, float8 and the like have no such view
-      array = np.asarray(value)
-  else:
-    array = np.asarray(value)
+def _host_view(array: jax.Array) -> np.ndarray:
+  """A zero-copy view of an array on one CPU device, which keeps its buffer alive as long as the view lives.
+
+  np.asarray of the array itself would be kept by it, and the array could never be donated again.
+  """
+  try:
+    return np.asarray(memoryview(array))  # type: ignore[arg-type]
+  except (BufferError, TypeError):  # bfloat16, float8 and the like
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array]))
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+  """The bits of an array as unsigned integers, C-contiguous; the same memory wherever that is possible."""
   dtype = array.dtype
   if not dtype.isnative:
     array = array.astype(dtype.newbyteorder("="))

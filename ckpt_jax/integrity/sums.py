@@ -199,6 +199,14 @@ def _table(dtype: np.dtype) -> np.ndarray:
   return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
 
 
+def add_health(tally: Tally, bits: np.ndarray, floats: np.dtype) -> None:
+  """Adds what a block's floats say of health, without its sum: at the speed of memory for float32 and float64."""
+  flat = bits.reshape(-1)
+  step = _CHUNK_NBYTES // bits.itemsize
+  for i in range(0, flat.size, step):
+    _add_health(tally, flat[i : i + step], floats)
+
+
 def _add_health(tally: Tally, words: np.ndarray, dtype: np.dtype) -> None:
   values = _numbers(words, dtype)
   with np.errstate(over="ignore", invalid="ignore"):
