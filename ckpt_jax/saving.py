@@ -22,14 +22,12 @@ from ckpt_jax import orbax_private, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, UnhealthyStateError
 from ckpt_jax.failures import is_out_of_space, root_cause
-from ckpt_jax.integrity import health
-from ckpt_jax.integrity.fingerprint import take
 from ckpt_jax.integrity.record import (
   RecordedSave,
-  Recording,
   RecordingHandler,
   history,
   is_unhealthy,
+  record_of,
   remove_unfinished,
 )
 from ckpt_jax.layout.encoding import encode
@@ -42,6 +40,7 @@ from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
 from ckpt_jax.seal import sealed
+from ckpt_jax.tuning.planner import Planner
 from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
@@ -86,6 +85,7 @@ class Saver:
     directory: epath.Path,
     config: Config,
     *,
+    planner: Planner,
     policy: SaveDecisionPolicy,
     schedule: SaveDecisionPolicy,
     retention: LiveRetention,
@@ -97,6 +97,7 @@ class Saver:
     Args:
       directory: the run.
       config: the settings.
+      planner: decides on those that are `auto`, once it sees a state.
       policy: what decides on saving, preemption included.
       schedule: the part of it that is told when saves begin and what they cost.
       retention: what stays.
@@ -105,7 +106,8 @@ class Saver:
     """
     self.records: list[SaveRecord] = []
     self._directory = directory
-    self._config = config
+    self._config = planner.unplanned
+    self._planner = planner
     self._policy = policy
     self._schedule = schedule
     self._retention = retention
@@ -116,7 +118,7 @@ class Saver:
     self._record_lock = threading.Lock()
     self._norms = history()
     self._rendezvous = Rendezvous(f"save {directory}")
-    self.manager = self._open_manager(pytree_handler(config))
+    self.manager = self._open_manager(pytree_handler(self._config))
 
   def save(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
     """Starts a save and returns once the arrays may be overwritten; see `Checkpointer.save`.
@@ -128,10 +130,11 @@ class Saver:
     computing = time.perf_counter()
     jax.block_until_ready((state, metrics))
     started += time.perf_counter() - computing
+    planned = self._planner.for_save(state)
     numbers = plain_metrics(metrics)
     encoded, notes = encode(state)
     record = SaveRecord(step, global_nbytes(state))
-    metadata = run_metadata(self._config, state, record.nbytes) | {
+    metadata = run_metadata(planned, state, record.nbytes) | {
       "metrics": numbers,
       "extras": checked_json(extras, "extras"),
       "encoded": notes,
@@ -140,16 +143,19 @@ class Saver:
     self.wait()
     record.waited_s = time.perf_counter() - waited
 
-    recording = self._recording(step, state, record.nbytes)
-    metadata |= {"fingerprints": 1, "health": self._health_known(recording)}
+    if planned != self._config:
+      self._config = planned
+      self._replace_manager(pytree_handler(planned))
+    recording = record_of(step, state, record.nbytes, self._config.health.nonfinite, f"{self._directory}: step {step}")
+    metadata |= {"fingerprints": 1, "health": recording.health_told}
     chunk_nbytes = self._chunk_nbytes(state)
     with self._record_lock:
       self._writing, self._returned_at = record, None
     try:
       if chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=chunk_nbytes))
-      self._retention.note(step, record.nbytes, metadata["health"].get("healthy"))
-      if not self._deleter.wait_for({step}, self._config.timeouts.save):
+      self._retention.note(step, record.nbytes, recording.health_told.get("healthy"))
+      if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
         raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
       self._told_schedule("begun", step)
       self._rendezvous.begin()
@@ -224,7 +230,7 @@ class Saver:
           # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
           best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
           async_options=ocp.options.AsyncOptions(
-            timeout_secs=int(self._config.timeouts.save),
+            timeout_secs=int(self._config.timeouts.save_s),
             barrier_sync_fn=self._meet,
             post_finalization_callback=self._on_commit,
           ),
@@ -269,25 +275,6 @@ class Saver:
     listener = getattr(self._schedule, event, None)
     if listener is not None:
       listener(*arguments)
-
-  def _recording(self, step: int, state: PyTree, nbytes: int) -> Recording:
-    """What is to be recorded of the state. Refuses it at once if it is unhealthy and that can be known at once."""
-    wanted = self._config.health.nonfinite
-    where = f"{self._directory}: step {step}"
-    taken = take(state)
-    known = None if wanted == "ignore" else health.before_save(taken, nbytes, always=wanted == "tag")
-    if known is not None and not known.healthy:
-      if wanted == "refuse":
-        raise known.error(where)
-      _log.warning("%s is tagged unhealthy: non-finite numbers in %s", where, ", ".join(list(known.nonfinite)[:10]))
-    return Recording(step, taken, known, wanted == "refuse", where)
-
-  def _health_known(self, recording: Recording) -> dict[str, Any]:
-    """What `steps()` says of the step's health once it is committed."""
-    if self._config.health.nonfinite == "ignore":
-      return {}
-    # If it is not known yet, it will be before the commit, and an unhealthy state is not committed.
-    return {"healthy": recording.health is None or recording.health.healthy}
 
   def _save_failed(self, error: BaseException) -> CheckpointError:
     """Forgets the failed step and says so; the caller raises what is returned."""

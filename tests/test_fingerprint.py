@@ -17,7 +17,8 @@ from ckpt_jax.integrity import device, sums
 from ckpt_jax.integrity.fingerprint import take
 from ckpt_jax.multihost import launch
 
-DTYPES = "float32 bfloat16 float16 int8 int4 uint4 bool float8_e4m3fn complex64 uint32 float64 int64 complex128".split()
+DTYPES = ["float32", "bfloat16", "float16", "int8", "int4", "uint4", "bool", "float8_e4m3fn", "complex64", "uint32"]
+DTYPES += ["float64", "int64", "complex128"]
 SHAPES = [(), (1,), (7,), (5, 3), (200, 3), (3, 200), (40, 3, 5), (2, 3, 300), (20000,), (3, 9000), (2, 16389), (0, 4)]
 
 

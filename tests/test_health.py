@@ -73,9 +73,8 @@ def test_integers_keys_and_large_finite_numbers_are_no_health_matter(tmp_path):
 def test_every_float_dtype_is_looked_at(tmp_path, dtype):
   x = np.ones(1001).astype(jnp.dtype(dtype))
   x[1000] = np.nan
-  with ckpt.Checkpointer(tmp_path) as c:
-    with pytest.raises(ckpt.UnhealthyStateError, match="x: 1"):
-      c.save(0, {"x": x})
+  with ckpt.Checkpointer(tmp_path) as c, pytest.raises(ckpt.UnhealthyStateError, match="x: 1"):
+    c.save(0, {"x": x})
 
 
 def test_norms_and_their_jumps_are_recorded_by_group(tmp_path, caplog):

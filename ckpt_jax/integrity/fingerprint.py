@@ -158,10 +158,7 @@ def _view(path: str, leaf: Any, every_copy: bool) -> _Leaf:
   name = label(leaf)
   processes = jax.process_count()
   if not hasattr(leaf, "dtype"):
-    if name == "str":
-      bits = np.frombuffer(leaf.encode(), np.uint8)
-    else:
-      bits = np.asarray(leaf, _SCALARS[name])
+    bits = np.frombuffer(leaf.encode(), np.uint8) if name == "str" else np.asarray(leaf, _SCALARS[name])
     floats = bits.dtype if name in ("float", "complex") else None
     return _host_leaf(path, name, () if name != "str" else bits.shape, bits, floats, every_copy)
   shape = tuple(leaf.shape)
@@ -204,7 +201,8 @@ def _host_leaf(
 def _is_on_accelerator(leaf: Any) -> bool:
   if not isinstance(leaf, jax.Array) or leaf.size == 0:
     return False
-  return next(iter(leaf.sharding.device_set)).platform != "cpu"
+  one: jax.Device = next(iter(leaf.sharding.device_set))
+  return one.platform != "cpu"
 
 
 def _host_view(array: jax.Array) -> np.ndarray:
@@ -233,7 +231,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def _width(dtype: np.dtype) -> int:
-  if dtype.itemsize > 1 or dtype.kind in "biu" and dtype.name in ("bool", "int8", "uint8"):
+  if dtype.itemsize > 1 or dtype.name in ("bool", "int8", "uint8"):
     return 8
   info = jax.numpy.iinfo if "int" in dtype.name else jax.numpy.finfo
   return info(dtype).bits

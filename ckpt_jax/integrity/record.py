@@ -24,7 +24,7 @@ from etils import epath
 from ckpt_jax import run
 from ckpt_jax.errors import CorruptCheckpointError, UnhealthyStateError
 from ckpt_jax.integrity import health as health_checks
-from ckpt_jax.integrity.fingerprint import LeafPrint, Taken
+from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.sums import MASK, Tally
 from ckpt_jax.storage.kvstore import is_object_store
@@ -45,6 +45,8 @@ class Recording:
     health: if it is known already.
     refuse: abort the write if the state turns out to be unhealthy.
     where: run and step, for messages.
+    health_told: what `steps()` says of the step's health once it is committed.
+    tallies: what was found; None until then.
   """
 
   step: int
@@ -52,6 +54,7 @@ class Recording:
   health: Health | None
   refuse: bool
   where: str
+  health_told: dict[str, bool]
   tallies: dict[str, Tally] | None = None
 
   def sum_up(self) -> None:
@@ -70,6 +73,30 @@ class Recording:
     assert self.tallies is not None
     shared = self.taken.counted_by_all if jax.process_index() > 0 else set()
     return {path: t.total for path, t in self.tallies.items() if path not in shared}
+
+
+def record_of(step: int, state: Any, nbytes: int, nonfinite: str, where: str) -> Recording:
+  """What is to be recorded of a state that is about to be saved. All processes call it alike.
+
+  Args:
+    step: its number.
+    state: what training holds.
+    nbytes: its bytes, over all processes.
+    nonfinite: `health.nonfinite`.
+    where: run and step, for messages.
+
+  Raises:
+    UnhealthyStateError: if the state is unhealthy, that is not wanted, and could be found out at once.
+  """
+  taken = take(state)
+  known = None if nonfinite == "ignore" else health_checks.before_save(taken, nbytes, always=nonfinite == "tag")
+  if known is not None and not known.healthy:
+    if nonfinite == "refuse":
+      raise known.error(where)
+    _log.warning("%s is tagged unhealthy: non-finite numbers in %s", where, ", ".join(list(known.nonfinite)[:10]))
+  # If it is not known yet, it will be before the commit, and an unhealthy state is not committed.
+  told = {} if nonfinite == "ignore" else {"healthy": known is None or known.healthy}
+  return Recording(step, taken, known, nonfinite == "refuse", where, told)
 
 
 @dataclasses.dataclass
@@ -153,7 +180,7 @@ def _write_record(recording: Recording, directory: epath.Path, past: collections
     with concurrent.futures.ThreadPoolExecutor(min(16, len(parts))) as pool:
       for text in pool.map(lambda p: p.read_text(), parts):
         totals.update(json.loads(text))
-  found = {
+  found: dict[str, Any] = {
     "format": _FORMAT,
     "leaves": {
       path: [leaf.dtype, list(leaf.shape), leaf.digest]

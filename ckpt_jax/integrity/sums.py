@@ -6,13 +6,13 @@ block), all of which depend on the global position alone,
 
   sum over rows r and words q of A[r] * H[q // BLOCK] * (y * K1[q % BLOCK] + (y >> 32) * K2[q % BLOCK])   mod 2**64.
 
-The sum is linear in the bytes, so that the parts of an array add up in any order. One flipped bit always changes it: an
-odd factor times a power of two below 2**64 is not zero. The shifted term is there for the high bits, of which the first
-term keeps little (two lost sign bits would cancel half of the time): it leaves every bit at least 32 bits of the result,
-which is the multilinear hashing of Lemire and Kaser, arXiv:1202.4961. It is a check against faults, not against
-forgery.
+The sum is linear in the bytes, so that the parts of an array add up in any order. One flipped bit always changes it:
+an odd factor times a power of two below 2**64 is not zero. The shifted term is there for the high bits, of which the
+first term keeps little (two lost sign bits would cancel half of the time). It leaves every bit at least 32 bits of the
+result; multilinear hashing, see Lemire and Kaser, arXiv:1202.4961. It is a check against faults, not against forgery.
 
-Why not a jit: XLA's CPU code made 1 to 2.4 GB/s of it on one core, numpy's einsum 6 to 11. `device.py` has the jit for accelerators.
+Why not a jit: XLA's CPU code made 1 to 2.4 GB/s of it on one core, numpy's einsum 6 to 11.
+`device.py` has the jit for accelerators.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _add_rows(tally: Tally, matrix: np.ndarray, column: int, rows: np.ndarray, f
 
 
 def _segments(first: int, count: int) -> Iterator[tuple[int, int]]:
-  """Cuts `count` words, the first of which has the number `first` in its row, into parts of a block or of whole ones."""
+  """Cuts `count` words, of which the first is number `first` of its row, into whole blocks and parts of one."""
   most = _CHUNK_NBYTES // 8 // BLOCK * BLOCK
   at = 0
   while at < count:
