@@ -11,7 +11,7 @@ from etils import epath
 
 from ckpt_jax import run
 from ckpt_jax.config import Config
-from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError
+from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.layout.encoding import decode_leaf, path_name
 from ckpt_jax.layout.handler import pytree_handler
@@ -27,6 +27,7 @@ def read_like(step_dir: epath.Path, like: PyTree, config: Config) -> PyTree:
     StructureMismatchError: listing every difference; nothing was read.
     CorruptCheckpointError: if the step cannot be read.
   """
+  _refuse_thinned(step_dir, like)
   plans, treedef = plan_leaves(like, run.saved_leaves(step_dir), _notes(step_dir), str(step_dir))
   read = _read(
     step_dir, treedef.unflatten([p.item for p in plans]), treedef.unflatten([p.restore_args for p in plans]), config
@@ -63,6 +64,22 @@ def read_as_saved(step_dir: epath.Path, config: Config) -> PyTree:
   read = _read(step_dir, treedef.unflatten(items), treedef.unflatten(args), config)
   return treedef.unflatten(
     [decode_leaf(value, notes.get(name)) for name, value in zip(names, treedef.flatten_up_to(read), strict=True)]
+  )
+
+
+def _refuse_thinned(step_dir: epath.Path, like: PyTree) -> None:
+  kept = run.thinned_to(step_dir)
+  if kept is None:
+    return
+  names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]]
+  if all(any(name == k or name.startswith(k + "/") for k in kept) for name in names):
+    return
+  newest = run.newest_resumable(step_dir.parent)
+  resume = "no step of this run can" if newest is None else f"the newest that can is step {newest}"
+  what = ", ".join(kept)
+  raise StructureMismatchError(
+    f"{step_dir}: this step was thinned (retention.thin): it holds {what} alone, and training cannot go on from it; "
+    f'{resume}. To read what is there pass only="{kept[0]}", or a like= of {what} alone'
   )
 
 
