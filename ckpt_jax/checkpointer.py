@@ -37,6 +37,8 @@ from ckpt_jax.saving import Saver, SaveRecord
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.kvstore import connect
 from ckpt_jax.storage.objects import snapshot
+from ckpt_jax.tuning.plan import Plan
+from ckpt_jax.tuning.planner import Planner
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -93,6 +95,7 @@ class Checkpointer:
     connect(directory, config.storage)
     self.directory: epath.Path = run.run_directory(directory)
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
+    self._planner = Planner(self.directory, config, self.storage, from_process_zero)
     self._closed = False
     first = jax.process_index() == 0
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
@@ -124,6 +127,7 @@ class Checkpointer:
       self._saver = Saver(
         self.directory,
         config,
+        planner=self._planner,
         policy=AnyOf([preempted, self.schedule]),
         schedule=self.schedule,
         retention=self._retention,
@@ -225,6 +229,11 @@ class Checkpointer:
 
   # -- what there is
 
+  @property
+  def plan(self) -> Plan | None:
+    """What was decided where the configuration says `auto`: `plan.explain()`. None before the first save or restore."""
+    return self._planner.plan
+
   def steps(self) -> list[run.StepInfo]:
     """All committed steps, oldest first. A step that is still being written, or whose write failed, is not there."""
     return run.list_steps(self.directory)
@@ -303,7 +312,8 @@ class Checkpointer:
       with snapshot(step_dir):
         ours = run.our_metadata(step_dir)
         metrics = run.step_info(self.directory, chosen).metrics
-        state = read_as_saved(step_dir, self.config) if like is None else read_like(step_dir, like, self.config)
+        settings = self._planner.for_restore(like)
+        state = read_as_saved(step_dir, settings) if like is None else read_like(step_dir, like, settings)
       jax.block_until_ready(state)
     finally:
       self._retention.restoring.discard(chosen)
