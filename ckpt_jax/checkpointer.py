@@ -356,8 +356,8 @@ class Checkpointer:
     """
     found = -1
     if jax.process_index() == 0:
-      found = run.newest_to_restore(self.directory) if step is None else int(step)
-      found = -1 if found is None else found
+      newest = run.newest_to_restore(self.directory) if step is None else int(step)
+      found = -1 if newest is None else newest
     if jax.process_count() > 1:
       found = int(multihost_utils.broadcast_one_to_all(np.int64(found)))
     if found >= 0:

@@ -76,13 +76,14 @@ def rewrite_step(
         return False
       _ready_note(directory, step).write_text(json.dumps({"commit": commit}))
       _swap(directory, step)
-  except OSError as e:
-    if not run.is_step(old):
+  except Exception as e:
+    if not _ready_note(directory, step).exists():  # else the next open finishes what was begun
       _remove(place)
-      return False
-    if isinstance(e, CheckpointError):
-      raise
-    raise StorageError(f"{new}: {e.strerror or e}") from e
+      if not _is_same(directory, step, commit):  # it was deleted under our hands, whatever that looked like
+        return False
+    if isinstance(e, OSError) and not isinstance(e, CheckpointError):
+      raise StorageError(f"{new}: {e.strerror or e}") from e
+    raise
   return True
 
 

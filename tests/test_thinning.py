@@ -150,9 +150,9 @@ def test_restoring_a_whole_state_from_a_thinned_step_says_what_can_be_done(tmp_p
 def test_a_run_of_thinned_steps_alone_does_not_start_afresh_in_silence(tmp_path):
   c = save_steps(tmp_path, [1])
   thin_step(c.directory, 1, KEEP)
-  with ckpt.Checkpointer(tmp_path, ckpt.Config(retention={"last": None})) as c:
-    with pytest.raises(ckpt.StructureMismatchError, match="thinned"):
-      c.restore_or_init(init)
+  config = ckpt.Config(retention={"last": None})
+  with ckpt.Checkpointer(tmp_path, config) as c, pytest.raises(ckpt.StructureMismatchError, match="thinned"):
+    c.restore_or_init(init)
 
 
 def test_a_path_that_leads_nowhere_is_named_and_the_step_stays_whole(tmp_path, caplog):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -179,7 +180,7 @@ def _outcome(arm: Arm, lived: list[tuple[float, float]], step_s: float) -> dict[
     max(statistics.median(e["background"] for e in costs), 0.0),
     statistics.mean(total - up for total, up in lived),
   )
-  gaps = [b["time"] - a["time"] for a, b in zip(saves, saves[1:], strict=False) if a["life"] == b["life"]]
+  gaps = [b["time"] - a["time"] for a, b in itertools.pairwise(saves) if a["life"] == b["life"]]
   steps = arm.schedule.get("every_steps")
   if not steps and not gaps:
     raise CheckpointError(f"{arm.name}: no life saw two saves; more kills are needed to say how often it saves")

@@ -191,10 +191,11 @@ class YoungDaly(ByClock):
       return f"{', '.join(asked)}; no save has been measured yet, the first step is saved to learn from"
     interval, why = self._bounded()
     blocking = statistics.median(b for b, _, _ in self._costs)
+    slowdown = max(self.cost - blocking, 0.0)
     lines = [
       f"every {duration_text(interval)}, set by {why}: {', '.join(asked)}",
       f"a save costs {duration_text(self.cost)} of training (blocking {duration_text(blocking)}, slowdown of steps "
-      f"{duration_text(self.cost - blocking if self.cost > blocking else 0.0)}) and commits after {duration_text(self.duration)}",
+      f"{duration_text(slowdown)}) and commits after {duration_text(self.duration)}",
     ]
     lost = self.cost / max(interval, 1e-9)
     if self.mtti is not None:
