@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from ckpt_jax.policies.schedule import AnyOf, OnPreemption
 from ckpt_jax.policies.thinning import Thinner
 from ckpt_jax.policies.wiring import make_schedule
 from ckpt_jax.preemption import PreemptionNotice
-from ckpt_jax.restore.read import read_as_saved, read_like
+from ckpt_jax.restore.read import Initialise, Request, read_state
 from ckpt_jax.restore.result import Restored, RestoreReport
 from ckpt_jax.rewrite import finish_rewrites
 from ckpt_jax.saving import Saver, SaveRecord
@@ -284,14 +284,34 @@ class Checkpointer:
       return Restored(init_fn(), None, 0, {}, None, None)
     return self.restore(like=abstract_state(init_fn))
 
-  def restore(self, step: int | None = None, like: PyTree | None = None, strategy: str | None = None) -> Restored:
-    """Reads a committed step.
+  def restore(
+    self,
+    step: int | None = None,
+    like: PyTree | None = None,
+    only: str | Iterable[str] | None = None,
+    strategy: str | None = None,
+    *,
+    init_missing: str | Iterable[str] | Mapping[str, Initialise] | None = None,
+    cast: bool | Mapping[str, Any] | None = None,
+  ) -> Restored:
+    """Reads a committed step, or a part of it.
+
+    Paths name leaves as `ckpt-jax show` does. A pattern names all leaves at or below a node: `params`, or with globs
+    within a segment `params/*/kernel`; `**` is any number of segments.
 
     Args:
       step: default: the newest.
       like: a tree with the structure of the saved one, whose leaves (arrays, `jax.ShapeDtypeStruct`s, scalars) say
         type, shape, dtype and sharding. Without it: nested dicts, lists and tuples of numpy arrays in host memory.
+      only: pattern, or several: reads just these leaves. Each comes back in its place in the tree, so that
+        `only="params"` gives `{"params": ...}`; a node of which only a part is read comes back as a dict. `like` may
+        be the whole state, `{"params": ...}`, or what lies below `params`; the latter gives just that.
       strategy: `direct`: each process reads what its devices need.
+      init_missing: pattern, or several, of leaves of `like` that the checkpoint lacks: they keep like's values. With
+        `{pattern: function}` they become `function(path, leaf)`. Together with `only` also leaves that `only` leaves
+        out, so that the result can be as large as `like`.
+      cast: `{pattern: dtype}`, or True for the dtypes of `like`: the leaves that may change it, floats among themselves
+        and integers among themselves. A value that the new dtype cannot hold is an error.
 
     Raises:
       NoCheckpointError: if there is no such step.
@@ -313,14 +333,16 @@ class Checkpointer:
         ours = run.our_metadata(step_dir)
         metrics = run.step_info(self.directory, chosen).metrics
         settings = self._planner.for_restore(like)
-        state = read_as_saved(step_dir, settings) if like is None else read_like(step_dir, like, settings)
-      jax.block_until_ready(state)
+        read = read_state(step_dir, settings, Request(like, only, init_missing, cast))
+      jax.block_until_ready(read.state)
     finally:
       self._retention.restoring.discard(chosen)
-    nbytes = global_nbytes(state)
-    report = RestoreReport("direct", time.perf_counter() - started, nbytes, str(step_dir))
+    nbytes = global_nbytes(read.state)
+    report = RestoreReport(
+      "direct", time.perf_counter() - started, nbytes, str(step_dir), casts=read.casts, initialised=read.initialised
+    )
     _log.info("restored step %d of %s in %.2f s", chosen, self.directory, report.seconds)
-    return Restored(state, chosen, chosen + 1, metrics, ours.get("extras"), report)
+    return Restored(read.state, chosen, chosen + 1, metrics, ours.get("extras"), report)
 
   # -- inside
 
