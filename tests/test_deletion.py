@@ -1,6 +1,5 @@
 """Steps that retention drops: marked, removed behind training, and to the end even after a crash."""
 
-import json
 import os
 import pathlib
 import signal
