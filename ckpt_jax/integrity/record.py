@@ -262,6 +262,22 @@ def read_record(step_dir: epath.Path) -> Record | None:
   return record
 
 
+def carry_record(old: epath.Path, new: epath.Path) -> None:
+  """Gives `new`, another form of the step `old` with all or some of its leaves, the fingerprints of those leaves.
+
+  The fingerprints are those of the original save, so that the copying is checked with everything else.
+  """
+  item = run.item_directory(old)
+  try:
+    data = json.loads((item / FILE).read_bytes())
+  except FileNotFoundError:
+    return
+  there = {leaf.path for leaf in run.saved_leaves(new)}
+  data["leaves"] = {path: leaf for path, leaf in data["leaves"].items() if path in there}
+  data["files"] = file_digests(new / item.name)
+  (new / item.name / FILE).write_text(json.dumps(data))
+
+
 def is_unhealthy(error: BaseException | None) -> UnhealthyStateError | None:
   """The refusal of an unhealthy state among the causes of an error."""
   while error is not None:
