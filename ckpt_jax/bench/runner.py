@@ -158,14 +158,15 @@ def run_suite(
       place = f"{url}/{name}"
       if suite.storage == "disk":
         os.makedirs(place)
-      jobs[name] = WorkerJob(suite, VARIANTS[name], place, env)
+      # A cache of its own: what one variant measured of the machine is not known to another.
+      jobs[name] = WorkerJob(suite, VARIANTS[name], place, env | {"XDG_CACHE_HOME": f"{work}/cache/{name}"})
       stack.callback(jobs[name].stop)
     started = {name: job.receive("make its state", _START_TIMEOUT)[0] for name, job in jobs.items()}
     if suite.storage == "disk":
       _check_space(work, 3 * max((s["nbytes"] for s in started.values()), default=0))
-    results: dict[str, dict[str, Any]] = {
-      name: {"settings": s["settings"], "rounds": []} for name, s in started.items()
-    }
+    for job in jobs.values():
+      job.ask("prepare")
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(rounds + 1):
       shift = turn % max(1, len(names))
       for name in names[shift:] + names[:shift]:
@@ -175,7 +176,8 @@ def run_suite(
         if not found.pop("bitwise"):
           raise CheckpointError(f"bench: {suite.name}, {VARIANTS[name].title}: restored other bits than were saved")
         if turn:  # the first save and restore of a process pay for imports and compilation
-          results[name]["rounds"].append(found)
+          results[name].append(found)
+    about = {name: job.ask("about")[0] for name, job in jobs.items()}
     for job in jobs.values():
       job.ask("end")
   versions: dict[str, str] = {}
@@ -188,7 +190,7 @@ def run_suite(
     "leaves": first["leaves"],
     "rounds": rounds,
     "machine": machine | {"versions": dict(sorted(versions.items()))},
-    "variants": {name: _by_metric(r["rounds"]) | {"settings": r["settings"]} for name, r in results.items()},
+    "variants": {name: _by_metric(found) | about[name] for name, found in results.items()},
     "left_out": excluded,
   }
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from ckpt_jax.bench import suites
 from ckpt_jax.bench.suites import Suite
-from ckpt_jax.errors import CheckpointError
 
 TORCH_PYTHON = "CKPT_JAX_BENCH_TORCH_PYTHON"
+_PROBE_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +72,6 @@ def left_out(variant: Variant, suite: Suite) -> str | None:
 
   if variant.kind == "orbax" and suite.storage == "s3":
     return "Orbax cannot write to s3:// (google/orbax#2739)"
-  if variant.kind == "tuned" and importlib.util.find_spec("ckpt_jax.tuning.plan") is None:
-    return "there is no make_plan yet"
   if "layout.pack" in NOT_YET and variant.options.get("layout", {}).get("pack"):
     return "layout.pack is not acted upon yet"
   if variant.package == "torch" and TORCH_PYTHON in os.environ:
@@ -94,16 +92,22 @@ class Target(Protocol):
 
   Attributes:
     sizes: bytes of each leaf.
-    settings: what its configuration says other than the defaults.
   """
 
   sizes: list[int]
-  settings: Mapping[str, Any]
+
+  def prepare(self) -> None:
+    """What is done once, alone on the machine, before the first save."""
+    ...
 
   def save(self, step: int) -> None: ...
   def wait(self) -> None: ...
   def restore(self, step: int) -> Any: ...
   def same(self, restored: Any) -> bool: ...
+  def about(self) -> dict[str, Any]:
+    """`settings` that it chose, and what it `predicted`; empty for those that do neither."""
+    ...
+
   def close(self) -> None: ...
 
 
@@ -121,7 +125,8 @@ def make_target(variant: Variant, suite: Suite, directory: str) -> Target:
   if variant.kind == "orbax":
     return _Orbax(placed, directory, **variant.options)
   if variant.kind == "tuned":
-    return _CkptJax(placed, directory, tuned_config(placed, directory))
+    # The default plan is made from a measurement of under a second, and packing is off in it.
+    return _CkptJax(placed, directory, {"layout": {"pack": "auto"}}, probe=True)
   return _CkptJax(placed, directory, variant.options)
 
 
@@ -162,8 +167,13 @@ class _Jax:
 
     self.state = state
     self.sizes = [x.nbytes for x in jax.tree.leaves(state)]
-    self.settings: Mapping[str, Any] = {}
     self.like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+  def prepare(self) -> None:
+    pass
+
+  def about(self) -> dict[str, Any]:
+    return {}
 
   def same(self, restored: Any) -> bool:
     import jax
@@ -213,14 +223,22 @@ class _Orbax(_Jax):
 
 
 class _CkptJax(_Jax):
-  def __init__(self, state: Any, directory: str, config: Any):
+  """A Checkpointer; with `probe` the storage is measured thoroughly before the plan is made."""
+
+  def __init__(self, state: Any, directory: str, config: Mapping[str, Any], probe: bool = False):
     import ckpt_jax
 
     super().__init__(state)
-    if not isinstance(config, ckpt_jax.Config):
-      config = ckpt_jax.Config(**{"retention": {"last": None}, **config})
-    self._checkpointer = ckpt_jax.Checkpointer(directory, config)
-    self.settings = config.model_dump(mode="json", include={"layout", "limits", "restore"}, exclude_defaults=True)
+    self._directory, self._probe = directory, probe
+    self._checkpointer = ckpt_jax.Checkpointer(directory, {"retention": {"last": None}, **config})
+
+  def prepare(self) -> None:
+    import jax
+
+    import ckpt_jax
+
+    if self._probe and jax.process_index() == 0:
+      ckpt_jax.probe(self._directory, budget=_PROBE_SECONDS)
 
   def save(self, step: int) -> None:
     self._checkpointer.save(step, self.state)
@@ -231,13 +249,17 @@ class _CkptJax(_Jax):
   def restore(self, step: int) -> Any:
     return self._checkpointer.restore(step, like=self.like).state
 
+  def about(self) -> dict[str, Any]:
+    plan = self._checkpointer.plan
+    if plan is None:
+      return {}
+    return {
+      "settings": {key: value for key, value in plan.values.items() if value != "auto"},
+      "predicted": {name: getattr(plan, name) for name in ("blocking_s", "commit_s", "restore_s")},
+    }
+
   def close(self) -> None:
     self._checkpointer.close()
-
-
-def tuned_config(state: Any, directory: str) -> Any:
-  """The Config of the plan for this state and storage."""
-  raise CheckpointError("there is no plan yet")
 
 
 # -- others
@@ -250,13 +272,18 @@ class _Flat:
     self.directory = directory
     self.state = {name: np.asarray(x) for name, x in suites.leaves(state)}
     self.sizes = [x.nbytes for x in self.state.values()]
-    self.settings: Mapping[str, Any] = {}
 
   def path(self, step: int) -> str:
     return f"{self.directory}/{step}"
 
+  def prepare(self) -> None:
+    pass
+
   def wait(self) -> None:
     pass
+
+  def about(self) -> dict[str, Any]:
+    return {}
 
   def close(self) -> None:
     pass

@@ -59,6 +59,14 @@ class Worker:
     gc.collect()
     self.idle_rss = _status("VmRSS")
 
+  def prepare(self) -> None:
+    """What the target does once before the first save."""
+    self.target.prepare()
+
+  def about(self) -> dict[str, Any]:
+    """What the target chose and predicted."""
+    return self.target.about()
+
   def save(self, step: int) -> dict[str, Any]:
     """Seconds of `save`, to the commit as the API tells it, and until the kernel has written everything out."""
     reset_peak()
@@ -111,7 +119,6 @@ def start(suite_name: str, variant_name: str, directory: str) -> tuple[Worker, d
   about = {
     "nbytes": sum(target.sizes),
     "leaves": len(target.sizes),
-    "settings": dict(target.settings),
     "versions": _versions(),
   }
   return Worker(target, suite.storage == "disk"), about
