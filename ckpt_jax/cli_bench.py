@@ -17,10 +17,16 @@ _MAIN = ["w1", "w2", "w3", "small", "moe", "multi", "bucket", "compressible"]
 class _SuiteOrCommand(NearestName):
   """`ckpt-jax bench w1 w2` is short for `ckpt-jax bench suites w1 w2`."""
 
-  def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+  def names(self) -> list[str]:
     from ckpt_jax.bench.suites import NAMES
 
-    return super().resolve_command(ctx, ["suites", *args] if args and args[0] in NAMES else args)
+    return [*NAMES, *super().names()]
+
+  def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+    from ckpt_jax.bench.suites import GROUPS, SUITES
+
+    known = args and args[0] in {*SUITES, *GROUPS}
+    return super().resolve_command(ctx, ["suites", *args] if known else args)
 
 
 bench = typer.Typer(

@@ -11,6 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from ckpt_jax.bench.aims import outcomes
 from ckpt_jax.bench.results import SPACE, TIMES, Measured, Spread, SuiteResults
 from ckpt_jax.errors import ConfigError
 
@@ -96,6 +97,15 @@ def summary_table(suites: Iterable[SuiteResults], variants: Sequence[str] = ("ck
   return Table("Times faster than Orbax's defaults", ("", *columns.values()), tuple(rows))
 
 
+def aims_table(suites: Iterable[SuiteResults]) -> Table:
+  """What the project set out to reach, met or not."""
+  rows = [
+    (f"{o.aim.suite}: {o.aim.what}", _ratio(o.aim.least), _ratio(o.ratio), "yes" if o.met else "no")
+    for o in outcomes(suites)
+  ]
+  return Table("Aims", ("how many times faster", "aim", "measured", "met"), tuple(rows))
+
+
 def machine_lines(suite: SuiteResults) -> list[str]:
   """Where and how a suite was measured."""
   m = suite.machine
@@ -112,7 +122,9 @@ def machine_lines(suite: SuiteResults) -> list[str]:
 
 def tables(suites: Sequence[SuiteResults]) -> list[Table]:
   """All tables: ratios first."""
-  return [make(s) for make in (ratio_table, seconds_table, space_table) for s in suites]
+  aims = aims_table(suites)
+  found = [make(s) for make in (ratio_table, seconds_table, space_table) for s in suites]
+  return [*found, aims] if aims.rows else found
 
 
 # -- Markdown
@@ -131,6 +143,7 @@ def _blocks(suites: Sequence[SuiteResults]) -> dict[str, Callable[[], str]]:
 
   return {
     "summary": lambda: summary_table(suites).markdown(),
+    "aims": lambda: aims_table(suites).markdown(),
     "ratios": each(ratio_table),
     "seconds": each(seconds_table),
     "space": each(space_table),
@@ -141,7 +154,7 @@ def _blocks(suites: Sequence[SuiteResults]) -> dict[str, Callable[[], str]]:
 def fill(text: str, suites: Sequence[SuiteResults], where: str = "text") -> str:
   """`text` with what stands between `<!-- bench:NAME -->` and `<!-- /bench -->` made afresh from the results.
 
-  NAME is summary, ratios, seconds, space or conditions, and may name suites: `summary w1 w2`.
+  NAME is summary, aims, ratios, seconds, space or conditions, and may name suites: `summary w1 w2`.
 
   Raises:
     ConfigError: for a block or suite that there is not, naming `where`.
@@ -192,7 +205,7 @@ def plot(path: str, suites: Sequence[SuiteResults]) -> None:
     from matplotlib.figure import Figure
   except ImportError as e:
     raise ConfigError('a plot needs matplotlib: pip install "ckpt_jax[plots]"') from e
-  heights = [len(s.variants) + 1.2 for s in suites]
+  heights = [len(s.variants) + 1.9 for s in suites]
   figure = Figure(figsize=(13, 0.27 * sum(heights) + 0.8), layout="constrained")
   grid: Any = figure.subplots(len(suites), 3, squeeze=False, height_ratios=heights)
   for row, suite in zip(grid, suites, strict=True):
@@ -230,4 +243,4 @@ def _bars(axes: Any, suite: SuiteResults, metric: str) -> None:
   axes.set_xlim(0, most * 1.35)
   axes.tick_params(axis="x", labelsize=7)
   axes.spines[["top", "right"]].set_visible(False)
-  axes.text(1, -0.02, TIMES[metric], transform=axes.transAxes, ha="right", va="bottom", fontsize=8, color="#555555")
+  axes.set_xlabel(TIMES[metric], fontsize=8, loc="left", labelpad=1)

@@ -155,51 +155,59 @@ def run_suite(
     machine = _machine(work)
     jobs: dict[str, WorkerJob] = {}
     for name in names:
-      place = f"{url}/{name}"
       if suite.storage == "disk":
-        os.makedirs(place)
+        os.makedirs(f"{url}/{name}")
       # A cache of its own: what one variant measured of the machine is not known to another.
-      jobs[name] = WorkerJob(suite, VARIANTS[name], place, env | {"XDG_CACHE_HOME": f"{work}/cache/{name}"})
+      cache = {"XDG_CACHE_HOME": f"{work}/cache/{name}"}
+      jobs[name] = WorkerJob(suite, VARIANTS[name], f"{url}/{name}", env | cache)
       stack.callback(jobs[name].stop)
-    started = {name: job.receive("make its state", _START_TIMEOUT)[0] for name, job in jobs.items()}
+    started = [job.receive("make its state", _START_TIMEOUT)[0] for job in jobs.values()]
     if suite.storage == "disk":
-      _check_space(work, 3 * max((s["nbytes"] for s in started.values()), default=0))
-    for job in jobs.values():
-      job.ask("prepare")
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for turn in range(rounds + 1):
-      shift = turn % max(1, len(names))
-      for name in names[shift:] + names[:shift]:
-        kept_in = f"{url}/{name}" if suite.storage == "disk" else None
-        found = _turn(jobs[name], turn, kept_in)
-        progress(f"{suite.name} {turn}/{rounds} {VARIANTS[name].title}: {_brief(found)}")
-        if not found.pop("bitwise"):
-          raise CheckpointError(f"bench: {suite.name}, {VARIANTS[name].title}: restored other bits than were saved")
-        if turn:  # the first save and restore of a process pay for imports and compilation
-          results[name].append(found)
-    about = {name: job.ask("about")[0] for name, job in jobs.items()}
-    for job in jobs.values():
-      job.ask("end")
+      _check_space(work, 3 * max((s["nbytes"] for s in started), default=0))
+    found = _rounds(suite, jobs, rounds, url, progress)
   versions: dict[str, str] = {}
-  for s in started.values():
+  for s in started:
     versions |= s["versions"]
-  first = next(iter(started.values()), {"nbytes": 0, "leaves": 0})
   return {
     "what": suite.what,
-    "nbytes": first["nbytes"],
-    "leaves": first["leaves"],
+    "nbytes": started[0]["nbytes"] if started else 0,
+    "leaves": started[0]["leaves"] if started else 0,
     "rounds": rounds,
     "machine": machine | {"versions": dict(sorted(versions.items()))},
-    "variants": {name: _by_metric(found) | about[name] for name, found in results.items()},
+    "variants": found,
     "left_out": excluded,
   }
+
+
+def _rounds(
+  suite: Suite, jobs: Mapping[str, WorkerJob], rounds: int, url: str, progress: Callable[[str], None]
+) -> dict[str, Any]:
+  """Lists by metric, and what it chose, for each variant."""
+  names = list(jobs)
+  for job in jobs.values():
+    job.ask("prepare")
+  turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+  for turn in range(rounds + 1):
+    shift = turn % max(1, len(names))
+    for name in names[shift:] + names[:shift]:
+      title = VARIANTS[name].title
+      found = _turn(jobs[name], turn, f"{url}/{name}" if suite.storage == "disk" else None)
+      progress(f"{suite.name} {turn}/{rounds} {title}: {_brief(found)}")
+      if not found.pop("bitwise"):
+        raise CheckpointError(f"bench: {suite.name}, {title}: restored other bits than were saved")
+      if turn:  # the first save and restore of a process pay for imports and compilation
+        turns[name].append(found)
+  results = {name: _by_metric(turns[name]) | job.ask("about")[0] for name, job in jobs.items()}
+  for job in jobs.values():
+    job.ask("end")
+  return results
 
 
 def _turn(job: WorkerJob, step: int, place: str | None) -> dict[str, Any]:
   os.sync()
   saves = job.ask("save", step=step)
   found = {key: _most(saves, key) for key in ("blocking_s", "commit_s", "synced_s", "save_rss")}
-  found["stored_nbytes"], found["files"] = _stored(place) if place else (None, None)
+  found["stored_nbytes"], found["files"] = _stored(f"{place}/{step}") if place else (None, None)
   found["cold_s"] = None
   # An emulated bucket has caches of its own that nobody can drop.
   if place and _drop_caches():
@@ -237,8 +245,8 @@ def _brief(found: dict[str, Any]) -> str:
   return ", ".join(f"{label} {found[key]:.2f} s" for key, label in keys.items() if found[key] is not None)
 
 
-def _stored(place: str) -> tuple[int, int]:
-  files = [p for p in pathlib.Path(place).rglob("*") if p.is_file()]
+def _stored(directory: str) -> tuple[int, int]:
+  files = [p for p in pathlib.Path(directory).rglob("*") if p.is_file()]
   return sum(p.stat().st_size for p in files), len(files)
 
 

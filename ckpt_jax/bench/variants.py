@@ -52,6 +52,7 @@ VARIANTS: dict[str, Variant] = {
     Variant(suites.OURS, "ckpt_jax, defaults", "ckpt_jax"),
     Variant(suites.PACKED, "ckpt_jax, packed", "ckpt_jax", {"layout": {"pack": "on"}}),
     Variant(suites.ZSTD, "ckpt_jax, compression on", "ckpt_jax", {"layout": {"compression": "on"}}),
+    Variant(suites.PLAIN, "ckpt_jax, compression off", "ckpt_jax", {"layout": {"compression": "off"}}),
     Variant(suites.TUNED, "ckpt_jax, tuned", "tuned"),
     Variant(suites.DCP, "torch DCP save", "dcp", package="torch"),
     Variant(suites.DCP_ASYNC, "torch DCP async_save", "dcp", {"background": True}, package="torch"),
@@ -80,7 +81,10 @@ def left_out(variant: Variant, suite: Suite) -> str | None:
       done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired) as e:
       return f"{TORCH_PYTHON}: {e}"
-    return f"{TORCH_PYTHON}={command[0]}: {done.stderr.strip().splitlines()[-1]}" if done.returncode else None
+    if done.returncode:
+      last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+      return f"{TORCH_PYTHON}={command[0]}: {last[0]}"
+    return None
   if variant.package and importlib.util.find_spec(variant.package) is None:
     extra = "torch" if variant.package == "torch" else "bench"
     return f'{variant.package} is not installed: pip install "ckpt_jax[{extra}]"'
