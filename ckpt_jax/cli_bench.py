@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from typing import Annotated, Any
 
@@ -130,3 +131,23 @@ def object_stores(
       file.write(found + "\n")
   else:
     typer.echo(found)
+
+
+@bench.command()
+def goodput(
+  output: Annotated[str, typer.Option("-o", "--output", help="JSON; a round of another seed is added to it.")],
+  kills: Annotated[int, typer.Option(min=1, help="Interruptions in this round.")] = 20,
+  seed: Annotated[int, typer.Option(help="Of the lives; a round of the same seed is replaced.")] = 0,
+) -> None:
+  """Kill trainers again and again: YoungDaly beside half and double its interval, and what the simulator predicts."""
+  from ckpt_jax.bench import goodput as bench_goodput
+
+  rounds = []
+  if os.path.exists(output):
+    with open(output, encoding="utf-8") as file:
+      rounds = [r for r in json.load(file)["rounds"] if r["seed"] != seed]
+  rounds.append(bench_goodput.measure(kills, seed, lambda what: typer.echo(what, err=True)))
+  told = bench_goodput.summary(rounds)
+  with open(output, "w", encoding="utf-8") as file:
+    file.write(json.dumps({"summary": told, "rounds": rounds}, indent=1) + "\n")
+  typer.echo(json.dumps(told, indent=1))

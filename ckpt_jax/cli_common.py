@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from ckpt_jax.units import size_text
+
 Run = Annotated[str, typer.Argument(help="Directory of the run: a path, gs://...", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -52,9 +54,4 @@ def pairs(values: dict[str, Any]) -> str:
   return "  ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
 
 
-def size(nbytes: float) -> str:
-  for unit in ("B", "KiB", "MiB", "GiB"):
-    if nbytes < 1024:
-      return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-    nbytes /= 1024
-  return f"{nbytes:.1f} TiB"
+size = size_text

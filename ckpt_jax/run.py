@@ -24,6 +24,7 @@ OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
 # each written in one go, since a bucket has neither rename nor append.
 NOTES = ".ckpt_jax"
 PINS, DELETING = "pins", "deleting"
+THINNED = "thinned"  # in our metadata: what was kept of a step that holds a part of its state alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class StepInfo:
     metrics: what was given to `save`.
     healthy: False if the step was tagged unhealthy; None if nobody looked.
     pinned: whether it was pinned, so that retention leaves it alone.
+    resumable: False if it was thinned to a part of its state, from which training cannot go on.
   """
 
   step: int
@@ -45,6 +47,7 @@ class StepInfo:
   metrics: dict[str, Any]
   healthy: bool | None = None
   pinned: bool = False
+  resumable: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +153,35 @@ def latest_committed(run: epath.Path) -> int:
   return steps[-1]
 
 
+def newest_to_restore(run: epath.Path) -> int | None:
+  """The newest committed step that was not thinned, else the newest; None in an empty run."""
+  steps = committed_steps(run)
+  for step in reversed(steps):
+    try:
+      if thinned_to(run / str(step)) is None:
+        return step
+    except CorruptCheckpointError:
+      return step  # reading it tells what is wrong
+  return steps[-1] if steps else None
+
+
+def newest_resumable(run: epath.Path) -> int | None:
+  """The newest committed step that training can go on from: whole, and not known to be unhealthy. None without one."""
+  for step in reversed(committed_steps(run)):
+    try:
+      info = _info(run / str(step), step)
+    except CorruptCheckpointError:
+      continue
+    if info.resumable and info.healthy is not False:
+      return step
+  return None
+
+
+def thinned_to(step_dir: epath.Path) -> list[str] | None:
+  """The paths that a thinned step still holds, e.g. `["params"]`; None for a whole one."""
+  return (our_metadata(step_dir).get(THINNED) or {}).get("keep")
+
+
 def item_directory(step_dir: epath.Path) -> epath.Path:
   """The directory of the training state inside a step, ours or plain Orbax's.
 
@@ -238,7 +270,8 @@ def _info(step_dir: epath.Path, step: int) -> StepInfo:
     stamp = data.get("commit_timestamp_nsecs")
     time = datetime.datetime.fromtimestamp(stamp / 1e9, datetime.timezone.utc) if stamp else None
     if ours is not None:
-      return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]))
+      resumable = THINNED not in ours
+      return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]), resumable=resumable)
     metrics_file = step_dir / "metrics" / "metrics"
     metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
   except (KeyError, TypeError, AttributeError, ValueError) as e:

@@ -33,6 +33,7 @@ from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
 from ckpt_jax.tuning.planner import Planner
 from ckpt_jax.tuning.profile import available_memory
+from ckpt_jax.units import size_text
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -154,6 +155,8 @@ class Saver:
         custom_metadata={run.OURS: metadata},
         force=True,
       )
+      if chunk_nbytes is not None:
+        self.manager.wait_until_finished()  # before the clock is read: training waits for it
       with self._record_lock:
         self._returned_at = time.perf_counter()
         record.blocking_s = self._returned_at - started
@@ -164,10 +167,15 @@ class Saver:
         self._note_commit(record)
       self.records.append(record)
       if chunk_nbytes is not None:
-        self.manager.wait_until_finished()
         self._replace_manager(pytree_handler(self._config))
     except Exception as e:
       raise self._save_failed(e) from e
+
+  @property
+  def writing(self) -> bool:
+    """Whether a save has begun and not committed yet."""
+    record = self._writing
+    return record is not None and record.background_s is None
 
   def wait(self) -> None:
     """Waits until the last save is committed.
@@ -297,14 +305,10 @@ class Saver:
       "%s: a copy of this process's shards needs %s of host memory and %s are free: saving in chunks, and "
       "training waits until they are written. More memory, or more processes, bring asynchronous saving back.",
       self._directory,
-      _size(needed),
-      _size(free),
+      size_text(needed),
+      size_text(free),
     )
     return chunk
-
-
-def _size(nbytes: int) -> str:
-  return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
 def _all_processes(answer: bool) -> bool:
