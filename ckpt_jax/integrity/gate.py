@@ -208,6 +208,8 @@ class Gate:
       self._restrict_notes()
     self.lease.ensure_ours()
     self._clear_failed()
+    if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
+      raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
     leftovers.set_aside(self._directory, step)
     return self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
 
