@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -27,10 +27,12 @@ from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.policies.retention import Retention, best_steps
 from ckpt_jax.policies.schedule import AnyOf, OnPreemption
+from ckpt_jax.policies.thinning import Thinner
 from ckpt_jax.policies.wiring import make_schedule
 from ckpt_jax.preemption import PreemptionNotice
-from ckpt_jax.restore.read import read_as_saved, read_like
+from ckpt_jax.restore.read import Initialise, Request, read_state
 from ckpt_jax.restore.result import Restored, RestoreReport
+from ckpt_jax.rewrite import finish_rewrites
 from ckpt_jax.saving import Saver, SaveRecord
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.kvstore import connect
@@ -97,11 +99,30 @@ class Checkpointer:
     self._closed = False
     first = jax.process_index() == 0
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
-    self._deleter = StepDeleter(self.directory, active=first, timeout=config.timeouts.delete)
+    self._deleter = StepDeleter(
+      self.directory,
+      active=first,
+      timeout=config.timeouts.delete,
+      files_per_second=config.retention.delete_rate or 0,
+    )
+    self._thinner = Thinner(
+      self.directory,
+      config.retention.thin.keep if config.retention.thin else (),
+      self._deleter,
+      active=first,
+      busy=lambda: self._saver.writing,
+      restoring=self._retention.restoring,
+      done=self._retention.forget,
+      timeout=config.timeouts.delete,
+    )
+    self._retention.thin = self._thinner.thin
     self._attempt = AttemptLog(self.directory, active=first)
     self._notice: PreemptionNotice | None = None
     preempted = OnPreemption(lambda: self._notice is not None and self._notice.received)
     with storage_errors(f"{self.directory}: cannot open the run"), snapshot(self.directory):
+      if first:
+        finish_rewrites(self.directory)
+      from_process_zero([])  # nobody lists steps before that
       self.schedule: SaveDecisionPolicy = schedule or make_schedule(config.schedule, self.directory)
       self._saver = Saver(
         self.directory,
@@ -203,6 +224,7 @@ class Checkpointer:
         self._notice.close()
       self._saver.close()
       self._deleter.finish()
+      self._thinner.finish()
       self._attempt.ended(CLOSED)
 
   # -- what there is
@@ -262,14 +284,34 @@ class Checkpointer:
       return Restored(init_fn(), None, 0, {}, None, None)
     return self.restore(like=abstract_state(init_fn))
 
-  def restore(self, step: int | None = None, like: PyTree | None = None, strategy: str | None = None) -> Restored:
-    """Reads a committed step.
+  def restore(
+    self,
+    step: int | None = None,
+    like: PyTree | None = None,
+    only: str | Iterable[str] | None = None,
+    strategy: str | None = None,
+    *,
+    init_missing: str | Iterable[str] | Mapping[str, Initialise] | None = None,
+    cast: bool | Mapping[str, Any] | None = None,
+  ) -> Restored:
+    """Reads a committed step, or a part of it.
+
+    Paths name leaves as `ckpt-jax show` does. A pattern names all leaves at or below a node: `params`, or with globs
+    within a segment `params/*/kernel`; `**` is any number of segments.
 
     Args:
       step: default: the newest.
       like: a tree with the structure of the saved one, whose leaves (arrays, `jax.ShapeDtypeStruct`s, scalars) say
         type, shape, dtype and sharding. Without it: nested dicts, lists and tuples of numpy arrays in host memory.
+      only: pattern, or several: reads just these leaves. Each comes back in its place in the tree, so that
+        `only="params"` gives `{"params": ...}`; a node of which only a part is read comes back as a dict. `like` may
+        be the whole state, `{"params": ...}`, or what lies below `params`; the latter gives just that.
       strategy: `direct`: each process reads what its devices need.
+      init_missing: pattern, or several, of leaves of `like` that the checkpoint lacks: they keep like's values. With
+        `{pattern: function}` they become `function(path, leaf)`. Together with `only` also leaves that `only` leaves
+        out, so that the result can be as large as `like`.
+      cast: `{pattern: dtype}`, or True for the dtypes of `like`: the leaves that may change it, floats among themselves
+        and integers among themselves. A value that the new dtype cannot hold is an error.
 
     Raises:
       NoCheckpointError: if there is no such step.
@@ -291,14 +333,16 @@ class Checkpointer:
         ours = run.our_metadata(step_dir)
         metrics = run.step_info(self.directory, chosen).metrics
         settings = self._planner.for_restore(like)
-        state = read_as_saved(step_dir, settings) if like is None else read_like(step_dir, like, settings)
-      jax.block_until_ready(state)
+        read = read_state(step_dir, settings, Request(like, only, init_missing, cast))
+      jax.block_until_ready(read.state)
     finally:
       self._retention.restoring.discard(chosen)
-    nbytes = global_nbytes(state)
-    report = RestoreReport("direct", time.perf_counter() - started, nbytes, str(step_dir))
+    nbytes = global_nbytes(read.state)
+    report = RestoreReport(
+      "direct", time.perf_counter() - started, nbytes, str(step_dir), casts=read.casts, initialised=read.initialised
+    )
     _log.info("restored step %d of %s in %.2f s", chosen, self.directory, report.seconds)
-    return Restored(state, chosen, chosen + 1, metrics, ours.get("extras"), report)
+    return Restored(read.state, chosen, chosen + 1, metrics, ours.get("extras"), report)
 
   # -- inside
 
@@ -328,11 +372,14 @@ class Checkpointer:
         _log.error("at exit: %s", e)
 
   def _agreed_step(self, step: int | None, *, required: bool) -> int | None:
-    """The step to restore. Process 0 looks and tells the others, so that a commit in between cannot split them."""
+    """The step to restore: `step`, else the newest that training can go on from, else the newest.
+
+    Process 0 looks and tells the others, so that a commit in between cannot split them.
+    """
     found = -1
     if jax.process_index() == 0:
-      steps = run.committed_steps(self.directory)
-      found = (steps[-1] if steps else -1) if step is None else int(step)
+      newest = run.newest_to_restore(self.directory) if step is None else int(step)
+      found = -1 if newest is None else newest
     if jax.process_count() > 1:
       found = int(multihost_utils.broadcast_one_to_all(np.int64(found)))
     if found >= 0:
