@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import difflib
 import importlib
@@ -80,7 +81,7 @@ def tune(
     f"{sample_plan.state.nbytes:,} bytes in {sample_plan.state.leaves:,}, in {tuned.seconds:.0f} s. Medians:",
   ]
   # Sizes of the whole state decide the limits, not those of the sample.
-  whole = _for_whole(plan, sample_plan, tuned, user)
+  whole = _for_whole(plan, tuned, user)
   text = to_yaml(whole, plan, user, header)
   if output:
     with open(output, "w", encoding="utf-8") as file:
@@ -106,17 +107,14 @@ def tune(
     typer.echo(text)
 
 
-def _for_whole(plan: Any, sample_plan: Any, tuned: Any, user: Config) -> Any:
-  """The result for the whole state: its plan with the changes that won on the sample; limits never below it."""
-  import dataclasses
-
+def _for_whole(plan: Any, tuned: Any, user: Config) -> Any:
+  """The result for the whole state: its plan with the changes that won on the sample; limits never below its arrays."""
   from ckpt_jax.tuning.search import changed
 
   changes = {}
   for key, value in tuned.best.changes.items():
     floor = plan.state.largest_local_nbytes if key.endswith(("save_concurrency", "restore_concurrency")) else 0
     changes[key] = max(value, floor) if isinstance(value, int) else value
-  del sample_plan
   return dataclasses.replace(tuned, config=changed(plan.apply(user), changes))
 
 
@@ -142,13 +140,13 @@ def _state(like: str | None, function: str | None, limit: int) -> tuple[Any, str
 
 def _saved(like: str, limit: int) -> Any:
   from ckpt_jax import run
-  from ckpt_jax.checkpointer import Checkpointer
+  from ckpt_jax.restore.read import Request, read_state
 
   where, at, step = like.rpartition("@")
   if not at or not where or not step.isdigit():
     raise ConfigError(f"--like {like}: expected RUN@STEP, e.g. ~/runs/a@1000")
-  directory = run.run_directory(where)
-  leaves = run.saved_leaves(run.step_directory(directory, int(step)))
+  step_dir = run.step_directory(run.run_directory(where), int(step))
+  leaves = run.saved_leaves(step_dir)
   total = sum(leaf.nbytes for leaf in leaves)
   names: list[str] | None = None
   if total > limit:  # a part, spread evenly over the bytes
@@ -158,9 +156,8 @@ def _saved(like: str, limit: int) -> Any:
       if taken + leaf.nbytes <= min(limit, seen * limit / total + leaf.nbytes / 2):
         names.append(leaf.path)
         taken += leaf.nbytes
-  with Checkpointer(directory, {"preemption": {"enabled": False}}) as c:
-    restored = c.restore(int(step)) if names is None else c.restore(int(step), only=names)
-  return restored.state
+  # Not through a Checkpointer, which would take the run for its own: a job may be writing there.
+  return read_state(step_dir, Config(), Request(only=names)).state
 
 
 def _called(text: str) -> Any:

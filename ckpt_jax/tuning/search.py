@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ckpt_jax.config import Config
+from ckpt_jax.config import NOT_YET, Config
 from ckpt_jax.tuning.choices import nbytes_text, seconds_text
 from ckpt_jax.tuning.costs import MIB
 from ckpt_jax.tuning.plan import Plan
@@ -24,6 +24,7 @@ _BETTER = 0.95
 _HOPELESS = 1.3
 # Of the budget, for trying single changes; the rest compares their combination with the plan.
 _SINGLE_SHARE = 0.7
+_ROUNDS = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def candidates(plan: Plan, user: Config, *, pack: bool = False) -> list[Candidat
   found = [Candidate(PLAN, {})]
   for key, value in wanted:
     section, name = key.split(".")
-    free = getattr(getattr(user, section), name) == "auto" or key == "layout.pack"
+    free = key not in NOT_YET and (getattr(getattr(user, section), name) == "auto" or key == "layout.pack")
     if free and value != values.get(key) and {key: value} not in [c.changes for c in found]:
       found.append(Candidate(f"{name} {_text(key, value)}", {key: value}))
   return found
@@ -118,8 +119,8 @@ def search(
 ) -> Tuned:
   """Tries the plan and single changes in turn, then the changes that helped together, until `budget_s` is used up.
 
-  A round tries each candidate once, so that a slow minute of the storage hits all alike. A change is taken only if it
-  beat the plan in the median of at least two rounds by 5%.
+  A round tries each candidate once, so that a slow minute of the storage hits all alike. A change is taken only if its
+  median over at least two rounds beats the plan's by 5%.
 
   Args:
     plan: where to start.
@@ -139,9 +140,8 @@ def search(
     """Measures once if that should end in time; the plan is measured in any case."""
     now = clock()
     expected = cost.get(candidate.name, max(cost.values(), default=0.0))
-    if candidate.name in measured or measured:
-      if now + expected > until:
-        return False
+    if measured and now + expected > until:
+      return False
     sample = measure(changed(base, candidate.changes))
     cost[candidate.name] = clock() - now
     known = measured.get(candidate.name, candidate)
@@ -152,11 +152,13 @@ def search(
   measure(base)  # the first of a process compiles and connects; it counts for nothing but time
   live = candidates(plan, user, pack=pack)
   single_until = started + _SINGLE_SHARE * budget_s
-  while live and all([attempt(c, single_until) for c in live]):
-    best = min(c.score for c in measured.values())
-    live = [c for c in live if c.name == PLAN or measured[c.name].score <= _HOPELESS * best]
-    if len(live) == 1 or min(len(c.samples) for c in measured.values() if c.name in {x.name for x in live}) >= 7:
-      break
+  rounds = 0
+  while len(live) > 1 and rounds < _ROUNDS and all([attempt(c, single_until) for c in live]):
+    rounds += 1
+    if rounds > 1:  # one slow moment is no reason to drop a candidate
+      best = min(measured[c.name].score for c in live)
+      live = [c for c in live if c.name == PLAN or measured[c.name].score <= _HOPELESS * best]
+    live.reverse()  # whoever comes after a large write must not always be the same
 
   reference = measured[PLAN]
   good = [c for c in measured.values() if _beats(c, reference)]
@@ -170,7 +172,7 @@ def search(
   if len(finalists) > 1:
     until = started + budget_s
     rounds = 0
-    while rounds < 5 and all([attempt(c, until) for c in finalists]):
+    while rounds < _ROUNDS and all([attempt(c, until) for c in finalists]):
       rounds += 1
   good = [c for c in measured.values() if _beats(c, measured[PLAN])]
   best_found = min(good, key=lambda c: c.score, default=measured[PLAN])
@@ -201,7 +203,7 @@ def to_yaml(tuned: Tuned, plan: Plan, user: Config, header: list[str]) -> str:
       value, path = getattr(values, key), f"{section}.{key}"
       if path in tuned.best.changes:
         written += [f"  # measured: {seconds_text(tuned.best.score)} against the plan's", *_entry(path, value)]
-      elif path in plan.values and value != "auto":
+      elif path in plan.values and value != "auto" and (path not in NOT_YET or reasons[path].by_user):
         choice = reasons[path]
         written += [f"  # {'set by you; ' if choice.by_user else ''}{choice.reason}", *_entry(path, value)]
       elif key in getattr(user, section).model_fields_set:
