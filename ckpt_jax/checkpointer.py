@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import time
@@ -18,6 +17,7 @@ from ckpt_jax import orbax_private, run
 from ckpt_jax.config import BestConfig, Config, load_config
 from ckpt_jax.errors import CheckpointError, ConfigError, NoCheckpointError
 from ckpt_jax.failures import storage_errors
+from ckpt_jax.integrity.gate import Gate
 from ckpt_jax.layout.sharding import abstract_state, global_nbytes
 from ckpt_jax.policies import pins
 from ckpt_jax.policies.agree import from_process_zero
@@ -26,6 +26,7 @@ from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.policies.retention import Retention, best_steps
 from ckpt_jax.policies.schedule import AnyOf, OnPreemption
+from ckpt_jax.policies.thinning import Thinner
 from ckpt_jax.policies.wiring import make_schedule
 from ckpt_jax.preemption import PreemptionNotice
 from ckpt_jax.rendezvous import Rendezvous
@@ -33,6 +34,7 @@ from ckpt_jax.restore.choose import STRATEGIES
 from ckpt_jax.restore.read import Initialise, Request, read_state
 from ckpt_jax.restore.result import Restored, RestoreReport
 from ckpt_jax.restore.together import Together
+from ckpt_jax.rewrite import finish_rewrites
 from ckpt_jax.saving import Saver, SaveRecord
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.kvstore import connect
@@ -42,7 +44,6 @@ from ckpt_jax.tuning.planner import Planner
 
 _log = logging.getLogger(__name__)
 PyTree = Any
-_opened = itertools.count()  # all processes make their Checkpointers in the same order
 
 
 class Checkpointer:
@@ -98,14 +99,33 @@ class Checkpointer:
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
     self._planner = Planner(self.directory, config, self.storage, from_process_zero)
     self._closed = False
-    self._rendezvous = Rendezvous(f"restore {self.directory} {next(_opened)}")
+    self._rendezvous = Rendezvous(f"restore {self.directory}")
     first = jax.process_index() == 0
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
-    self._deleter = StepDeleter(self.directory, active=first, timeout=config.timeouts.delete)
+    self._deleter = StepDeleter(
+      self.directory,
+      active=first,
+      timeout=config.timeouts.delete,
+      files_per_second=config.retention.delete_rate or 0,
+    )
+    self._thinner = Thinner(
+      self.directory,
+      config.retention.thin.keep if config.retention.thin else (),
+      self._deleter,
+      active=first,
+      busy=lambda: self._saver.writing,
+      restoring=self._retention.restoring,
+      done=self._retention.forget,
+      timeout=config.timeouts.delete,
+    )
+    self._retention.thin = self._thinner.thin
     self._attempt = AttemptLog(self.directory, active=first)
     self._notice: PreemptionNotice | None = None
     preempted = OnPreemption(lambda: self._notice is not None and self._notice.received)
     with storage_errors(f"{self.directory}: cannot open the run"), snapshot(self.directory):
+      if first:
+        finish_rewrites(self.directory)
+      from_process_zero([])  # nobody lists steps before that
       self.schedule: SaveDecisionPolicy = schedule or make_schedule(config.schedule, self.directory)
       self._saver = Saver(
         self.directory,
@@ -116,6 +136,7 @@ class Checkpointer:
         retention=self._retention,
         deleter=self._deleter,
         attempt=self._attempt,
+        gate=Gate(self.directory, config, self.storage, self._retention, self._deleter),
       )
     self.saves: list[SaveRecord] = self._saver.records
     if config.preemption.enabled:
@@ -207,6 +228,7 @@ class Checkpointer:
         self._notice.close()
       self._saver.close()
       self._deleter.finish()
+      self._thinner.finish()
       self._attempt.ended(CLOSED)
 
   # -- what there is
@@ -367,12 +389,15 @@ class Checkpointer:
         _log.error("at exit: %s", e)
 
   def _agreed_step(self, step: int | None, together: Together, *, required: bool) -> int | None:
-    """The step to restore. Process 0 looks and tells the others, so that a commit in between cannot split them."""
+    """The step to restore: `step`, else the newest that training can go on from, else the newest.
+
+    Process 0 looks and tells the others, so that a commit in between cannot split them.
+    """
     found, error = -1, None
     if jax.process_index() == 0:
       try:
-        steps = run.committed_steps(self.directory)
-        found = (steps[-1] if steps else -1) if step is None else int(step)
+        newest = run.newest_to_restore(self.directory) if step is None else int(step)
+        found = -1 if newest is None else newest
       except Exception as e:
         error = e
     said = together.meet(f"all processes to restore from {self.directory}", error, f"{found} {step}")

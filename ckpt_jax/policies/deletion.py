@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from ckpt_jax.storage.kvstore import is_object_store
 _log = logging.getLogger(__name__)
 _WORKERS = 8
 _MARKS_AT_ONCE = 16
+_HEADS = (run.ITEM_METADATA, run.COMMIT_MARKER, run.STEP_METADATA)
 
 
 class StepDeleter:
@@ -60,15 +62,34 @@ class StepDeleter:
     self._stop = threading.Event()
     self._go = threading.Event()
     self._go.set()
+    self._removing = threading.Lock()  # held while a step's directory changes, by this thread or by another one
+    self._moving = threading.Lock()
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
     """Removes no file meanwhile: an Orbax manager that opens fails if a directory that it has listed vanishes."""
     self._go.clear()
+    with self._moving:  # what moves now comes to its end; nothing starts to
+      pass
     try:
       yield
     finally:
       self._go.set()
+
+  @contextlib.contextmanager
+  def moving(self) -> Iterator[None]:
+    """For who replaces a step's directory: nothing is removed meanwhile, and no manager opens."""
+    with self._removing, self._no_manager_opens():
+      yield
+
+  @contextlib.contextmanager
+  def _no_manager_opens(self) -> Iterator[None]:
+    while True:
+      self._go.wait()
+      with self._moving:
+        if self._go.is_set():
+          yield
+          return
 
   @property
   def pending(self) -> set[int]:
@@ -149,7 +170,8 @@ class StepDeleter:
   def _work(self) -> None:
     while not self._stop.is_set() and (step := self._waiting.get()) is not None:
       try:
-        self._remove(step)
+        with self._removing:
+          self._remove(step)
       except Exception as e:
         _log.warning("%s: step %d is not removed yet: %s; the next open tries again", self.directory, step, e)
       with self._changed:
@@ -163,10 +185,17 @@ class StepDeleter:
     if not (self.directory / str(step)).exists():
       return False
     file = self._mark_file(step)
+    mark = json.dumps({"commit": _commit(self.directory / str(step)), "time": time.time()})
     try:
       file.parent.mkdir(parents=True, exist_ok=True)
-      file.write_text(json.dumps({"commit": _commit(self.directory / str(step)), "time": time.time()}))
+      file.write_text(mark)
     except OSError as e:
+      if e.errno in (errno.ENOSPC, errno.EDQUOT) and not is_object_store(file):
+        # Not even a mark fits. What makes it a step goes first, as always, and leaves room for the mark.
+        self._remove_heads(os.fspath(self.directory / str(step)))
+        with contextlib.suppress(OSError):
+          file.write_text(mark)
+        return True
       _log.warning("%s: cannot be written, step %d stays: %s", file, step, e)
       return False
     return True
@@ -185,8 +214,8 @@ class StepDeleter:
     directory = self.directory / str(step)
     if directory.exists():
       if is_object_store(directory):
-        self._go.wait()
-        directory.rmtree(missing_ok=True)  # commit markers first, in batches: see ObjectBackend.rmtree
+        with self._no_manager_opens():
+          directory.rmtree(missing_ok=True)  # commit markers first, in batches: see ObjectBackend.rmtree
       else:
         self._remove_files(os.fspath(directory))
     if not self._stop.is_set():
@@ -198,21 +227,23 @@ class StepDeleter:
     for folder, _, names in os.walk(directory):
       folders.append(folder)
       files += [os.path.join(folder, name) for name in names]
-    # What makes it a step goes first, so that a reader without the marks does not take the rest for one; commit
-    # metadata last of it, since it tells this commit from a later one.
-    heads = [f for f in files if os.path.basename(f) in (run.ITEM_METADATA, run.COMMIT_MARKER)]
-    heads += [f for f in files if os.path.basename(f) == run.STEP_METADATA]
-    for file in heads:
-      self._unlink(file)
-    rest = sorted(set(files) - set(heads))
+    self._remove_heads(directory)
+    rest = sorted(f for f in files if os.path.basename(f) not in _HEADS)
     with concurrent.futures.ThreadPoolExecutor(1 if self._pause else _WORKERS) as pool:
       for _ in pool.map(self._unlink, rest):
         pass
     if self._stop.is_set():
       return
     for folder in reversed(folders):  # os.walk names parents first
-      self._go.wait()
-      os.rmdir(folder)
+      with self._no_manager_opens():
+        os.rmdir(folder)
+
+  def _remove_heads(self, directory: str) -> None:
+    """What makes it a step goes first, so that a reader without the marks does not take the rest for one; commit
+    metadata last of it, since it tells this commit from a later one."""
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names if name in _HEADS]
+    for file in sorted(files, key=lambda f: os.path.basename(f) == run.STEP_METADATA):
+      self._unlink(file)
 
   def _unlink(self, file: str) -> None:
     if self._stop.is_set():
