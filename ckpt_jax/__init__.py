@@ -29,6 +29,7 @@ if TYPE_CHECKING:
   from ckpt_jax.run import StepInfo
   from ckpt_jax.storage.kinds import StorageKind, detect
   from ckpt_jax.storage.probe import StorageProfile, probe
+  from ckpt_jax.tuning.plan import Plan, make_plan
 
 _LAZY = {
   "Checkpointer": "ckpt_jax.checkpointer",
@@ -36,9 +37,11 @@ _LAZY = {
   "StepInfo": "ckpt_jax.run",
   "Config": "ckpt_jax.config",
   "load_config": "ckpt_jax.config",
+  "Plan": "ckpt_jax.tuning.plan",
   "StorageKind": "ckpt_jax.storage.kinds",
   "StorageProfile": "ckpt_jax.storage.probe",
   "detect": "ckpt_jax.storage.kinds",
+  "make_plan": "ckpt_jax.tuning.plan",
   "probe": "ckpt_jax.storage.probe",
 }
 _SUBMODULES = ("policies", "multihost")
@@ -51,6 +54,7 @@ __all__ = [
   "CorruptCheckpointError",
   "NoCheckpointError",
   "OutOfSpaceError",
+  "Plan",
   "Restored",
   "SaveFailedError",
   "StepInfo",
@@ -62,6 +66,7 @@ __all__ = [
   "__version__",
   "detect",
   "load_config",
+  "make_plan",
   "policies",
   "probe",
 ]

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from ckpt_jax.errors import CheckpointError, ConfigError, NoCheckpointError
 from ckpt_jax.failures import storage_errors
 from ckpt_jax.layout.sharding import abstract_state, global_nbytes
 from ckpt_jax.policies import pins
+from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.attempts import CLOSED, PREEMPTED, AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
@@ -28,12 +29,14 @@ from ckpt_jax.policies.retention import Retention, best_steps
 from ckpt_jax.policies.schedule import AnyOf, OnPreemption
 from ckpt_jax.policies.wiring import make_schedule
 from ckpt_jax.preemption import PreemptionNotice
-from ckpt_jax.restore.read import read_as_saved, read_like
+from ckpt_jax.restore.read import Initialise, Request, read_state
 from ckpt_jax.restore.result import Restored, RestoreReport
 from ckpt_jax.saving import Saver, SaveRecord
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.kvstore import connect
 from ckpt_jax.storage.objects import snapshot
+from ckpt_jax.tuning.plan import Plan
+from ckpt_jax.tuning.planner import Planner
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -90,6 +93,7 @@ class Checkpointer:
     connect(directory, config.storage)
     self.directory: epath.Path = run.run_directory(directory)
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
+    self._planner = Planner(self.directory, config, self.storage, from_process_zero)
     self._closed = False
     first = jax.process_index() == 0
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
@@ -102,6 +106,7 @@ class Checkpointer:
       self._saver = Saver(
         self.directory,
         config,
+        planner=self._planner,
         policy=AnyOf([preempted, self.schedule]),
         schedule=self.schedule,
         retention=self._retention,
@@ -202,6 +207,11 @@ class Checkpointer:
 
   # -- what there is
 
+  @property
+  def plan(self) -> Plan | None:
+    """What was decided where the configuration says `auto`: `plan.explain()`. None before the first save or restore."""
+    return self._planner.plan
+
   def steps(self) -> list[run.StepInfo]:
     """All committed steps, oldest first. A step that is still being written, or whose write failed, is not there."""
     return run.list_steps(self.directory)
@@ -252,14 +262,34 @@ class Checkpointer:
       return Restored(init_fn(), None, 0, {}, None, None)
     return self.restore(like=abstract_state(init_fn))
 
-  def restore(self, step: int | None = None, like: PyTree | None = None, strategy: str | None = None) -> Restored:
-    """Reads a committed step.
+  def restore(
+    self,
+    step: int | None = None,
+    like: PyTree | None = None,
+    only: str | Iterable[str] | None = None,
+    strategy: str | None = None,
+    *,
+    init_missing: str | Iterable[str] | Mapping[str, Initialise] | None = None,
+    cast: bool | Mapping[str, Any] | None = None,
+  ) -> Restored:
+    """Reads a committed step, or a part of it.
+
+    Paths name leaves as `ckpt-jax show` does. A pattern names all leaves at or below a node: `params`, or with globs
+    within a segment `params/*/kernel`; `**` is any number of segments.
 
     Args:
       step: default: the newest.
       like: a tree with the structure of the saved one, whose leaves (arrays, `jax.ShapeDtypeStruct`s, scalars) say
         type, shape, dtype and sharding. Without it: nested dicts, lists and tuples of numpy arrays in host memory.
+      only: pattern, or several: reads just these leaves. Each comes back in its place in the tree, so that
+        `only="params"` gives `{"params": ...}`; a node of which only a part is read comes back as a dict. `like` may
+        be the whole state, `{"params": ...}`, or what lies below `params`; the latter gives just that.
       strategy: `direct`: each process reads what its devices need.
+      init_missing: pattern, or several, of leaves of `like` that the checkpoint lacks: they keep like's values. With
+        `{pattern: function}` they become `function(path, leaf)`. Together with `only` also leaves that `only` leaves
+        out, so that the result can be as large as `like`.
+      cast: `{pattern: dtype}`, or True for the dtypes of `like`: the leaves that may change it, floats among themselves
+        and integers among themselves. A value that the new dtype cannot hold is an error.
 
     Raises:
       NoCheckpointError: if there is no such step.
@@ -280,14 +310,17 @@ class Checkpointer:
       with snapshot(step_dir):
         ours = run.our_metadata(step_dir)
         metrics = run.step_info(self.directory, chosen).metrics
-        state = read_as_saved(step_dir, self.config) if like is None else read_like(step_dir, like, self.config)
-      jax.block_until_ready(state)
+        settings = self._planner.for_restore(like)
+        read = read_state(step_dir, settings, Request(like, only, init_missing, cast))
+      jax.block_until_ready(read.state)
     finally:
       self._retention.restoring.discard(chosen)
-    nbytes = global_nbytes(state)
-    report = RestoreReport("direct", time.perf_counter() - started, nbytes, str(step_dir))
+    nbytes = global_nbytes(read.state)
+    report = RestoreReport(
+      "direct", time.perf_counter() - started, nbytes, str(step_dir), casts=read.casts, initialised=read.initialised
+    )
     _log.info("restored step %d of %s in %.2f s", chosen, self.directory, report.seconds)
-    return Restored(state, chosen, chosen + 1, metrics, ours.get("extras"), report)
+    return Restored(read.state, chosen, chosen + 1, metrics, ours.get("extras"), report)
 
   # -- inside
 

@@ -6,36 +6,22 @@ Exit codes: 0 fine, 1 a finding (no checkpoint, damage), 2 wrong usage.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Column, Table
-from typer.core import TyperGroup
 
-from ckpt_jax import cli_prune, cli_simulate
-from ckpt_jax.cli_common import Json, Run, console, fail, pairs, print_json, size
+from ckpt_jax import cli_bench, cli_prune, cli_simulate
+from ckpt_jax.cli_common import Json, NearestName, Run, console, fail, pairs, print_json, size
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
 
-
-class _NearestName(TyperGroup):
-  """Names the nearest command when one is mistyped."""
-
-  def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-    if args and not args[0].startswith("-") and args[0] not in self.commands:
-      near = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.4)
-      hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self.commands)}"
-      ctx.fail(f"no command {args[0]!r}{hint}")
-    return super().resolve_command(ctx, args)
-
-
 app = typer.Typer(
-  cls=_NearestName,
+  cls=NearestName,
   no_args_is_help=True,
   add_completion=False,
   pretty_exceptions_enable=False,
@@ -152,27 +138,7 @@ def probe_command(
     console().print(table)
 
 
-bench = typer.Typer(cls=_NearestName, no_args_is_help=True, help="Measure side by side with raw Orbax.")
-app.add_typer(bench, name="bench")
-
-
-@bench.command("object-stores")
-def bench_object_stores(
-  output: Annotated[str | None, typer.Option("-o", "--output", help="Write the JSON into this file.")] = None,
-  repeats: Annotated[int, typer.Option(min=1, help="Saves while requests fail.")] = 10,
-  megabytes: Annotated[int, typer.Option(min=1, help="Size of the state, 10**6 bytes.")] = 268,
-) -> None:
-  """Count requests, save while one request in five fails, compare s3:// with an s3fs mount; emulated servers."""
-  from ckpt_jax.bench.object_stores import run
-
-  found = json.dumps(run(repeats, megabytes, lambda what: typer.echo(what, err=True)), indent=1)
-  if output:
-    with open(output, "w", encoding="utf-8") as file:
-      file.write(found + "\n")
-  else:
-    typer.echo(found)
-
-
+app.add_typer(cli_bench.bench, name="bench")
 app.command()(cli_prune.prune)
 app.command()(cli_prune.pin)
 app.command()(cli_prune.unpin)

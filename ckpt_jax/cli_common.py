@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 import json
 import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 Run = Annotated[str, typer.Argument(help="Directory of the run: a path, gs://...", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class NearestName(TyperGroup):
+  """Names the nearest command when one is mistyped."""
+
+  def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+    if args and not args[0].startswith("-") and args[0] not in self.commands:
+      near = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.4)
+      hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self.commands)}"
+      ctx.fail(f"no command {args[0]!r}{hint}")
+    return super().resolve_command(ctx, args)
 
 
 def fail(message: str) -> NoReturn:

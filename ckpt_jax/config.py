@@ -51,6 +51,9 @@ _TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
   "limits.data_copy_concurrency": ("auto",),
 }
 
+# The shortest that a timeout is when left to the plan: a hung save should end the job in minutes, not in days.
+TIMEOUT_FLOOR_S = 1200.0
+
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _BYTES = {"": 1, "b": 1} | {
   prefix + suffix: base**power
@@ -131,6 +134,15 @@ def _auto_or_bytes(value: Any) -> Any:
     raise ValueError(f"{e}, or auto") from None
 
 
+def _auto_or_duration(value: Any) -> Any:
+  if value == "auto":
+    return value
+  try:
+    return parse_duration(value)
+  except ValueError as e:
+    raise ValueError(f"{e}, or auto") from None
+
+
 def _auto_or_count(value: Any) -> Any:
   if value == "auto":
     return value
@@ -164,6 +176,7 @@ Share = Annotated[float, BeforeValidator(parse_share)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Count = Annotated[StrictInt, BeforeValidator(_whole), Field(gt=0)]
 AutoOrBytes = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_bytes)]
+AutoOrDuration = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_duration)]
 AutoOrCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 StorageName = Literal[
@@ -366,14 +379,24 @@ class TimeoutsConfig(_Section):
   """How long to wait before an operation counts as failed, in seconds.
 
   Attributes:
-    save: from the call of `save` to the commit.
-    restore: the whole of a restore.
+    save: from the call of `save` to the commit; auto is 20 times what the plan expects, and 20 minutes at least.
+    restore: the whole of a restore; auto as above.
     delete: how long `close` waits for old steps to be removed. What is left is marked, and the next open goes on.
   """
 
-  save: Duration = 1200.0
-  restore: Duration = 1200.0
+  save: AutoOrDuration = "auto"
+  restore: AutoOrDuration = "auto"
   delete: Duration = 60.0
+
+  @property
+  def save_s(self) -> float:
+    """Seconds; what auto means as long as there is no plan."""
+    return TIMEOUT_FLOOR_S if self.save == "auto" else self.save
+
+  @property
+  def restore_s(self) -> float:
+    """Seconds; what auto means as long as there is no plan."""
+    return TIMEOUT_FLOOR_S if self.restore == "auto" else self.restore
 
 
 class RetryConfig(_Section):

@@ -29,7 +29,8 @@ def root_cause(error: BaseException) -> str:
   text = re.sub(r" ?\[source locations=.*", "", text)
   if "more bytes than we reserved" in text:
     text += " (a shard is larger than limits.save_concurrency or limits.restore_concurrency; raise the limit above it)"
-  return text if len(text) <= 400 else text[:400] + "..."
+  # TensorStore's messages name the file first and the reason last.
+  return text if len(text) <= 500 else f"{text[:250]} ... {text[-250:]}"
 
 
 # What TensorStore's status codes and gRPC's call a store that does not answer, or does not let us in.

@@ -1,4 +1,4 @@
-"""The only file that touches private names of Orbax, epath and Python; tests/test_orbax_private.py guards them."""
+"""The only file that touches private names of Orbax, jax, epath and Python; tests/test_orbax_private.py guards them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import orbax.checkpoint as ocp
+from jax._src import distributed
+
+from ckpt_jax.errors import CheckpointError
 
 
 def background_error(manager: ocp.CheckpointManager) -> BaseException | None:
@@ -19,6 +22,21 @@ def background_error(manager: ocp.CheckpointManager) -> BaseException | None:
   """
   thread = manager._finalize_thread.get()  # pylint: disable=protected-access
   return None if thread is None or thread.is_alive() else thread.exception
+
+
+def coordination_service() -> Any:
+  """The client of the service that `jax.distributed.initialize()` started: a key-value store of the whole job.
+
+  Why private: jax gives barriers and collectives in public, but no way to tell others that one will not come, or to ask
+  who is missing. Orbax uses the same object (`multihost.get_jax_distributed_client`).
+
+  Raises:
+    CheckpointError: if jax.distributed was not initialized.
+  """
+  client = distributed.global_state.client
+  if client is None:
+    raise CheckpointError("jax.distributed is not initialized; call ckpt_jax.multihost.initialize() first")
+  return client
 
 
 def use_deleter(manager: ocp.CheckpointManager, deleter: Any) -> None:

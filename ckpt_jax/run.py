@@ -268,13 +268,16 @@ def describe(path: str | os.PathLike[str], step: int | None = None) -> StepDescr
 
 def saved_leaves(step_dir: epath.Path) -> list[LeafInfo]:
   """The leaves of a step as its trainer saw them, sorted as in the saved tree."""
+  return leaf_infos(item_tree(item_directory(step_dir)), our_metadata(step_dir).get("encoded", {}))
+
+
+def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
+  """The leaves that `item_tree` describes, as their trainer saw them; `encoded` is what `layout.encoding` noted."""
   import jax  # listing steps needs neither jax nor Orbax
   import numpy as np
 
   from ckpt_jax.layout.encoding import path_name
 
-  encoded = our_metadata(step_dir).get("encoded", {})
-  tree = item_tree(item_directory(step_dir))
   leaves = []
   for path, meta in jax.tree_util.tree_flatten_with_path(tree)[0]:
     name = path_name(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.attempts import AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
+from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
+from ckpt_jax.tuning.planner import Planner
 from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
@@ -73,6 +76,7 @@ class Saver:
     directory: epath.Path,
     config: Config,
     *,
+    planner: Planner,
     policy: SaveDecisionPolicy,
     schedule: SaveDecisionPolicy,
     retention: LiveRetention,
@@ -84,6 +88,7 @@ class Saver:
     Args:
       directory: the run.
       config: the settings.
+      planner: decides on those that are `auto`, once it sees a state.
       policy: what decides on saving, preemption included.
       schedule: the part of it that is told when saves begin and what they cost.
       retention: what stays.
@@ -92,7 +97,8 @@ class Saver:
     """
     self.records: list[SaveRecord] = []
     self._directory = directory
-    self._config = config
+    self._config = planner.unplanned
+    self._planner = planner
     self._policy = policy
     self._schedule = schedule
     self._retention = retention
@@ -101,7 +107,8 @@ class Saver:
     self._writing: SaveRecord | None = None
     self._returned_at: float | None = None
     self._record_lock = threading.Lock()
-    self.manager = self._open_manager(pytree_handler(config))
+    self._rendezvous = Rendezvous(f"save {directory}")
+    self.manager = self._open_manager(pytree_handler(self._config))
 
   def save(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
     """Starts a save and returns once the arrays may be overwritten; see `Checkpointer.save`.
@@ -113,10 +120,11 @@ class Saver:
     computing = time.perf_counter()
     jax.block_until_ready((state, metrics))
     started += time.perf_counter() - computing
+    planned = self._planner.for_save(state)
     numbers = plain_metrics(metrics)
     encoded, notes = encode(state)
     record = SaveRecord(step, global_nbytes(state))
-    metadata = run_metadata(self._config, state, record.nbytes) | {
+    metadata = run_metadata(planned, state, record.nbytes) | {
       "metrics": numbers,
       "extras": checked_json(extras, "extras"),
       "encoded": notes,
@@ -125,6 +133,9 @@ class Saver:
     self.wait()
     record.waited_s = time.perf_counter() - waited
 
+    if planned != self._config:
+      self._config = planned
+      self._replace_manager(pytree_handler(planned))
     chunk_nbytes = self._chunk_nbytes(state)
     with self._record_lock:
       self._writing, self._returned_at = record, None
@@ -132,9 +143,10 @@ class Saver:
       if chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=chunk_nbytes))
       self._retention.note(step, record.nbytes, (metadata.get("health") or {}).get("healthy"))
-      if not self._deleter.wait_for({step}, self._config.timeouts.save):
+      if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
         raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
       self._told_schedule("begun", step)
+      self._rendezvous.begin()
       self.manager.save(
         step,
         args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self._config)),
@@ -173,7 +185,13 @@ class Saver:
       self._writing = None
 
   def raise_background_error(self) -> None:
-    """Raises what a background save has died of, without waiting for one that still runs; told once."""
+    """Raises what a background save has died of, without waiting for one that still runs; told once.
+
+    In a job of many the processes learn of a failure at different steps. There the next call that all make alike tells
+    (a save that is due, `wait`, `close`), so that all raise at the same one, and a trainer may go on.
+    """
+    if jax.process_count() > 1:
+      return
     error = orbax_private.background_error(self.manager)
     if error is not None and self._writing is not None:
       raise self._save_failed(error) from error
@@ -198,7 +216,9 @@ class Saver:
           # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
           best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
           async_options=ocp.options.AsyncOptions(
-            timeout_secs=int(self._config.timeouts.save), post_finalization_callback=self._on_commit
+            timeout_secs=int(self._config.timeouts.save_s),
+            barrier_sync_fn=self._meet,
+            post_finalization_callback=self._on_commit,
           ),
         ),
       )
@@ -209,6 +229,14 @@ class Saver:
   def _replace_manager(self, handler: ocp.PyTreeCheckpointHandler) -> None:
     self.manager.close()
     self.manager = self._open_manager(handler)
+
+  def _meet(self, *, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier_sync_fn. A process whose write failed comes here too, on its way out, and is not waited for."""
+    error = sys.exc_info()[1]
+    if error is None:
+      self._rendezvous.wait(key, timeout_ms / 1000)
+    elif not isinstance(error, PeerFailedError):
+      self._rendezvous.fail(root_cause(error))
 
   def _on_commit(self) -> None:
     with self._record_lock:

@@ -138,3 +138,21 @@ def test_empty_launcher_variables_mean_one_process(monkeypatch):
   monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "")
   monkeypatch.setenv("SLURM_NTASKS", "8")  # set by sbatch too, where nothing else runs
   multihost.initialize()
+
+
+def test_failed_write_of_one_process_is_told_to_all_at_once_and_the_next_save_works(tmp_path):
+  results = run_all("one_fails", tmp_path, 4, 1)
+  for r in results:
+    told = re.search(r"told after (\d+\.\d) s: .*step 1 was not saved: .*", r.log)
+    assert told and float(told[1]) < 30, r.log
+    assert "too large" in told[0] and "newest committed step is 0" in told[0]
+  for r in (results[0], results[2], results[3]):
+    assert "process 1 failed" in r.log
+  with ckpt.Checkpointer(tmp_path) as c:
+    assert [s.step for s in c.steps()] == [0, 2]
+
+
+def test_who_does_not_arrive_is_named(tmp_path):
+  for r in run_all("one_is_late", tmp_path, 3):
+    if r.process != 1:
+      assert "told: waited 2 s for the late one; of 3 processes these did not arrive: 1" in r.log

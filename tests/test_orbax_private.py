@@ -4,8 +4,10 @@ import threading
 
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import pytest
 
 from ckpt_jax import orbax_private
+from ckpt_jax.errors import CheckpointError
 
 
 def test_managers_finalize_thread_is_where_we_look(tmp_path):
@@ -16,6 +18,14 @@ def test_managers_finalize_thread_is_where_we_look(tmp_path):
     assert isinstance(thread, threading.Thread) and thread.exception is None
     manager.wait_until_finished()
     assert orbax_private.background_error(manager) is None
+
+
+def test_coordination_service_is_where_we_look_and_asked_for_by_name():
+  from jax._src import distributed
+
+  assert distributed.global_state.client is None
+  with pytest.raises(CheckpointError, match="not initialized"):
+    orbax_private.coordination_service()
 
 
 def test_python_still_lets_us_run_before_executors_shut_down():

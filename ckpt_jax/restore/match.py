@@ -1,86 +1,132 @@
-"""Compares `like` with a checkpoint before a byte is read, and turns each leaf of `like` into Orbax's terms.
+"""Compares `like` with a checkpoint before a byte is read.
 
-Orbax casts, pads and truncates silently, and its errors do not name the leaf (FACTS: float32 into int8 wraps;
-google/orbax#2972). Here every difference is found first and reported at once.
+Orbax casts, pads and truncates silently, and its errors do not name the leaf (float32 into int8 wraps;
+google/orbax#2972, AI-Hypercomputer/maxtext#4341). Here every difference is found first and reported at once, with what
+may have happened.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
-from ckpt_jax.errors import StructureMismatchError
-from ckpt_jax.layout.encoding import decode_leaf, is_prng_key, path_name
+from ckpt_jax.errors import ConfigError, StructureMismatchError
+from ckpt_jax.layout.encoding import is_prng_key
+from ckpt_jax.restore.hints import Leaf, brief, explain, nearest
+from ckpt_jax.restore.paths import matches, selected
 from ckpt_jax.run import LeafInfo
 
-PyTree = Any
 Note = dict[str, Any]
 _MAX_SHOWN = 40
 
 
 @dataclasses.dataclass(frozen=True)
-class LeafPlan:
-  """How one leaf of `like` is read: Orbax's item and restore args, and what turns the result into `like`'s type."""
+class Match:
+  """What `like` and a checkpoint have in common.
 
-  item: Any
-  restore_args: ocp.RestoreArgs
-  like: Any
-  note: Note | None
+  Attributes:
+    both: leaves of `like` that are read, by path.
+    kept: leaves of `like` that the checkpoint lacks and that `init_missing` names.
+    casts: for each leaf whose dtype changes: (saved, wanted).
+  """
 
-  def finish(self, value: Any) -> Any:
-    """The restored leaf with the type of `like`."""
-    return _as_like(decode_leaf(value, self.note), self.like)
+  both: dict[str, Any]
+  kept: dict[str, Any]
+  casts: dict[str, tuple[str, str]]
 
 
-def plan_leaves(like: PyTree, saved: list[LeafInfo], notes: dict[str, Note], where: str) -> tuple[list[LeafPlan], Any]:
-  """Plans for all leaves of `like`, in its flatten order, and its tree structure.
+def match(
+  like: Mapping[str, Any],
+  saved: Mapping[str, LeafInfo],
+  where: str,
+  *,
+  init_missing: tuple[str, ...] = (),
+  cast: bool | Mapping[str, Any] = False,
+) -> Match:
+  """Pairs the leaves of `like` with those of a checkpoint.
 
   Args:
-    like: tree of arrays, `jax.ShapeDtypeStruct`s or scalars: the types, shapes, dtypes and shardings wanted.
-    saved: the checkpoint's leaves.
-    notes: what `encoding.encode` noted.
+    like: arrays, `jax.ShapeDtypeStruct`s or scalars by path: the shapes and dtypes wanted.
+    saved: the checkpoint's leaves by path.
     where: the step, for the message.
+    init_missing: patterns of leaves that the checkpoint may lack.
+    cast: True, or `{pattern: dtype}`: the leaves whose dtype may change.
 
   Raises:
-    StructureMismatchError: listing every leaf that is missing, extra, or differs in shape, dtype or kind.
+    StructureMismatchError: listing every leaf that is missing, extra, or differs in shape, dtype or kind, with hints.
+    ConfigError: if a pattern names no leaf, or `cast` names a dtype that `like` does not have.
   """
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
-  have = {leaf.path: leaf for leaf in saved}
-  want = {path_name(path): leaf for path, leaf in leaves}
-  missing = [name for name in want if name not in have]
-  extra = [name for name in have if name not in want]
-  problems = [f"{name}: not in the checkpoint{_nearest(name, extra)}" for name in missing]
-  problems += [f"{name}: in the checkpoint, not in like" for name in extra]
-  plans = []
-  for name, leaf in want.items():
-    if name not in have:
+  if init_missing:
+    selected(init_missing, like, "init_missing", "like")
+  rules = dict(cast) if isinstance(cast, Mapping) else {}
+  if rules:
+    selected(tuple(rules), saved, "cast", where)
+  both, kept, casts = {}, {}, {}
+  missing, extra, differing = {}, {}, {}
+  for name, leaf in like.items():
+    if name not in saved:
+      if any(matches(p, name) for p in init_missing):
+        kept[name] = leaf
+      else:
+        missing[name] = leaf
       continue
-    problem = _difference(leaf, have[name])
+    problem = _unusable(leaf) or _difference(leaf, saved[name])
+    if problem and _cast_allowed(name, leaf, saved[name], cast, rules):
+      casts[name] = (saved[name].dtype, _kind(leaf))
+      problem = None
     if problem:
-      problems.append(f"{name}: {problem}")
+      differing[name] = problem
     else:
-      plans.append(_plan(name, leaf, have[name], notes.get(name)))
+      both[name] = leaf
+  for name, info in saved.items():
+    if name not in like:
+      extra[name] = info
+  problems = _lines(missing, extra, differing)
   if problems:
     shown = problems[:_MAX_SHOWN]
     if len(problems) > len(shown):
       shown.append(f"... and {len(problems) - len(shown)} more")
+    hints = explain(
+      {name: _as_leaf(leaf) for name, leaf in like.items()},
+      {name: Leaf(info.shape, info.dtype) for name, info in saved.items()},
+      casts_allowed=bool(cast),
+    )
+    advice = "".join(f"\n  - {hint}" for hint in hints)
     raise StructureMismatchError(
-      f"{where} does not fit like= ({len(problems)} differences; nothing was read):\n  "
+      f"{where} does not fit like= ({_count(len(missing) + len(extra) + len(differing))}; nothing was read):\n  "
       + "\n  ".join(shown)
+      + (f"\nWhat may have happened:{advice}" if advice else "")
       + "\nPass a like= that matches, or none at all to get the checkpoint as it is."
     )
-  return plans, treedef
+  return Match(both, kept, casts)
 
 
-def _nearest(name: str, candidates: list[str]) -> str:
-  near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-  return f"; the checkpoint has {near[0]}" if near else ""
+def _count(n: int) -> str:
+  return "1 difference" if n == 1 else f"{n} differences"
+
+
+def _lines(missing: dict[str, Any], extra: dict[str, LeafInfo], differing: dict[str, str]) -> list[str]:
+  lines = [f"{name}: {problem}" for name, problem in differing.items()]
+  for name, leaf in missing.items():
+    near = nearest(name, _as_leaf(leaf), {n: Leaf(i.shape, i.dtype) for n, i in extra.items()})
+    lines.append(f"{name}: not in the checkpoint" + (f"; the checkpoint has {near}" if near else ""))
+  lines += [f"{name}: in the checkpoint, not in like" for name in extra]
+  return brief(lines)
+
+
+def _as_leaf(leaf: Any) -> Leaf:
+  return Leaf(tuple(getattr(leaf, "shape", ())), "?" if _unusable(leaf) else _kind(leaf))
+
+
+def _unusable(leaf: Any) -> str | None:
+  if (hasattr(leaf, "dtype") and hasattr(leaf, "shape")) or isinstance(leaf, (bool, int, float, complex, str)):
+    return None
+  return f"like has a {type(leaf).__name__}; pass an array, a jax.ShapeDtypeStruct or a scalar"
 
 
 def _kind(leaf: Any) -> str:
@@ -103,80 +149,52 @@ def _scalar_class(kind: str) -> str:
 
 
 def _difference(leaf: Any, saved: LeafInfo) -> str | None:
-  if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")) and not isinstance(leaf, (bool, int, float, complex, str)):
-    return f"like has a {type(leaf).__name__}; pass an array, a jax.ShapeDtypeStruct or a scalar"
   want, shape = _kind(leaf), tuple(getattr(leaf, "shape", ()))
   # Flax's TrainState.step starts as a Python int and becomes an int32 array after a step: both hold the same number.
   plain = {want, saved.dtype} & set(_NUMBERS)
   same_kind = want == saved.dtype or (plain and _scalar_class(want) == _scalar_class(saved.dtype))
   if same_kind and shape == saved.shape:
     return None
+  if is_prng_key(leaf) and saved.dtype == "uint32" and saved.shape[: len(shape)] == shape:
+    words = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape
+    if words == saved.shape:
+      return None  # plain Orbax notes the kind of a key elsewhere; `finish` checks it
   text = f"saved as {saved.dtype}{list(saved.shape)}, asked for {want}{list(shape)}"
   if same_kind and len(shape) > 1 and shape == saved.shape[::-1]:
     text += " (transposed?)"
   elif same_kind and len(shape) == len(saved.shape) + 1 and shape[1:] == saved.shape:
     text += " (layers stacked here, separate there?)"
+  elif same_kind and len(shape) + 1 == len(saved.shape) and shape == saved.shape[1:]:
+    text += " (layers separate here, stacked there?)"
   return text
 
 
-def _plan(name: str, leaf: Any, saved: LeafInfo, note: Note | None) -> LeafPlan:
-  scalar = {"bool": bool, "int": int, "float": float, "str": str}.get(saved.dtype)
-  if scalar is not None and saved.scalar:
-    return LeafPlan(scalar(), ocp.RestoreArgs(restore_type=scalar), leaf, None)
-  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-  kind = note["kind"] if note else None
-  if kind == "empty":
-    return LeafPlan(np.zeros((1,), np.uint8), as_numpy, leaf, note)
-  wants_jax = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
-  if not wants_jax:
-    return LeafPlan(np.zeros((), np.uint8), as_numpy, leaf, note)
-  sharding = _target_sharding(name, leaf)
-  if sharding is None:  # uncommitted: jit may still move it to where the other operands are
-    if not is_prng_key(leaf):
-      return LeafPlan(np.zeros((), np.uint8), as_numpy, leaf, note)
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  item = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-  if is_prng_key(leaf):
-    return LeafPlan(item, ocp.checkpoint_utils.construct_restore_args(item), leaf, note)
-  dtype = np.uint8 if kind == "widened" else leaf.dtype
-  args = ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=dtype)
-  return LeafPlan(item, args, leaf, note)
+def _cast_allowed(
+  name: str, leaf: Any, saved: LeafInfo, cast: bool | Mapping[str, Any], rules: Mapping[str, Any]
+) -> bool:
+  """Whether the caller named this change of dtype. Shapes are never changed, nor numbers into other kinds."""
+  if not cast or saved.scalar or not hasattr(leaf, "dtype") or tuple(leaf.shape) != saved.shape:
+    return False
+  want = _kind(leaf)
+  if not castable(saved.dtype, want):
+    return False
+  if not rules:
+    return True
+  for pattern, dtype in rules.items():
+    if matches(pattern, name):
+      named = jnp.dtype(dtype).name
+      if named != want:
+        raise ConfigError(f"cast={{{pattern!r}: {named!r}}}: like has {want} at {name}; make them agree")
+      return True
+  return False
 
 
-def _target_sharding(name: str, leaf: Any) -> jax.sharding.Sharding | None:
-  if isinstance(leaf, jax.Array):
-    return leaf.sharding if getattr(leaf, "committed", True) else None
-  if leaf.sharding is None and jax.process_count() > 1:
-    raise StructureMismatchError(
-      f"{name}: like has no sharding, and {jax.process_count()} processes must know which part each reads; pass "
-      "jax.ShapeDtypeStruct(..., sharding=...)"
-    )
-  return leaf.sharding
-
-
-def _as_like(value: Any, like: Any) -> Any:
-  if isinstance(like, (bool, int, float, complex, str)):
-    return value if type(value) is type(like) else type(like)(np.asarray(value)[()])
-  if isinstance(like, np.generic):
-    return like.dtype.type(np.asarray(value)[()])
-  if isinstance(like, np.ndarray):
-    return _exact(value, like.dtype)
-  if isinstance(value, jax.Array):
-    return value
-  sharding = _target_sharding("", like)
-  value = _exact(value, like.dtype)
-  return jnp.asarray(value) if sharding is None else _put(value, sharding)
-
-
-def _put(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-  return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def _exact(value: Any, dtype: Any) -> np.ndarray:
-  if isinstance(value, np.ndarray) and value.dtype == dtype:
-    return value
-  array = np.asarray(value).astype(dtype)
-  # Only Python scalars get here, one number each: a cast that changes it is refused.
-  if array[()] != value and value == value:
-    raise StructureMismatchError(f"the saved number {value} does not fit into {dtype}")
-  return array
+def castable(saved: str, wanted: str) -> bool:
+  """Whether a value of one dtype may become another: floats among themselves, and integers among themselves."""
+  for kind in (jnp.floating, jnp.integer):
+    try:
+      if jnp.issubdtype(jnp.dtype(saved), kind) and jnp.issubdtype(jnp.dtype(wanted), kind):
+        return True
+    except TypeError:  # int, str, key<...>: no dtype of an array
+      return False
+  return False

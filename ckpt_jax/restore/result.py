@@ -10,12 +10,27 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class RestoreReport:
-  """How a state was restored: `strategy`, `seconds`, `nbytes` of the whole state, and the step's `directory`."""
+  """How a state was restored.
+
+  Attributes:
+    strategy: `direct`, `gather` or `broadcast`.
+    seconds: what it took.
+    nbytes: bytes of the whole state that came back.
+    directory: the step's.
+    why: the reason for the strategy.
+    predicted: seconds that each strategy was expected to take; empty if there was nothing to choose.
+    casts: `{path: (saved dtype, dtype now)}` of the leaves that were cast.
+    initialised: paths of the leaves that the step lacks and that `init_missing` named.
+  """
 
   strategy: str
   seconds: float
   nbytes: int
   directory: str
+  why: str = ""
+  predicted: dict[str, float] = dataclasses.field(default_factory=dict)
+  casts: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+  initialised: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

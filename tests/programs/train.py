@@ -1,6 +1,7 @@
 """A tiny sharded trainer for multi-process tests: train.py RUN MODE."""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -76,3 +77,37 @@ elif mode == "local":
       assert "x: lives on this process only" in str(e)
     else:
       raise SystemExit("a process-local array was saved")
+elif mode == "one_fails":
+  # Only process 1 cannot write: its files may not grow.
+  with ckpt.Checkpointer(run) as c:
+    state = init()
+    c.save(0, state)
+    c.wait()
+    if jax.process_index() == 1:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    started = time.monotonic()
+    try:
+      c.save(1, state)
+      c.wait()
+    except ckpt.SaveFailedError as e:
+      print(f"told after {time.monotonic() - started:.1f} s: {e}", flush=True)
+    else:
+      raise SystemExit("nobody said that step 1 was lost")
+    if jax.process_index() == 1:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    c.save(2, state)
+    c.wait()
+    assert [s.step for s in c.steps()] == [0, 2]
+elif mode == "one_is_late":
+  from ckpt_jax.rendezvous import Rendezvous
+
+  here = Rendezvous("test")
+  here.wait("all to start", 60)
+  here.wait("all to start", 60)
+  if jax.process_index() == 1:
+    time.sleep(5)
+  else:
+    try:
+      here.wait("the late one", 1.5)
+    except TimeoutError as e:
+      print(f"told: {e}", flush=True)

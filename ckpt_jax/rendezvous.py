@@ -1,0 +1,125 @@
+"""Where the processes of a job wait for each other: never for ever, never in silence, and never for one that failed.
+
+jax's own barriers end after their timeout with no word on who is missing, and a process that fails on its way to one
+leaves the others waiting until then (704 GPUs idled 4.5 hours in marin-community/marin#8534). Here each process notes
+its arrival in jax's coordination service, process 0 counts, and a failure is noted in the same place.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from typing import Any
+
+import jax
+
+from ckpt_jax import orbax_private
+from ckpt_jax.errors import CheckpointError
+
+_SLICE_S = 2.0  # how long a failure elsewhere may go unnoticed
+_POLL_S = (0.005, 0.25)  # shortest and longest pause of process 0 between two looks
+
+
+class PeerFailedError(CheckpointError):
+  """Another process of the job failed on its way to where this one waits. The message names both."""
+
+
+class Rendezvous:
+  """A barrier of all processes of the job. All must make and use it alike, from one thread at a time.
+
+  Nothing here touches devices, so it may be used behind training. With one process nothing is waited for.
+
+  Attributes:
+    name: the same on all processes, and of no other Rendezvous of this job.
+  """
+
+  def __init__(self, name: str):
+    self.name = name
+    self._round = 0
+    self._uses: collections.Counter[str] = collections.Counter()
+    self._old: list[str] = []
+    self._store: Any = orbax_private.coordination_service() if jax.process_count() > 1 else None
+
+  def begin(self) -> None:
+    """Starts a new undertaking: failures that were told before belong to the last one."""
+    self._round += 1
+    self._uses.clear()
+
+  def fail(self, reason: str) -> None:
+    """Tells the other processes that this one will not arrive; those that wait, or will, raise `reason`."""
+    if self._store is not None:
+      self._store.key_value_set(f"{self._failures}{jax.process_index()}", reason, allow_overwrite=True)
+
+  def wait(self, what: str, timeout: float) -> None:
+    """Returns once all processes are here.
+
+    Args:
+      what: what is waited for, the same on all processes; it may be used again.
+      timeout: seconds.
+
+    Raises:
+      TimeoutError: naming the processes that did not arrive.
+      PeerFailedError: if one of them failed.
+    """
+    if self._store is None:
+      return
+    self._uses[what] += 1
+    place = f"ckpt_jax/{self.name}/{self._round}/{what}/{self._uses[what]}"
+    self._store.key_value_set(f"{place}/here/{jax.process_index()}", "")
+    deadline = time.monotonic() + timeout
+    if jax.process_index() == 0:
+      self._count(place, what, timeout, deadline)
+    else:
+      self._listen(place, what, timeout, deadline)
+
+  @property
+  def _failures(self) -> str:
+    return f"ckpt_jax/{self.name}/{self._round}/failed/"
+
+  def _count(self, place: str, what: str, timeout: float, deadline: float) -> None:
+    pause, longest = _POLL_S
+    missing = list(range(1, jax.process_count()))
+    while missing:
+      here = {int(key.rsplit("/", 1)[1]) for key, _ in self._store.key_value_dir_get(f"{place}/here/")}
+      missing = [p for p in missing if p not in here]
+      self._raise_failure(what)
+      if missing and time.monotonic() > deadline:
+        message = self._timed_out(what, timeout, missing)
+        self._store.key_value_set(f"{place}/go", message)
+        raise TimeoutError(message)
+      if missing:
+        time.sleep(pause)
+        pause = min(pause * 1.5, longest)
+    self._store.key_value_set(f"{place}/go", "")
+    # Whoever is here has left the places before the last one.
+    self._old.append(place)
+    while len(self._old) > 2:
+      self._store.key_value_delete(f"{self._old.pop(0)}/")
+
+  def _listen(self, place: str, what: str, timeout: float, deadline: float) -> None:
+    # A little longer than process 0, which knows who is missing and says so.
+    while (left := deadline + _SLICE_S - time.monotonic()) > 0:
+      message = None
+      try:
+        message = self._store.blocking_key_value_get(f"{place}/go", int(min(left, _SLICE_S) * 1000))
+      except jax.errors.JaxRuntimeError as e:
+        if "DEADLINE_EXCEEDED" not in str(e):
+          raise PeerFailedError(f"waiting for {what}: the coordination service is gone (process 0): {e}") from e
+      if message is None:  # out of the handler, so that the deadline of a slice is no part of what is raised
+        self._raise_failure(what)
+      elif message:
+        raise TimeoutError(message)
+      else:
+        return
+    raise TimeoutError(self._timed_out(what, timeout, [0]))
+
+  def _raise_failure(self, what: str) -> None:
+    failed = {int(key.rsplit("/", 1)[1]): reason for key, reason in self._store.key_value_dir_get(self._failures)}
+    failed.pop(jax.process_index(), None)
+    if failed:
+      first = min(failed)
+      raise PeerFailedError(f"waiting for {what}: process {first} failed: {failed[first]}")
+
+  def _timed_out(self, what: str, timeout: float, missing: list[int]) -> str:
+    names = ", ".join(str(p) for p in missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+    return f"waited {timeout:.0f} s for {what}; of {jax.process_count()} processes these did not arrive: {names}"
