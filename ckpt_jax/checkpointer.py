@@ -27,10 +27,12 @@ from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.policies.retention import Retention, best_steps
 from ckpt_jax.policies.schedule import AnyOf, OnPreemption
+from ckpt_jax.policies.thinning import Thinner
 from ckpt_jax.policies.wiring import make_schedule
 from ckpt_jax.preemption import PreemptionNotice
 from ckpt_jax.restore.read import Initialise, Request, read_state
 from ckpt_jax.restore.result import Restored, RestoreReport
+from ckpt_jax.rewrite import finish_rewrites
 from ckpt_jax.saving import Saver, SaveRecord
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.kvstore import connect
@@ -97,11 +99,30 @@ class Checkpointer:
     self._closed = False
     first = jax.process_index() == 0
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
-    self._deleter = StepDeleter(self.directory, active=first, timeout=config.timeouts.delete)
+    self._deleter = StepDeleter(
+      self.directory,
+      active=first,
+      timeout=config.timeouts.delete,
+      files_per_second=config.retention.delete_rate or 0,
+    )
+    self._thinner = Thinner(
+      self.directory,
+      config.retention.thin.keep if config.retention.thin else (),
+      self._deleter,
+      active=first,
+      busy=lambda: self._saver.writing,
+      restoring=self._retention.restoring,
+      done=self._retention.forget,
+      timeout=config.timeouts.delete,
+    )
+    self._retention.thin = self._thinner.thin
     self._attempt = AttemptLog(self.directory, active=first)
     self._notice: PreemptionNotice | None = None
     preempted = OnPreemption(lambda: self._notice is not None and self._notice.received)
     with storage_errors(f"{self.directory}: cannot open the run"), snapshot(self.directory):
+      if first:
+        finish_rewrites(self.directory)
+      from_process_zero([])  # nobody lists steps before that
       self.schedule: SaveDecisionPolicy = schedule or make_schedule(config.schedule, self.directory)
       self._saver = Saver(
         self.directory,
@@ -203,6 +224,7 @@ class Checkpointer:
         self._notice.close()
       self._saver.close()
       self._deleter.finish()
+      self._thinner.finish()
       self._attempt.ended(CLOSED)
 
   # -- what there is
@@ -350,11 +372,14 @@ class Checkpointer:
         _log.error("at exit: %s", e)
 
   def _agreed_step(self, step: int | None, *, required: bool) -> int | None:
-    """The step to restore. Process 0 looks and tells the others, so that a commit in between cannot split them."""
+    """The step to restore: `step`, else the newest that training can go on from, else the newest.
+
+    Process 0 looks and tells the others, so that a commit in between cannot split them.
+    """
     found = -1
     if jax.process_index() == 0:
-      steps = run.committed_steps(self.directory)
-      found = (steps[-1] if steps else -1) if step is None else int(step)
+      newest = run.newest_to_restore(self.directory) if step is None else int(step)
+      found = -1 if newest is None else newest
     if jax.process_count() > 1:
       found = int(multihost_utils.broadcast_one_to_all(np.int64(found)))
     if found >= 0:

@@ -53,10 +53,14 @@ def list_command(run: Run, as_json: Json = False) -> None:
   if as_json:
     print_json([dataclasses.asdict(s) for s in steps] + [{"step": n, "damaged": str(e)} for n, e in damaged.items()])
   elif steps:
+    thinned = not all(s.resumable for s in steps)
     table = Table("step", "committed (UTC)", "size", "metrics", title=str(run_directory(run)))
+    if thinned:
+      table.add_column("training can go on from it")
     for s in steps:
       when = s.time.strftime("%Y-%m-%d %H:%M:%S") if s.time else "?"
-      table.add_row(str(s.step), when, size(s.nbytes), escape(pairs(s.metrics)))
+      resumable = [("yes" if s.resumable else "no, thinned")] if thinned else []
+      table.add_row(str(s.step), when, size(s.nbytes), escape(pairs(s.metrics)), *resumable)
     console().print(table)
   for e in damaged.values():
     typer.echo(f"error: {e}", err=True)

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from ckpt_jax.units import size_text
+
 Run = Annotated[str, typer.Argument(help="Directory of the run: a path, gs://...", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -19,10 +21,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 class NearestName(TyperGroup):
   """Names the nearest command when one is mistyped."""
 
+  def names(self) -> list[str]:
+    """What may be typed."""
+    return list(self.commands)
+
   def resolve_command(self, ctx: Any, args: list[str]) -> Any:
     if args and not args[0].startswith("-") and args[0] not in self.commands:
-      near = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.4)
-      hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self.commands)}"
+      near = difflib.get_close_matches(args[0], self.names(), n=1, cutoff=0.4)
+      hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self.names())}"
       ctx.fail(f"no command {args[0]!r}{hint}")
     return super().resolve_command(ctx, args)
 
@@ -48,9 +54,4 @@ def pairs(values: dict[str, Any]) -> str:
   return "  ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
 
 
-def size(nbytes: float) -> str:
-  for unit in ("B", "KiB", "MiB", "GiB"):
-    if nbytes < 1024:
-      return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-    nbytes /= 1024
-  return f"{nbytes:.1f} TiB"
+size = size_text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import re
@@ -11,37 +12,38 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ckpt_jax.cli_common import Run, console, fail, pairs, print_json, size
+from ckpt_jax.cli_common import Run, console, fail, pairs, print_json
 from ckpt_jax.errors import ConfigError
+from ckpt_jax.units import duration_text, size_text
 
 _PATIENCE = 24 * 3600.0  # a user who waits may press Ctrl-C: the marks stay, and the next prune goes on
 StepArgument = Annotated[int, typer.Argument(help="A committed step.", show_default=False)]
 
 
-def retention(
-  last: int | None,
-  hourly: int | None,
-  daily: int | None,
-  weekly: int | None,
-  monthly: int | None,
-  within: str | None,
-  every_steps: int | None,
-  best: str | None,
-  budget: str | None,
-) -> Any:
-  """The Retention that command line options ask for; `best` is METRIC, METRIC:max or METRIC:max:3.
+def retention(config: Any, options: dict[str, Any]) -> Any:
+  """The Retention of a configuration (or None), with what command line options set in its place.
+
+  Args:
+    config: a Config or None.
+    options: Retention's fields, None where the user gave none; `best` is METRIC, METRIC:max or METRIC:max:3, and
+      `thin` is DURATION or DURATION:PATH,PATH.
 
   Raises:
     ConfigError: if a value is wrong.
   """
   from ckpt_jax.policies.retention import Retention
 
-  chosen = None
-  if best is not None:
-    match = re.fullmatch(r"(.+?)(?::(min|max))?(?::(\d+))?", best)
-    assert match is not None
-    chosen = {"metric": match[1], "mode": match[2] or "min", "n": int(match[3] or 1)}
-  return Retention(last, hourly, daily, weekly, monthly, within, every_steps, chosen, budget)
+  given = {name: value for name, value in options.items() if value is not None}
+  if "best" in given:
+    match = re.fullmatch(r"(.+?)(?::(min|max))?(?::(\d+))?", given["best"])
+    if match is None:
+      raise ConfigError("--keep-best: expected METRIC, METRIC:max or METRIC:max:3")
+    given["best"] = {"metric": match[1], "mode": match[2] or "min", "n": int(match[3] or 1)}
+  if "thin" in given:
+    after, _, paths = given["thin"].partition(":")
+    given["thin"] = {"after": after} | ({"keep": paths.split(",")} if paths else {})
+  rules = Retention() if config is None else Retention.from_config(config.retention)
+  return dataclasses.replace(rules, **given)
 
 
 def prune(
@@ -57,94 +59,136 @@ def prune(
     str | None, typer.Option(metavar="METRIC[:min|max][:N]", help="Keep the N best by a metric, e.g. loss:min:2.")
   ] = None,
   budget: Annotated[str | None, typer.Option(help="Bytes that all steps may take, e.g. 2TiB.")] = None,
-  dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would go; delete nothing.")] = False,
+  thin: Annotated[
+    str | None,
+    typer.Option(metavar="AGE[:PATH,...]", help="Leave only these leaves (default: params) of older steps, e.g. 1d."),
+  ] = None,
+  config: Annotated[
+    str | None, typer.Option(help="A YAML file whose rules and price hold where no option does.")
+  ] = None,
+  price: Annotated[float | None, typer.Option(help="Of a GiB-month, in your currency.")] = None,
+  dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Show what would go; change nothing.")] = False,
   yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before deleting.")] = False,
   as_json: Annotated[bool, typer.Option("--json", help="Print JSON; deletes only with --yes.")] = False,
 ) -> None:
   """Delete the steps that no rule keeps: a step stays if any rule keeps it, as in restic's forget."""
   from ckpt_jax import run as runs
+  from ckpt_jax.config import load_config
+  from ckpt_jax.rewrite import finish_rewrites
 
+  settings = None if config is None else load_config(config)
+  options = {
+    "last": keep_last,
+    "hourly": keep_hourly,
+    "daily": keep_daily,
+    "weekly": keep_weekly,
+    "monthly": keep_monthly,
+    "within": keep_within,
+    "every_steps": keep_every_steps,
+    "best": keep_best,
+    "budget": budget,
+    "thin": thin,
+  }
   try:
-    rules = retention(
-      keep_last,
-      keep_hourly,
-      keep_daily,
-      keep_weekly,
-      keep_monthly,
-      keep_within,
-      keep_every_steps,
-      keep_best,
-      budget,
-    )
+    rules = retention(settings, options)
   except ConfigError as e:
     raise typer.BadParameter(str(e)) from None
-  if rules.keeps_all:
+  if rules.keeps_all and rules.thin is None:
     raise typer.BadParameter("no rule given; name at least one, e.g. --keep-last 3 (or --dry-run with it to look)")
+  if price is None and settings is not None:
+    price = settings.storage.price_per_gib_month
   from ckpt_jax.policies.live import plan_pruning
 
-  plan = plan_pruning(run, rules)
   directory = runs.run_directory(run)
+  going = not dry_run and (yes or not as_json)
+  if going:
+    finish_rewrites(directory)
+  plan = plan_pruning(run, rules)
   if not plan.steps and not runs.noted_steps(directory, runs.DELETING):
     fail(f"{directory}: no committed checkpoint; check the path")
-  freed = sum(s.nbytes for s in plan.removed)
-  going = not dry_run and (yes or (not as_json and bool(plan.removed)))
+  going = going and (yes or bool(plan.removed or plan.thinned))
   if as_json:
-    print_json(
-      {
-        "steps": [
-          {"step": s.step, "time": s.time, "nbytes": s.nbytes, "metrics": s.metrics, "healthy": s.healthy}
-          | {"kept_by": list(plan.reasons[s.step]), "over_budget": s.step in plan.over_budget}
-          for s in plan.steps
-        ],
-        "kept": [s.step for s in plan.steps if plan.reasons[s.step]],
-        "removed": [s.step for s in plan.removed],
-        "nbytes_freed": freed,
-        "notes": list(plan.notes),
-        "dry_run": not going,
-      }
-    )
+    print_json(_as_json(plan, price) | {"dry_run": not going})
   elif plan.steps:
-    _print_plan(plan, directory, freed, dry_run)
+    _print_plan(plan, directory, price, dry_run)
   if not going:
     return
-  if not yes and not typer.confirm(f"Delete {len(plan.removed)} of {len(plan.steps)} steps?"):
+  what = [f"delete {len(plan.removed)}"] * bool(plan.removed) + [f"thin {len(plan.thinned)}"] * bool(plan.thinned)
+  if not yes and not typer.confirm(f"{' and '.join(what).capitalize()} of {len(plan.steps)} steps?"):
     fail("nothing deleted")
+  _carry_out(plan, rules, directory)
+  if not as_json:
+    thinned = f", thinned {len(plan.thinned)}" if plan.thinned else ""
+    typer.echo(f"deleted {len(plan.removed)} steps{thinned}, {size_text(plan.freed_nbytes)}")
+
+
+def _carry_out(plan: Any, rules: Any, directory: Any) -> None:
+  from ckpt_jax import run as runs
   from ckpt_jax.policies.deletion import StepDeleter
+  from ckpt_jax.policies.thinning import thin_step
 
   deleter = StepDeleter(directory, timeout=_PATIENCE)
   deleter.resume()
   deleter.delete_steps([s.step for s in plan.removed])
+  for step in plan.thinned:
+    thin_step(directory, step, rules.thin.keep, swapping=deleter.moving())
   deleter.finish()
   left = runs.noted_steps(directory, runs.DELETING)
   if left:
     fail(f"{directory}: steps {sorted(left)} are marked and could not be removed; run prune again")
-  if not as_json:
-    typer.echo(f"deleted {len(plan.removed)} steps, {size(freed)}")
 
 
-def _print_plan(plan: Any, directory: Any, freed: int, dry_run: bool) -> None:
+def _as_json(plan: Any, price: float | None) -> dict[str, Any]:
+  return {
+    "steps": [
+      {"step": s.step, "time": s.time, "nbytes": s.nbytes, "metrics": s.metrics, "healthy": s.healthy}
+      | {"resumable": s.resumable, "kept_by": list(plan.reasons[s.step]), "over_budget": s.step in plan.over_budget}
+      | {"thinned_to_nbytes": plan.thinned.get(s.step)}
+      for s in plan.steps
+    ],
+    "kept": [s.step for s in plan.steps if plan.reasons[s.step]],
+    "removed": [s.step for s in plan.removed],
+    "thinned": sorted(plan.thinned),
+    "nbytes_freed": plan.freed_nbytes,
+    "nbytes_kept": plan.kept_nbytes,
+    "cost_per_month": None if price is None else monthly_cost(plan.kept_nbytes, price),
+    "cost_per_month_freed": None if price is None else monthly_cost(plan.freed_nbytes, price),
+    "notes": list(plan.notes),
+  }
+
+
+def monthly_cost(nbytes: float, price: float) -> float:
+  """What bytes cost a month at a price for a GiB-month."""
+  return nbytes / 2**30 * price
+
+
+def _print_plan(plan: Any, directory: Any, price: float | None, dry_run: bool) -> None:
   now = datetime.datetime.now(datetime.timezone.utc)
   table = Table("step", "age", "size", "metrics", "health", "", "why", title=os.fspath(directory))
   for s in plan.steps:
     why = plan.reasons[s.step]
     health = "" if s.healthy is None else ("healthy" if s.healthy else "unhealthy")
     reason = ", ".join(why) if why else ("over budget" if s.step in plan.over_budget else "no rule keeps it")
-    age = _age((now - s.time).total_seconds()) if s.time else "?"
-    table.add_row(
-      str(s.step), age, size(s.nbytes), escape(pairs(s.metrics)), health, "keep" if why else "remove", reason
-    )
+    age = duration_text(max((now - s.time).total_seconds(), 0)) if s.time else "?"
+    what, size = "keep" if why else "remove", size_text(s.nbytes)
+    if not s.resumable:
+      size += " (thinned)"
+    if s.step in plan.thinned:
+      what, size = "thin", f"{size} -> {size_text(plan.thinned[s.step])}"
+    table.add_row(str(s.step), age, size, escape(pairs(s.metrics)), health, what, reason)
   console().print(table)
   for note in plan.notes:
     typer.echo(f"note: {note}")
-  what = "would be removed" if dry_run else "to remove"
-  typer.echo(f"{len(plan.removed)} of {len(plan.steps)} steps {what}, {size(freed)} freed")
-
-
-def _age(seconds: float) -> str:
-  for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-    if seconds >= length:
-      return f"{seconds / length:.1f} {unit}"
-  return f"{max(seconds, 0):.0f} s"
+  thinned = ""
+  if plan.thinned:
+    thinned = f" and {len(plan.thinned)} {'would be thinned' if dry_run else 'to thin'}"
+  typer.echo(
+    f"{len(plan.removed)} of {len(plan.steps)} steps {'would be removed' if dry_run else 'to remove'}{thinned}, "
+    f"{size_text(plan.freed_nbytes)} freed, {size_text(plan.kept_nbytes)} stay"
+  )
+  if price is not None:
+    kept, freed = (f"{monthly_cost(n, price):,.2f}" for n in (plan.kept_nbytes, plan.freed_nbytes))
+    typer.echo(f"a month: {kept} for what stays, {freed} less than now")
 
 
 def pin(run: Run, step: StepArgument) -> None:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from ckpt_jax.cli_common import console, print_json
-from ckpt_jax.cli_common import size as size_text
 from ckpt_jax.config import parse_bytes, parse_duration
 from ckpt_jax.errors import ConfigError
+from ckpt_jax.units import duration_text, size_text
 
 _TRAINING_BYTES_A_PARAM = 12  # float32 weights and Adam's two moments
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -43,14 +43,34 @@ def simulate(
   keep_within: Annotated[str | None, typer.Option()] = None,
   keep_every_steps: Annotated[int | None, typer.Option(help="Counted in saves here.")] = None,
   budget: Annotated[str | None, typer.Option()] = None,
+  thin: Annotated[
+    str | None, typer.Option(metavar="AGE", help="Older steps keep only --thin-share of their bytes.")
+  ] = None,
+  thin_share: Annotated[float, typer.Option(help="Parameters without Adam's moments: a third.")] = 1 / 3,
+  config: Annotated[
+    str | None, typer.Option(help="A YAML file whose retention and price hold where no option does.")
+  ] = None,
   seed: Annotated[int, typer.Option()] = 0,
   plot: Annotated[str | None, typer.Option(help="Draw goodput by interval, and storage, into this file.")] = None,
   as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
   """Goodput, lost work and storage of a schedule and a retention: Monte Carlo beside Daly's closed form."""
-  from ckpt_jax.cli_prune import retention
+  from ckpt_jax.cli_prune import monthly_cost, retention
+  from ckpt_jax.config import load_config
   from ckpt_jax.planning import simulate as model
 
+  settings = None if config is None else load_config(config)
+  options = {
+    "last": keep_last,
+    "hourly": keep_hourly,
+    "daily": keep_daily,
+    "weekly": keep_weekly,
+    "monthly": keep_monthly,
+    "within": keep_within,
+    "every_steps": keep_every_steps,
+    "budget": budget,
+    "thin": thin,
+  }
   try:
     source = "given"
     if calibrate is not None:
@@ -71,9 +91,7 @@ def simulate(
         parse_duration(restart),
         storage.restore_seconds(size, hosts, strategy, copies),
       )
-    rules = retention(
-      keep_last, keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_within, keep_every_steps, None, budget
-    )
+    rules = retention(settings, options)
     chosen = parse_duration(interval) if interval else None
   except ValueError as e:  # ConfigError is one too
     raise typer.BadParameter(str(e)) from None
@@ -81,8 +99,10 @@ def simulate(
   best = model.best_interval(job)
   lengths = sorted({best * f for f in _FACTORS} | ({chosen} if chosen else set()))
   rows = [(model.simulate(job, length, seed=seed), model.closed_form(job, length)) for length in lengths]
-  use = model.storage_use(rules, (chosen or best) + job.blocking_s, size, days)
-  cost = None if price is None else use.mean_nbytes / 2**30 * price
+  use = model.storage_use(rules, (chosen or best) + job.blocking_s, size, days, thin_share=thin_share)
+  if price is None and settings is not None:
+    price = settings.storage.price_per_gib_month
+  cost = None if price is None else monthly_cost(use.mean_nbytes, price)
 
   def row(length: float) -> dict[str, Any]:
     found, closed = rows[lengths.index(length)]
@@ -113,12 +133,12 @@ def _size(params: float | None, nbytes: str | None) -> int:
 def _print(job: Any, size: int, source: str, rows: Any, best: float, chosen: Any, use: Any, days: float, cost: Any):
   from rich.table import Table
 
-  from ckpt_jax.policies.youngdaly import _time
-
+  mtti, blocking, background, restart, restore = (
+    duration_text(t) for t in (job.mtti, job.blocking_s, job.background_s, job.restart_s, job.restore_s)
+  )
   typer.echo(
-    f"state {size_text(size)}; job interrupted every {_time(job.mtti)}; a save takes {_time(job.blocking_s)} from "
-    f"training and commits {_time(job.background_s)} later; back after {_time(job.restart_s)} + {_time(job.restore_s)} "
-    f"of restore ({source})"
+    f"state {size_text(size)}; job interrupted every {mtti}; a save takes {blocking} from training and commits "
+    f"{background} later; back after {restart} + {restore} of restore ({source})"
   )
   table = Table(
     "interval", "goodput", "90% of runs", "closed form", "saving", "done again", "down", "lost at a failure"
@@ -126,14 +146,14 @@ def _print(job: Any, size: int, source: str, rows: Any, best: float, chosen: Any
   for found, closed in rows:
     mark = " best" if found.interval == best else " asked" if found.interval == chosen else ""
     table.add_row(
-      _time(found.interval) + mark,
+      duration_text(found.interval) + mark,
       f"{found.goodput:.2%}",
       f"{found.low:.2%} - {found.high:.2%}",
       f"{closed:.2%}",
       f"{found.saving:.2%}",
       f"{found.rework:.2%}",
       f"{found.down:.2%}",
-      _time(found.lost_s),
+      duration_text(found.lost_s),
     )
   console().print(table)
   if use.steps:

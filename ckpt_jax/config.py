@@ -33,7 +33,6 @@ NOT_YET: dict[str, str] = {
   "restore.strategy": _LATER + " (other than auto and direct)",
   "restore.verify": _LATER,
   "restore.on_corruption": _LATER,
-  "health.nonfinite": _LATER,
   "timeouts.restore": _LATER,
   "layout.chunk_size": _LATER,
   "layout.min_slice_for_replica_parallel": _LATER,
@@ -44,7 +43,6 @@ NOT_YET: dict[str, str] = {
 _TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
   "layout.pack": ("off",),
   "restore.strategy": ("auto", "direct"),
-  "health.nonfinite": ("ignore",),
   "layout.chunk_size": ("auto",),
   "layout.min_slice_for_replica_parallel": ("auto",),
   "limits.file_io_concurrency": ("auto",),
@@ -163,6 +161,20 @@ def _switch(value: Any) -> Any:
   return "off" if value is False else value
 
 
+def _price(value: Any) -> float:
+  price = _plain_number(value)
+  if price is None or not 0 < price < math.inf:
+    raise ValueError(f"{value!r} is no price; write a number above zero, such as 0.02")
+  return float(price)
+
+
+def _leaf_paths(value: Any) -> Any:
+  paths = (value,) if isinstance(value, str) else value
+  if not isinstance(paths, (list, tuple)) or not paths or not all(isinstance(p, str) and p.strip("/") for p in paths):
+    raise ValueError(f"{value!r} names no leaves; write a path in the state such as params, or a list of them")
+  return tuple(paths)
+
+
 def _whole(value: Any) -> Any:
   # JSON and YAML 1.2 writers may spell 1000 as 1e3 or 1000.0; PyYAML reads the first as text.
   number = _plain_number(value)
@@ -175,6 +187,9 @@ Duration = Annotated[float, BeforeValidator(parse_duration)]
 Share = Annotated[float, BeforeValidator(parse_share)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Count = Annotated[StrictInt, BeforeValidator(_whole), Field(gt=0)]
+StepNumber = Annotated[StrictInt, BeforeValidator(_whole), Field(ge=0)]
+Price = Annotated[float, BeforeValidator(_price)]
+LeafPaths = Annotated[tuple[StrictStr, ...], BeforeValidator(_leaf_paths)]
 AutoOrBytes = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_bytes)]
 AutoOrDuration = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_duration)]
 AutoOrCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count)]
@@ -217,13 +232,17 @@ class _Section(pydantic.BaseModel):
 
 
 class ScheduleConfig(_Section):
-  """When to save. At most one of `every_steps`, `every` and `overhead`; all unset means at each call of `save`.
+  """When to save. At most one rule; all unset means at each call of `save`.
 
   A preemption notice saves whatever the schedule says.
 
   Attributes:
     every_steps: save at each step that is a multiple of this.
     every: seconds between the starts of two saves.
+    at_steps: save at these steps.
+    never: save only what `force=True`, or a preemption notice, asks for.
+    any: a list of schedules of which one must be due.
+    all: a list of schedules of which all must be due.
     overhead: the largest share of training time that saving may take, 0 to 1; the interval follows from the measured
       cost of a save.
     mtti: mean time to interruption of the whole job, in seconds, or `learned` from this run's restarts; only with
@@ -237,12 +256,20 @@ class ScheduleConfig(_Section):
   overhead: Share | None = None
   mtti: Annotated[float | Literal["learned"], BeforeValidator(_learned_or_duration)] | None = None
   node_mtti: Duration | None = None
+  at_steps: tuple[StepNumber, ...] | None = None
+  never: StrictBool | None = None
+  any: tuple[ScheduleConfig, ...] | None = None
+  all: tuple[ScheduleConfig, ...] | None = None
 
   @pydantic.model_validator(mode="after")
   def _one_rule(self) -> ScheduleConfig:
-    given = [k for k in ("every_steps", "every", "overhead") if getattr(self, k) is not None]
+    rules = ("every_steps", "every", "overhead", "at_steps", "never", "any", "all")
+    given = [k for k in rules if getattr(self, k) not in (None, False)]
     if len(given) > 1:
-      raise ValueError(f"{' and '.join(given)} exclude each other; keep one")
+      raise ValueError(f"{' and '.join(given)} exclude each other; keep one, or list them under any: or all:")
+    for name in ("at_steps", "any", "all"):
+      if getattr(self, name) == ():
+        raise ValueError(f"{name} names nothing; to save nothing but what is forced, write never: true")
     for name in ("mtti", "node_mtti"):
       if getattr(self, name) is not None and self.overhead is None:
         raise ValueError(f"{name} goes with overhead; add overhead, or remove {name}")
@@ -267,6 +294,21 @@ class BestConfig(_Section):
   keep_missing: StrictBool = False
 
 
+class ThinConfig(_Section):
+  """Older kept steps lose all but a part of their state: two thirds of a step are optimizer state.
+
+  Training cannot go on from a thinned step. The newest, the newest healthy, pinned ones and those being restored are
+  never thinned.
+
+  Attributes:
+    after: seconds, counted back from the newest step, after which a step is thinned.
+    keep: path in the state, or several, whose leaves stay.
+  """
+
+  after: Duration
+  keep: LeafPaths = ("params",)
+
+
 class RetentionConfig(_Section):
   """Which steps to keep: each rule keeps some, and what no rule keeps is deleted (the words are restic's `forget`).
 
@@ -278,7 +320,10 @@ class RetentionConfig(_Section):
     within: every step younger than this, in seconds.
     every_steps: every step that is a multiple of this, for ever.
     best: the best steps by a metric.
-    budget: bytes that all steps of the run may take together; the oldest go first.
+    budget: bytes that all steps of the run may take together; the oldest go first, those that `best` keeps last.
+    thin: what older kept steps lose.
+    delete_rate: the most files removed in a second on a file system, where others may need its metadata server; unset:
+      no limit. Buckets remove up to 1,000 objects with one request.
   """
 
   last: Count | None = None
@@ -290,10 +335,12 @@ class RetentionConfig(_Section):
   every_steps: Count | None = None
   best: BestConfig | None = None
   budget: Bytes | None = None
+  thin: ThinConfig | None = None
+  delete_rate: Count | None = None
 
   @pydantic.model_validator(mode="after")
   def _keep_three_unless_told(self) -> RetentionConfig:
-    rules = (getattr(self, name) for name in type(self).model_fields)
+    rules = (getattr(self, name) for name in type(self).model_fields if name not in ("thin", "delete_rate"))
     if "last" not in self.model_fields_set and all(rule is None for rule in rules):
       self.__dict__["last"] = 3  # the model is frozen, and `last` must not count as set by the user
     return self
@@ -427,6 +474,7 @@ class StorageConfig(_Section):
     driver: TensorStore's driver for gs://, `gcs` or `gcs_grpc`.
     requests: requests in flight at a time and process; `auto` leaves it to TensorStore.
     retry: how failed requests are sent again.
+    price_per_gib_month: what a GiB costs a month, in your currency: `prune` and `simulate` tell what retention costs.
   """
 
   kind: StorageName = "auto"
@@ -438,6 +486,7 @@ class StorageConfig(_Section):
   driver: Literal["gcs", "gcs_grpc"] | None = None
   requests: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] = "auto"
   retry: RetryConfig = Field(default_factory=RetryConfig)
+  price_per_gib_month: Price | None = None
 
   @pydantic.model_validator(mode="before")
   @classmethod
@@ -620,8 +669,10 @@ def _key_path(model: type[_Section], loc: tuple[int | str, ...]) -> tuple[tuple[
     if section is None:
       break
     keys.append(str(part))
+    if isinstance(part, int):  # a place in a list of sections
+      continue
     parent = section
-    section = _section_of(section, str(part))
+    section = _section_of(section, part)
   return tuple(keys), parent
 
 
@@ -631,7 +682,7 @@ def _section_of(section: type[_Section], key: str) -> type[_Section] | None:
     return None
   annotation = field.annotation
   options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-  for option in options:
+  for option in [inner for o in options for inner in (typing.get_args(o) or (o,))]:
     if isinstance(option, type) and issubclass(option, _Section):
       return option
   return None
@@ -676,7 +727,7 @@ def _all_keys(model: type[_Section], prefix: str = "") -> Iterable[tuple[str, st
   for name in model.model_fields:
     yield name, prefix + name
     section = _section_of(model, name)
-    if section is not None:
+    if section is not None and section is not model:
       yield from _all_keys(section, f"{prefix}{name}.")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.seal import is_intact
 from ckpt_jax.storage.kvstore import connect, is_object_store
 from ckpt_jax.storage.objects import snapshot
 
@@ -24,6 +25,7 @@ OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
 # each written in one go, since a bucket has neither rename nor append.
 NOTES = ".ckpt_jax"
 PINS, DELETING = "pins", "deleting"
+THINNED = "thinned"  # in our metadata: what was kept of a step that holds a part of its state alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class StepInfo:
     metrics: what was given to `save`.
     healthy: False if the step was tagged unhealthy; None if nobody looked.
     pinned: whether it was pinned, so that retention leaves it alone.
+    resumable: False if it was thinned to a part of its state, from which training cannot go on.
   """
 
   step: int
@@ -45,6 +48,7 @@ class StepInfo:
   metrics: dict[str, Any]
   healthy: bool | None = None
   pinned: bool = False
+  resumable: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +154,35 @@ def latest_committed(run: epath.Path) -> int:
   return steps[-1]
 
 
+def newest_to_restore(run: epath.Path) -> int | None:
+  """The newest committed step that was not thinned, else the newest; None in an empty run."""
+  steps = committed_steps(run)
+  for step in reversed(steps):
+    try:
+      if thinned_to(run / str(step)) is None:
+        return step
+    except CorruptCheckpointError:
+      return step  # reading it tells what is wrong
+  return steps[-1] if steps else None
+
+
+def newest_resumable(run: epath.Path) -> int | None:
+  """The newest committed step that training can go on from: whole, and not known to be unhealthy. None without one."""
+  for step in reversed(committed_steps(run)):
+    try:
+      info = _info(run / str(step), step)
+    except CorruptCheckpointError:
+      continue
+    if info.resumable and info.healthy is not False:
+      return step
+  return None
+
+
+def thinned_to(step_dir: epath.Path) -> list[str] | None:
+  """The paths that a thinned step still holds, e.g. `["params"]`; None for a whole one."""
+  return (our_metadata(step_dir).get(THINNED) or {}).get("keep")
+
+
 def item_directory(step_dir: epath.Path) -> epath.Path:
   """The directory of the training state inside a step, ours or plain Orbax's.
 
@@ -187,8 +220,20 @@ def step_metadata(step_dir: epath.Path) -> dict[str, Any]:
 
 
 def our_metadata(step_dir: epath.Path) -> dict[str, Any]:
-  """What ckpt_jax recorded in a step; empty for a step that plain Orbax wrote."""
-  return (step_metadata(step_dir).get("custom_metadata") or {}).get(OURS) or {}
+  """What ckpt_jax recorded in a step; empty for a step that plain Orbax wrote.
+
+  Raises:
+    CorruptCheckpointError: if it cannot be read, or is not what was written.
+  """
+  return _ours(step_metadata(step_dir), step_dir) or {}
+
+
+def _ours(data: dict[str, Any], step_dir: epath.Path) -> dict[str, Any] | None:
+  custom = data.get("custom_metadata") or {}
+  ours = custom.get(OURS) if isinstance(custom, dict) else None
+  if ours is not None and not (isinstance(ours, dict) and is_intact(ours)):
+    raise CorruptCheckpointError(f"{step_dir / STEP_METADATA}: what ckpt_jax wrote there has changed")
+  return ours
 
 
 def list_steps(path: str | os.PathLike[str]) -> list[StepInfo]:
@@ -234,11 +279,12 @@ def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], d
 def _info(step_dir: epath.Path, step: int) -> StepInfo:
   data = step_metadata(step_dir)
   try:
-    ours = (data.get("custom_metadata") or {}).get(OURS)
+    ours = _ours(data, step_dir)
     stamp = data.get("commit_timestamp_nsecs")
     time = datetime.datetime.fromtimestamp(stamp / 1e9, datetime.timezone.utc) if stamp else None
     if ours is not None:
-      return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]))
+      healthy = (ours.get("health") or {}).get("healthy")
+      return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]), healthy, resumable=THINNED not in ours)
     metrics_file = step_dir / "metrics" / "metrics"
     metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
   except (KeyError, TypeError, AttributeError, ValueError) as e:

@@ -227,32 +227,42 @@ class StorageUse:
     return max(self.nbytes, default=0)
 
 
-def storage_use(retention: Retention, period: float, nbytes: int, days: float = 30.0, most: int = 5000) -> StorageUse:
+def storage_use(
+  retention: Retention, period: float, nbytes: int, days: float = 30.0, most: int = 5000, thin_share: float = 1 / 3
+) -> StorageUse:
   """Applies `retention` after each save of a run that saves every `period` seconds for `days`.
 
   At most `most` saves are simulated: with more of them a period that is a multiple of the real one stands for it, and
-  `last` and `every_steps` then count those.
+  `last` and `every_steps` then count those. A thinned step keeps `thin_share` of its bytes: a third, if they are
+  parameters and Adam's two moments of the same type.
   """
+  if not 0 < thin_share <= 1:
+    raise ConfigError(f"thin_share {thin_share}: must be above 0 and at most 1")
   stride = max(1, math.ceil(days * 86400 / period / most))
   count = int(days * 86400 / (period * stride))
   start = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
   steps: list[StepInfo] = []
   use: tuple[list[float], list[int], list[int]] = ([], [], [])
-  every = max(1, count // 1000) if retention.keeps_all else 1
+  plain = retention.keeps_all and retention.thin is None
+  every = max(1, count // 1000) if plain else 1
   for i in range(1, count + 1):
     seconds = i * period * stride
     steps.append(StepInfo(i, start + datetime.timedelta(seconds=seconds), nbytes, {}))
     if i % every:
       continue
-    if not retention.keeps_all:
-      reasons = retention.decide(steps).reasons
-      steps = [s for s in steps if reasons[s.step]]
+    if not plain:
+      decided = retention.decide(steps)
+      steps = [_thinned(s, thin_share) if s.step in decided.thinned else s for s in steps if decided.reasons[s.step]]
     use[0].append(seconds / 86400)
     use[1].append(sum(s.nbytes for s in steps))
     use[2].append(len(steps))
   end = start + datetime.timedelta(seconds=count * period * stride)
   kept = [(s.step, (end - s.time).total_seconds() / 86400) for s in steps if s.time is not None]
   return StorageUse(*use, kept)
+
+
+def _thinned(step: StepInfo, share: float) -> StepInfo:
+  return dataclasses.replace(step, nbytes=round(step.nbytes * share), resumable=False)
 
 
 def calibrated(path: Any, restart_s: float = 60.0) -> tuple[Job, int, str]:

@@ -60,15 +60,34 @@ class StepDeleter:
     self._stop = threading.Event()
     self._go = threading.Event()
     self._go.set()
+    self._removing = threading.Lock()  # held while a step's directory changes, by this thread or by another one
+    self._moving = threading.Lock()
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
     """Removes no file meanwhile: an Orbax manager that opens fails if a directory that it has listed vanishes."""
     self._go.clear()
+    with self._moving:  # what moves now comes to its end; nothing starts to
+      pass
     try:
       yield
     finally:
       self._go.set()
+
+  @contextlib.contextmanager
+  def moving(self) -> Iterator[None]:
+    """For who replaces a step's directory: nothing is removed meanwhile, and no manager opens."""
+    with self._removing, self._no_manager_opens():
+      yield
+
+  @contextlib.contextmanager
+  def _no_manager_opens(self) -> Iterator[None]:
+    while True:
+      self._go.wait()
+      with self._moving:
+        if self._go.is_set():
+          yield
+          return
 
   @property
   def pending(self) -> set[int]:
@@ -149,7 +168,8 @@ class StepDeleter:
   def _work(self) -> None:
     while not self._stop.is_set() and (step := self._waiting.get()) is not None:
       try:
-        self._remove(step)
+        with self._removing:
+          self._remove(step)
       except Exception as e:
         _log.warning("%s: step %d is not removed yet: %s; the next open tries again", self.directory, step, e)
       with self._changed:
@@ -185,8 +205,8 @@ class StepDeleter:
     directory = self.directory / str(step)
     if directory.exists():
       if is_object_store(directory):
-        self._go.wait()
-        directory.rmtree(missing_ok=True)  # commit markers first, in batches: see ObjectBackend.rmtree
+        with self._no_manager_opens():
+          directory.rmtree(missing_ok=True)  # commit markers first, in batches: see ObjectBackend.rmtree
       else:
         self._remove_files(os.fspath(directory))
     if not self._stop.is_set():
@@ -211,8 +231,8 @@ class StepDeleter:
     if self._stop.is_set():
       return
     for folder in reversed(folders):  # os.walk names parents first
-      self._go.wait()
-      os.rmdir(folder)
+      with self._no_manager_opens():
+        os.rmdir(folder)
 
   def _unlink(self, file: str) -> None:
     if self._stop.is_set():

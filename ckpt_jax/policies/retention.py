@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from orbax.checkpoint import checkpoint_managers as ocp_policies
 
-from ckpt_jax.config import BestConfig, RetentionConfig, parse_bytes, parse_duration
+from ckpt_jax.config import BestConfig, RetentionConfig, ThinConfig, parse_bytes, parse_duration
 from ckpt_jax.errors import ConfigError
 
 # restic's buckets; weeks are ISO 8601 weeks. All in UTC.
@@ -32,14 +32,15 @@ _PERIODS: dict[str, Callable[[datetime.datetime], Any]] = {
 }
 _COUNTS = ("last", *_PERIODS, "every_steps")
 # Reasons that no budget overrides.
-NEWEST, SAVED_LAST, NEWEST_HEALTHY, PINNED, RESTORING = (
+NEWEST, SAVED_LAST, NEWEST_HEALTHY, NEWEST_RESUMABLE, PINNED, RESTORING = (
   "newest",
   "saved last",
   "newest healthy",
+  "newest that training can go on from",
   "pinned",
   "being restored",
 )
-PROMISES = (NEWEST, SAVED_LAST, NEWEST_HEALTHY, PINNED, RESTORING)
+PROMISES = (NEWEST, SAVED_LAST, NEWEST_HEALTHY, NEWEST_RESUMABLE, PINNED, RESTORING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,13 @@ class Decisions:
     reasons: step -> the rules that keep it, in ascending order of step; empty for a step that goes.
     over_budget: the steps that a rule would keep, but for which the budget has no room.
     notes: what the reader should know, e.g. a budget that cannot be held.
+    thinned: steps that stay, but lose what `thin` does not keep.
   """
 
   reasons: dict[int, tuple[str, ...]]
   over_budget: frozenset[int] = frozenset()
   notes: tuple[str, ...] = ()
+  thinned: frozenset[int] = frozenset()
 
   @property
   def kept(self) -> list[int]:
@@ -82,8 +85,9 @@ class Decisions:
 class Retention(ocp_policies.PreservationPolicy):
   """Keeps a step if any rule keeps it; without any rule, keeps every step.
 
-  Whatever the rules say, these stay: the newest step; the newest that is not known to be unhealthy; a step saved after
-  all those with higher numbers (the job has gone back); pinned steps; a step being restored.
+  Whatever the rules say, these stay, whole: the newest step; the newest that is not known to be unhealthy; the newest
+  healthy one that was not thinned; a step saved after all those with higher numbers (the job has gone back); pinned
+  steps; a step being restored.
 
   Attributes:
     last: the newest steps, this many.
@@ -92,8 +96,10 @@ class Retention(ocp_policies.PreservationPolicy):
     within: every step younger than this, measured from the newest step: seconds, or text such as `2d6h`.
     every_steps: every step that is a multiple of this.
     best: the `n` best by a metric; steps without it, or with NaN, are not kept by this rule unless `keep_missing`.
-    budget: bytes (or text such as `2TiB`) that all steps may take together. The oldest go first, and those that `best`
-      keeps last. Steps of unknown size count as nothing.
+    budget: bytes (or text such as `2TiB`) that all steps may take together. The least valuable go first: of two steps
+      the one that `best` does not keep, else the older one. Steps of unknown size count as nothing.
+    thin: what kept steps lose when they are older than its `after`, measured as in `within`. Only the Checkpointer and
+      `ckpt-jax prune` thin; a plain Orbax manager does not know how.
 
   Raises:
     ConfigError: if a value is not positive, or is no duration or size.
@@ -108,6 +114,7 @@ class Retention(ocp_policies.PreservationPolicy):
   every_steps: int | None = None
   best: BestConfig | Mapping[str, Any] | None = None
   budget: int | str | None = None
+  thin: ThinConfig | Mapping[str, Any] | None = None
 
   def __post_init__(self):
     for name in _COUNTS:
@@ -125,6 +132,8 @@ class Retention(ocp_policies.PreservationPolicy):
         raise ConfigError(f"Retention({name}={value!r}): {e}") from None
     if isinstance(self.best, Mapping):
       object.__setattr__(self, "best", BestConfig(**self.best))
+    if isinstance(self.thin, Mapping):
+      object.__setattr__(self, "thin", ThinConfig(**self.thin))
 
   @classmethod
   def from_config(cls, config: RetentionConfig) -> Retention:
@@ -133,8 +142,8 @@ class Retention(ocp_policies.PreservationPolicy):
 
   @property
   def keeps_all(self) -> bool:
-    """Whether no rule is set."""
-    return all(getattr(self, field.name) is None for field in dataclasses.fields(self))
+    """Whether no rule is set that decides on which steps stay."""
+    return all(getattr(self, field.name) is None for field in dataclasses.fields(self) if field.name != "thin")
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> Sequence[bool]:
     """One bool for each of `checkpoints` (see `decide`): whether it stays."""
@@ -146,29 +155,37 @@ class Retention(ocp_policies.PreservationPolicy):
 
     Args:
       checkpoints: Orbax's PolicyCheckpointInfo or this package's StepInfo, in any order: objects with `step`, `time`
-        and `metrics`, and, where known, `nbytes`, `healthy` and `pinned`. A naive `time` is taken for UTC.
+        and `metrics`, and, where known, `nbytes`, `healthy`, `pinned` and `resumable`. A naive `time` is taken for UTC.
       context: a RetentionContext, or Orbax's, which says nothing.
     """
     steps = sorted(checkpoints, key=lambda c: c.step, reverse=True)
-    if self.keeps_all:
+    if self.keeps_all and self.thin is None:
       return Decisions({c.step: ("no rule is set",) for c in reversed(steps)})
     reasons: dict[int, list[str]] = {c.step: [] for c in steps}
     times = [_utc(c.time) for c in steps]
     self._add_promises(steps, times, reasons, context)
-    self._add_rules(steps, times, reasons)
+    if self.keeps_all:
+      for why in reasons.values():
+        why.append("no rule is set")
+    else:
+      self._add_rules(steps, times, reasons)
     over_budget: frozenset[int] = frozenset()
     notes: tuple[str, ...] = ()
     if self.budget is not None:
       over_budget, notes = self._hold_budget(steps, times, reasons)
-    return Decisions({c.step: tuple(reasons[c.step]) for c in reversed(steps)}, over_budget, notes)
+    told = {c.step: tuple(reasons[c.step]) for c in reversed(steps)}
+    return Decisions(told, over_budget, notes, self._to_thin(steps, times, reasons))
 
   def _add_promises(self, steps: list[Any], times: list[Any], reasons: dict[int, list[str]], context: Any) -> None:
     if not steps:
       return
     reasons[steps[0].step].append(NEWEST)
-    healthy = next((c for c in steps if getattr(c, "healthy", None) is not False), None)
+    healthy = next((c for c in steps if _healthy(c)), None)
     if healthy is not None and healthy is not steps[0]:
       reasons[healthy.step].append(NEWEST_HEALTHY)
+    whole = next((c for c in steps if _healthy(c) and getattr(c, "resumable", True)), None)
+    if whole is not None and whole is not healthy:
+      reasons[whole.step].append(NEWEST_RESUMABLE)
     latest = times[0]
     for c, time in zip(steps[1:], times[1:], strict=True):
       # Where the newest does not say when it was saved, the next one that does may have been saved after it.
@@ -187,10 +204,8 @@ class Retention(ocp_policies.PreservationPolicy):
     for c in steps[: self.last or 0]:
       reasons[c.step].append("last")
     if self.within is not None:
-      latest = None
-      for c, time in zip(steps, times, strict=True):
-        latest = time if latest is None or (time is not None and time > latest) else latest
-        if time is not None and (latest - time).total_seconds() < float(self.within):
+      for c, age in zip(steps, _ages(times), strict=True):
+        if age is not None and age < float(self.within):
           reasons[c.step].append("within")
     # The oldest in time, not in number: a low number saved late must not take this place from a higher one.
     known = [(time, c.step) for c, time in zip(steps, times, strict=True) if time is not None]
@@ -238,6 +253,19 @@ class Retention(ocp_policies.PreservationPolicy):
       for c in steps:
         if c.step not in scored and _score(c, best) is None:
           reasons[c.step].append("metric missing")
+
+  def _to_thin(self, steps: list[Any], times: list[Any], reasons: dict[int, list[str]]) -> frozenset[int]:
+    if not isinstance(self.thin, ThinConfig):
+      return frozenset()
+    return frozenset(
+      c.step
+      for c, age in zip(steps, _ages(times), strict=True)
+      if age is not None
+      and age > self.thin.after
+      and getattr(c, "resumable", True)
+      and reasons[c.step]
+      and not any(why in PROMISES for why in reasons[c.step])
+    )
 
   def _hold_budget(
     self, steps: list[Any], times: list[Any], reasons: dict[int, list[str]]
@@ -299,6 +327,20 @@ def best_steps(checkpoints: Sequence[Any], best: BestConfig) -> list[int]:
   return [c.step for c in _ranked(checkpoints, best)[: best.n]]
 
 
+def _healthy(checkpoint: Any) -> bool:
+  return getattr(checkpoint, "healthy", None) is not False
+
+
+def _ages(times: list[datetime.datetime | None]) -> list[float | None]:
+  """Seconds by which each step is older than the youngest of those with no lower number; newest number first."""
+  ages: list[float | None] = []
+  latest = None
+  for time in times:
+    latest = time if latest is None or (time is not None and time > latest) else latest
+    ages.append(None if time is None or latest is None else (latest - time).total_seconds())
+  return ages
+
+
 def _ranked(checkpoints: Sequence[Any], best: BestConfig) -> list[Any]:
   scored = [(score, -c.step, c) for c in checkpoints if (score := _score(c, best)) is not None]
   return [c for _, _, c in sorted(scored, key=lambda x: x[:2])]
@@ -306,7 +348,7 @@ def _ranked(checkpoints: Sequence[Any], best: BestConfig) -> list[Any]:
 
 def _score(checkpoint: Any, best: BestConfig) -> float | None:
   value = (checkpoint.metrics or {}).get(best.metric)
-  if not isinstance(value, (int, float)) or math.isnan(value) or getattr(checkpoint, "healthy", None) is False:
+  if not isinstance(value, (int, float)) or math.isnan(value) or not _healthy(checkpoint):
     return None
   return value if best.mode == "min" else -value
 

@@ -85,6 +85,9 @@ class Never(Schedule):
 class ByClock(Schedule):
   """Saves when `interval()` seconds have passed since the last save began, by process 0's clock.
 
+  The first interval, and that after the job went back, count from the first step trained: what lies before it (imports,
+  the restore, compilation) is no work that an interruption could lose.
+
   Process 0 decides and tells the others, so clocks need not agree. To spare a broadcast on steps that cannot be due,
   each answer also names the next step worth asking about: half of the remaining time at the speed seen so far.
   """
@@ -107,6 +110,7 @@ class ByClock(Schedule):
     number = step.step
     if self._start is None or number < self._asked:  # the first step, or the job has gone back
       self._start = (number, self._clock())
+      self._last_save = self._start[1]
       self._ask_at = number
     self._asked = number
     if number < self._ask_at:

@@ -12,6 +12,7 @@ from typing import Any
 from ckpt_jax.config import parse_duration, parse_share
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.policies.schedule import ByClock
+from ckpt_jax.units import duration_text
 
 _WINDOW = 9  # saves and steps whose median stands for the next one: one slow save does not move the interval
 _DEFAULT_MTTI = 86400.0  # what a job that was never interrupted is taken for, until it has run for longer
@@ -89,7 +90,7 @@ class YoungDaly(ByClock):
         if mtti is not None or nodes < 1:
           raise ValueError("give mtti, or node_mtti with nodes of at least 1")
         mtti = parse_duration(node_mtti) / nodes
-        mtti_source = f"{nodes} nodes of {_time(parse_duration(node_mtti))} each"
+        mtti_source = f"{nodes} nodes of {duration_text(parse_duration(node_mtti))} each"
       self.mtti: float | None = None if mtti is None else parse_duration(mtti)
       self.max_overhead: float | None = None if max_overhead is None else parse_share(max_overhead)
     except ValueError as e:
@@ -183,17 +184,18 @@ class YoungDaly(ByClock):
     return chosen, why
 
   def explain(self) -> str:
-    asked = [] if self.mtti is None else [f"MTTI {_time(self.mtti)} ({self.mtti_source})"]
+    asked = [] if self.mtti is None else [f"MTTI {duration_text(self.mtti)} ({self.mtti_source})"]
     if self.max_overhead is not None:
       asked.append(f"at most {self.max_overhead:.2%} of the time")
     if self.cost is None:
       return f"{', '.join(asked)}; no save has been measured yet, the first step is saved to learn from"
     interval, why = self._bounded()
     blocking = statistics.median(b for b, _, _ in self._costs)
+    slowdown = max(self.cost - blocking, 0.0)
     lines = [
-      f"every {_time(interval)}, set by {why}: {', '.join(asked)}",
-      f"a save costs {_time(self.cost)} of training (blocking {_time(blocking)}, slowdown of steps "
-      f"{_time(self.cost - blocking if self.cost > blocking else 0.0)}) and commits after {_time(self.duration)}",
+      f"every {duration_text(interval)}, set by {why}: {', '.join(asked)}",
+      f"a save costs {duration_text(self.cost)} of training (blocking {duration_text(blocking)}, slowdown of steps "
+      f"{duration_text(slowdown)}) and commits after {duration_text(self.duration)}",
     ]
     lost = self.cost / max(interval, 1e-9)
     if self.mtti is not None:
@@ -202,12 +204,3 @@ class YoungDaly(ByClock):
     else:
       lines.append(f"expected: {lost:.2%} of the time goes into saving")
     return "\n".join(lines)
-
-
-def _time(seconds: float) -> str:
-  if seconds < 1:
-    return f"{seconds * 1e3:.3g} ms"
-  for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-    if seconds >= 2 * length:
-      return f"{seconds / length:.3g} {unit}"
-  return f"{seconds:.3g} s"

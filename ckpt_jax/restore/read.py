@@ -94,7 +94,9 @@ class _Step:
     self.name = str(step_dir)
     self.item_dir = run.item_directory(step_dir)
     self.tree = run.item_tree(self.item_dir)
-    self.notes: dict[str, Any] = run.our_metadata(step_dir).get("encoded", {})
+    ours = run.our_metadata(step_dir)
+    self.notes: dict[str, Any] = ours.get("encoded", {})
+    self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
     leaves, structure = jax.tree_util.tree_flatten_with_path(self.tree)
     self.treedef: Any = structure  # jax's stubs do not know its methods
     self.meta: dict[str, Any] = {path_name(path): meta for path, meta in leaves}
@@ -178,6 +180,7 @@ def _plan(
   chosen = like
   if only is not None:
     chosen = {n: leaf for n, leaf in like.items() if any(matches(p, n) for p in only)}
+  _refuse_thinned(step, {n for n in chosen if n not in infos and not any(matches(p, n) for p in patterns)})
   found = match(chosen, infos, step.name, init_missing=tuple(p for p in patterns if _names_any(p, chosen)), cast=cast)
   outside = {n: leaf for n, leaf in like.items() if n not in chosen and any(matches(p, n) for p in patterns)}
   selected(patterns, like, "init_missing", "like") if patterns else None
@@ -192,6 +195,21 @@ def _plan(
     return rebuild(tree, {name.removeprefix(prefix): value for name, value in values.items()})
 
   return plans, kept, found.casts, assemble
+
+
+def _refuse_thinned(step: _Step, missing: set[str]) -> None:
+  """One sentence in place of a list of all the leaves that a thinned step has lost."""
+  if step.thinned is None or not missing:
+    return
+  directory = epath.Path(step.name)
+  newest = run.newest_resumable(directory.parent)
+  resume = "no step of this run can" if newest is None else f"the newest that can is step {newest}"
+  kept = ", ".join(step.thinned)
+  raise StructureMismatchError(
+    f"{directory}: this step was thinned (retention.thin): it holds {kept} alone, and training cannot go on from it; "
+    f'{resume}. To read what is there pass only="{step.thinned[0]}", or a like= of {kept} alone; init_missing= makes '
+    "the rest anew"
+  )
 
 
 def _names_any(pattern: str, names: Iterable[str]) -> bool:

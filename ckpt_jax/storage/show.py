@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.storage.probe import StorageProfile
+from ckpt_jax.units import duration_text, size_text
 
 
 def tables(profile: StorageProfile) -> list[Table]:
@@ -17,10 +18,9 @@ def tables(profile: StorageProfile) -> list[Table]:
   facts.add_row("kind", str(profile.kind))
   facts.add_row("what that means", profile.kind.traits.why)
   age = profile.age_s
-  old = f"{age:.0f} s" if age < 120 else f"{age / 3600:.1f} h" if age < 172800 else f"{age / 86400:.0f} days"
-  facts.add_row("measured", f"{old} ago on {profile.host}, in {profile.seconds:.1f} s")
+  facts.add_row("measured", f"{duration_text(age)} ago on {profile.host}, in {profile.seconds:.1f} s")
   facts.add_row("reads", f"cold: {profile.cold_by}" if profile.cold_by else "WARM: they came from the page cache")
-  facts.add_row("knee", f"{_size(profile.knee_nbytes)}: half of the throughput of large reads")
+  facts.add_row("knee", f"{size_text(profile.knee_nbytes)}: half of the throughput of large reads")
   curve = Table("streams", "write MB/s (durable)", "read MB/s")
   write = {t.streams: t.bytes_per_s for t in profile.write}
   read = {t.streams: t.bytes_per_s for t in profile.read}
@@ -28,7 +28,7 @@ def tables(profile: StorageProfile) -> list[Table]:
     curve.add_row(str(streams), _megabytes(write.get(streams)), _megabytes(read.get(streams)))
   ranges = Table("one read of", "takes ms", "MB/s")
   for r in profile.ranges:
-    ranges.add_row(_size(r.nbytes), f"{r.seconds * 1e3:.2f}", _megabytes(r.nbytes / r.seconds))
+    ranges.add_row(size_text(r.nbytes), f"{r.seconds * 1e3:.2f}", _megabytes(r.nbytes / r.seconds))
   latency = Table("operation", "ms")
   for name, seconds in profile.latency.items():
     latency.add_row(name, f"{seconds * 1e3:.2f}")
@@ -57,7 +57,7 @@ def plot_profile(profile: StorageProfile, file: str | os.PathLike[str] | None = 
   left.set(xlabel="streams", ylabel="MB/s", ylim=(0, None), title=f"{profile.path} ({profile.kind})")
   left.legend()
   right.plot([r.nbytes for r in profile.ranges], [r.nbytes / r.seconds / 1e6 for r in profile.ranges], "o-")
-  right.axvline(profile.knee_nbytes, linestyle="--", color="gray", label=f"knee {_size(profile.knee_nbytes)}")
+  right.axvline(profile.knee_nbytes, linestyle="--", color="gray", label=f"knee {size_text(profile.knee_nbytes)}")
   right.set_xscale("log", base=2)
   right.set_yscale("log")
   right.set(xlabel="bytes a request", ylabel="MB/s, one at a time", title="reads by request size")
@@ -73,7 +73,3 @@ def plot_profile(profile: StorageProfile, file: str | os.PathLike[str] | None = 
 
 def _megabytes(bytes_per_s: float | None) -> str:
   return "" if bytes_per_s is None else f"{bytes_per_s / 1e6:.0f}"
-
-
-def _size(nbytes: int) -> str:
-  return f"{nbytes // 2**20} MiB" if nbytes >= 2**20 else f"{nbytes // 2**10} KiB"
