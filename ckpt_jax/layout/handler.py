@@ -49,7 +49,9 @@ def _registry(config: Config) -> ocp.type_handlers.TypeHandlerRegistry:
     np.ndarray: NumpyHandler(config.limits),
   }
   return ocp.type_handlers.create_type_handler_registry(
-    *((kind, ours.get(kind) or ocp.type_handlers.get_type_handler(kind)) for kind in ocp.type_handlers.supported_types())
+    *(
+      (kind, ours.get(kind) or ocp.type_handlers.get_type_handler(kind)) for kind in ocp.type_handlers.supported_types()
+    )
   )
 
 
@@ -61,35 +63,40 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
 
   def __init__(self, config: Config):
     layout = config.layout
+    self._limits = config.limits
+    # Without one Orbax writes no array_metadatas, and forgets which arrays are PRNG keys.
+    self._store = orbax_private.array_metadata_store()
     slice_nbytes = layout.min_slice_for_replica_parallel
     super().__init__(
       use_replica_parallel={"on": True, "off": False, "auto": None}[layout.replica_parallel],
       min_slice_bytes_for_replica_parallel=None if isinstance(slice_nbytes, str) else slice_nbytes,
-      # Without one Orbax writes no array_metadatas, and forgets which arrays are PRNG keys.
-      array_metadata_store=orbax_private.array_metadata_store(),
+      array_metadata_store=self._store,
     )
-    self._limits = config.limits
 
   async def deserialize(self, infos: _ParamInfos, args: Sequence[Any] | None = None) -> Sequence[jax.Array]:
     """See Orbax's ArrayHandler; the arrays that it takes over are read without one Python task a shard."""
     if args is None:
       return await super().deserialize(infos, args)
     ocp.type_handlers.check_input_arguments(infos, args)
-    shardings = [_sharding(arg) for arg in args]
-    plain = [i for i, s in enumerate(shardings) if s is not None]
+    shardings = {i: s for i, arg in enumerate(args) if (s := _sharding(arg)) is not None}
+    plain = list(shardings)
     found: dict[int, jax.Array] = {}
     if plain:
       context = _context(self._limits, infos[0])
       stores = reading.open_stores([infos[i] for i in plain], [args[i].dtype for i in plain], context)
-      # An array of words may be a PRNG key: only Orbax's array metadata tells.
-      rows = [(i, store) for i, store in zip(plain, stores, strict=True) if store.dtype.name != "uint32"]
+      rows = list(zip(plain, stores, strict=True))
+      if any(store.dtype.name == "uint32" for store in stores):  # the words of a PRNG key are asked for as words too
+        keys = await orbax_private.prng_key_names(self._store, infos[0].parent_dir)
+        rows = [(i, store) for i, store in rows if infos[i].name not in keys]
       for i, store in rows:
         reading.check_shape(infos[i].name, tuple(store.shape), args[i].global_shape)
       requests = [
         reading.Request(infos[i].name, store, local_regions(shardings[i], tuple(store.shape))) for i, store in rows
       ]
       staged = 0
-      for request, arrays, (i, store) in zip(requests, reading.read(requests, _window(self._limits)), rows, strict=True):
+      for request, arrays, (i, store) in zip(
+        requests, reading.read(requests, _window(self._limits)), rows, strict=True
+      ):
         regions = dict(zip(request.boxes, arrays, strict=True))
         found[i] = reading.to_jax(tuple(store.shape), shardings[i], regions, store.dtype.numpy_dtype)
         staged += sum(array.nbytes for array in arrays)

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from ckpt_jax.errors import StructureMismatchError
-from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, local_regions, split_box
+from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, split_box
 
 # XLA's CPU client takes over host memory without a copy if it is aligned so.
 _ALIGNMENT = 64
@@ -90,7 +90,7 @@ def read(requests: Sequence[Request], window: int) -> Iterator[list[np.ndarray]]
   for request in requests:
     store = request.store
     dtype = store.dtype.numpy_dtype
-    chunk = tuple(store.chunk_layout.read_chunk.shape or store.shape)
+    chunk: tuple[int, ...] = tuple(c or n for c, n in zip(_chunk_shape(store), store.shape, strict=True))
     arrays = []
     for box in request.boxes:
       array = aligned_empty(tuple(b - a for a, b in box), dtype)
@@ -118,7 +118,9 @@ def read(requests: Sequence[Request], window: int) -> Iterator[list[np.ndarray]]
     yield done.popleft()[0]
 
 
-def to_jax(shape: tuple[int, ...], sharding: jax.sharding.Sharding, regions: dict[Box, np.ndarray], dtype: Any) -> jax.Array:
+def to_jax(
+  shape: tuple[int, ...], sharding: jax.sharding.Sharding, regions: dict[Box, np.ndarray], dtype: Any
+) -> jax.Array:
   """A jax array from what this process read of it.
 
   Args:
@@ -128,7 +130,8 @@ def to_jax(shape: tuple[int, ...], sharding: jax.sharding.Sharding, regions: dic
     dtype: of the array, for a process that holds no part of it.
   """
 
-  def piece(index: tuple[slice, ...]) -> np.ndarray:
+  def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None  # it is for devices of other processes only
     box = box_of(index, shape)
     if (whole := regions.get(box)) is not None:
       return whole
@@ -158,6 +161,10 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
   start = -memory.ctypes.data % _ALIGNMENT
   return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _chunk_shape(store: ts.TensorStore) -> Sequence[int | None]:
+  return store.chunk_layout.read_chunk.shape or store.shape
 
 
 def _result(future: Any, name: str) -> Any:

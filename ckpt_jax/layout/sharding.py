@@ -163,7 +163,9 @@ def local_regions(sharding: Sharding, shape: tuple[int, ...]) -> tuple[Box, ...]
   Shards that tile a box are one region, so that an array spread over the devices of one process is one region; a shard
   that several devices hold counts once. Regions do not overlap, and each shard lies within one.
   """
-  return merge_boxes({box_of(i, shape) for i in sharding.addressable_devices_indices_map(shape).values() if i is not None})
+  return merge_boxes(
+    {box_of(i, shape) for i in sharding.addressable_devices_indices_map(shape).values() if i is not None}
+  )
 
 
 def merge_boxes(boxes: Collection[Box]) -> tuple[Box, ...]:
