@@ -19,7 +19,7 @@ from ckpt_jax.multihost import launch
 
 
 def cells(box):
-  return {tuple(a + o for (a, _), o in zip(box, at)) for at in np.ndindex(*(b - a for a, b in box))}
+  return {tuple(a + o for (a, _), o in zip(box, at, strict=True)) for at in np.ndindex(*(b - a for a, b in box))}
 
 
 @st.composite
