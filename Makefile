@@ -11,7 +11,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint types unit test-latest clean
+.PHONY: help setup run test lint types unit test-latest bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ test-latest: ## the tests on Python 3.13 with the newest jax, flax and Orbax
 	  $(PYTHON313) -m venv $(LATEST) && \
 	  $(LATEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]' && \
 	  $(LATEST)/bin/python -m pytest; fi
+
+bench: setup ## measure side by side with raw Orbax (25 minutes); writes docs/bench.json, bench.png
+	$(BIN)/python -m ckpt_jax bench suites -o docs/bench.json --plot docs/bench.png
 
 clean: ## remove environments and caches
 	rm -rf $(VENV) $(LATEST) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -4,13 +4,116 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Annotated
+import tempfile
+from typing import Annotated, Any
 
 import typer
 
-from ckpt_jax.cli_common import NearestName
+from ckpt_jax.cli_common import Json, NearestName, console, print_json
+from ckpt_jax.errors import ConfigError
 
-bench = typer.Typer(cls=NearestName, no_args_is_help=True, help="Measure side by side with raw Orbax.")
+_MAIN = ["w1", "w2", "w3", "small", "moe", "multi", "bucket", "compressible"]
+
+
+class _SuiteOrCommand(NearestName):
+  """`ckpt-jax bench w1 w2` is short for `ckpt-jax bench suites w1 w2`."""
+
+  def names(self) -> list[str]:
+    from ckpt_jax.bench.suites import NAMES
+
+    return [*NAMES, *super().names()]
+
+  def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+    from ckpt_jax.bench.suites import GROUPS, SUITES
+
+    known = args and args[0] in {*SUITES, *GROUPS}
+    return super().resolve_command(ctx, ["suites", *args] if known else args)
+
+
+bench = typer.Typer(
+  cls=_SuiteOrCommand, no_args_is_help=True, help="Measure side by side with raw Orbax; `bench w1 w2` runs suites."
+)
+
+Plot = Annotated[str | None, typer.Option(help="Draw the results into this file (.png, .svg, .pdf).")]
+Fill = Annotated[
+  list[str] | None, typer.Option(help="Put the tables into the blocks <!-- bench:... --> of this Markdown file.")
+]
+
+
+@bench.command("suites")
+def suites(
+  names: Annotated[
+    list[str] | None, typer.Argument(metavar="[SUITE]...", help=f"Of {', '.join(_MAIN)}; default: all of them.")
+  ] = None,
+  rounds: Annotated[int, typer.Option(min=1, help="Turns of each variant that count.")] = 5,
+  variants: Annotated[str | None, typer.Option(help="Only these, commas between: orbax,ckpt_jax,tuned.")] = None,
+  directory: Annotated[str | None, typer.Option("--dir", help="Write here; default: the temporary directory.")] = None,
+  output: Annotated[str | None, typer.Option("-o", "--output", help="Merge the results into this JSON file.")] = None,
+  plot: Plot = None,
+  fill: Fill = None,
+  as_json: Json = False,
+) -> None:
+  """Save and restore states side by side: raw Orbax, ckpt_jax, torch DCP, safetensors, a raw file."""
+  from ckpt_jax.bench import results
+  from ckpt_jax.bench.runner import run_suite
+  from ckpt_jax.bench.suites import chosen_suites
+
+  only = [v.strip() for v in variants.split(",")] if variants else None
+  where = directory or tempfile.gettempdir()
+  data: dict[str, Any] = {"format": results.FORMAT, "suites": {}}
+  if output:
+    results.save(output, data)  # what cannot be written or merged into is better told now
+  for suite in chosen_suites(names or _MAIN):
+    found = run_suite(suite, only, rounds, where, lambda what: typer.echo(what, err=True))
+    data["suites"][suite.name] = found
+    if output:
+      results.save(output, data)  # each suite as it comes: a run of many may be cut off
+  if as_json:
+    print_json(data)
+  else:
+    _show(data)
+  everything = results.load(output) if output else data
+  _draw(everything, plot, fill)
+
+
+@bench.command("tables")
+def tables(
+  file: Annotated[str, typer.Argument(help="JSON that `bench suites -o` wrote.", show_default=False)],
+  plot: Plot = None,
+  fill: Fill = None,
+  as_json: Json = False,
+) -> None:
+  """Show what `bench suites` measured earlier; draw it, or put its tables into documentation."""
+  from ckpt_jax.bench import results
+
+  data = results.load(file)
+  if as_json:
+    print_json(data)
+  else:
+    _show(data)
+  _draw(data, plot, fill)
+
+
+def _show(data: dict[str, Any]) -> None:
+  from ckpt_jax.bench import report, results
+
+  found = results.all_results(data)
+  for table in report.tables(found):
+    console().print(table.rich())
+  for suite in found:
+    typer.echo("\n  ".join(report.machine_lines(suite)))
+
+
+def _draw(data: dict[str, Any], plot: str | None, fill: list[str] | None) -> None:
+  from ckpt_jax.bench import report, results
+
+  found = results.all_results(data)
+  if plot and not found:
+    raise ConfigError("nothing was measured: no plot")
+  if plot:
+    report.plot(plot, found)
+  for file in fill or ():
+    report.fill_file(file, found)
 
 
 @bench.command("object-stores")

@@ -21,10 +21,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 class NearestName(TyperGroup):
   """Names the nearest command when one is mistyped."""
 
+  def names(self) -> list[str]:
+    """What may be typed."""
+    return list(self.commands)
+
   def resolve_command(self, ctx: Any, args: list[str]) -> Any:
     if args and not args[0].startswith("-") and args[0] not in self.commands:
-      near = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.4)
-      hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self.commands)}"
+      near = difflib.get_close_matches(args[0], self.names(), n=1, cutoff=0.4)
+      hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(self.names())}"
       ctx.fail(f"no command {args[0]!r}{hint}")
     return super().resolve_command(ctx, args)
 

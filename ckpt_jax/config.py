@@ -33,7 +33,6 @@ NOT_YET: dict[str, str] = {
   "restore.strategy": _LATER + " (other than auto and direct)",
   "restore.verify": _LATER,
   "restore.on_corruption": _LATER,
-  "health.nonfinite": _LATER,
   "timeouts.restore": _LATER,
   "layout.chunk_size": _LATER,
   "layout.min_slice_for_replica_parallel": _LATER,
@@ -44,7 +43,6 @@ NOT_YET: dict[str, str] = {
 _TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
   "layout.pack": ("off",),
   "restore.strategy": ("auto", "direct"),
-  "health.nonfinite": ("ignore",),
   "layout.chunk_size": ("auto",),
   "layout.min_slice_for_replica_parallel": ("auto",),
   "limits.file_io_concurrency": ("auto",),

@@ -105,6 +105,7 @@ class Job:
     argv: the command after the interpreter: a script and its arguments, or `-m`, a module and its arguments.
     processes, devices: how many processes, and virtual CPU devices in each.
     env: variables on top of this process's.
+    python: the interpreter; default: this one.
     on_line: called with (process index, line) for each line that a process writes, as it comes.
 
   Attributes:
@@ -119,6 +120,7 @@ class Job:
     processes: int,
     devices: int = 1,
     env: Mapping[str, str] | None = None,
+    python: str = sys.executable,
     on_line: Callable[[int, str], None] | None = None,
   ):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
@@ -138,7 +140,7 @@ class Job:
     self.children: list[subprocess.Popen[str]] = []
     for index in range(processes):
       child = subprocess.Popen(
-        [sys.executable, *argv],
+        [python, *argv],
         env={**shared, _INDEX: str(index)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

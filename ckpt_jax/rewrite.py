@@ -23,6 +23,8 @@ from etils import epath
 
 from ckpt_jax import run
 from ckpt_jax.errors import CheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.integrity.record import carry_record
+from ckpt_jax.seal import sealed
 from ckpt_jax.storage.kvstore import is_object_store
 
 _log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ def rewrite_step(
     ours = write(old, new)
     _copy_rest(old, new)
     _write_metadata(old, new, ours)
+    carry_record(old, new)
     check(old, new)
     _sync(new)
     with swapping or contextlib.nullcontext():
@@ -186,7 +189,7 @@ def _write_metadata(old: epath.Path, new: epath.Path, ours: dict[str, Any]) -> N
   data = run.step_metadata(old)
   if not data:
     raise NoCheckpointError(f"{old}: has no {run.STEP_METADATA}; steps of an old Orbax are not rewritten")
-  data["custom_metadata"] = (data.get("custom_metadata") or {}) | {run.OURS: ours}
+  data["custom_metadata"] = (data.get("custom_metadata") or {}) | {run.OURS: sealed(ours)}
   (new / run.STEP_METADATA).write_text(json.dumps(data))
 
 

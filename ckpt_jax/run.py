@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.seal import is_intact
 from ckpt_jax.storage.kvstore import connect, is_object_store
 from ckpt_jax.storage.objects import snapshot
 
@@ -219,8 +220,20 @@ def step_metadata(step_dir: epath.Path) -> dict[str, Any]:
 
 
 def our_metadata(step_dir: epath.Path) -> dict[str, Any]:
-  """What ckpt_jax recorded in a step; empty for a step that plain Orbax wrote."""
-  return (step_metadata(step_dir).get("custom_metadata") or {}).get(OURS) or {}
+  """What ckpt_jax recorded in a step; empty for a step that plain Orbax wrote.
+
+  Raises:
+    CorruptCheckpointError: if it cannot be read, or is not what was written.
+  """
+  return _ours(step_metadata(step_dir), step_dir) or {}
+
+
+def _ours(data: dict[str, Any], step_dir: epath.Path) -> dict[str, Any] | None:
+  custom = data.get("custom_metadata") or {}
+  ours = custom.get(OURS) if isinstance(custom, dict) else None
+  if ours is not None and not (isinstance(ours, dict) and is_intact(ours)):
+    raise CorruptCheckpointError(f"{step_dir / STEP_METADATA}: what ckpt_jax wrote there has changed")
+  return ours
 
 
 def list_steps(path: str | os.PathLike[str]) -> list[StepInfo]:
@@ -266,12 +279,12 @@ def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], d
 def _info(step_dir: epath.Path, step: int) -> StepInfo:
   data = step_metadata(step_dir)
   try:
-    ours = (data.get("custom_metadata") or {}).get(OURS)
+    ours = _ours(data, step_dir)
     stamp = data.get("commit_timestamp_nsecs")
     time = datetime.datetime.fromtimestamp(stamp / 1e9, datetime.timezone.utc) if stamp else None
     if ours is not None:
-      resumable = THINNED not in ours
-      return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]), resumable=resumable)
+      healthy = (ours.get("health") or {}).get("healthy")
+      return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]), healthy, resumable=THINNED not in ours)
     metrics_file = step_dir / "metrics" / "metrics"
     metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
   except (KeyError, TypeError, AttributeError, ValueError) as e:

@@ -20,8 +20,16 @@ from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import Config
-from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError
+from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, UnhealthyStateError
 from ckpt_jax.failures import is_out_of_space, root_cause
+from ckpt_jax.integrity.record import (
+  RecordedSave,
+  RecordingHandler,
+  history,
+  is_unhealthy,
+  record_of,
+  remove_unfinished,
+)
 from ckpt_jax.layout.encoding import encode
 from ckpt_jax.layout.handler import pytree_handler, target_file_size
 from ckpt_jax.layout.sharding import global_nbytes, largest_shard_nbytes, local_nbytes
@@ -31,6 +39,7 @@ from ckpt_jax.policies.attempts import AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
+from ckpt_jax.seal import sealed
 from ckpt_jax.tuning.planner import Planner
 from ckpt_jax.tuning.profile import available_memory
 from ckpt_jax.units import size_text
@@ -108,6 +117,7 @@ class Saver:
     self._writing: SaveRecord | None = None
     self._returned_at: float | None = None
     self._record_lock = threading.Lock()
+    self._norms = history()
     self._rendezvous = Rendezvous(f"save {directory}")
     self.manager = self._open_manager(pytree_handler(self._config))
 
@@ -137,22 +147,26 @@ class Saver:
     if planned != self._config:
       self._config = planned
       self._replace_manager(pytree_handler(planned))
+    recording = record_of(step, state, record.nbytes, self._config.health.nonfinite, f"{self._directory}: step {step}")
+    metadata |= {"fingerprints": 1, "health": recording.health_told}
     chunk_nbytes = self._chunk_nbytes(state)
     with self._record_lock:
       self._writing, self._returned_at = record, None
     try:
       if chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=chunk_nbytes))
-      self._retention.note(step, record.nbytes, (metadata.get("health") or {}).get("healthy"))
+      self._retention.note(step, record.nbytes, recording.health_told.get("healthy"))
       if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
         raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
       self._told_schedule("begun", step)
       self._rendezvous.begin()
       self.manager.save(
         step,
-        args=ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self._config)),
+        args=RecordedSave(
+          ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self._config)), recording
+        ),
         metrics=numbers,
-        custom_metadata={run.OURS: metadata},
+        custom_metadata={run.OURS: sealed(metadata)},
         force=True,
       )
       if chunk_nbytes is not None:
@@ -217,7 +231,7 @@ class Saver:
       self._deleter.resume()
       manager = ocp.CheckpointManager(
         self._directory,
-        item_handlers=handler,
+        item_handlers=RecordingHandler(handler, self._norms),
         options=ocp.CheckpointManagerOptions(
           save_decision_policy=self._policy,
           preservation_policy=self._retention,
@@ -281,6 +295,11 @@ class Saver:
     with contextlib.suppress(Exception):
       self.manager.reload()
       orbax_private.forget_steps(self.manager, self._deleter.pending)
+    unhealthy = is_unhealthy(error)
+    if unhealthy is not None:
+      if step is not None and jax.process_index() == 0:
+        remove_unfinished(self._directory, step)
+      return UnhealthyStateError(str(unhealthy))
     cause = root_cause(error)
     steps = run.committed_steps(self._directory)
     newest = steps[-1] if steps else None

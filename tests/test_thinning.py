@@ -28,7 +28,7 @@ KEEP = ("params",)
 
 def init():
   params = {
-    "layer": {"kernel": jnp.arange(12.0).reshape(3, 4), "odd": jnp.array([-0.0, jnp.nan], jnp.bfloat16)},
+    "layer": {"kernel": jnp.arange(12.0).reshape(3, 4), "odd": jnp.array([-0.0, 1e-40], jnp.bfloat16)},
     "empty": jnp.zeros((0, 3)),
   }
   return {"params": params, "opt": optax.adam(1e-3).init(params), "step": 3, "key": jax.random.key(1), "name": "a"}

@@ -1,0 +1,302 @@
+"""Measures suites: every variant in its turn, rounds interleaved, the order rotated from round to round.
+
+A turn is one save, a cold and a warm restore, and the check of every bit. Everything that is no part of it (making the
+state, the first save of a process, removing what was saved before) happens outside of the timings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, Listener
+from typing import Any
+
+import psutil
+
+import ckpt_jax
+from ckpt_jax.bench.buckets import gcs_server, s3_server
+from ckpt_jax.bench.suites import Suite
+from ckpt_jax.bench.variants import VARIANTS, Variant, left_out, python_of
+from ckpt_jax.errors import CheckpointError, ConfigError
+from ckpt_jax.multihost import Job
+
+_START_TIMEOUT = 300.0
+_TURN_TIMEOUT = 600.0
+_DROP_CACHES = pathlib.Path("/proc/sys/vm/drop_caches")
+
+
+class WorkerJob:
+  """The process of one variant, or its processes in a suite of several, and the connection to each."""
+
+  def __init__(self, suite: Suite, variant: Variant, directory: str, env: Mapping[str, str]):
+    self.what = f"{suite.name}, {variant.title}"
+    self._meeting = tempfile.mkdtemp(prefix="ckpt-bench-")
+    address = f"{self._meeting}/socket"
+    listener = Listener(address, "AF_UNIX", backlog=suite.processes)
+    package = str(pathlib.Path(ckpt_jax.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    self._job = Job(
+      ["-m", "ckpt_jax.bench.worker", address, suite.name, variant.name, directory],
+      processes=suite.processes,
+      devices=suite.devices,
+      env={**env, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "2"},
+      python=python_of(variant),
+    )
+    self._connections: dict[int, Connection] = {}
+    try:
+      with listener:
+        self._accept(listener, suite.processes)
+    except BaseException:
+      self.stop()
+      raise
+
+  def _accept(self, listener: Listener, processes: int) -> None:
+    socket: Any = listener._listener._socket  # type: ignore[attr-defined]  # accept has no timeout of its own
+    socket.settimeout(0.5)
+    deadline = time.monotonic() + _START_TIMEOUT
+    while len(self._connections) < processes:
+      try:
+        connection: Any = listener.accept()
+      except TimeoutError as e:
+        if any(child.poll() is not None for child in self._job.children):
+          raise self._failure("ended before it connected") from e
+        if time.monotonic() > deadline:
+          raise self._failure(f"waited {_START_TIMEOUT:.0f} s for it to start") from e
+        continue
+      if not connection.poll(_START_TIMEOUT):
+        raise self._failure("connected and said nothing")
+      self._connections[int(connection.recv_bytes())] = connection
+
+  def send(self, do: str, **arguments: Any) -> None:
+    """Gives every process a command; `receive` has the answers."""
+    for connection in self._connections.values():
+      connection.send_bytes(json.dumps({"do": do, "with": arguments}).encode())
+
+  def receive(self, what: str, timeout: float = _TURN_TIMEOUT) -> list[Any]:
+    """The answers of all processes to the last command.
+
+    Raises:
+      CheckpointError: if one failed, ended, or took longer than `timeout` seconds.
+    """
+    answers = []
+    for _, connection in sorted(self._connections.items()):
+      if not connection.poll(timeout):
+        raise self._failure(f"waited {timeout:.0f} s for it to {what}")
+      try:
+        message = json.loads(connection.recv_bytes())
+      except (EOFError, ConnectionResetError) as e:
+        raise self._failure(f"ended while asked to {what}") from e
+      if "error" in message:
+        raise CheckpointError(f"bench: {self.what}: cannot {what}: {message['error']}\n{message['trace']}")
+      answers.append(message["answer"])
+    return answers
+
+  def ask(self, do: str, **arguments: Any) -> list[Any]:
+    """`send` and `receive`."""
+    self.send(do, **arguments)
+    return self.receive(do)
+
+  def _failure(self, what: str) -> CheckpointError:
+    return CheckpointError(f"bench: {self.what}: {what}; it wrote last:\n{self._job.log(0)[-2000:]}")
+
+  def stop(self) -> None:
+    """Ends the processes."""
+    for connection in self._connections.values():
+      connection.close()
+    self._job.stop(grace=5)
+    shutil.rmtree(self._meeting, ignore_errors=True)
+
+
+def run_suite(
+  suite: Suite,
+  variants: Sequence[str] | None,
+  rounds: int,
+  directory: str | os.PathLike[str],
+  progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+  """Measures one suite.
+
+  Args:
+    suite: what to save.
+    variants: names of those to measure; None: all of the suite.
+    rounds: how many turns of each count; one more comes before them and does not.
+    directory: where to write; emptied afterwards of what was written.
+    progress: told each turn.
+
+  Returns:
+    JSON-able: `variants` with a list a metric (one value a round), `left_out` with reasons, and the machine.
+
+  Raises:
+    ConfigError: for a variant that the suite does not have.
+    CheckpointError: if a variant fails, or restores other bits than it saved.
+  """
+  names = list(variants or suite.variants)
+  for name in names:
+    if name not in suite.variants:
+      raise ConfigError(f"suite {suite.name} has no variant {name!r}; there are {', '.join(suite.variants)}")
+  reasons = {name: left_out(VARIANTS[name], suite) for name in names}
+  excluded = {name: reason for name, reason in reasons.items() if reason is not None}
+  for excluded_name, why in excluded.items():
+    progress(f"{suite.name}: {VARIANTS[excluded_name].title} is left out: {why}")
+  names = [name for name in names if name not in excluded]
+  os.makedirs(directory, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    work = stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=directory))
+    url, env = stack.enter_context(_storage(suite, work))
+    machine = _machine(work)
+    jobs: dict[str, WorkerJob] = {}
+    for name in names:
+      if suite.storage == "disk":
+        os.makedirs(f"{url}/{name}")
+      # A cache of its own: what one variant measured of the machine is not known to another.
+      cache = {"XDG_CACHE_HOME": f"{work}/cache/{name}"}
+      jobs[name] = WorkerJob(suite, VARIANTS[name], f"{url}/{name}", env | cache)
+      stack.callback(jobs[name].stop)
+    started = [job.receive("make its state", _START_TIMEOUT)[0] for job in jobs.values()]
+    if suite.storage == "disk":
+      _check_space(work, 3 * max((s["nbytes"] for s in started), default=0))
+    found = _rounds(suite, jobs, rounds, url, progress)
+  versions: dict[str, str] = {}
+  for s in started:
+    versions |= s["versions"]
+  return {
+    "what": suite.what,
+    "nbytes": started[0]["nbytes"] if started else 0,
+    "leaves": started[0]["leaves"] if started else 0,
+    "rounds": rounds,
+    "machine": machine | {"versions": dict(sorted(versions.items()))},
+    "variants": found,
+    "left_out": excluded,
+  }
+
+
+def _rounds(
+  suite: Suite, jobs: Mapping[str, WorkerJob], rounds: int, url: str, progress: Callable[[str], None]
+) -> dict[str, Any]:
+  """Lists by metric, and what it chose, for each variant."""
+  names = list(jobs)
+  for job in jobs.values():
+    job.ask("prepare")
+  turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+  for turn in range(rounds + 1):
+    shift = turn % max(1, len(names))
+    for name in names[shift:] + names[:shift]:
+      title = VARIANTS[name].title
+      found = _turn(jobs[name], turn, f"{url}/{name}" if suite.storage == "disk" else None)
+      progress(f"{suite.name} {turn}/{rounds} {title}: {_brief(found)}")
+      if not found.pop("bitwise"):
+        raise CheckpointError(f"bench: {suite.name}, {title}: restored other bits than were saved")
+      if turn:  # the first save and restore of a process pay for imports and compilation
+        turns[name].append(found)
+  results = {name: _by_metric(turns[name]) | job.ask("about")[0] for name, job in jobs.items()}
+  for job in jobs.values():
+    job.ask("end")
+  return results
+
+
+def _turn(job: WorkerJob, step: int, place: str | None) -> dict[str, Any]:
+  os.sync()
+  saves = job.ask("save", step=step)
+  found = {key: _most(saves, key) for key in ("blocking_s", "commit_s", "synced_s", "save_rss")}
+  found["stored_nbytes"], found["files"] = _stored(f"{place}/{step}") if place else (None, None)
+  found["cold_s"] = None
+  # An emulated bucket has caches of its own that nobody can drop.
+  if place and _drop_caches():
+    found["cold_s"] = _most(job.ask("restore", step=step, check=False), "seconds")
+  restores = job.ask("restore", step=step, check=True)
+  found["warm_s"] = _most(restores, "seconds")
+  found["restore_rss"] = _most(restores, "restore_rss")
+  found["bitwise"] = all(r["bitwise"] for r in restores)
+  if place:
+    shutil.rmtree(f"{place}/{step}")
+    os.sync()
+  return found
+
+
+def _most(answers: list[dict[str, Any]], key: str) -> Any:
+  """The slowest, or largest, process: the job waits for it."""
+  values = [a[key] for a in answers]
+  return None if None in values else max(values)
+
+
+def _by_metric(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+  """Lists by metric; seconds to a tenth of a millisecond."""
+  found: dict[str, Any] = {}
+  for key in rounds[0] if rounds else ():
+    values = [r[key] for r in rounds]
+    if any(v is None for v in values):
+      found[key] = None
+    else:
+      found[key] = [round(v, 4) for v in values] if key.endswith("_s") else values
+  return found
+
+
+def _brief(found: dict[str, Any]) -> str:
+  keys = {"blocking_s": "blocking", "synced_s": "commit + sync", "cold_s": "cold", "warm_s": "warm"}
+  return ", ".join(f"{label} {found[key]:.2f} s" for key, label in keys.items() if found[key] is not None)
+
+
+def _stored(directory: str) -> tuple[int, int]:
+  files = [p for p in pathlib.Path(directory).rglob("*") if p.is_file()]
+  return sum(p.stat().st_size for p in files), len(files)
+
+
+def _drop_caches() -> bool:
+  os.sync()
+  try:
+    _DROP_CACHES.write_text("3")
+  except OSError:
+    return False
+  return True
+
+
+@contextlib.contextmanager
+def _storage(suite: Suite, work: str) -> Iterator[tuple[str, dict[str, str]]]:
+  """Where a suite is written, and the environment to reach it."""
+  if suite.storage == "disk":
+    yield work, {}
+    return
+  with gcs_server(f"{work}/objects") if suite.storage == "gs" else s3_server() as bucket:
+    yield bucket.url, bucket.env
+
+
+def _check_space(work: str, nbytes: int) -> None:
+  free = shutil.disk_usage(work).free
+  if free < nbytes:
+    raise CheckpointError(f"{work}: {free / 1e9:.1f} GB are free and {nbytes / 1e9:.1f} GB are needed; choose --dir")
+
+
+def _machine(work: str) -> dict[str, Any]:
+  """What the figures depend on."""
+  model = platform.processor()
+  with contextlib.suppress(OSError):
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+  return {
+    "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    "cores": len(os.sched_getaffinity(0)),
+    "cpu": model,
+    "memory_nbytes": psutil.virtual_memory().total,
+    "kernel": platform.release(),
+    "disk": _mount(work),
+    "page_cache_dropped": _DROP_CACHES.exists() and os.access(_DROP_CACHES, os.W_OK),
+    "load_before": round(os.getloadavg()[0], 2),
+  }
+
+
+def _mount(path: str) -> str:
+  command = ["findmnt", "-n", "-o", "SOURCE,FSTYPE", "-T", path]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+  except (OSError, subprocess.TimeoutExpired):
+    return "unknown"
+  return " ".join(done.stdout.split()) or "unknown"

@@ -1,0 +1,379 @@
+"""Who saves: raw Orbax, ckpt_jax, and what others would use. Each runs in a process of its own (see worker.py).
+
+The parent asks `left_out` which of them can run here; the process makes the target by its `kind`. Nothing of jax, torch
+or Orbax is imported before that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from ckpt_jax.bench import suites
+from ckpt_jax.bench.suites import Suite
+
+TORCH_PYTHON = "CKPT_JAX_BENCH_TORCH_PYTHON"
+_PROBE_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A way to save and restore.
+
+  Attributes:
+    name, title: for commands and for tables.
+    kind: which class below it is.
+    options: its arguments.
+    package: what must be installed, and by which extra.
+  """
+
+  name: str
+  title: str
+  kind: str
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  package: str | None = None
+
+
+VARIANTS: dict[str, Variant] = {
+  v.name: v
+  for v in (
+    Variant(suites.ORBAX, "Orbax, defaults", "orbax"),
+    Variant(suites.ORBAX_PLAIN, "Orbax, use_compression=False", "orbax", {"use_compression": False}),
+    Variant(suites.OURS, "ckpt_jax, defaults", "ckpt_jax"),
+    Variant(suites.PACKED, "ckpt_jax, packed", "ckpt_jax", {"layout": {"pack": "on"}}),
+    Variant(suites.ZSTD, "ckpt_jax, compression on", "ckpt_jax", {"layout": {"compression": "on"}}),
+    Variant(suites.PLAIN, "ckpt_jax, compression off", "ckpt_jax", {"layout": {"compression": "off"}}),
+    Variant(suites.TUNED, "ckpt_jax, tuned", "tuned"),
+    Variant(suites.DCP, "torch DCP save", "dcp", package="torch"),
+    Variant(suites.DCP_ASYNC, "torch DCP async_save", "dcp", {"background": True}, package="torch"),
+    Variant(suites.SAFETENSORS, "safetensors", "safetensors", package="safetensors"),
+    Variant(suites.RAW, "raw file + fsync", "raw"),
+  )
+}
+
+
+def python_of(variant: Variant) -> str:
+  """The interpreter that runs a variant; torch may live in an environment of its own."""
+  return os.environ.get(TORCH_PYTHON, sys.executable) if variant.package == "torch" else sys.executable
+
+
+def left_out(variant: Variant, suite: Suite) -> str | None:
+  """Why a variant cannot be measured here; None if it can."""
+  from ckpt_jax.config import NOT_YET
+
+  if variant.kind == "orbax" and suite.storage == "s3":
+    return "Orbax cannot write to s3:// (google/orbax#2739)"
+  if "layout.pack" in NOT_YET and variant.options.get("layout", {}).get("pack"):
+    return "layout.pack is not acted upon yet"
+  if variant.package == "torch" and TORCH_PYTHON in os.environ:
+    command = [python_of(variant), "-c", "import torch, numpy"]
+    try:
+      done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except (OSError, subprocess.TimeoutExpired) as e:
+      return f"{TORCH_PYTHON}: {e}"
+    if done.returncode:
+      last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+      return f"{TORCH_PYTHON}={command[0]}: {last[0]}"
+    return None
+  if variant.package and importlib.util.find_spec(variant.package) is None:
+    extra = "torch" if variant.package == "torch" else "bench"
+    return f'{variant.package} is not installed: pip install "ckpt_jax[{extra}]"'
+  return None
+
+
+class Target(Protocol):
+  """What the process of a variant does. `save` returns once the state may be overwritten, `wait` once it is kept.
+
+  Attributes:
+    sizes: bytes of each leaf.
+  """
+
+  sizes: list[int]
+
+  def prepare(self) -> None:
+    """What is done once, alone on the machine, before the first save."""
+    ...
+
+  def save(self, step: int) -> None: ...
+  def wait(self) -> None: ...
+  def restore(self, step: int) -> Any: ...
+  def same(self, restored: Any) -> bool: ...
+  def about(self) -> dict[str, Any]:
+    """`settings` that it chose, and what it `predicted`; empty for those that do neither."""
+    ...
+
+  def close(self) -> None: ...
+
+
+def make_target(variant: Variant, suite: Suite, directory: str) -> Target:
+  """The variant's target, holding the suite's state in the form that it saves."""
+  state = suites.state_of(suite)
+  if variant.kind == "dcp":
+    return _Dcp(state, directory, **variant.options)
+  if variant.kind == "safetensors":
+    return _Safetensors(state, directory)
+  if variant.kind == "raw":
+    return _RawFile(state, directory)
+  placed = _on_devices(state, suite)
+  del state
+  if variant.kind == "orbax":
+    return _Orbax(placed, directory, **variant.options)
+  if variant.kind == "tuned":
+    # The default plan is made from a measurement of under a second, and packing is off in it.
+    return _CkptJax(placed, directory, {"layout": {"pack": "auto"}}, probe=True)
+  return _CkptJax(placed, directory, variant.options)
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+  if a.dtype != b.dtype or a.shape != b.shape:
+    return False
+  return np.array_equal(np.ascontiguousarray(a).reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
+
+
+# -- jax
+
+
+def _on_devices(state: suites.Tree, suite: Suite) -> Any:
+  import jax
+  from jax.sharding import NamedSharding, PartitionSpec
+
+  if not suite.mesh:
+    placed = jax.tree.map(lambda x: jax.device_put(x, jax.devices()[0]), state)
+  else:
+    names, sizes = zip(*suite.mesh, strict=True)
+    mesh = jax.make_mesh(sizes, names)
+    parts = dict(suite.mesh)["fsdp"]
+
+    def place(x: np.ndarray) -> Any:
+      split = x.ndim and x.shape[0] % parts == 0
+      sharding = NamedSharding(mesh, PartitionSpec("fsdp") if split else PartitionSpec())
+      return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    placed = jax.tree.map(place, state)
+  return jax.block_until_ready(placed)
+
+
+class _Jax:
+  """A state on jax devices, and the check of what came back."""
+
+  def __init__(self, state: Any):
+    import jax
+
+    self.state = state
+    self.sizes = [x.nbytes for x in jax.tree.leaves(state)]
+    self.like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+  def prepare(self) -> None:
+    pass
+
+  def about(self) -> dict[str, Any]:
+    return {}
+
+  def same(self, restored: Any) -> bool:
+    import jax
+
+    a_tree: Any = jax.tree.structure(restored)
+    if a_tree != jax.tree.structure(self.state):
+      return False
+    return all(
+      a.sharding == b.sharding
+      and all(
+        _same_bits(np.asarray(x.data), np.asarray(y.data))
+        for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True)
+      )
+      for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(self.state), strict=True)
+    )
+
+
+class _Orbax(_Jax):
+  """CheckpointManager with Orbax's defaults but for `handler`: options of its PyTreeCheckpointHandler."""
+
+  def __init__(self, state: Any, directory: str, **handler: Any):
+    import orbax.checkpoint as ocp
+
+    super().__init__(state)
+    self._ocp = ocp
+    self._manager = ocp.CheckpointManager(
+      directory,
+      options=ocp.CheckpointManagerOptions(max_to_keep=None),
+      item_handlers=ocp.PyTreeCheckpointHandler(**handler),
+    )
+    self._restore_args = ocp.checkpoint_utils.construct_restore_args(self.like)
+
+  def save(self, step: int) -> None:
+    self._manager.save(step, args=self._ocp.args.PyTreeSave(self.state))
+
+  def wait(self) -> None:
+    self._manager.wait_until_finished()
+
+  def restore(self, step: int) -> Any:
+    import jax
+
+    args = self._ocp.args.PyTreeRestore(item=self.like, restore_args=self._restore_args)
+    return jax.block_until_ready(self._manager.restore(step, args=args))
+
+  def close(self) -> None:
+    self._manager.close()
+
+
+class _CkptJax(_Jax):
+  """A Checkpointer; with `probe` the storage is measured thoroughly before the plan is made."""
+
+  def __init__(self, state: Any, directory: str, config: Mapping[str, Any], probe: bool = False):
+    import ckpt_jax
+
+    super().__init__(state)
+    self._directory, self._probe = directory, probe
+    self._checkpointer = ckpt_jax.Checkpointer(directory, {"retention": {"last": None}, **config})
+
+  def prepare(self) -> None:
+    import jax
+
+    import ckpt_jax
+
+    if self._probe and jax.process_index() == 0:
+      ckpt_jax.probe(self._directory, budget=_PROBE_SECONDS)
+
+  def save(self, step: int) -> None:
+    self._checkpointer.save(step, self.state)
+
+  def wait(self) -> None:
+    self._checkpointer.wait()
+
+  def restore(self, step: int) -> Any:
+    return self._checkpointer.restore(step, like=self.like).state
+
+  def about(self) -> dict[str, Any]:
+    plan = self._checkpointer.plan
+    if plan is None:
+      return {}
+    return {
+      "settings": {key: value for key, value in plan.values.items() if value != "auto"},
+      "predicted": {name: getattr(plan, name) for name in ("blocking_s", "commit_s", "restore_s")},
+    }
+
+  def close(self) -> None:
+    self._checkpointer.close()
+
+
+# -- others
+
+
+class _Flat:
+  """A state in host memory under flat names, and the check of what came back."""
+
+  def __init__(self, state: suites.Tree, directory: str):
+    self.directory = directory
+    self.state = {name: np.asarray(x) for name, x in suites.leaves(state)}
+    self.sizes = [x.nbytes for x in self.state.values()]
+
+  def path(self, step: int) -> str:
+    return f"{self.directory}/{step}"
+
+  def prepare(self) -> None:
+    pass
+
+  def wait(self) -> None:
+    pass
+
+  def about(self) -> dict[str, Any]:
+    return {}
+
+  def close(self) -> None:
+    pass
+
+  def same(self, restored: Any) -> bool:
+    return restored.keys() == self.state.keys() and all(
+      _same_bits(np.asarray(restored[name]), x) for name, x in self.state.items()
+    )
+
+
+class _Dcp(_Flat):
+  """torch.distributed.checkpoint, one process."""
+
+  def __init__(self, state: suites.Tree, directory: str, background: bool = False):
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    super().__init__(state, directory)
+    self._torch, self._dcp, self._background = torch, dcp, background
+    self._meeting = tempfile.mkdtemp()
+    dist.init_process_group("gloo", init_method=f"file://{self._meeting}/peers", rank=0, world_size=1)
+    self._tensors = {name: torch.from_numpy(x) for name, x in self.state.items()}
+    self._future: Any = None
+
+  def save(self, step: int) -> None:
+    if self._background:
+      self._future = self._dcp.async_save(self._tensors, checkpoint_id=self.path(step))
+    else:
+      self._dcp.save(self._tensors, checkpoint_id=self.path(step))
+
+  def wait(self) -> None:
+    if self._future is not None:
+      self._future.result()
+      self._future = None
+
+  def restore(self, step: int) -> Any:
+    tensors = {name: self._torch.empty_like(t) for name, t in self._tensors.items()}
+    self._dcp.load(tensors, checkpoint_id=self.path(step))
+    return tensors
+
+  def close(self) -> None:
+    self._torch.distributed.destroy_process_group()
+    shutil.rmtree(self._meeting, ignore_errors=True)
+
+
+class _Safetensors(_Flat):
+  """One file, written without fsync: only commit + sync can be compared."""
+
+  def save(self, step: int) -> None:
+    from safetensors.numpy import save_file
+
+    os.makedirs(self.path(step))
+    save_file(self.state, f"{self.path(step)}/model.safetensors")
+
+  def restore(self, step: int) -> Any:
+    from safetensors.numpy import load_file
+
+    return load_file(f"{self.path(step)}/model.safetensors")
+
+
+def _view(array: np.ndarray) -> memoryview:
+  return memoryview(array.reshape(-1).view(np.uint8).data)
+
+
+class _RawFile(_Flat):
+  """All bytes one after the other into one file, and fsync: what the disk can do."""
+
+  def save(self, step: int) -> None:
+    os.makedirs(self.path(step))
+    with open(f"{self.path(step)}/bytes", "wb", buffering=0) as file:
+      for x in self.state.values():
+        view = _view(x)
+        while view.nbytes:
+          view = view[file.write(view) :]
+      os.fsync(file.fileno())
+
+  def restore(self, step: int) -> Any:
+    path = pathlib.Path(f"{self.path(step)}/bytes")
+    buffer = np.empty(path.stat().st_size, np.uint8)
+    with open(path, "rb", buffering=0) as file:
+      view = _view(buffer)
+      while view.nbytes:
+        view = view[file.readinto(view) or 0 :]
+    restored, at = {}, 0
+    for name, x in self.state.items():
+      restored[name] = buffer[at : at + x.nbytes].view(x.dtype).reshape(x.shape)
+      at += x.nbytes
+    return restored

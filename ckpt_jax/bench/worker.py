@@ -1,0 +1,166 @@
+"""The process of one variant: holds its state, and saves and restores when the runner asks.
+
+It stays alive over all rounds, so that imports, compilation and the first save are paid once, before anything counts.
+Commands and answers are JSON over a Unix socket; several processes of one job get the same command.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+import traceback
+from multiprocessing.connection import Client
+from typing import Any
+
+from ckpt_jax.bench.suites import SUITES
+from ckpt_jax.bench.variants import VARIANTS, Target, make_target
+
+_PACKAGES = ("ckpt-jax", "jax", "orbax-checkpoint", "tensorstore", "numpy", "torch", "safetensors")
+
+
+def peak_rss() -> int | None:
+  """The most resident bytes of this process since `reset_peak`, or None where the kernel does not say."""
+  return _status("VmHWM")
+
+
+def reset_peak() -> None:
+  """Makes the present resident size the peak (proc(5), clear_refs)."""
+  try:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+  except OSError:
+    return
+
+
+def _status(key: str) -> int | None:
+  try:
+    text = pathlib.Path("/proc/self/status").read_text()
+  except OSError:
+    return None
+  found = [line for line in text.splitlines() if line.startswith(key + ":")]
+  return int(found[0].split()[1]) * 1024 if found else None
+
+
+class Worker:
+  """Answers commands about one target.
+
+  Attributes:
+    idle_rss: resident bytes with the state in memory and nothing saved yet; peaks are told as bytes above it.
+  """
+
+  def __init__(self, target: Target, sync: bool):
+    self.target = target
+    self.sync = sync
+    gc.collect()
+    self.idle_rss = _status("VmRSS")
+
+  def prepare(self) -> None:
+    """What the target does once before the first save."""
+    self.target.prepare()
+
+  def about(self) -> dict[str, Any]:
+    """What the target chose and predicted."""
+    return self.target.about()
+
+  def save(self, step: int) -> dict[str, Any]:
+    """Seconds of `save`, to the commit as the API tells it, and until the kernel has written everything out."""
+    reset_peak()
+    started = time.perf_counter()
+    self.target.save(step)
+    blocked = time.perf_counter()
+    self.target.wait()
+    committed = time.perf_counter()
+    if self.sync:
+      os.sync()
+    synced = time.perf_counter()
+    return {
+      "blocking_s": blocked - started,
+      "commit_s": committed - started,
+      "synced_s": synced - started if self.sync else None,
+      "save_rss": self._extra(),
+    }
+
+  def restore(self, step: int, check: bool) -> dict[str, Any]:
+    """Seconds to a state on its devices; `check` compares every bit afterwards."""
+    gc.collect()
+    reset_peak()
+    started = time.perf_counter()
+    restored = self.target.restore(step)
+    seconds = time.perf_counter() - started
+    found = {"seconds": seconds, "restore_rss": self._extra()}
+    if check:
+      found["bitwise"] = self.target.same(restored)
+    return found
+
+  def _extra(self) -> int | None:
+    peak = peak_rss()
+    return None if peak is None or self.idle_rss is None else max(0, peak - self.idle_rss)
+
+
+def _versions() -> dict[str, str]:
+  found = {"python": platform.python_version()}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def start(suite_name: str, variant_name: str, directory: str) -> tuple[Worker, dict[str, Any]]:
+  """The worker with its state in memory, and what it tells about itself."""
+  suite = SUITES[suite_name]
+  target = make_target(VARIANTS[variant_name], suite, directory)
+  about = {
+    "nbytes": sum(target.sizes),
+    "leaves": len(target.sizes),
+    "versions": _versions(),
+  }
+  return Worker(target, suite.storage == "disk"), about
+
+
+def serve(connection: Any, suite_name: str, variant_name: str, directory: str) -> None:
+  """Makes the state, then answers the runner's commands until it says `end`."""
+
+  def send(**message: Any) -> None:
+    connection.send_bytes(json.dumps(message).encode())
+
+  try:
+    worker, about = start(suite_name, variant_name, directory)
+    send(answer=about)
+    while True:
+      command = json.loads(connection.recv_bytes())
+      if command["do"] == "end":
+        worker.target.close()
+        send(answer=None)
+        return
+      send(answer=getattr(worker, command["do"])(**command["with"]))
+  except Exception as e:
+    send(error=f"{type(e).__name__}: {e}", trace=traceback.format_exc())
+    raise
+
+
+def main() -> None:
+  address, suite, variant, directory = sys.argv[1:]
+  if SUITES[suite].processes > 1:
+    from ckpt_jax import multihost
+
+    multihost.initialize()
+  try:
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity("error")
+  except ImportError:  # torch's own environment
+    pass
+  with Client(address, "AF_UNIX") as connection:
+    connection.send_bytes(os.environ.get("CKPT_JAX_PROCESS_INDEX", "0").encode())
+    serve(connection, suite, variant, directory)
+
+
+if __name__ == "__main__":
+  main()

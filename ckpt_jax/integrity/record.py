@@ -1,0 +1,299 @@
+"""The fingerprints inside a step: written beside Orbax's data before the commit, read again by whoever restores.
+
+`default/ckpt_jax.json` holds, for each leaf, dtype, shape and fingerprint, for each small file of the item a digest,
+and what is known of the state's health. Each process sums its own shards behind the write, into a file of its own;
+the process that commits adds them up.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ckpt_jax import run
+from ckpt_jax.errors import CorruptCheckpointError, UnhealthyStateError
+from ckpt_jax.integrity import health as health_checks
+from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
+from ckpt_jax.integrity.health import Health
+from ckpt_jax.integrity.sums import MASK, Tally
+from ckpt_jax.storage.kvstore import is_object_store
+
+_log = logging.getLogger(__name__)
+FILE = "ckpt_jax.json"
+_FORMAT = 1
+_PAST = 5  # steps that a norm is compared with
+
+
+@dataclasses.dataclass
+class Recording:
+  """What is recorded of one save.
+
+  Attributes:
+    step: its number.
+    taken: the state.
+    health: if it is known already.
+    refuse: abort the write if the state turns out to be unhealthy.
+    where: run and step, for messages.
+    health_told: what `steps()` says of the step's health once it is committed.
+    tallies: what was found; None until then.
+  """
+
+  step: int
+  taken: Taken
+  health: Health | None
+  refuse: bool
+  where: str
+  health_told: dict[str, bool]
+  tallies: dict[str, Tally] | None = None
+
+  def sum_up(self) -> None:
+    """Goes through the state; takes as long as reading it from memory a few times.
+
+    Raises:
+      UnhealthyStateError: if the state is unhealthy and that is not wanted.
+    """
+    self.tallies = self.taken.tallies(1, health=self.health is None)
+    if self.health is None and jax.process_count() == 1:
+      self.health = health_checks.from_tallies(self.tallies)
+      if self.refuse and not self.health.healthy:
+        raise self.health.error(self.where)
+
+  def to_json(self) -> dict[str, int]:
+    assert self.tallies is not None
+    shared = self.taken.counted_by_all if jax.process_index() > 0 else set()
+    return {path: t.total for path, t in self.tallies.items() if path not in shared}
+
+
+def record_of(step: int, state: Any, nbytes: int, nonfinite: str, where: str) -> Recording:
+  """What is to be recorded of a state that is about to be saved. All processes call it alike.
+
+  Args:
+    step: its number.
+    state: what training holds.
+    nbytes: its bytes, over all processes.
+    nonfinite: `health.nonfinite`.
+    where: run and step, for messages.
+
+  Raises:
+    UnhealthyStateError: if the state is unhealthy, that is not wanted, and could be found out at once.
+  """
+  taken = take(state)
+  known = None if nonfinite == "ignore" else health_checks.before_save(taken, nbytes, always=nonfinite == "tag")
+  if known is not None and not known.healthy:
+    if nonfinite == "refuse":
+      raise known.error(where)
+    _log.warning("%s is tagged unhealthy: non-finite numbers in %s", where, ", ".join(list(known.nonfinite)[:10]))
+  # If it is not known yet, it will be before the commit, and an unhealthy state is not committed.
+  told = {} if nonfinite == "ignore" else {"healthy": known is None or known.healthy}
+  return Recording(step, taken, known, nonfinite == "refuse", where, told)
+
+
+@dataclasses.dataclass
+class RecordedSave(ocp.args.CheckpointArgs):
+  """Orbax's arguments of a save, and what is recorded beside it."""
+
+  args: ocp.args.PyTreeSave
+  recording: Recording
+
+
+@dataclasses.dataclass
+class RecordedRestore(ocp.args.CheckpointArgs):
+  """Orbax's arguments of a restore, which goes to its own handler unchanged."""
+
+  args: ocp.args.PyTreeRestore
+
+
+class RecordingHandler(ocp.AsyncCheckpointHandler):
+  """Orbax's PyTree handler, with a record beside each state that it writes."""
+
+  def __init__(self, inner: ocp.PyTreeCheckpointHandler, past: collections.deque[Mapping[str, float]]):
+    """Wraps `inner`; `past` remembers norms from one save to the next, also when the handler is replaced."""
+    self._inner = inner
+    self._past = past
+    self._recording: Recording | None = None
+    # What the step's metadata names as this item's handler: plain Orbax must know it.
+    self.typestr = inner.typestr  # type: ignore[method-assign]
+
+  async def async_save(self, directory: epath.Path, args: RecordedSave) -> list[ocp.future.Future]:  # type: ignore[override]
+    self._recording = args.recording
+    futures = await self._inner.async_save(directory, args=args.args)
+    write = ocp.future.CommitFutureAwaitingContractedSignals(
+      _write_part(args.recording, directory), name="ckpt_jax_record"
+    )
+    return [*(futures or []), write]
+
+  def save(self, directory: epath.Path, args: RecordedSave) -> None:  # type: ignore[override]
+    self._recording = args.recording
+    self._inner.save(directory, args=args.args)
+    args.recording.sum_up()
+    _write_part_now(args.recording, directory)
+
+  def restore(self, directory: epath.Path, args: RecordedRestore | None = None) -> Any:  # type: ignore[override]
+    return self._inner.restore(directory, args=args.args if args else None)
+
+  def metadata(self, directory: epath.Path) -> Any:
+    return self._inner.metadata(directory)
+
+  def finalize(self, directory: epath.Path) -> None:
+    self._inner.finalize(directory)
+    if self._recording is not None:
+      _write_record(self._recording, directory, self._past)
+      self._recording = None
+
+  def close(self) -> None:
+    self._inner.close()
+
+
+ocp.args.register_with_handler(RecordingHandler, for_save=True)(RecordedSave)
+ocp.args.register_with_handler(RecordingHandler, for_restore=True)(RecordedRestore)
+
+
+async def _write_part(recording: Recording, directory: epath.Path) -> None:
+  recording.sum_up()
+  _write_part_now(recording, directory)
+
+
+def _part(directory: epath.Path, process: int) -> epath.Path:
+  return directory / f"ckpt_jax.process_{process}.json"
+
+
+def _write_part_now(recording: Recording, directory: epath.Path) -> None:
+  if jax.process_index() > 0:  # process 0 commits, and has its own in memory
+    _part(directory, jax.process_index()).write_text(json.dumps(recording.to_json()))
+
+
+def _write_record(recording: Recording, directory: epath.Path, past: collections.deque[Mapping[str, float]]) -> None:
+  totals = collections.Counter(recording.to_json())
+  parts = [_part(directory, i) for i in range(1, jax.process_count())]
+  if parts:
+    with concurrent.futures.ThreadPoolExecutor(min(16, len(parts))) as pool:
+      for text in pool.map(lambda p: p.read_text(), parts):
+        totals.update(json.loads(text))
+  found: dict[str, Any] = {
+    "format": _FORMAT,
+    "leaves": {
+      path: [leaf.dtype, list(leaf.shape), leaf.digest]
+      for path, leaf in recording.taken.prints({path: n & MASK for path, n in totals.items()}).items()
+    },
+    "files": file_digests(directory),
+  }
+  if recording.health is not None:
+    norms = recording.health.norms
+    found["health"] = recording.health.to_json() | {"jumps": health_checks.jumps(norms, past)}
+    for group, ratio in found["health"]["jumps"].items():
+      if ratio > health_checks.JUMP:
+        _log.warning("%s: the norm of %s is %.3g times that of the steps before", recording.where, group, ratio)
+    past.append(norms)
+  (directory / FILE).write_text(json.dumps(found))
+  for part in parts:
+    part.unlink()
+
+
+def history() -> collections.deque[Mapping[str, float]]:
+  return collections.deque(maxlen=_PAST)
+
+
+def file_digests(item_dir: epath.Path) -> dict[str, str]:
+  """Digests of the item's files that carry no checksum of their own: everything that is no OCDBT data."""
+  return {name: _digest(item_dir / name) for name in small_files(item_dir)}
+
+
+def small_files(item_dir: epath.Path) -> list[str]:
+  """Names of the item's metadata files, sorted."""
+  names = [run.ITEM_METADATA, "_sharding"]
+  return [name for name in names if (item_dir / name).exists()]
+
+
+def _digest(file: epath.Path) -> str:
+  return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """What was recorded of a step: fingerprints by path, digests by file name, health as it was written."""
+
+  leaves: dict[str, LeafPrint]
+  files: dict[str, str]
+  health: dict[str, Any]
+
+
+def read_record(step_dir: epath.Path) -> Record | None:
+  """The record of a step; None if it was saved without one, by plain Orbax or an older version.
+
+  Raises:
+    CorruptCheckpointError: if it must be there and is not, cannot be read, or does not fit the step's files.
+  """
+  ours = run.our_metadata(step_dir)
+  item_dir = run.item_directory(step_dir)
+  file = item_dir / FILE
+  try:
+    data = json.loads(file.read_bytes())
+  except FileNotFoundError:
+    if "fingerprints" not in ours:
+      return None
+    raise CorruptCheckpointError(f"{file}: missing; the step was saved with it") from None
+  except ValueError as e:
+    raise CorruptCheckpointError(f"{file}: not JSON: {e}") from e
+  if not ours:
+    raise CorruptCheckpointError(f"{step_dir / run.STEP_METADATA}: what ckpt_jax wrote there is missing")
+  try:
+    leaves = {path: LeafPrint(d, tuple(s), h) for path, (d, s, h) in data["leaves"].items()}
+    record = Record(leaves, dict(data["files"]), dict(data.get("health") or {}))
+  except (KeyError, TypeError, ValueError, AttributeError) as e:
+    raise CorruptCheckpointError(f"{file}: damaged ({type(e).__name__}: {e})") from e
+  for name, expected in record.files.items():
+    try:
+      found = _digest(item_dir / name)
+    except FileNotFoundError:
+      raise CorruptCheckpointError(f"{item_dir / name}: missing") from None
+    if found != expected:
+      raise CorruptCheckpointError(f"{item_dir / name}: its bits are not those that were written")
+  return record
+
+
+def carry_record(old: epath.Path, new: epath.Path) -> None:
+  """Gives `new`, another form of the step `old` with all or some of its leaves, the fingerprints of those leaves.
+
+  The fingerprints are those of the original save, so that the copying is checked with everything else.
+  """
+  item = run.item_directory(old)
+  try:
+    data = json.loads((item / FILE).read_bytes())
+  except FileNotFoundError:
+    return
+  there = {leaf.path for leaf in run.saved_leaves(new)}
+  data["leaves"] = {path: leaf for path, leaf in data["leaves"].items() if path in there}
+  data["files"] = file_digests(new / item.name)
+  (new / item.name / FILE).write_text(json.dumps(data))
+
+
+def is_unhealthy(error: BaseException | None) -> UnhealthyStateError | None:
+  """The refusal of an unhealthy state among the causes of an error."""
+  while error is not None:
+    if isinstance(error, UnhealthyStateError):
+      return error
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def remove_unfinished(directory: epath.Path, step: int) -> None:
+  """Removes what an aborted save of `step` has written; a committed step stays."""
+  if is_object_store(directory):
+    found = [] if run.is_step(directory / str(step)) else [directory / str(step)]
+  else:
+    prefix = f"{step}.orbax-checkpoint-tmp"
+    found = [p for p in directory.iterdir() if p.name == prefix or p.name.startswith(prefix + "-")]
+  for path in found:
+    with contextlib.suppress(OSError):  # the next open looks again
+      path.rmtree(missing_ok=True)

@@ -1,0 +1,180 @@
+"""The sums behind fingerprints: any bit counts, its place counts, and the sharding does not."""
+
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401, registers the dtypes that numpy lacks
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ckpt_jax.integrity import device, sums
+from ckpt_jax.integrity.fingerprint import take
+from ckpt_jax.multihost import launch
+
+DTYPES = ["float32", "bfloat16", "float16", "int8", "int4", "uint4", "bool", "float8_e4m3fn", "complex64", "uint32"]
+DTYPES += ["float64", "int64", "complex128"]
+SHAPES = [(), (1,), (7,), (5, 3), (200, 3), (3, 200), (40, 3, 5), (2, 3, 300), (20000,), (3, 9000), (2, 16389), (0, 4)]
+
+
+def total(array):
+  tally = sums.Tally()
+  sums.add_block(tally, array, (0,) * array.ndim, array.shape)
+  return tally.total
+
+
+def leaf_total(leaf):
+  return take({"x": leaf}).tallies(1)["x"].total
+
+
+def prints(state):
+  taken = take(state)
+  return taken.prints({path: t.total for path, t in taken.tallies(2).items()})
+
+
+def random_bits(rng, shape, dtype):
+  dtype = jnp.dtype(dtype)
+  raw = rng.integers(0, 256, (*shape, dtype.itemsize), dtype=np.uint8)
+  if dtype.name == "bool":
+    return (raw[..., 0] & 1).astype(bool)
+  if dtype.name in ("int4", "uint4"):
+    return (raw[..., 0] & 15).view(dtype)
+  return raw.view(dtype).reshape(shape)
+
+
+def by_definition(array):
+  """The formula of sums.py, one word at a time."""
+  first = sums.columns_from(array.shape, array.itemsize)
+  rows = int(np.prod(array.shape[:first], dtype=int))
+  data = array.reshape(rows, -1).view(np.uint8)
+  words = np.pad(data, ((0, 0), (0, -data.shape[1] % 8))).view(np.uint64)
+  row = sums.mix(np.arange(rows), sums.ROW_SEED)
+  position = np.arange(words.shape[1])
+  block = sums.mix(position // sums.BLOCK, sums.BLOCK_SEED)
+  low = sums.mix(position % sums.BLOCK, sums.LOW_SEED)
+  high = sums.mix(position % sums.BLOCK, sums.HIGH_SEED)
+  out = 0
+  for r in range(rows):
+    for y, h, k1, k2 in zip(words[r].tolist(), block.tolist(), low.tolist(), high.tolist(), strict=True):
+      out += int(row[r]) * h * (y * k1 + (y >> 32) * k2)
+  return out % 2**64
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_sum_is_the_formula_and_parts_add_up_however_they_are_cut(shape, width):
+  rng = np.random.default_rng(0)
+  array = random_bits(rng, shape, f"uint{8 * width}")
+  want = total(array)
+  if array.size:
+    assert want == by_definition(array)
+  for _ in range(3):
+    cuts = [sorted({0, n, *rng.integers(0, n + 1, 2).tolist()}) for n in shape]
+    tally = sums.Tally()
+    for block in itertools.product(*[list(itertools.pairwise(c)) for c in cuts]):
+      part = np.ascontiguousarray(array[tuple(slice(*b) for b in block)])
+      sums.add_block(tally, part, tuple(b[0] for b in block), shape)
+    assert tally.total == want
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_flipped_bit_changes_the_sum(data):
+  shape = data.draw(st.sampled_from([s for s in SHAPES if 0 not in s]))
+  width = data.draw(st.sampled_from([1, 2, 4, 8]))
+  array = random_bits(np.random.default_rng(data.draw(st.integers(0, 9))), shape, f"uint{8 * width}")
+  before = total(array)
+  raw = array.reshape(-1).view(np.uint8)
+  raw[data.draw(st.integers(0, raw.size - 1))] ^= np.uint8(1 << data.draw(st.integers(0, 7)))
+  assert total(array) != before
+
+
+def test_lost_signs_swapped_rows_columns_and_leaves_are_seen():
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((256, 256), dtype=np.float32)
+  x[:, ::2] = -0.0
+  lost = np.where(
+    x == 0, np.float32(0), x
+  )  # an even number of signs: a plain odd-weighted sum would miss half of these
+  zeros = np.zeros((64, 64), np.float32)
+  changed = [lost, x[::-1].copy(), x[:, ::-1].copy(), x.T.copy(), x.reshape(-1)[::-1].reshape(x.shape).copy()]
+  assert len({leaf_total(v) for v in [x, *changed]}) == 1 + len(changed)
+  assert leaf_total(zeros) != leaf_total(-zeros)
+  a, b = prints({"a": x, "b": lost}), prints({"a": lost, "b": x})
+  assert a["a"] != b["a"] and a["a"].digest != b["b"].digest  # the path is part of it
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numpy_jax_sharded_and_device_sums_are_one_number(dtype):
+  rng = np.random.default_rng(1)
+  mesh = jax.make_mesh((2,), ("a",))
+  with jax.enable_x64(True):
+    for shape, spec in (((8, 16), P("a")), ((8, 16), P(None, "a")), ((1024, 256), P("a")), ((8,), P()), ((), P())):
+      array = random_bits(rng, shape, dtype)
+      sharded = jax.device_put(array, NamedSharding(mesh, spec))
+      want = leaf_total(array)
+      assert leaf_total(sharded) == want and leaf_total(jnp.asarray(array)) == want
+      on_device = device.result(device.dispatch([sharded])[0])
+      assert on_device.total == want
+      host = take({"x": array}).tallies(1)["x"]
+      assert on_device.nonfinite == host.nonfinite
+
+
+def test_every_copy_is_counted_where_replicas_may_differ():
+  mesh = jax.make_mesh((2,), ("a",))
+  x = jax.device_put(np.arange(6.0, dtype=np.float32), NamedSharding(mesh, P()))
+  once, all_copies = take({"x": x}), take({"x": x}, every_copy=True)
+  assert all_copies.copies == {"x": 2}
+  assert all_copies.tallies(1)["x"].total == 2 * once.tallies(1)["x"].total % 2**64
+
+
+def test_all_kinds_of_leaves_have_their_own_fingerprint():
+  state = {
+    "key": jax.random.key(0),
+    "keys": jax.random.split(jax.random.key(0), 3),
+    "int": 1,
+    "bool": True,
+    "float": 1.0,
+    "minus": -0.0,
+    "zero": 0.0,
+    "text": "1",
+    "complex": 1j,
+    "scalar": np.float32(1),
+    "empty": np.zeros((0, 3), np.float32),
+    "big_endian": np.arange(3, dtype=">i4"),
+  }
+  found = prints(state)
+  assert set(found) == set(state) and len({p.digest for p in found.values()}) == len(state)
+  assert found["big_endian"].digest == prints({"big_endian": np.arange(3, dtype="<i4")})["big_endian"].digest
+  assert prints({"n": np.int32(3)}) != prints({"n": 3})
+  as_int = take({"n": np.int32(3)}, saved_as={"n": "int"})
+  assert as_int.prints({p: t.total for p, t in as_int.tallies(1).items()}) == prints({"n": 3})
+
+
+def test_a_buffer_that_is_looked_at_is_not_donated_away():
+  x = jax.device_put(np.arange(1 << 16, dtype=np.float32))
+  want = leaf_total(x)
+  taken = take({"x": x})
+  y = jax.jit(lambda v: v * 0, donate_argnums=0)(x)
+  jax.block_until_ready(y)
+  del x
+  assert taken.tallies(1)["x"].total == want
+
+
+@pytest.mark.multiprocess
+def test_four_processes_and_one_make_the_same_record(tmp_path):
+  program = str(pathlib.Path(__file__).parent / "programs" / "train.py")
+  records = []
+  for processes in (4, 1):
+    run = tmp_path / str(processes)
+    results = launch([program, str(run), "save"], processes=processes, devices=2, timeout=180)
+    assert [r.returncode for r in results] == [0] * processes, results[0].log
+    item = run / "0" / "default"
+    records.append((item / "ckpt_jax.json").read_text().split('"files"')[0])
+    assert not list(item.glob("ckpt_jax.process_*"))
+  assert records[0] == records[1]
