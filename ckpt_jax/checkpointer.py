@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -10,18 +11,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import BestConfig, Config, load_config
 from ckpt_jax.errors import CheckpointError, ConfigError, NoCheckpointError
 from ckpt_jax.failures import storage_errors
+from ckpt_jax.integrity import recovery
+from ckpt_jax.integrity.record import Record, read_record
+from ckpt_jax.integrity.verifying import Verifier
 from ckpt_jax.layout.sharding import abstract_state, global_nbytes
 from ckpt_jax.policies import pins
-from ckpt_jax.policies.agree import from_process_zero
+from ckpt_jax.policies.agree import from_process_zero, raise_together
 from ckpt_jax.policies.attempts import CLOSED, PREEMPTED, AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
@@ -280,7 +282,8 @@ class Checkpointer:
     """
     self._check_open()
     self.wait()
-    if self._agreed_step(None, required=False) is None:
+    if not recovery.candidates(self.directory, healthy=False):
+      recovery.refuse_to_start_afresh(self.directory)
       return Restored(init_fn(), None, 0, {}, None, None)
     return self.restore(like=abstract_state(init_fn))
 
@@ -293,8 +296,12 @@ class Checkpointer:
     *,
     init_missing: str | Iterable[str] | Mapping[str, Initialise] | None = None,
     cast: bool | Mapping[str, Any] | None = None,
+    healthy: bool = False,
   ) -> Restored:
-    """Reads a committed step, or a part of it.
+    """Reads a committed step, or a part of it, and compares what it delivers with what was saved (`restore.verify`).
+
+    If the newest step is damaged it goes on to the one before (`restore.on_corruption`), and says so in the log and in
+    `Restored.report`. A step that is asked for by number is never replaced by another one.
 
     Paths name leaves as `ckpt-jax show` does. A pattern names all leaves at or below a node: `params`, or with globs
     within a segment `params/*/kernel`; `**` is any number of segments.
@@ -312,37 +319,59 @@ class Checkpointer:
         out, so that the result can be as large as `like`.
       cast: `{pattern: dtype}`, or True for the dtypes of `like`: the leaves that may change it, floats among themselves
         and integers among themselves. A value that the new dtype cannot hold is an error.
+      healthy: of the newest steps, leave out those that are tagged unhealthy.
 
     Raises:
       NoCheckpointError: if there is no such step.
       StructureMismatchError: listing every difference between `like` and the step; nothing was read.
-      CorruptCheckpointError: if the step cannot be read.
+      CorruptCheckpointError: if the step cannot be read, or what was read is not what was saved; it names the leaves.
     """
     self._check_open()
     self.wait()
     strategy = strategy or self.config.restore.strategy
     if strategy not in ("auto", "direct"):
       raise ConfigError(f"strategy {strategy!r} is not available in this version; use direct")
-    started = time.perf_counter()
-    chosen = self._agreed_step(step, required=True)
-    assert chosen is not None
-    step_dir = run.step_directory(self.directory, chosen)
-    self._retention.restoring.add(chosen)
-    try:
-      with snapshot(step_dir):
-        ours = run.our_metadata(step_dir)
-        metrics = run.step_info(self.directory, chosen).metrics
-        settings = self._planner.for_restore(like)
-        read = read_state(step_dir, settings, Request(like, only, init_missing, cast))
-      jax.block_until_ready(read.state)
-    finally:
-      self._retention.restoring.discard(chosen)
-    nbytes = global_nbytes(read.state)
-    report = RestoreReport(
-      "direct", time.perf_counter() - started, nbytes, str(step_dir), casts=read.casts, initialised=read.initialised
+    request = Request(like, only, init_missing, cast)
+    if step is not None:
+      return self._restore_step(int(step), request)
+    steps = recovery.candidates(self.directory, healthy=healthy)
+    if not steps:
+      which = "no committed checkpoint that is not tagged unhealthy" if healthy else "no committed checkpoint"
+      raise NoCheckpointError(f"{self.directory}: {which}; save one first, or check the path")
+    restored, failed = recovery.newest_sound(
+      self.directory,
+      steps,
+      lambda step: self._restore_step(step, request),
+      fallback=self.config.restore.on_corruption == "fallback",
     )
-    _log.info("restored step %d of %s in %.2f s", chosen, self.directory, report.seconds)
-    return Restored(read.state, chosen, chosen + 1, metrics, ours.get("extras"), report)
+    if not failed:
+      return restored
+    self._saver.reload()
+    assert restored.report is not None
+    return dataclasses.replace(restored, report=dataclasses.replace(restored.report, quarantined=failed))
+
+  def rollback(self, step: int, *, delete: bool = False) -> list[int]:
+    """Makes an older step the newest one. Training may save the numbers of the later ones anew.
+
+    The later steps are set aside, in `.ckpt_jax/set_aside` of the run, where nothing deletes them.
+
+    Args:
+      step: a committed step.
+      delete: delete the later steps, those of earlier rollbacks too.
+
+    Returns:
+      The later steps.
+
+    Raises:
+      NoCheckpointError: if there is no such step; nothing was changed.
+      CheckpointError: if `delete` would take a pinned step.
+    """
+    self._check_open()
+    self.wait()
+    with self._deleter.paused():
+      later = recovery.rolled_back(self.directory, int(step), delete=delete)
+      self._saver.reload()
+    return later
 
   # -- inside
 
@@ -371,19 +400,50 @@ class Checkpointer:
       except CheckpointError as e:
         _log.error("at exit: %s", e)
 
-  def _agreed_step(self, step: int | None, *, required: bool) -> int | None:
-    """The step to restore: `step`, else the newest that training can go on from, else the newest.
+  def _restore_step(self, step: int, request: Request) -> Restored:
+    started = time.perf_counter()
+    step_dir = self.directory / str(step)
+    self._retention.restoring.add(step)
+    verifier = Verifier() if self.config.restore.verify else None
+    try:
+      with snapshot(step_dir):
+        error: Exception | None = None
+        try:
+          ours, metrics, record = self._described(step)
+        except CheckpointError as e:
+          error = e
+        raise_together(error)
+        check = verifier.expecting(record) if verifier is not None else None
+        try:
+          read = read_state(step_dir, self._planner.for_restore(request.like), request, check=check)
+        except CheckpointError as e:
+          error = e
+        raise_together(error)
+      jax.block_until_ready(read.state)
+      verified = verifier.finish(str(step_dir)) if verifier is not None else 0
+    finally:
+      self._retention.restoring.discard(step)
+      if verifier is not None:
+        verifier.stop()
+    unverified = "" if verified else "restore.verify is off" if verifier is None else "the step has no fingerprints"
+    report = RestoreReport(
+      "direct",
+      time.perf_counter() - started,
+      global_nbytes(read.state),
+      str(step_dir),
+      casts=read.casts,
+      initialised=read.initialised,
+      verified=verified,
+      unverified=unverified,
+    )
+    _log.info("restored step %d of %s in %.2f s", step, self.directory, report.seconds)
+    return Restored(read.state, step, step + 1, metrics, ours.get("extras"), report)
 
-    Process 0 looks and tells the others, so that a commit in between cannot split them.
-    """
-    found = -1
-    if jax.process_index() == 0:
-      newest = run.newest_to_restore(self.directory) if step is None else int(step)
-      found = -1 if newest is None else newest
-    if jax.process_count() > 1:
-      found = int(multihost_utils.broadcast_one_to_all(np.int64(found)))
-    if found >= 0:
-      return found
-    if required:
-      raise NoCheckpointError(f"{self.directory}: no committed checkpoint; save one first, or check the path")
-    return None
+  def _described(self, step: int) -> tuple[dict[str, Any], dict[str, Any], Record | None]:
+    """What a step says of itself: our notes, metrics, fingerprints."""
+    damaged = recovery.damage(self.directory, step)
+    if damaged is not None:
+      raise damaged
+    step_dir = run.step_directory(self.directory, step)
+    record = read_record(step_dir) if self.config.restore.verify else None
+    return run.our_metadata(step_dir), run.step_info(self.directory, step).metrics, record

@@ -31,8 +31,6 @@ _LATER = "accepted, not acted upon yet"
 NOT_YET: dict[str, str] = {
   "layout.pack": _LATER,
   "restore.strategy": _LATER + " (other than auto and direct)",
-  "restore.verify": _LATER,
-  "restore.on_corruption": _LATER,
   "timeouts.restore": _LATER,
   "layout.chunk_size": _LATER,
   "layout.min_slice_for_replica_parallel": _LATER,

@@ -22,6 +22,7 @@ from ckpt_jax import orbax_private, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, UnhealthyStateError
 from ckpt_jax.failures import is_out_of_space, root_cause
+from ckpt_jax.integrity.aside import make_room
 from ckpt_jax.integrity.record import (
   RecordedSave,
   RecordingHandler,
@@ -158,6 +159,8 @@ class Saver:
       self._retention.note(step, record.nbytes, recording.health_told.get("healthy"))
       if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
         raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
+      if jax.process_index() == 0:
+        make_room(self._directory, step)
       self._told_schedule("begun", step)
       self._rendezvous.begin()
       self.manager.save(
@@ -218,6 +221,12 @@ class Saver:
     if error is not None and self._writing is not None:
       raise self._save_failed(error) from error
 
+  def reload(self) -> None:
+    """Has Orbax's manager look again at which steps there are, after some were moved. All processes call it alike."""
+    self.manager.reload()
+    gone = sorted({*self._deleter.pending, *run.uncounted_steps(self._directory)}) if jax.process_index() == 0 else []
+    orbax_private.forget_steps(self.manager, from_process_zero(gone))
+
   def close(self) -> None:
     """Releases Orbax's threads; call `wait` first."""
     with contextlib.suppress(Exception):  # its background failure was raised by wait()
@@ -245,7 +254,8 @@ class Saver:
         ),
       )
       orbax_private.use_deleter(manager, self._deleter)
-      orbax_private.forget_steps(manager, from_process_zero(sorted(self._deleter.pending)))
+      gone = sorted({*self._deleter.pending, *run.uncounted_steps(self._directory)})
+      orbax_private.forget_steps(manager, from_process_zero(gone))
     return manager
 
   def _replace_manager(self, handler: ocp.PyTreeCheckpointHandler) -> None:
