@@ -202,9 +202,9 @@ def test_a_run_whose_steps_are_all_in_quarantine_does_not_start_at_0(tmp_path):
   with ckpt.Checkpointer(tmp_path) as c:
     assert c.restore(like=state(0)).step == 0
   shutil.rmtree(tmp_path / "0")
-  with ckpt.Checkpointer(tmp_path) as c:
-    with pytest.raises(ckpt.CorruptCheckpointError, match=r"steps \[1\] are in quarantine"):
-      c.restore_or_init(lambda: pytest.fail("started afresh"))
+  quarantined = pytest.raises(ckpt.CorruptCheckpointError, match=r"steps \[1\] are in quarantine")
+  with ckpt.Checkpointer(tmp_path) as c, quarantined:
+    c.restore_or_init(lambda: pytest.fail("started afresh"))
 
 
 def test_foreign_and_empty_directories_are_neither_steps_nor_damage(tmp_path):

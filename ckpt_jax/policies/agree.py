@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from ckpt_jax import errors
+from ckpt_jax.rendezvous import Rendezvous
 
 
 def from_process_zero(steps: Sequence[int]) -> list[int]:
@@ -64,3 +65,30 @@ def _rank(kind: type[Exception]) -> int:
     if issubclass(kind, first):
       return rank
   return len(_PRECEDENCE) + issubclass(kind, errors.CorruptCheckpointError)
+
+
+def decided_by_process_zero(decide: Callable[[], Sequence[int]], rendezvous: Rendezvous, timeout: float) -> list[int]:
+  """What `decide` returns on process 0, or the CheckpointError that it raises there, on every process.
+
+  Args:
+    decide: called on process 0 only; may take its time.
+    rendezvous: where the others wait meanwhile.
+    timeout: seconds that the others wait for it.
+  """
+  if jax.process_count() == 1:
+    return list(decide())
+  told: list[int] = []
+  if jax.process_index() == 0:
+    try:
+      found = list(decide())
+      told = [0, *found] if found else []
+    except errors.CheckpointError as e:
+      told = [1, *json.dumps([type(e).__name__, str(e), getattr(e, "step", None)]).encode()]
+  # The collective beneath gives up after 30 s (gloo).
+  rendezvous.wait("what process 0 decides", timeout + 60)
+  told = from_process_zero(told)
+  if told and told[0] == 1:
+    name, message, step = json.loads(bytes(told[1:]))
+    kind = getattr(errors, name, errors.CheckpointError)
+    raise kind(message, step) if issubclass(kind, errors.SaveFailedError) else kind(message)
+  return told[1:]

@@ -1,0 +1,144 @@
+"""One save and one restore of a state under a configuration, on real storage; what `ckpt-jax tune` measures with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ckpt_jax import run
+from ckpt_jax.checkpointer import Checkpointer
+from ckpt_jax.config import Config
+from ckpt_jax.errors import CheckpointError
+from ckpt_jax.storage.kvstore import connect
+from ckpt_jax.tuning.search import Sample
+
+PyTree = Any
+
+
+class Trials:
+  """Saves and restores `state` in a directory of its own, one run for each configuration, which holds one step."""
+
+  def __init__(self, directory: epath.Path, state: PyTree):
+    self._directory = directory
+    self._state = state
+    self._like = jax.tree.map(_abstract, state)
+    self._open: dict[str, Checkpointer] = {}
+    self._step = 0
+
+  def __call__(self, config: Config) -> Sample:
+    """One trial: the save is timed to its commit, the restore from cold storage where the page cache can be dropped."""
+    c = self._checkpointer(config)
+    self._step += 1
+    # Let the disk finish what others left in the page cache, so that a trial pays for its own bytes only.
+    os.sync()
+    started = time.perf_counter()
+    c.save(self._step, self._state)
+    returned = time.perf_counter()
+    c.wait()
+    committed = time.perf_counter()
+    step = c.directory / str(self._step)
+    nbytes = _stored(step)
+    drop_cache(step)
+    reading = time.perf_counter()
+    jax.block_until_ready(c.restore(self._step, like=self._like).state)
+    return Sample(returned - started, committed - started, time.perf_counter() - reading, nbytes)
+
+  def _checkpointer(self, config: Config) -> Checkpointer:
+    settings = Config(
+      layout=config.layout,
+      limits=config.limits,
+      timeouts=config.timeouts,
+      storage=config.storage,
+      retention={"last": 1},
+      preemption={"enabled": False},
+    )
+    key = json.dumps(settings.to_dict(), sort_keys=True)
+    if key not in self._open:
+      c = self._open[key] = Checkpointer(self._directory / str(len(self._open)), settings)
+      # The first save of a run opens more than the later ones do.
+      c.save(0, {"warm": np.zeros((1,), np.float32)})
+      c.wait()
+    return self._open[key]
+
+  def close(self) -> None:
+    for c in self._open.values():
+      with contextlib.suppress(CheckpointError):
+        c.close()
+
+
+@contextlib.contextmanager
+def trials(path: str | os.PathLike[str], state: PyTree) -> Iterator[Trials]:
+  """Trials under `path`, made if need be; all that was made is gone afterwards, on Ctrl-C too."""
+  connect(path)
+  root = run.run_directory(path)
+  made = [p for p in (root, *root.parents) if not run.is_object_store(p) and not p.exists()]
+  directory = root / f".ckpt_jax-tune-{uuid.uuid4().hex[:12]}"
+  directory.mkdir(parents=True)
+  found = Trials(directory, state)
+  try:
+    yield found
+  finally:
+    found.close()
+    with contextlib.suppress(FileNotFoundError):
+      directory.rmtree()
+    for parent in made:
+      with contextlib.suppress(OSError):  # somebody else may have put something there
+        parent.rmdir()
+
+
+def bounded(state: PyTree, limit: int) -> PyTree:
+  """Whole arrays of `state`, spread evenly over its bytes, that take at most `limit` together; all if they do.
+
+  One array above the limit is cut along its first axis, unless it lies on several devices.
+  """
+  leaves = [(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state) if hasattr(x, "nbytes")]
+  total = sum(x.nbytes for _, x in leaves)
+  if total <= limit:
+    return state
+  share = limit / total
+  kept: dict[str, Any] = {}
+  taken = seen = 0.0
+  for path, x in leaves:
+    seen += x.nbytes
+    if taken + x.nbytes <= min(limit, seen * share + x.nbytes / 2):
+      kept[jax.tree_util.keystr(path)] = x
+      taken += x.nbytes
+  if not kept:
+    path, x = min(leaves, key=lambda item: item[1].nbytes)
+    rows = max(1, math.floor(x.shape[0] * limit / x.nbytes))
+    kept[jax.tree_util.keystr(path)] = x if len(getattr(x, "devices", tuple)()) > 1 else x[:rows]
+  return kept
+
+
+def drop_cache(step: epath.Path) -> None:
+  """Makes the next reads of a step's files come from storage; nothing to do for objects."""
+  if run.is_object_store(step) or not hasattr(os, "posix_fadvise"):
+    return
+  for root, _, names in os.walk(os.fspath(step)):
+    for name in names:
+      fd = os.open(os.path.join(root, name), os.O_RDONLY)
+      try:
+        os.fsync(fd)  # dirty pages are not dropped
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+      finally:
+        os.close(fd)
+
+
+def _abstract(x: Any) -> Any:
+  if isinstance(x, jax.Array):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  return x
+
+
+def _stored(step: epath.Path) -> int:
+  return sum(_stored(p) if p.is_dir() else p.stat().length for p in step.iterdir())
