@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import time
@@ -16,15 +15,13 @@ from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import BestConfig, Config, load_config
-from ckpt_jax.errors import CheckpointError, ConfigError, NoCheckpointError
+from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.failures import storage_errors
 from ckpt_jax.integrity import recovery
 from ckpt_jax.integrity.gate import Gate
-from ckpt_jax.integrity.record import Record, read_record
-from ckpt_jax.integrity.verifying import Verifier
-from ckpt_jax.layout.sharding import abstract_state, global_nbytes
+from ckpt_jax.layout.sharding import abstract_state
 from ckpt_jax.policies import pins
-from ckpt_jax.policies.agree import from_process_zero, raise_together
+from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.attempts import CLOSED, PREEMPTED, AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
@@ -33,8 +30,10 @@ from ckpt_jax.policies.schedule import AnyOf, OnPreemption
 from ckpt_jax.policies.thinning import Thinner
 from ckpt_jax.policies.wiring import make_schedule
 from ckpt_jax.preemption import PreemptionNotice
-from ckpt_jax.restore.read import Initialise, Request, read_state
-from ckpt_jax.restore.result import Restored, RestoreReport
+from ckpt_jax.restore.choose import STRATEGIES
+from ckpt_jax.restore.read import Initialise, Request
+from ckpt_jax.restore.result import Restored
+from ckpt_jax.restoring import Restorer
 from ckpt_jax.rewrite import finish_rewrites
 from ckpt_jax.saving import Saver, SaveRecord
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
@@ -102,6 +101,7 @@ class Checkpointer:
     self._closed = False
     first = jax.process_index() == 0
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
+    self._restorer = Restorer(self.directory, config, self._planner, self._retention.restoring)
     self._deleter = StepDeleter(
       self.directory,
       active=first,
@@ -284,8 +284,7 @@ class Checkpointer:
     """
     self._check_open()
     self.wait()
-    if not recovery.candidates(self.directory, healthy=False):
-      recovery.refuse_to_start_afresh(self.directory)
+    if self._restorer.is_empty():
       return Restored(init_fn(), None, 0, {}, None, None)
     return self.restore(like=abstract_state(init_fn))
 
@@ -315,7 +314,9 @@ class Checkpointer:
       only: pattern, or several: reads just these leaves. Each comes back in its place in the tree, so that
         `only="params"` gives `{"params": ...}`; a node of which only a part is read comes back as a dict. `like` may
         be the whole state, `{"params": ...}`, or what lies below `params`; the latter gives just that.
-      strategy: `direct`: each process reads what its devices need.
+      strategy: how a job of several processes reads: `direct`: each what its devices need, so that R replicas read R
+        copies; `gather`: all read each byte once and exchange it; `broadcast`: one replica reads and sends to the
+        others; `auto`: what is expected to be fastest, see `Restored.report`. Default: `restore.strategy`.
       init_missing: pattern, or several, of leaves of `like` that the checkpoint lacks: they keep like's values. With
         `{pattern: function}` they become `function(path, leaf)`. Together with `only` also leaves that `only` leaves
         out, so that the result can be as large as `like`.
@@ -327,30 +328,18 @@ class Checkpointer:
       NoCheckpointError: if there is no such step.
       StructureMismatchError: listing every difference between `like` and the step; nothing was read.
       CorruptCheckpointError: if the step cannot be read, or what was read is not what was saved; it names the leaves.
+      RestoreTimeoutError: after `timeouts.restore`, or many times what was expected; it says what was waited for, and
+        which processes did not come. All processes of a job raise the same error.
     """
     self._check_open()
     self.wait()
     strategy = strategy or self.config.restore.strategy
-    if strategy not in ("auto", "direct"):
-      raise ConfigError(f"strategy {strategy!r} is not available in this version; use direct")
-    request = Request(like, only, init_missing, cast)
-    if step is not None:
-      return self._restore_step(int(step), request)
-    steps = recovery.candidates(self.directory, healthy=healthy)
-    if not steps:
-      which = "no committed checkpoint that is not tagged unhealthy" if healthy else "no committed checkpoint"
-      raise NoCheckpointError(f"{self.directory}: {which}; save one first, or check the path")
-    restored, failed = recovery.newest_sound(
-      self.directory,
-      steps,
-      lambda step: self._restore_step(step, request),
-      fallback=self.config.restore.on_corruption == "fallback",
-    )
-    if not failed:
-      return restored
-    self._saver.reload()
-    assert restored.report is not None
-    return dataclasses.replace(restored, report=dataclasses.replace(restored.report, quarantined=failed))
+    if strategy not in ("auto", *STRATEGIES):
+      raise ConfigError(f"strategy: {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
+    restored = self._restorer.restore(step, Request(like, only, init_missing, cast), strategy, healthy=healthy)
+    if restored.report is not None and restored.report.quarantined:
+      self._saver.reload()
+    return restored
 
   def rollback(self, step: int, *, delete: bool = False) -> list[int]:
     """Makes an older step the newest one. Training may save the numbers of the later ones anew.
@@ -371,7 +360,7 @@ class Checkpointer:
     self._check_open()
     self.wait()
     with self._deleter.paused():
-      later = recovery.rolled_back(self.directory, int(step), delete=delete)
+      later = recovery.rolled_back(self.directory, int(step), self._restorer.together(), delete=delete)
       self._saver.reload()
     return later
 
@@ -401,51 +390,3 @@ class Checkpointer:
         self.close()
       except CheckpointError as e:
         _log.error("at exit: %s", e)
-
-  def _restore_step(self, step: int, request: Request) -> Restored:
-    started = time.perf_counter()
-    step_dir = self.directory / str(step)
-    self._retention.restoring.add(step)
-    verifier = Verifier() if self.config.restore.verify else None
-    try:
-      with snapshot(step_dir):
-        error: Exception | None = None
-        try:
-          ours, metrics, record = self._described(step)
-        except CheckpointError as e:
-          error = e
-        raise_together(error)
-        check = verifier.expecting(record) if verifier is not None else None
-        try:
-          read = read_state(step_dir, self._planner.for_restore(request.like), request, check=check)
-        except CheckpointError as e:
-          error = e
-        raise_together(error)
-      jax.block_until_ready(read.state)
-      verified = verifier.finish(str(step_dir)) if verifier is not None else 0
-    finally:
-      self._retention.restoring.discard(step)
-      if verifier is not None:
-        verifier.stop()
-    unverified = "" if verified else "restore.verify is off" if verifier is None else "the step has no fingerprints"
-    report = RestoreReport(
-      "direct",
-      time.perf_counter() - started,
-      global_nbytes(read.state),
-      str(step_dir),
-      casts=read.casts,
-      initialised=read.initialised,
-      verified=verified,
-      unverified=unverified,
-    )
-    _log.info("restored step %d of %s in %.2f s", step, self.directory, report.seconds)
-    return Restored(read.state, step, step + 1, metrics, ours.get("extras"), report)
-
-  def _described(self, step: int) -> tuple[dict[str, Any], dict[str, Any], Record | None]:
-    """What a step says of itself: our notes, metrics, fingerprints."""
-    damaged = recovery.damage(self.directory, step)
-    if damaged is not None:
-      raise damaged
-    step_dir = run.step_directory(self.directory, step)
-    record = read_record(step_dir) if self.config.restore.verify else None
-    return run.our_metadata(step_dir), run.step_info(self.directory, step).metrics, record

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 from etils import epath
@@ -12,14 +13,16 @@ from etils import epath
 from ckpt_jax import run
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.integrity.aside import QUARANTINE, SET_ASIDE, aside, damaged_steps, put_aside, remove_aside
-from ckpt_jax.policies.agree import from_process_zero, raise_together
+
+if TYPE_CHECKING:  # a room below
+  from ckpt_jax.restore.together import Together
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 def candidates(directory: epath.Path, *, healthy: bool) -> list[int]:
-  """The steps that a restore of the newest may take, best first, damaged ones included; alike on all processes.
+  """The steps that a restore of the newest may take, best first, damaged ones included.
 
   Newest first, but for thinned ones, from which no training goes on.
 
@@ -27,20 +30,17 @@ def candidates(directory: epath.Path, *, healthy: bool) -> list[int]:
     directory: the run.
     healthy: leave out the steps that are tagged unhealthy.
   """
-  found: list[int] = []
-  if jax.process_index() == 0:
-    damaged = damaged_steps(directory)
-    if healthy:
-      steps, unreadable = run.list_readable_steps(directory)
-      found = [s.step for s in steps if s.healthy is not False]
-      damaged |= unreadable
-      thinned = {s.step for s in steps if not s.resumable}
-    else:
-      found = run.committed_steps(directory)
-      newest = run.newest_to_restore(directory)
-      thinned = {step for step in found if newest is not None and step > newest}
-    found = sorted({*found, *damaged}, key=lambda step: (step not in thinned, step), reverse=True)
-  return from_process_zero(found)
+  damaged = damaged_steps(directory)
+  if healthy:
+    steps, unreadable = run.list_readable_steps(directory)
+    found = [s.step for s in steps if s.healthy is not False]
+    damaged |= unreadable
+    thinned = {s.step for s in steps if not s.resumable}
+  else:
+    found = run.committed_steps(directory)
+    newest = run.newest_to_restore(directory)
+    thinned = {step for step in found if newest is not None and step > newest}
+  return sorted({*found, *damaged}, key=lambda step: (step not in thinned, step), reverse=True)
 
 
 def damage(directory: epath.Path, step: int) -> CorruptCheckpointError | None:
@@ -49,7 +49,7 @@ def damage(directory: epath.Path, step: int) -> CorruptCheckpointError | None:
 
 
 def newest_sound(
-  directory: epath.Path, steps: Sequence[int], attempt: Callable[[int], T], *, fallback: bool
+  directory: epath.Path, steps: Sequence[int], attempt: Callable[[int], T], together: Together, *, fallback: bool
 ) -> tuple[T, dict[int, str]]:
   """What `attempt` makes of the newest step that it can read, and why it could not read newer ones.
 
@@ -60,6 +60,7 @@ def newest_sound(
     directory: the run.
     steps: newest first.
     attempt: reads a step; raises the same error on all processes.
+    together: the waits of the restore.
     fallback: whether to go on to older steps; else the first error is raised.
 
   Raises:
@@ -80,37 +81,40 @@ def newest_sound(
       _log.error("step %d cannot be restored (%s); trying the one before", step, e)
       continue
     if failed:
-      _quarantine(directory, failed)
+      _quarantine(directory, failed, together)
       _log.error("restored step %d in place of %s, which are in quarantine", step, ", ".join(map(str, failed)))
     return found, failed
   reasons = "\n  ".join(f"step {step}: {why}" for step, why in failed.items())
   raise CorruptCheckpointError(f"{directory}: none of the steps {list(failed)} can be restored:\n  {reasons}")
 
 
-def _quarantine(directory: epath.Path, failed: dict[int, str]) -> None:
+def _quarantine(directory: epath.Path, failed: dict[int, str], together: Together) -> None:
   if jax.process_index() == 0:
     try:
       put_aside(directory, failed, QUARANTINE, failed)
     except CheckpointError as e:  # a run that can only be read is restored all the same
       _log.warning("%s", e)
-  from_process_zero([])
+  together.meet("process 0 to put damaged steps into quarantine")
 
 
-def refuse_to_start_afresh(directory: epath.Path) -> None:
+def refuse_to_start_afresh(directory: epath.Path, together: Together) -> None:
   """Raises, on all processes, if a run without a step that counts has had one: it must not begin at 0 in silence.
 
   Raises:
     CorruptCheckpointError: naming what there is.
   """
-  quarantined: list[int] = []
+  error: Exception | None = None
   if jax.process_index() == 0:
-    quarantined = sorted(aside(directory, QUARANTINE))
-  quarantined = from_process_zero(quarantined)
-  if quarantined:
-    raise CorruptCheckpointError(
-      f"{directory}: no step is left, and steps {quarantined} are in quarantine ({run.NOTES}/{QUARANTINE}). Start in "
-      "another directory, or remove them to begin afresh"
-    )
+    try:
+      quarantined = sorted(aside(directory, QUARANTINE))
+      if quarantined:
+        error = CorruptCheckpointError(
+          f"{directory}: no step is left, and steps {quarantined} are in quarantine ({run.NOTES}/{QUARANTINE}). Start "
+          "in another directory, or remove them to begin afresh"
+        )
+    except Exception as e:
+      error = e
+  together.meet("process 0 to see whether the run is new", error)
 
 
 def rollback(directory: epath.Path, step: int, *, delete: bool = False) -> list[int]:
@@ -141,14 +145,13 @@ def rollback(directory: epath.Path, step: int, *, delete: bool = False) -> list[
   return newer
 
 
-def rolled_back(directory: epath.Path, step: int, *, delete: bool) -> list[int]:
+def rolled_back(directory: epath.Path, step: int, together: Together, *, delete: bool) -> list[int]:
   """`rollback` for a job: process 0 does it, all know the outcome."""
   error: Exception | None = None
   newer: list[int] = []
   if jax.process_index() == 0:
     try:
       newer = rollback(directory, step, delete=delete)
-    except CheckpointError as e:
+    except Exception as e:
       error = e
-  raise_together(error)
-  return from_process_zero(newer)
+  return json.loads(together.meet(f"process 0 to go back to step {step}", error, json.dumps(newer))[0])

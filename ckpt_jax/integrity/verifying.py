@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,7 +15,9 @@ from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.integrity import fingerprint
 from ckpt_jax.integrity.record import Record
 from ckpt_jax.integrity.sums import MASK
-from ckpt_jax.policies.agree import from_process_zero
+
+if TYPE_CHECKING:  # a room below
+  from ckpt_jax.restore.together import Together
 
 _MAX_NAMED = 10
 
@@ -56,7 +57,7 @@ class Verifier:
     dtype, shape = taken.types[path]
     return dtype, shape, tally.total, taken.copies[path]
 
-  def finish(self, where: str) -> int:
+  def finish(self, where: str, together: Together) -> int:
     """Waits for the sums and compares them.
 
     Returns:
@@ -68,24 +69,29 @@ class Verifier:
     record = self._record
     if record is None:
       return 0
-    found = {path: future.result() for path, future in self._sums.items()}
-    self._pool.shutdown()
-    shared = set()
-    if self._later:
-      taken = fingerprint.take(self._later, every_copy=True, saved_as=self._dtypes)
-      shared = taken.counted_by_all
-      for path, tally in taken.tallies(1, health=False).items():
-        found[path] = (*taken.types[path], tally.total, taken.copies[path])
+    error: Exception | None = None
+    found: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    shared: set[str] = set()
+    try:
+      found = {path: future.result() for path, future in self._sums.items()}
+      if self._later:
+        taken = fingerprint.take(self._later, every_copy=True, saved_as=self._dtypes)
+        shared = taken.counted_by_all
+        for path, tally in taken.tallies(1, health=False).items():
+          found[path] = (*taken.types[path], tally.total, taken.copies[path])
+    except Exception as e:
+      error = e
+    together.meet("all processes to verify what they read", error)
     names = sorted(found)
     totals = _over_all_processes([0 if n in shared and jax.process_index() else found[n][2] for n in names])
-    bad: list[str] = []
+    bad = []
     for name, total in zip(names, totals, strict=True):
       dtype, shape, _, copies = found[name]
       if not _matches(record, name, dtype, shape, total, copies):
         bad.append(name)
-    bad = _told(bad)  # they found the same, unless one of them read a damaged record
-    if bad:
-      raise CorruptCheckpointError(f"{where}: {len(bad)} leaves are not what was saved: {_named(bad)}")
+    # All found the same, unless one of them has a damaged copy of the record.
+    wrong = CorruptCheckpointError(f"{where}: {len(bad)} leaves are not what was saved: {_named(bad)}") if bad else None
+    together.meet("all processes to compare what they read with what was saved", wrong)
     return len(names)
 
   def stop(self) -> None:
@@ -105,11 +111,6 @@ def _over_all_processes(sums: Sequence[int]) -> list[int]:
   mine = np.array(sums, np.uint64).view(np.uint8)
   everyone = np.asarray(multihost_utils.process_allgather(mine), np.uint8).reshape(jax.process_count(), -1)
   return [int(n) & MASK for n in everyone.view(np.uint64).sum(axis=0, dtype=np.uint64)]
-
-
-def _told(names: Sequence[str]) -> list[str]:
-  """Process 0's names, on every process."""
-  return json.loads(bytes(from_process_zero(list(json.dumps(list(names)).encode()))))
 
 
 def _named(names: Sequence[str]) -> str:
