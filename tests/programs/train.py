@@ -42,6 +42,12 @@ def check(state):
 if mode == "save":
   with ckpt.Checkpointer(run) as c:
     c.save(0, init(), metrics={"loss": 1.0}, extras={"data": 3})
+elif mode == "reopen":
+  for step in range(3):
+    with ckpt.Checkpointer(run) as c:
+      c.save(step, init())
+      c.wait()
+      c.save(step + 10, init())
 elif mode == "restore":
   with ckpt.Checkpointer(run) as c:
     got = c.restore_or_init(init)
