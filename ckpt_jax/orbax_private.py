@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -82,6 +83,25 @@ def coordination_service() -> Any:
   if client is None:
     raise CheckpointError("jax.distributed is not initialized; call ckpt_jax.multihost.initialize() first")
   return client
+
+
+class ToldManager(ocp.CheckpointManager):
+  """Orbax's manager, which is told what steps there are instead of looking by itself.
+
+  Why private: Orbax opens two files of each step and takes two turns in thread pools for it, whenever a manager opens:
+  7 s for 5,000 steps, at the first save once more. It also takes leftovers and half deleted steps for steps. Its
+  `lightweight_initialize` spares the files alone.
+  """
+
+  def __init__(self, directory: Any, steps: Callable[[], Iterable[tuple[int, datetime.datetime]]], **options: Any):
+    self._steps_there = steps
+    super().__init__(directory, **options)
+
+  def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
+    from orbax.checkpoint._src.metadata.checkpoint_info import CheckpointInfo
+
+    del skip_metadata_read
+    return [CheckpointInfo(step=step, time=time, metrics=None) for step, time in self._steps_there()]
 
 
 def use_deleter(manager: ocp.CheckpointManager, deleter: Any) -> None:

@@ -1,5 +1,6 @@
 """Fails loudly when a private name that orbax_private.py leans on moves."""
 
+import datetime
 import threading
 
 import jax.numpy as jnp
@@ -18,6 +19,16 @@ def test_managers_finalize_thread_is_where_we_look(tmp_path):
     assert isinstance(thread, threading.Thread) and thread.exception is None
     manager.wait_until_finished()
     assert orbax_private.background_error(manager) is None
+
+
+def test_manager_asks_us_for_its_steps_when_it_opens_and_reloads(tmp_path):
+  times = [datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)]
+  steps = [(3, times[0])]
+  with orbax_private.ToldManager(tmp_path, lambda: steps) as manager:
+    assert manager.all_steps() == [3] and manager._checkpoints[0].time == times[0]
+    steps.append((7, times[0]))
+    manager.reload()
+    assert manager.all_steps() == [3, 7] and manager.latest_step() == 7
 
 
 def test_coordination_service_is_where_we_look_and_asked_for_by_name():
