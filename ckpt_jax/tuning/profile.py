@@ -23,7 +23,7 @@ from ckpt_jax.tuning.sampling import Compressibility, measure_compression
 _log = logging.getLogger(__name__)
 PyTree = Any
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
-_VERSION = 1
+_VERSION = 2  # of what is remembered
 # Below this a leaf costs more by being one than by its bytes: 1 MiB at 1 GB/s takes as long as Orbax's Python for it.
 SMALL_LEAF_NBYTES = 1 << 20
 _COPIED_NBYTES = 32 << 20
