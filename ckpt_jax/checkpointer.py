@@ -19,6 +19,7 @@ from ckpt_jax import orbax_private, run
 from ckpt_jax.config import BestConfig, Config, load_config
 from ckpt_jax.errors import CheckpointError, ConfigError, NoCheckpointError
 from ckpt_jax.failures import storage_errors
+from ckpt_jax.integrity.gate import Gate
 from ckpt_jax.layout.sharding import abstract_state, global_nbytes
 from ckpt_jax.policies import pins
 from ckpt_jax.policies.agree import from_process_zero
@@ -133,6 +134,7 @@ class Checkpointer:
         retention=self._retention,
         deleter=self._deleter,
         attempt=self._attempt,
+        gate=Gate(self.directory, config, self.storage, self._retention, self._deleter),
       )
     self.saves: list[SaveRecord] = self._saver.records
     if config.preemption.enabled:

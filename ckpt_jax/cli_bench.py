@@ -187,3 +187,20 @@ def predictions(
           for key in ("blocking_s", "commit_s", "restore_s")
         )
         typer.echo(f"{name}, {state}, compression {setting}: {figures}")
+
+
+@bench.command("policies")
+def policies(
+  output: Annotated[str | None, typer.Option("-o", "--output", help="Write the JSON into this file.")] = None,
+  steps: Annotated[int, typer.Option(min=10, help="Steps in the run.")] = 5000,
+  repeats: Annotated[int, typer.Option(min=1, help="Times that each is measured.")] = 5,
+) -> None:
+  """Deciding, listing, opening and saving in a run of thousands of steps."""
+  from ckpt_jax.bench.policies import measure
+
+  found = json.dumps(measure(steps, repeats, lambda what: typer.echo(what, err=True)), indent=1)
+  if output:
+    with open(output, "w", encoding="utf-8") as file:
+      file.write(found + "\n")
+  else:
+    typer.echo(found)

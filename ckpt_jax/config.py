@@ -35,18 +35,12 @@ NOT_YET: dict[str, str] = {
   "restore.on_corruption": _LATER,
   "timeouts.restore": _LATER,
   "layout.chunk_size": _LATER,
-  "layout.min_slice_for_replica_parallel": _LATER,
-  "limits.file_io_concurrency": _LATER,
-  "limits.data_copy_concurrency": _LATER,
 }
 # Values that ask for what happens anyway.
 _TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
   "layout.pack": ("off",),
   "restore.strategy": ("auto", "direct"),
   "layout.chunk_size": ("auto",),
-  "layout.min_slice_for_replica_parallel": ("auto",),
-  "limits.file_io_concurrency": ("auto",),
-  "limits.data_copy_concurrency": ("auto",),
 }
 
 # The shortest that a timeout is when left to the plan: a hung save should end the job in minutes, not in days.
@@ -159,6 +153,20 @@ def _switch(value: Any) -> Any:
   if value is True:
     return "on"
   return "off" if value is False else value
+
+
+def _mode(value: Any) -> Any:
+  if isinstance(value, str) and re.fullmatch(r"(0o?)?[0-7]{3}", value.strip()):
+    bits = int(value.strip().replace("o", ""), 8)
+    if bits & 0o600 != 0o600:
+      raise ValueError(f"{value!r} takes reading or writing from the owner, who could not save or delete any more")
+    if bits & 0o002:
+      raise ValueError(f"{value!r} lets the whole world write checkpoints")
+    return f"{bits:04o}"
+  if isinstance(value, int) and not isinstance(value, bool):
+    # YAML 1.1 reads 0640 as 416 and 640 as 640; only text says which was meant.
+    raise ValueError(f'{value!r} is ambiguous; write permission bits in quotes, e.g. "0640"')
+  raise ValueError(f'{value!r} is no mode; write octal permission bits in quotes, e.g. "0640"')
 
 
 def _price(value: Any) -> float:
@@ -429,11 +437,13 @@ class TimeoutsConfig(_Section):
     save: from the call of `save` to the commit; auto is 20 times what the plan expects, and 20 minutes at least.
     restore: the whole of a restore; auto as above.
     delete: how long `close` waits for old steps to be removed. What is left is marked, and the next open goes on.
+    lease: how long the heartbeat of a job on another host must stand still before its claim to the run is void.
   """
 
   save: AutoOrDuration = "auto"
   restore: AutoOrDuration = "auto"
   delete: Duration = 60.0
+  lease: Duration = 60.0
 
   @property
   def save_s(self) -> float:
@@ -474,6 +484,10 @@ class StorageConfig(_Section):
     driver: TensorStore's driver for gs://, `gcs` or `gcs_grpc`.
     requests: requests in flight at a time and process; `auto` leaves it to TensorStore.
     retry: how failed requests are sent again.
+    fsync: sync every file and directory of a step before it counts as committed, so that it survives a power cut;
+      `auto`: where the storage does not do so by itself. `off` for scratch disks.
+    mode: permission bits of a step's files, as octal text, e.g. "0640"; directories also get x where r is. Null: as the
+      umask says. Nothing is writable for the world either way.
     price_per_gib_month: what a GiB costs a month, in your currency: `prune` and `simulate` tell what retention costs.
   """
 
@@ -486,6 +500,8 @@ class StorageConfig(_Section):
   driver: Literal["gcs", "gcs_grpc"] | None = None
   requests: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] = "auto"
   retry: RetryConfig = Field(default_factory=RetryConfig)
+  fsync: Switch = "auto"
+  mode: Annotated[str, BeforeValidator(_mode)] | None = None
   price_per_gib_month: Price | None = None
 
   @pydantic.model_validator(mode="before")

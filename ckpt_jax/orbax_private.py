@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -24,6 +26,50 @@ def background_error(manager: ocp.CheckpointManager) -> BaseException | None:
   return None if thread is None or thread.is_alive() else thread.exception
 
 
+def join_save(manager: ocp.CheckpointManager, timeout: float) -> bool:
+  """Waits for the background save; False if it still runs after `timeout` seconds. Raises what the save died of.
+
+  Why private: `wait_until_finished()` has no limit, and Orbax's own timeout covers the writes but neither the rename
+  nor what is synced around it (google/orbax#392).
+  """
+  thread = manager._finalize_thread.get()  # pylint: disable=protected-access
+  if thread is None:
+    return True
+  threading.Thread.join(thread, timeout)  # Orbax's own join would raise the error, once for each calling thread
+  return not thread.is_alive()
+
+
+_left_behind: list[threading.Thread] = []
+
+
+def leave_behind(manager: ocp.CheckpointManager) -> None:
+  """Gives up on a manager whose background save hangs, also when the interpreter ends.
+
+  Why private: Orbax's threads are no daemons and it has no way to abandon them; `cancel()` cannot reach a thread that
+  waits for the kernel.
+  """
+  saving = manager._checkpointer._async_manager._thread  # type: ignore[attr-defined]  # pylint: disable=protected-access
+  threads = (manager._finalize_thread.get(), saving)  # pylint: disable=protected-access
+  _left_behind.extend(thread for thread in threads if thread is not None)
+
+
+def never_wait_for_hanging_threads() -> None:
+  """Ends the process at the end of the program although a thread that was left behind still hangs.
+
+  Why private: see `before_executors_shut_down`. Python joins all threads when it ends, and a job would idle for ever.
+  The exit code is 1: what it was to be cannot be known here, and a job with a hanging write is no success.
+  """
+
+  def leave() -> None:
+    if any(thread.is_alive() for thread in _left_behind):
+      sys.stderr.write("ckpt_jax: a background write still hangs; leaving without it\n")
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(1)
+
+  before_executors_shut_down(leave)
+
+
 def coordination_service() -> Any:
   """The client of the service that `jax.distributed.initialize()` started: a key-value store of the whole job.
 
@@ -37,6 +83,25 @@ def coordination_service() -> Any:
   if client is None:
     raise CheckpointError("jax.distributed is not initialized; call ckpt_jax.multihost.initialize() first")
   return client
+
+
+class ToldManager(ocp.CheckpointManager):
+  """Orbax's manager, which is told what steps there are instead of looking by itself.
+
+  Why private: Orbax opens two files of each step and takes two turns in thread pools for it, whenever a manager opens:
+  7 s for 5,000 steps, at the first save once more. It also takes leftovers and half deleted steps for steps. Its
+  `lightweight_initialize` spares the files alone.
+  """
+
+  def __init__(self, directory: Any, steps: Callable[[], Iterable[tuple[int, datetime.datetime]]], **options: Any):
+    self._steps_there = steps
+    super().__init__(directory, **options)
+
+  def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
+    from orbax.checkpoint._src.metadata.checkpoint_info import CheckpointInfo
+
+    del skip_metadata_read
+    return [CheckpointInfo(step=step, time=time, metrics=None) for step, time in self._steps_there()]
 
 
 def use_deleter(manager: ocp.CheckpointManager, deleter: Any) -> None:
@@ -57,6 +122,27 @@ def forget_steps(manager: ocp.CheckpointManager, steps: Collection[int]) -> None
   wait for their removal.
   """
   manager._checkpoints.delete_if(lambda info: info.step in steps)  # pylint: disable=protected-access
+
+
+def array_metadata_store() -> Any:
+  """A store for the `array_metadatas` of a step, to give to an ArrayHandler.
+
+  Why private: `ocp.type_handlers.ArrayHandler(array_metadata_store=...)` is public, the only class that it takes is
+  not; without one nothing records which arrays are PRNG keys, nor the shapes that were written.
+  """
+  from orbax.checkpoint._src.metadata import array_metadata_store as stores
+
+  return stores.Store()
+
+
+async def prng_key_names(store: Any, item_dir: Any) -> set[str]:
+  """The arrays of a checkpoint that are the words of PRNG keys, as `store` (see above) has them.
+
+  Why private: as above; the file says so under `ext_metadata`, and Orbax offers nothing else that does.
+  """
+  found = await store.read(item_dir)
+  arrays = next(iter(found.values())) if found else []
+  return {a.param_name for a in arrays if "random_key_impl" in (a.ext_metadata or {})}
 
 
 def before_executors_shut_down(callback: Callable[[], None]) -> None:

@@ -19,6 +19,8 @@ from ckpt_jax.errors import CheckpointError
 _SLICE_S = 2.0  # how long a failure elsewhere may go unnoticed
 _POLL_S = (0.005, 0.25)  # shortest and longest pause of process 0 between two looks
 
+_made: collections.Counter[str] = collections.Counter()
+
 
 class PeerFailedError(CheckpointError):
   """Another process of the job failed on its way to where this one waits. The message names both."""
@@ -30,11 +32,12 @@ class Rendezvous:
   Nothing here touches devices, so it may be used behind training. With one process nothing is waited for.
 
   Attributes:
-    name: the same on all processes, and of no other Rendezvous of this job.
+    name: the same on all processes; a number is added that sets it apart from others of this job.
   """
 
   def __init__(self, name: str):
-    self.name = name
+    _made[name] += 1  # e.g. one Checkpointer after the other on one run
+    self.name = f"{name} {_made[name]}"
     self._round = 0
     self._uses: collections.Counter[str] = collections.Counter()
     self._old: list[str] = []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import logging
+import math
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,13 +24,13 @@ from ckpt_jax import orbax_private, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, UnhealthyStateError
 from ckpt_jax.failures import is_out_of_space, root_cause
+from ckpt_jax.integrity.gate import Gate
 from ckpt_jax.integrity.record import (
   RecordedSave,
   RecordingHandler,
   history,
   is_unhealthy,
   record_of,
-  remove_unfinished,
 )
 from ckpt_jax.layout.encoding import encode
 from ckpt_jax.layout.handler import pytree_handler, target_file_size
@@ -38,6 +40,7 @@ from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.attempts import AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
+from ckpt_jax.policies.schedule import Schedule
 from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
 from ckpt_jax.seal import sealed
 from ckpt_jax.tuning.planner import Planner
@@ -48,6 +51,10 @@ _log = logging.getLogger(__name__)
 PyTree = Any
 # Room for what Orbax and TensorStore need beside the copy itself when the host's memory is checked.
 _COPY_HEADROOM = 1.1
+_LONG_AGO = datetime.datetime.min.replace(tzinfo=datetime.timezone.utc)
+# What Orbax may take beyond timeouts.save to tell by itself that a write has timed out.
+_GRACE_S = 5.0
+orbax_private.never_wait_for_hanging_threads()
 
 
 @dataclasses.dataclass
@@ -78,7 +85,6 @@ class Saver:
 
   Attributes:
     records: a SaveRecord for each save, oldest first.
-    manager: Orbax's manager; replaced when a save needs another handler.
   """
 
   def __init__(
@@ -92,6 +98,7 @@ class Saver:
     retention: LiveRetention,
     deleter: StepDeleter,
     attempt: AttemptLog,
+    gate: Gate,
   ):
     """Opens Orbax's manager.
 
@@ -104,6 +111,7 @@ class Saver:
       retention: what stays.
       deleter: removes the rest.
       attempt: remembers what saves cost.
+      gate: admits saves to the storage, and makes their commits durable.
     """
     self.records: list[SaveRecord] = []
     self._directory = directory
@@ -114,12 +122,24 @@ class Saver:
     self._retention = retention
     self._deleter = deleter
     self._attempt = attempt
+    self._gate = gate
     self._writing: SaveRecord | None = None
     self._returned_at: float | None = None
+    self._deadline = 0.0
     self._record_lock = threading.Lock()
     self._norms = history()
+    self._known: Sequence[int] | None = None  # what the manager knew that is being replaced
     self._rendezvous = Rendezvous(f"save {directory}")
-    self.manager = self._open_manager(pytree_handler(self._config))
+    gate.opened()
+    self._manager: ocp.CheckpointManager | None = self._open_manager(pytree_handler(self._config))
+
+  @property
+  def manager(self) -> ocp.CheckpointManager:
+    """Orbax's manager; replaced when a save needs another handler, or hangs."""
+    if self._manager is None:
+      self._gate.probe()
+      self._manager = self._open_manager(pytree_handler(self._config))
+    return self._manager
 
   def save(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
     """Starts a save and returns once the arrays may be overwritten; see `Checkpointer.save`.
@@ -147,17 +167,18 @@ class Saver:
     if planned != self._config:
       self._config = planned
       self._replace_manager(pytree_handler(planned))
+    made_room = self._gate.admit(step, record.nbytes, metadata["leaves"], compressed=planned.layout.compression == "on")
+    orbax_private.forget_steps(self.manager, made_room)
     recording = record_of(step, state, record.nbytes, self._config.health.nonfinite, f"{self._directory}: step {step}")
     metadata |= {"fingerprints": 1, "health": recording.health_told}
     chunk_nbytes = self._chunk_nbytes(state)
+    self._deadline = time.monotonic() + self._config.timeouts.save_s + _GRACE_S
     with self._record_lock:
       self._writing, self._returned_at = record, None
     try:
       if chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=chunk_nbytes))
-      self._retention.note(step, record.nbytes, recording.health_told.get("healthy"))
-      if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
-        raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
+      self._retention.note(step, record.nbytes, recording.health_told.get("healthy"), numbers)
       self._told_schedule("begun", step)
       self._rendezvous.begin()
       self.manager.save(
@@ -170,7 +191,9 @@ class Saver:
         force=True,
       )
       if chunk_nbytes is not None:
-        self.manager.wait_until_finished()  # before the clock is read: training waits for it
+        # Before the clock is read: training waits for all of it.
+        self.manager.wait_until_finished()
+        self._replace_manager(pytree_handler(self._config))
       with self._record_lock:
         self._returned_at = time.perf_counter()
         record.blocking_s = self._returned_at - started
@@ -180,8 +203,6 @@ class Saver:
       if early:
         self._note_commit(record)
       self.records.append(record)
-      if chunk_nbytes is not None:
-        self._replace_manager(pytree_handler(self._config))
     except Exception as e:
       raise self._save_failed(e) from e
 
@@ -197,8 +218,14 @@ class Saver:
     Raises:
       SaveFailedError: if it failed; told once.
     """
+    if self._manager is None:
+      return
     try:
-      self.manager.wait_until_finished()
+      if not orbax_private.join_save(self._manager, max(0.0, self._deadline - time.monotonic())):
+        raise self._hangs()
+      self._manager.wait_until_finished()
+    except SaveFailedError:
+      raise
     except Exception as e:
       if self._writing is None:
         return  # told already: Orbax raises once a thread, this package once in all
@@ -212,16 +239,20 @@ class Saver:
     In a job of many the processes learn of a failure at different steps. There the next call that all make alike tells
     (a save that is due, `wait`, `close`), so that all raise at the same one, and a trainer may go on.
     """
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 or self._manager is None or self._writing is None:
       return
-    error = orbax_private.background_error(self.manager)
-    if error is not None and self._writing is not None:
+    error = orbax_private.background_error(self._manager)
+    if error is not None:
       raise self._save_failed(error) from error
+    if time.monotonic() > self._deadline and not orbax_private.join_save(self._manager, 0):
+      raise self._hangs()
 
   def close(self) -> None:
-    """Releases Orbax's threads; call `wait` first."""
-    with contextlib.suppress(Exception):  # its background failure was raised by wait()
-      self.manager.close()
+    """Releases Orbax's threads and the claim to the run; call `wait` first."""
+    if self._manager is not None:
+      with contextlib.suppress(Exception):  # its background failure was raised by wait()
+        self._manager.close()
+    self._gate.close()
 
   # -- inside
 
@@ -229,28 +260,39 @@ class Saver:
     best = self._config.retention.best
     with self._deleter.paused():
       self._deleter.resume()
-      manager = ocp.CheckpointManager(
+      manager = orbax_private.ToldManager(
         self._directory,
+        self._steps_there,
         item_handlers=RecordingHandler(handler, self._norms),
         options=ocp.CheckpointManagerOptions(
           save_decision_policy=self._policy,
           preservation_policy=self._retention,
           # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
           best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
+          temporary_path_class=self._gate.path_class(self._on_commit),
           async_options=ocp.options.AsyncOptions(
-            timeout_secs=int(self._config.timeouts.save_s),
-            barrier_sync_fn=self._meet,
-            post_finalization_callback=self._on_commit,
+            timeout_secs=math.ceil(self._config.timeouts.save_s), barrier_sync_fn=self._gate.barrier(self._meet)
           ),
         ),
       )
       orbax_private.use_deleter(manager, self._deleter)
       orbax_private.forget_steps(manager, from_process_zero(sorted(self._deleter.pending)))
+    self._retention.read_ahead(manager.all_steps())
     return manager
 
   def _replace_manager(self, handler: ocp.PyTreeCheckpointHandler) -> None:
+    self._known = self.manager.all_steps()
     self.manager.close()
-    self.manager = self._open_manager(handler)
+    self._manager = self._open_manager(handler)
+
+  def _steps_there(self) -> list[tuple[int, datetime.datetime]]:
+    """For a manager that opens or reloads."""
+    steps, self._known = self._known, None
+    if steps is None:
+      steps = run.committed_steps(self._directory)
+    if isinstance(self._schedule, Schedule) and not self._schedule.needs_times:
+      return [(step, _LONG_AGO) for step in steps]
+    return [(step, run.step_info(self._directory, step).time or _LONG_AGO) for step in steps]
 
   def _meet(self, *, key: str, timeout_ms: int) -> None:
     """Orbax's barrier_sync_fn. A process whose write failed comes here too, on its way out, and is not waited for."""
@@ -284,6 +326,22 @@ class Saver:
     if listener is not None:
       listener(*arguments)
 
+  def _hangs(self) -> SaveFailedError:
+    """Leaves a write that does not end to itself: the next save goes through a new manager."""
+    with self._record_lock:
+      record, self._writing = self._writing, None
+    step = record.step if record else None
+    assert self._manager is not None
+    orbax_private.leave_behind(self._manager)
+    self._manager = None
+    self._gate.failed(step, hangs=True)
+    return SaveFailedError(
+      f"{self._directory}: step {step} was not saved: its background write did not end within "
+      f"{self._config.timeouts.save_s:.0f} s (timeouts.save) and still hangs; the storage does not answer. Earlier "
+      "steps are untouched, and this step will not be committed any more",
+      step,
+    )
+
   def _save_failed(self, error: BaseException) -> CheckpointError:
     """Forgets the failed step and says so; the caller raises what is returned."""
     with self._record_lock:
@@ -292,13 +350,12 @@ class Saver:
     # The manager has dropped the failed step, or will when asked to wait; what is on disk is the truth.
     with contextlib.suppress(Exception):
       self.manager.wait_until_finished()
+    self._gate.failed(step, hangs=False)
     with contextlib.suppress(Exception):
       self.manager.reload()
       orbax_private.forget_steps(self.manager, self._deleter.pending)
     unhealthy = is_unhealthy(error)
     if unhealthy is not None:
-      if step is not None and jax.process_index() == 0:
-        remove_unfinished(self._directory, step)
       return UnhealthyStateError(str(unhealthy))
     cause = root_cause(error)
     steps = run.committed_steps(self._directory)

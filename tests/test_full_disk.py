@@ -5,9 +5,12 @@ import subprocess
 import time
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from etils import epath
 
 import ckpt_jax as ckpt
+from ckpt_jax.integrity.space import free_bytes, planned_bytes
 
 
 @pytest.fixture
@@ -23,25 +26,80 @@ def small_disk(tmp_path):
   subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_full_disk_reaches_the_next_save_once_and_earlier_steps_stay(small_disk):
-  small, large = {"x": jnp.arange(1000.0)}, {"x": jnp.arange(8.0 * (1 << 20))}
-  c = ckpt.Checkpointer(small_disk / "run")
-  c.save(0, small)
-  c.save(1, large)  # 32 MB on 12 MB; either save or the write behind it fails
-  deadline = time.monotonic() + 60
+def numbers(n, seed=0):
+  return {"x": jnp.asarray(np.random.default_rng(seed).standard_normal(n, dtype=np.float32))}
+
+
+def test_save_that_does_not_fit_is_refused_with_both_figures_before_anything_is_written(small_disk):
+  with ckpt.Checkpointer(small_disk / "run") as c:
+    c.save(0, numbers(1000))
+    c.wait()
+    before = sorted(p.name for p in (small_disk / "run").iterdir())
+    with pytest.raises(ckpt.OutOfSpaceError, match=r"needs 34\.\d+ MB and 1[12]\.\d+ MB are free"):
+      c.save(1, numbers(8 << 20))
+    assert sorted(p.name for p in (small_disk / "run").iterdir()) == before
+    assert c.save(2, numbers(1000))
+    c.wait()
+    assert [s.step for s in c.steps()] == [0, 2]
+
+
+def test_full_disk_reaches_the_next_save_once_and_leaves_nothing_behind(small_disk):
+  # Compressed, nobody can know before the first save how much it takes.
+  c = ckpt.Checkpointer(small_disk / "run", {"layout": {"compression": "on"}})
   with pytest.raises(ckpt.SaveFailedError, match="step 1 was not saved") as e:
+    c.save(1, numbers(8 << 20))  # 33 MB on 12 MB; either save or the write behind it fails
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-      c.save(2, small)
+      c.save(2, numbers(1000))
       time.sleep(0.05)
   assert isinstance(e.value, ckpt.OutOfSpaceError), "told as what it is"
-  assert c.latest_step() == 0
-  for leftover in (small_disk / "run").glob("*.orbax-checkpoint-tmp*"):
-    subprocess.run(["rm", "-r", leftover], check=True)
-  assert c.save(3, small)
+  assert c.latest_step() is None
+  assert c.save(3, numbers(1000))
   c.close()
   with ckpt.Checkpointer(small_disk / "run") as again:
-    assert [s.step for s in again.steps()] == [0, 3]
-    assert again.restore(0).state["x"].sum() == small["x"].sum()
+    assert [s.step for s in again.steps()] == [3]
+    assert again.restore(3).state["x"].tobytes() == np.asarray(numbers(1000)["x"]).tobytes()
+
+
+def test_steps_that_retention_drops_anyway_make_room_and_the_newest_stays(small_disk):
+  with ckpt.Checkpointer(small_disk / "run", {"retention": {"last": 2}}) as c:
+    for step in range(6):  # 4 MB each on 12 MB: a third one fits only once the oldest is gone
+      assert c.save(step, numbers(1 << 20, step))
+      c.wait()
+      assert step in [s.step for s in c.steps()]
+    for step in c.steps():
+      assert c.restore(step.step).state["x"].tobytes() == np.asarray(numbers(1 << 20, step.step)["x"]).tobytes()
+
+
+def test_the_only_step_is_never_given_up_for_room(small_disk):
+  with ckpt.Checkpointer(small_disk / "run", {"retention": {"last": 1}}) as c:
+    c.save(0, numbers(2 << 20))  # 8 MB on 12 MB
+    c.wait()
+    with pytest.raises(ckpt.OutOfSpaceError):
+      c.save(1, numbers(2 << 20))
+    assert [s.step for s in c.steps()] == [0]
+
+
+def test_deleting_works_on_a_disk_without_a_single_free_block(small_disk):
+  with ckpt.Checkpointer(small_disk / "run", {"retention": {"last": 2}}) as c:
+    for step in range(2):
+      c.save(step, numbers(1 << 20, step))
+      c.wait()
+    filler = os.open(small_disk / "filler", os.O_CREAT | os.O_WRONLY)
+    with pytest.raises(OSError):  # somebody else takes the rest
+      while True:
+        os.write(filler, bytes(4096))
+    os.close(filler)
+    assert c.save(2, numbers(1 << 18, 2)), "step 0 makes room, though not even its mark could be written"
+    c.wait()
+    assert [s.step for s in c.steps()] == [1, 2]
+    assert c.restore(1).state["x"].tobytes() == np.asarray(numbers(1 << 20, 1)["x"]).tobytes()
+
+
+def test_buckets_have_no_limit_and_planned_bytes_follow_what_was_stored():
+  assert free_bytes(epath.Path("/proc")) is None, "a file system that does not say how large it is"
+  assert planned_bytes(10**9, 100, None) > 10**9
+  assert planned_bytes(10**9, 100, 0.5) < 6 * 10**8
 
 
 def test_directory_that_cannot_be_made_is_a_storage_error(tmp_path):

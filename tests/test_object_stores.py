@@ -169,8 +169,8 @@ def test_one_save_one_restore_and_one_open_stay_within_their_requests(bucket):
   bucket.proxy.reset()
   with ckpt.Checkpointer(bucket.url + "/run"):
     opened = sum(bucket.proxy.requests.values())
-  # docs/object_stores.json has raw Orbax's beside them: about twice as many.
-  assert saved <= 75 and restored <= 50 and opened <= 1 + 2 * 3, (saved, restored, opened)
+  # docs/object_stores.json has raw Orbax's beside them: about twice as many. One request looks for another writer.
+  assert saved <= 75 and restored <= 50 and opened <= 1 + 1 + 2 * 3, (saved, restored, opened)
 
 
 def test_credentials_appear_nowhere(bucket, caplog):

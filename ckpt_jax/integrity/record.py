@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -27,7 +26,6 @@ from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.sums import MASK, Tally
-from ckpt_jax.storage.kvstore import is_object_store
 
 _log = logging.getLogger(__name__)
 FILE = "ckpt_jax.json"
@@ -285,15 +283,3 @@ def is_unhealthy(error: BaseException | None) -> UnhealthyStateError | None:
       return error
     error = error.__cause__ or error.__context__
   return None
-
-
-def remove_unfinished(directory: epath.Path, step: int) -> None:
-  """Removes what an aborted save of `step` has written; a committed step stays."""
-  if is_object_store(directory):
-    found = [] if run.is_step(directory / str(step)) else [directory / str(step)]
-  else:
-    prefix = f"{step}.orbax-checkpoint-tmp"
-    found = [p for p in directory.iterdir() if p.name == prefix or p.name.startswith(prefix + "-")]
-  for path in found:
-    with contextlib.suppress(OSError):  # the next open looks again
-      path.rmtree(missing_ok=True)

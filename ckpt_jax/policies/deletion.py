@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from ckpt_jax.storage.kvstore import is_object_store
 _log = logging.getLogger(__name__)
 _WORKERS = 8
 _MARKS_AT_ONCE = 16
+_HEADS = (run.ITEM_METADATA, run.COMMIT_MARKER, run.STEP_METADATA)
 
 
 class StepDeleter:
@@ -183,10 +185,17 @@ class StepDeleter:
     if not (self.directory / str(step)).exists():
       return False
     file = self._mark_file(step)
+    mark = json.dumps({"commit": _commit(self.directory / str(step)), "time": time.time()})
     try:
       file.parent.mkdir(parents=True, exist_ok=True)
-      file.write_text(json.dumps({"commit": _commit(self.directory / str(step)), "time": time.time()}))
+      file.write_text(mark)
     except OSError as e:
+      if e.errno in (errno.ENOSPC, errno.EDQUOT) and not is_object_store(file):
+        # Not even a mark fits. What makes it a step goes first, as always, and leaves room for the mark.
+        self._remove_heads(os.fspath(self.directory / str(step)))
+        with contextlib.suppress(OSError):
+          file.write_text(mark)
+        return True
       _log.warning("%s: cannot be written, step %d stays: %s", file, step, e)
       return False
     return True
@@ -218,13 +227,8 @@ class StepDeleter:
     for folder, _, names in os.walk(directory):
       folders.append(folder)
       files += [os.path.join(folder, name) for name in names]
-    # What makes it a step goes first, so that a reader without the marks does not take the rest for one; commit
-    # metadata last of it, since it tells this commit from a later one.
-    heads = [f for f in files if os.path.basename(f) in (run.ITEM_METADATA, run.COMMIT_MARKER)]
-    heads += [f for f in files if os.path.basename(f) == run.STEP_METADATA]
-    for file in heads:
-      self._unlink(file)
-    rest = sorted(set(files) - set(heads))
+    self._remove_heads(directory)
+    rest = sorted(f for f in files if os.path.basename(f) not in _HEADS)
     with concurrent.futures.ThreadPoolExecutor(1 if self._pause else _WORKERS) as pool:
       for _ in pool.map(self._unlink, rest):
         pass
@@ -233,6 +237,13 @@ class StepDeleter:
     for folder in reversed(folders):  # os.walk names parents first
       with self._no_manager_opens():
         os.rmdir(folder)
+
+  def _remove_heads(self, directory: str) -> None:
+    """What makes it a step goes first, so that a reader without the marks does not take the rest for one; commit
+    metadata last of it, since it tells this commit from a later one."""
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names if name in _HEADS]
+    for file in sorted(files, key=lambda f: os.path.basename(f) == run.STEP_METADATA):
+      self._unlink(file)
 
   def _unlink(self, file: str) -> None:
     if self._stop.is_set():

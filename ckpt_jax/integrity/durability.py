@@ -1,0 +1,203 @@
+"""A commit that survives a power cut, with the right modes: what happens between the last byte and the rename.
+
+TensorStore syncs the data files that it writes. Orbax syncs neither its metadata files and markers nor any directory
+(`_METADATA`, `_CHECKPOINT_METADATA`, `array_metadatas/*`, `commit_success.txt`), so that after a power cut a step may
+be there by name with files of length zero. Here, in this order: the files, their directories, the rename, the directory
+of the run; only then does a save count as committed.
+
+The hook is Orbax's `temporary_path_class` option: the object that makes a step's temporary directory and renames it.
+`post_finalization_callback` comes too early: it is called before the rename.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ckpt_jax import run
+from ckpt_jax.storage.kvstore import is_object_store
+
+_WORKERS = 8
+_NO_FSYNC_OF_DIRECTORIES = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EISDIR, errno.EACCES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sealing:
+  """How the files of a step are left.
+
+  Attributes:
+    fsync: whether files and directories are synced.
+    mode: permission bits of files; directories also get x where r is. None: as the umask says.
+  """
+
+  fsync: bool = True
+  mode: int | None = None
+
+  @property
+  def directory_mode(self) -> int | None:
+    """Permission bits of directories."""
+    return None if self.mode is None else directory_mode(self.mode)
+
+
+def directory_mode(mode: int) -> int:
+  """`mode` with x where r is: 0640 gives 0750."""
+  return mode | (mode & 0o444) >> 2
+
+
+def seal(top: str, how: Sealing) -> None:
+  """Sets the modes of everything under `top` and syncs it, files before the directories that name them.
+
+  Raises:
+    OSError: if a file cannot be synced or its mode set: then it must not count as saved.
+  """
+  folders: list[str] = []
+  files: list[str] = []
+  for folder, _, names in os.walk(top):
+    folders.append(folder)
+    files += [os.path.join(folder, name) for name in names]
+  with concurrent.futures.ThreadPoolExecutor(min(_WORKERS, len(files) or 1)) as pool:
+    for _ in pool.map(lambda file: _seal_one(file, how), files):
+      pass
+  for folder in reversed(folders):  # os.walk names parents first
+    restrict(folder, how.directory_mode)
+    if how.fsync:
+      sync_directory(folder)
+
+
+def _seal_one(file: str, how: Sealing) -> None:
+  restrict(file, how.mode)
+  if how.fsync:
+    sync_file(file)
+
+
+def restrict(path: str, mode: int | None) -> None:
+  """Sets permission bits; None only takes writing away from the world, which an umask of 0 would leave.
+
+  Set-group-id and the like stay: shared directories rely on them.
+  """
+  info = os.lstat(path)
+  if stat.S_ISLNK(info.st_mode):
+    return
+  now = stat.S_IMODE(info.st_mode)
+  wanted = now & ~0o002 if mode is None else (now & 0o7000) | mode
+  if wanted != now:
+    os.chmod(path, wanted)
+
+
+def sync_file(path: str) -> None:
+  """fsync."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def sync_directory(path: str) -> None:
+  """fsync of a directory, where the file system knows such a thing."""
+  try:
+    sync_file(path)
+  except OSError as e:
+    if e.errno not in _NO_FSYNC_OF_DIRECTORIES:
+      raise
+
+
+def sync_own_files(item_directories: Iterable[str]) -> None:
+  """Syncs the small files that this process wrote beside process 0: another host's caches are not process 0's."""
+  for folder in item_directories:
+    file = os.path.join(folder, "array_metadatas", f"process_{jax.process_index()}")
+    with contextlib.suppress(FileNotFoundError):
+      sync_file(file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """What a step's directory tells on its way, on process 0; all are called from Orbax's background thread.
+
+  Attributes:
+    beginning: before the directory is made; raises to stop the save.
+    committing: after the last write and before the rename; raises to stop the commit.
+    committed: once the commit is durable.
+  """
+
+  beginning: Callable[[int], None]
+  committing: Callable[[int], None]
+  committed: Callable[[int], None]
+
+
+def step_path_class(
+  directory: epath.Path, sealing: Sealing, hooks: Hooks
+) -> type[ocp.path.atomicity_types.TemporaryPath]:
+  """Orbax's `temporary_path_class` for the steps of a run, and for the items in them.
+
+  It also decides what Orbax takes for a step: on a disk Orbax believes in any directory with a number.
+  """
+  atomicity = ocp.path.atomicity
+  renames = not is_object_store(directory)
+  base: Any = atomicity.AtomicRenameTemporaryPath if renames else atomicity.CommitFileTemporaryPath
+
+  class StepPath(base):
+    """The temporary directory of a step or item of this run."""
+
+    def __init__(self, temporary_path: Any, final_path: Any, *, checkpoint_metadata_store: Any = None, **options: Any):
+      if sealing.directory_mode is not None:
+        options["file_options"] = ocp.options.FileOptions(path_permission_mode=sealing.directory_mode)
+      super().__init__(temporary_path, final_path, checkpoint_metadata_store=checkpoint_metadata_store, **options)
+      self._store = checkpoint_metadata_store
+
+    @classmethod
+    async def validate_final(cls, final_path: epath.Path) -> None:
+      await super().validate_final(final_path)
+      if final_path.parent == directory and not await asyncio.to_thread(run.is_step, final_path):
+        raise atomicity.ValidationError(f"{final_path} holds no committed step")
+
+    async def create(self) -> epath.Path:
+      step = self._step()
+      if step is not None:
+        await asyncio.to_thread(hooks.beginning, step)
+      return await super().create()
+
+    async def finalize(self) -> None:
+      step = self._step()
+      if step is None:
+        await super().finalize()  # an item; its files are sealed with the step's
+      elif renames:
+        await asyncio.to_thread(self._commit_by_rename, step)
+      else:
+        await asyncio.to_thread(hooks.committing, step)
+        await super().finalize()
+        await asyncio.to_thread(hooks.committed, step)
+
+    def _commit_by_rename(self, step: int) -> None:
+      # What AtomicRenameTemporaryPath does, with the seal between its last write and its rename.
+
+      temporary, final = self.get(), self.get_final()
+      if self._store is not None:
+        self._store.wait_until_finished()
+        self._store.update(file_path=temporary / run.STEP_METADATA, commit_timestamp_nsecs=time.time_ns())
+        self._store.wait_until_finished()
+      (temporary / run.COMMIT_MARKER).write_text(f"Checkpoint commit was successful to {final}")
+      seal(os.fspath(temporary), sealing)
+      hooks.committing(step)
+      temporary.rename(final)
+      if sealing.fsync:
+        sync_directory(os.fspath(directory))
+      hooks.committed(step)
+
+    def _step(self) -> int | None:
+      final = self.get_final()
+      return int(final.name) if final.parent == directory and final.name.isdigit() else None
+
+  return StepPath

@@ -1,0 +1,184 @@
+"""What unfinished saves leave behind: found, told from what must stay, and removed.
+
+Only what is ours goes: a step that the lease says was begun by us, or a directory whose metadata holds our key. Only
+under the lease, so that nobody alive is writing it. And never a committed step: on a disk only directories with
+Orbax's temporary name are looked at, in a bucket only steps without a commit marker. A run that was copied elsewhere
+has neither (google/orbax#394).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Collection
+
+from etils import epath
+
+from ckpt_jax import run
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
+from ckpt_jax.storage.kvstore import is_object_store
+
+_log = logging.getLogger(__name__)
+TRASH = "trash"
+_TEMPORARY = re.compile(r"(\d+)\.orbax-checkpoint-tmp(-\d+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leftovers:
+  """Unfinished saves in a run: `ours` by step, and the names of those that something else left."""
+
+  ours: dict[int, epath.Path]
+  foreign: tuple[str, ...]
+
+
+def find(directory: epath.Path, begun: Collection[int]) -> Leftovers:
+  """Looks for leftovers; `begun` are the steps that we began and did not commit."""
+  ours: dict[int, epath.Path] = {}
+  foreign = []
+  if is_object_store(directory):
+    # Only what we know to have begun: another step without a marker may be a copy that is still under way.
+    for step in begun:
+      path = directory / str(step)
+      if not run.is_step(path) and path.exists():
+        ours[step] = path
+    return Leftovers(ours, ())
+  for name in _names(directory):
+    match = _TEMPORARY.fullmatch(name)
+    if match is None:
+      continue
+    step = int(match[1])
+    if step in begun or _is_ours(directory / name):
+      ours[step] = directory / name
+    else:
+      foreign.append(name)
+  return Leftovers(ours, tuple(sorted(foreign)))
+
+
+def temporary_steps(directory: epath.Path) -> list[str]:
+  """Paths of all directories on a disk that Orbax's naming calls temporary."""
+  return [os.path.join(os.fspath(directory), n) for n in _names(directory) if _TEMPORARY.fullmatch(n)]
+
+
+def _names(directory: epath.Path) -> list[str]:
+  try:
+    return os.listdir(os.fspath(directory))
+  except FileNotFoundError:
+    return []
+
+
+def _is_ours(path: epath.Path) -> bool:
+  try:
+    return bool(run.our_metadata(path))
+  except (CorruptCheckpointError, AttributeError, OSError):
+    return False
+
+
+def clear(directory: epath.Path, begun: Collection[int]) -> list[int]:
+  """Removes our leftovers; call it under the lease. Returns the steps whose leftovers are out of the way.
+
+  On a disk they are moved aside at once and emptied in the background; in a bucket they are gone on return.
+  """
+  found = find(directory, begun)
+  cleared = []
+  for step, path in found.ours.items():
+    try:
+      if is_object_store(directory):
+        if not run.is_step(path):
+          path.rmtree()
+      else:
+        trash = directory / run.NOTES / TRASH
+        trash.mkdir(parents=True, exist_ok=True)
+        os.rename(os.fspath(path), os.fspath(trash / f"{path.name}-{uuid.uuid4().hex[:8]}"))
+      cleared.append(step)
+      _log.info("%s: removing what an unfinished save left of step %d", directory, step)
+    except (OSError, CheckpointError) as e:
+      _log.warning("%s: the leftover cannot be removed: %s", path, e)
+  for name in found.foreign:
+    _tell_once(f"{directory / name}: left by a save of another program; it takes space, and is not ours to remove")
+  empty_trash(directory)
+  return cleared
+
+
+_told: set[str] = set()
+
+
+def _tell_once(message: str) -> None:
+  if message not in _told:
+    _told.add(message)
+    _log.warning("%s", message)
+
+
+_emptying: dict[str, threading.Thread] = {}
+_emptying_lock = threading.Lock()
+
+
+def empty_trash(directory: epath.Path) -> None:
+  """Empties what was moved aside, in the background; what a crash leaves of it goes with the next call."""
+  if is_object_store(directory):
+    return
+  trash = os.fspath(directory / run.NOTES / TRASH)
+  if not os.path.isdir(trash) or not os.listdir(trash):
+    return
+  with _emptying_lock:
+    running = _emptying.get(trash)
+    if running is None or not running.is_alive():
+      # A daemon: what is left is taken up by the next open.
+      _emptying[trash] = threading.Thread(target=_empty, args=(trash,), name="ckpt_jax_trash", daemon=True)
+      _emptying[trash].start()
+
+
+def wait_for_trash(directory: epath.Path, timeout: float) -> None:
+  """Waits until what was moved aside is gone, or the time is over."""
+  thread = _emptying.get(os.fspath(directory / run.NOTES / TRASH))
+  if thread is not None:
+    thread.join(timeout)
+
+
+def _empty(trash: str) -> None:
+  for _ in range(100):  # what is moved aside meanwhile is taken along
+    names = os.listdir(trash)
+    if not names:
+      break
+    for name in names:
+      shutil.rmtree(os.path.join(trash, name), ignore_errors=True)
+    if os.listdir(trash) == names:
+      _log.warning("%s: cannot be emptied; the next open tries again", trash)
+      return
+
+
+def set_aside(directory: epath.Path, step: int) -> None:
+  """Makes room for a step where something lies that is no step: Orbax would delete it, whatever it is.
+
+  An empty directory is removed. On a disk anything else is renamed.
+
+  Raises:
+    CheckpointError: in a bucket, where renaming is copying.
+  """
+  path = directory / str(step)
+  if is_object_store(directory):
+    if not run.is_step(path) and path.exists():
+      raise CheckpointError(
+        f"{path}: something lies there that is no committed step, and saving would delete it. If it is a copy that was "
+        "cut off, finish it; else remove it, or save another step"
+      )
+    return
+  name = os.fspath(path)
+  if not os.path.lexists(name) or run.is_step(path):
+    return
+  try:
+    os.rmdir(name)
+    return
+  except OSError:
+    pass
+  aside = f"{name}.set-aside-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
+  try:
+    os.rename(name, aside)
+  except OSError as e:
+    raise CheckpointError(f"{name}: is no committed step and cannot be moved out of the way: {e.strerror}") from e
+  _log.warning("%s: is no committed step; moved to %s to make room for one", name, os.path.basename(aside))
