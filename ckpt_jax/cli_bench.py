@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import tempfile
 from typing import Annotated, Any
 
@@ -58,6 +60,9 @@ def suites(
   from ckpt_jax.bench.runner import run_suite
   from ckpt_jax.bench.suites import chosen_suites
 
+  signal.signal(
+    signal.SIGTERM, lambda *_: sys.exit(143)
+  )  # its processes end, and its files go, also when it is cut off
   only = [v.strip() for v in variants.split(",")] if variants else None
   where = directory or tempfile.gettempdir()
   data: dict[str, Any] = {"format": results.FORMAT, "suites": {}}

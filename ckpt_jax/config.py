@@ -30,16 +30,13 @@ from ckpt_jax.errors import ConfigError
 _LATER = "accepted, not acted upon yet"
 NOT_YET: dict[str, str] = {
   "layout.pack": _LATER,
-  "restore.strategy": _LATER + " (other than auto and direct)",
   "restore.verify": _LATER,
   "restore.on_corruption": _LATER,
-  "timeouts.restore": _LATER,
   "layout.chunk_size": _LATER,
 }
 # Values that ask for what happens anyway.
 _TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
   "layout.pack": ("off",),
-  "restore.strategy": ("auto", "direct"),
   "layout.chunk_size": ("auto",),
 }
 
