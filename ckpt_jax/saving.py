@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import logging
 import math
 import sys
@@ -127,6 +128,7 @@ class Saver:
     self._writing: SaveRecord | None = None
     self._returned_at: float | None = None
     self._deadline = 0.0
+    self._hung = 0  # writes that were left to themselves
     self._record_lock = threading.Lock()
     self._norms = history()
     self._known: Sequence[int] | None = None  # what the manager knew that is being replaced
@@ -278,7 +280,8 @@ class Saver:
           best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
           temporary_path_class=self._gate.path_class(self._on_commit),
           async_options=ocp.options.AsyncOptions(
-            timeout_secs=math.ceil(self._config.timeouts.save_s), barrier_sync_fn=self._gate.barrier(self._meet)
+            timeout_secs=math.ceil(self._config.timeouts.save_s),
+            barrier_sync_fn=self._gate.barrier(functools.partial(self._meet, self._hung)),
           ),
         ),
       )
@@ -307,8 +310,10 @@ class Saver:
     except CheckpointError:  # damaged: that is told by whoever wants to restore it
       return _LONG_AGO
 
-  def _meet(self, *, key: str, timeout_ms: int) -> None:
+  def _meet(self, hung: int, *, key: str, timeout_ms: int) -> None:
     """Orbax's barrier_sync_fn. A process whose write failed comes here too, on its way out, and is not waited for."""
+    if hung != self._hung:
+      raise SaveFailedError("this write hung and was given up; it may not meet the processes of a later one")
     error = sys.exc_info()[1]
     if error is None:
       self._rendezvous.wait(key, timeout_ms / 1000)
@@ -347,6 +352,7 @@ class Saver:
     assert self._manager is not None
     orbax_private.leave_behind(self._manager)
     self._manager = None
+    self._hung += 1
     self._gate.failed(step, hangs=True)
     return SaveFailedError(
       f"{self._directory}: step {step} was not saved: its background write did not end within "
