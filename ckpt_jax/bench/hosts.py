@@ -8,6 +8,7 @@ on a cluster, what is bound by the cores gets worse with each host.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import statistics
@@ -64,7 +65,32 @@ def run(
           progress(f"{count} hosts: {', '.join(names)}")
           variants |= _job(lab, env, part, leaves, repeats, nbytes)
         found["hosts"][str(count)] = variants
+  progress("this machine's disk: direct and auto in turn")
+  found["local disk"] = _local(leaves, max(3, repeats))
   return found
+
+
+def _local(leaves: int, turns: int) -> dict[str, Any]:
+  """Four processes of this machine restore from its own disk, by direct and by auto in turn."""
+  from ckpt_jax.multihost import launch
+
+  with tempfile.TemporaryDirectory() as directory:
+    results = launch(["-m", __name__, "local", str(leaves), str(turns), directory], processes=4, timeout=600)
+  if any(r.returncode for r in results):
+    raise CheckpointError(f"on the local disk: {results[0].log[-2000:]}")
+  events = [json.loads(text) for text in results[0].log.splitlines() if text.startswith('{"variant"')]
+  seconds = {n: [e["seconds"] for e in events if e["variant"] == n and e["turn"]] for n in ("direct", "auto")}
+  return {
+    "processes": 4,
+    "replicas": 4,
+    "nbytes": leaves * _LEAF_NBYTES,
+    "turns": turns,
+    "direct_s": statistics.median(seconds["direct"]),
+    "auto_s": statistics.median(seconds["auto"]),
+    "auto_strategy": events[-1]["report"]["strategy"],
+    "why": events[-1]["report"]["why"],
+    "all": seconds,
+  }
 
 
 def _job(
@@ -114,6 +140,24 @@ def _job(
   for entry in variants.values():
     entry["warm_median_s"] = statistics.median(entry["warm_s"]) if entry["warm_s"] else None
   return variants
+
+
+def table(found: dict[str, Any]) -> str:
+  """The results as a Markdown table."""
+  lines = [
+    "| hosts | variant | first, s | compiled, s (median) | times one copy | copies through the link | bitwise |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for count, variants in found["hosts"].items():
+    for name, v in variants.items():
+      if v.get("warm_median_s") is None:
+        continue
+      copies = statistics.median(v["link_copies"])
+      lines.append(
+        f"| {count} | {name} | {v['cold_s']:.2f} | {v['warm_median_s']:.2f} | "
+        f"{v['warm_median_s'] / found['one_copy_s']:.2f} | {copies:.2f} | {'yes' if v['bitwise'] else 'NO'} |"
+      )
+  return "\n".join(lines)
 
 
 def plot(found: dict[str, Any], file: str | os.PathLike[str] | None = None) -> Any:
@@ -184,8 +228,8 @@ def _main() -> None:
     if jax.process_index() == 0:
       print(json.dumps(event), flush=True)
 
-  def measure(variant: str, restore: Callable[[], tuple[Any, Any]]) -> None:
-    for turn in range(repeats + 1):
+  def measure(variant: str, restore: Callable[[], tuple[Any, Any]], turns: Sequence[int] = range(repeats + 1)) -> None:
+    for turn in turns:
       multihost_utils.sync_global_devices(f"{variant} {turn}")
       say(begins=variant, turn=turn)
       time.sleep(0.3)  # the counters are read
@@ -208,31 +252,36 @@ def _main() -> None:
         report=report,
       )
 
-  if part == "ours":
-    _ours(measure, like, host, sharding)
+  if part in ("ours", "local"):
+    _ours(measure, like, host, sharding, "gs://bucket/run" if part == "ours" else sys.argv[4], repeats)
   else:
     _orbax(measure, like)
 
 
-def _ours(measure: Callable[..., None], like: Any, host: Any, sharding: Any) -> None:
+def _ours(measure: Callable[..., None], like: Any, host: Any, sharding: Any, run: str, repeats: int) -> None:
   import jax
 
   import ckpt_jax as ckpt
 
   state = {n: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for n, v in host.items()}
-  with ckpt.Checkpointer("gs://bucket/run", ckpt.Config(health={"nonfinite": "ignore"})) as c:
+  with ckpt.Checkpointer(run, ckpt.Config(health={"nonfinite": "ignore"})) as c:
     c.save(0, state)
     c.wait()
     del state
-    for strategy in OURS:
 
-      def restore(chosen: str = strategy) -> tuple[Any, Any]:
-        got = c.restore(0, like=like, strategy=chosen)
-        assert got.report is not None
-        predicted = {k: round(v, 2) for k, v in got.report.predicted.items()}
-        return got.state, {"strategy": got.report.strategy, "why": got.report.why, "predicted": predicted}
+    def restore(strategy: str) -> tuple[Any, Any]:
+      got = c.restore(0, like=like, strategy=strategy)
+      assert got.report is not None
+      predicted = {k: round(v, 2) for k, v in got.report.predicted.items()}
+      return got.state, {"strategy": got.report.strategy, "why": got.report.why, "predicted": predicted}
 
-      measure(strategy, restore)
+    if run.startswith("gs://"):
+      for strategy in OURS:
+        measure(strategy, functools.partial(restore, strategy))
+    else:  # in turn, since a disk has its moods
+      for turn in range(repeats + 1):
+        for strategy in ("direct", "auto"):
+          measure(strategy, functools.partial(restore, strategy), [turn])
 
 
 def _orbax(measure: Callable[..., None], like: Any) -> None:
