@@ -82,7 +82,7 @@ def speeds(profile: StorageProfile, network: float | None, seen: Readers | None 
   one = max(profile.read_bytes_per_s, 1.0)
   scales = profile.kind not in FIXED
   source = f"usual for {profile.kind}" if is_assumed(profile) else f"measured on {profile.measured_at[:10]}"
-  if seen is not None:
+  if seen is not None and profile.kind.traits.shared:  # else it was the page cache that they saw
     scales = seen.bytes_per_s > _SCALES * seen.count * one
     one = seen.bytes_per_s / seen.count if scales else seen.bytes_per_s
     source = f"seen by {seen.count} readers before"
