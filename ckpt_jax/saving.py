@@ -334,6 +334,8 @@ class Saver:
     # The manager has dropped the failed step, or will when asked to wait; what is on disk is the truth.
     with contextlib.suppress(Exception):
       self.manager.wait_until_finished()
+    if jax.process_count() == 1:
+      orbax_private.cancel_waiting_writes()
     self._gate.failed(step, hangs=False)
     with contextlib.suppress(Exception):
       self.manager.reload()

@@ -138,7 +138,11 @@ class Gate:
       committed()
       self._restrict_notes()
 
-    return step_path_class(self._directory, self.sealing, Hooks(self.lease.begin, self._committing, on_committed))
+    def on_beginning(step: int) -> None:
+      if is_object_store(self._directory):
+        self.lease.begin(step)
+
+    return step_path_class(self._directory, self.sealing, Hooks(on_beginning, self._committing, on_committed))
 
   def barrier(self, meet: Callable[..., None]) -> Callable[..., None]:
     """Orbax's `barrier_sync_fn` around `meet`: before a process says that its part is written, it syncs its files."""
@@ -211,6 +215,8 @@ class Gate:
     if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
       raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
     leftovers.set_aside(self._directory, step)
+    if not is_object_store(self._directory):  # two small writes; in a bucket two requests, which wait behind training
+      self.lease.begin(step)
     return self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
 
   def _make_room(self, step: int, nbytes: int, ask: Callable[[], Room | None]) -> list[int]:
