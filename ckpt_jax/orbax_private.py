@@ -49,7 +49,8 @@ def leave_behind(manager: ocp.CheckpointManager) -> None:
   waits for the kernel.
   """
   saving = manager._checkpointer._async_manager._thread  # type: ignore[attr-defined]  # pylint: disable=protected-access
-  threads = (manager._finalize_thread.get(), saving)  # pylint: disable=protected-access
+  writing = [t for t in threading.enumerate() if isinstance(t, future._SignalingThread)]  # pylint: disable=protected-access
+  threads = (manager._finalize_thread.get(), saving, *writing)  # pylint: disable=protected-access
   _left_behind.extend(thread for thread in threads if thread is not None)
 
 

@@ -22,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, UnhealthyStateError
-from ckpt_jax.failures import is_out_of_space, root_cause
+from ckpt_jax.failures import is_out_of_space, is_timeout, root_cause
 from ckpt_jax.integrity.gate import Gate
 from ckpt_jax.integrity.record import (
   RecordedSave,
@@ -328,6 +328,9 @@ class Saver:
 
   def _save_failed(self, error: BaseException) -> CheckpointError:
     """Forgets the failed step and says so; the caller raises what is returned."""
+    # In a job of many, processes learn of one that hangs in different ways, and all must keep their manager or none.
+    if jax.process_count() == 1 and is_timeout(error):
+      return self._hangs()
     with self._record_lock:
       record, self._writing = self._writing, None
     step = record.step if record else None

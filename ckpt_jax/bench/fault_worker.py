@@ -59,10 +59,8 @@ class Side:
     import jax
 
     spread = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec("fsdp"))
-    return {
-      k: jax.make_array_from_callback(v.shape, spread, lambda index, v=v: v[index])
-      for k, v in self.values(step).items()
-    }
+    put = functools.partial(jax.make_array_from_callback, sharding=spread)
+    return {k: put(v.shape, data_callback=v.__getitem__) for k, v in self.values(step).items()}
 
   def is_right(self, step: int) -> bool:
     """Whether a step can be restored and has every bit of what was saved."""
