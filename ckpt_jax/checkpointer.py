@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax import orbax_private, run
@@ -31,8 +29,11 @@ from ckpt_jax.policies.schedule import AnyOf, OnPreemption
 from ckpt_jax.policies.thinning import Thinner
 from ckpt_jax.policies.wiring import make_schedule
 from ckpt_jax.preemption import PreemptionNotice
+from ckpt_jax.rendezvous import Rendezvous
+from ckpt_jax.restore.choose import STRATEGIES
 from ckpt_jax.restore.read import Initialise, Request, read_state
 from ckpt_jax.restore.result import Restored, RestoreReport
+from ckpt_jax.restore.together import Together
 from ckpt_jax.rewrite import finish_rewrites
 from ckpt_jax.saving import Saver, SaveRecord
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
@@ -98,6 +99,7 @@ class Checkpointer:
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
     self._planner = Planner(self.directory, config, self.storage, from_process_zero)
     self._closed = False
+    self._rendezvous = Rendezvous(f"restore {self.directory}")
     first = jax.process_index() == 0
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
     self._deleter = StepDeleter(
@@ -282,7 +284,8 @@ class Checkpointer:
     """
     self._check_open()
     self.wait()
-    if self._agreed_step(None, required=False) is None:
+    together = Together(self._rendezvous, self.config.timeouts.restore_s)
+    if self._agreed_step(None, together, required=False) is None:
       return Restored(init_fn(), None, 0, {}, None, None)
     return self.restore(like=abstract_state(init_fn))
 
@@ -308,7 +311,9 @@ class Checkpointer:
       only: pattern, or several: reads just these leaves. Each comes back in its place in the tree, so that
         `only="params"` gives `{"params": ...}`; a node of which only a part is read comes back as a dict. `like` may
         be the whole state, `{"params": ...}`, or what lies below `params`; the latter gives just that.
-      strategy: `direct`: each process reads what its devices need.
+      strategy: how a job of several processes reads: `direct`: each what its devices need, so that R replicas read R
+        copies; `gather`: all read each byte once and exchange it; `broadcast`: one replica reads and sends to the
+        others; `auto`: what is expected to be fastest, see `Restored.report`. Default: `restore.strategy`.
       init_missing: pattern, or several, of leaves of `like` that the checkpoint lacks: they keep like's values. With
         `{pattern: function}` they become `function(path, leaf)`. Together with `only` also leaves that `only` leaves
         out, so that the result can be as large as `like`.
@@ -319,14 +324,17 @@ class Checkpointer:
       NoCheckpointError: if there is no such step.
       StructureMismatchError: listing every difference between `like` and the step; nothing was read.
       CorruptCheckpointError: if the step cannot be read.
+      RestoreTimeoutError: after `timeouts.restore`, or many times what was expected; it says what was waited for, and
+        which processes did not come. All processes of a job raise the same error.
     """
     self._check_open()
     self.wait()
     strategy = strategy or self.config.restore.strategy
-    if strategy not in ("auto", "direct"):
-      raise ConfigError(f"strategy {strategy!r} is not available in this version; use direct")
+    if strategy not in ("auto", *STRATEGIES):
+      raise ConfigError(f"strategy: {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
     started = time.perf_counter()
-    chosen = self._agreed_step(step, required=True)
+    together = Together(self._rendezvous, self.config.timeouts.restore_s)
+    chosen = self._agreed_step(step, together, required=True)
     assert chosen is not None
     step_dir = run.step_directory(self.directory, chosen)
     self._retention.restoring.add(chosen)
@@ -335,13 +343,20 @@ class Checkpointer:
         ours = run.our_metadata(step_dir)
         metrics = run.step_info(self.directory, chosen).metrics
         settings = self._planner.for_restore(like)
-        read = read_state(step_dir, settings, Request(like, only, init_missing, cast))
+        read = read_state(step_dir, settings, Request(like, only, init_missing, cast), together, strategy=strategy)
       jax.block_until_ready(read.state)
     finally:
       self._retention.restoring.discard(chosen)
     nbytes = global_nbytes(read.state)
     report = RestoreReport(
-      "direct", time.perf_counter() - started, nbytes, str(step_dir), casts=read.casts, initialised=read.initialised
+      read.choice.strategy,
+      time.perf_counter() - started,
+      nbytes,
+      str(step_dir),
+      read.choice.why,
+      read.choice.predicted,
+      read.casts,
+      read.initialised,
     )
     _log.info("restored step %d of %s in %.2f s", chosen, self.directory, report.seconds)
     return Restored(read.state, chosen, chosen + 1, metrics, ours.get("extras"), report)
@@ -373,17 +388,23 @@ class Checkpointer:
       except CheckpointError as e:
         _log.error("at exit: %s", e)
 
-  def _agreed_step(self, step: int | None, *, required: bool) -> int | None:
+  def _agreed_step(self, step: int | None, together: Together, *, required: bool) -> int | None:
     """The step to restore: `step`, else the newest that training can go on from, else the newest.
 
     Process 0 looks and tells the others, so that a commit in between cannot split them.
     """
-    found = -1
+    found, error = -1, None
     if jax.process_index() == 0:
-      newest = run.newest_to_restore(self.directory) if step is None else int(step)
-      found = -1 if newest is None else newest
-    if jax.process_count() > 1:
-      found = int(multihost_utils.broadcast_one_to_all(np.int64(found)))
+      try:
+        newest = run.newest_to_restore(self.directory) if step is None else int(step)
+        found = -1 if newest is None else newest
+      except Exception as e:
+        error = e
+    said = together.meet(f"all processes to restore from {self.directory}", error, f"{found} {step}")
+    found = int(said[0].split()[0])
+    if len({text.split()[1] for text in said}) > 1:
+      asked = ", ".join(f"process {p}: {text.split()[1]}" for p, text in enumerate(said[:20]))
+      raise CheckpointError(f"{self.directory}: the processes ask for different steps ({asked})")
     if found >= 0:
       return found
     if required:

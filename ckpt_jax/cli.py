@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from ckpt_jax import cli_bench, cli_prune, cli_simulate, cli_tune
-from ckpt_jax.cli_common import Json, NearestName, Run, console, fail, pairs, print_json, size
+from ckpt_jax.cli_common import Json, NearestName, Run, console, fail, pairs, print_json, print_table, size
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
 
@@ -54,14 +54,13 @@ def list_command(run: Run, as_json: Json = False) -> None:
     print_json([dataclasses.asdict(s) for s in steps] + [{"step": n, "damaged": str(e)} for n, e in damaged.items()])
   elif steps:
     thinned = not all(s.resumable for s in steps)
-    table = Table("step", "committed (UTC)", "size", "metrics", title=str(run_directory(run)))
-    if thinned:
-      table.add_column("training can go on from it")
+    rows = []
     for s in steps:
       when = s.time.strftime("%Y-%m-%d %H:%M:%S") if s.time else "?"
       resumable = [("yes" if s.resumable else "no, thinned")] if thinned else []
-      table.add_row(str(s.step), when, size(s.nbytes), escape(pairs(s.metrics)), *resumable)
-    console().print(table)
+      rows.append([str(s.step), when, size(s.nbytes), pairs(s.metrics), *resumable])
+    headers = ["step", "committed (UTC)", "size", "metrics"] + ["training can go on from it"] * thinned
+    print_table(headers, rows, title=str(run_directory(run)))
   for e in damaged.values():
     typer.echo(f"error: {e}", err=True)
   if damaged:

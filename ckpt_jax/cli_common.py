@@ -6,15 +6,19 @@ import datetime
 import difflib
 import json
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from typer.core import TyperGroup
 
 from ckpt_jax.units import size_text
 
 Run = Annotated[str, typer.Argument(help="Directory of the run: a path, gs://...", show_default=False)]
+_RICH_ROWS = 300
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -41,6 +45,19 @@ def fail(message: str) -> NoReturn:
 def console() -> Console:
   # Into a pipe or file nothing is cut to the width of a terminal that is not there.
   return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+  """Rows of plain text under headers. Thousands of rows come as bare columns: rich takes a second for each thousand."""
+  if len(rows) <= _RICH_ROWS:
+    table = Table(*headers, title=escape(title))
+    for row in rows:
+      table.add_row(*map(escape, row))
+    console().print(table)
+    return
+  widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+  lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (headers, *rows)]
+  typer.echo("\n".join([title, *(line.rstrip() for line in lines)]))
 
 
 def print_json(value: Any) -> None:

@@ -9,10 +9,8 @@ import re
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from ckpt_jax.cli_common import Run, console, fail, pairs, print_json
+from ckpt_jax.cli_common import Run, fail, pairs, print_json, print_table
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.units import duration_text, size_text
 
@@ -164,7 +162,7 @@ def monthly_cost(nbytes: float, price: float) -> float:
 
 def _print_plan(plan: Any, directory: Any, price: float | None, dry_run: bool) -> None:
   now = datetime.datetime.now(datetime.timezone.utc)
-  table = Table("step", "age", "size", "metrics", "health", "", "why", title=os.fspath(directory))
+  rows = []
   for s in plan.steps:
     why = plan.reasons[s.step]
     health = "" if s.healthy is None else ("healthy" if s.healthy else "unhealthy")
@@ -175,8 +173,8 @@ def _print_plan(plan: Any, directory: Any, price: float | None, dry_run: bool) -
       size += " (thinned)"
     if s.step in plan.thinned:
       what, size = "thin", f"{size} -> {size_text(plan.thinned[s.step])}"
-    table.add_row(str(s.step), age, size, escape(pairs(s.metrics)), health, what, reason)
-  console().print(table)
+    rows.append([str(s.step), age, size, pairs(s.metrics), health, what, reason])
+  print_table(["step", "age", "size", "metrics", "health", "", "why"], rows, title=os.fspath(directory))
   for note in plan.notes:
     typer.echo(f"note: {note}")
   thinned = ""

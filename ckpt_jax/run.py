@@ -355,9 +355,10 @@ def item_tree(item_dir: epath.Path) -> Any:
   Raises:
     CorruptCheckpointError: if it cannot be read.
   """
-  import orbax.checkpoint as ocp
+  from ckpt_jax.config import Config
+  from ckpt_jax.layout.handler import pytree_handler
 
   try:
-    return ocp.PyTreeCheckpointHandler().metadata(item_dir).tree
+    return pytree_handler(Config()).metadata(item_dir).tree
   except Exception as e:
     raise CorruptCheckpointError(f"{item_dir}: its metadata cannot be read: {e}") from e

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import math
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.attempts import AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
+from ckpt_jax.policies.schedule import Schedule
 from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
 from ckpt_jax.seal import sealed
 from ckpt_jax.tuning.planner import Planner
@@ -49,6 +51,7 @@ _log = logging.getLogger(__name__)
 PyTree = Any
 # Room for what Orbax and TensorStore need beside the copy itself when the host's memory is checked.
 _COPY_HEADROOM = 1.1
+_LONG_AGO = datetime.datetime.min.replace(tzinfo=datetime.timezone.utc)
 # What Orbax may take beyond timeouts.save to tell by itself that a write has timed out.
 _GRACE_S = 5.0
 orbax_private.never_wait_for_hanging_threads()
@@ -125,6 +128,7 @@ class Saver:
     self._deadline = 0.0
     self._record_lock = threading.Lock()
     self._norms = history()
+    self._known: Sequence[int] | None = None  # what the manager knew that is being replaced
     self._rendezvous = Rendezvous(f"save {directory}")
     gate.opened()
     self._manager: ocp.CheckpointManager | None = self._open_manager(pytree_handler(self._config))
@@ -174,7 +178,7 @@ class Saver:
     try:
       if chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=chunk_nbytes))
-      self._retention.note(step, record.nbytes, recording.health_told.get("healthy"))
+      self._retention.note(step, record.nbytes, recording.health_told.get("healthy"), numbers)
       self._told_schedule("begun", step)
       self._rendezvous.begin()
       self.manager.save(
@@ -187,7 +191,9 @@ class Saver:
         force=True,
       )
       if chunk_nbytes is not None:
-        self.manager.wait_until_finished()  # before the clock is read: training waits for it
+        # Before the clock is read: training waits for all of it.
+        self.manager.wait_until_finished()
+        self._replace_manager(pytree_handler(self._config))
       with self._record_lock:
         self._returned_at = time.perf_counter()
         record.blocking_s = self._returned_at - started
@@ -197,8 +203,6 @@ class Saver:
       if early:
         self._note_commit(record)
       self.records.append(record)
-      if chunk_nbytes is not None:
-        self._replace_manager(pytree_handler(self._config))
     except Exception as e:
       raise self._save_failed(e) from e
 
@@ -256,8 +260,9 @@ class Saver:
     best = self._config.retention.best
     with self._deleter.paused():
       self._deleter.resume()
-      manager = ocp.CheckpointManager(
+      manager = orbax_private.ToldManager(
         self._directory,
+        self._steps_there,
         item_handlers=RecordingHandler(handler, self._norms),
         options=ocp.CheckpointManagerOptions(
           save_decision_policy=self._policy,
@@ -272,11 +277,22 @@ class Saver:
       )
       orbax_private.use_deleter(manager, self._deleter)
       orbax_private.forget_steps(manager, from_process_zero(sorted(self._deleter.pending)))
+    self._retention.read_ahead(manager.all_steps())
     return manager
 
   def _replace_manager(self, handler: ocp.PyTreeCheckpointHandler) -> None:
+    self._known = self.manager.all_steps()
     self.manager.close()
     self._manager = self._open_manager(handler)
+
+  def _steps_there(self) -> list[tuple[int, datetime.datetime]]:
+    """For a manager that opens or reloads."""
+    steps, self._known = self._known, None
+    if steps is None:
+      steps = run.committed_steps(self._directory)
+    if isinstance(self._schedule, Schedule) and not self._schedule.needs_times:
+      return [(step, _LONG_AGO) for step in steps]
+    return [(step, run.step_info(self._directory, step).time or _LONG_AGO) for step in steps]
 
   def _meet(self, *, key: str, timeout_ms: int) -> None:
     """Orbax's barrier_sync_fn. A process whose write failed comes here too, on its way out, and is not waited for."""

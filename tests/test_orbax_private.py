@@ -1,10 +1,12 @@
 """Fails loudly when a private name that orbax_private.py leans on moves."""
 
+import datetime
 import threading
 
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError
@@ -18,6 +20,16 @@ def test_managers_finalize_thread_is_where_we_look(tmp_path):
     assert isinstance(thread, threading.Thread) and thread.exception is None
     manager.wait_until_finished()
     assert orbax_private.background_error(manager) is None
+
+
+def test_manager_asks_us_for_its_steps_when_it_opens_and_reloads(tmp_path):
+  times = [datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)]
+  steps = [(3, times[0])]
+  with orbax_private.ToldManager(tmp_path, lambda: steps) as manager:
+    assert manager.all_steps() == [3] and manager._checkpoints[0].time == times[0]
+    steps.append((7, times[0]))
+    manager.reload()
+    assert manager.all_steps() == [3, 7] and manager.latest_step() == 7
 
 
 def test_coordination_service_is_where_we_look_and_asked_for_by_name():
@@ -79,3 +91,17 @@ def test_managers_deleter_and_step_list_are_where_we_look(tmp_path):
     orbax_private.forget_steps(manager, {0, 1})
     assert manager.all_steps() == [2]
   assert asked[-1] == "close"
+
+
+def test_array_metadata_store_tells_prng_keys_from_words(tmp_path):
+  import asyncio
+
+  import jax
+
+  store = orbax_private.array_metadata_store()
+  handler = ocp.type_handlers.ArrayHandler(array_metadata_store=store)
+  registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as c:
+    c.save(tmp_path / "a", {"key": jax.random.key(0), "words": jnp.zeros(2, jnp.uint32)})
+  assert (tmp_path / "a" / "array_metadatas").is_dir()
+  assert asyncio.run(orbax_private.prng_key_names(store, epath.Path(tmp_path / "a"))) == {"key"}

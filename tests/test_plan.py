@@ -127,12 +127,11 @@ def test_thousands_of_small_leaves_are_recommended_for_packing_but_packed_only_i
   assert value(ckpt.make_plan(big(), disk(), HOST, {"layout": {"pack": "auto"}}), "layout.pack") == "off"
 
 
-def test_replicas_write_a_part_each_and_not_below_the_knee():
+def test_replicas_write_a_part_each_but_no_crumbs():
   replicated = big(read_nbytes=160 * GB)
   plan = ckpt.make_plan(replicated, "lustre", MANY_HOSTS)
   assert value(plan, "layout.replica_parallel") == "on"
-  knee = assumed_profile(StorageKind.LUSTRE).knee_nbytes
-  assert value(plan, "layout.min_slice_for_replica_parallel") >= knee
+  assert 0 < value(plan, "layout.min_slice_for_replica_parallel") <= 64 * 1024
   assert "16.0 copies" in plan.explain()
 
 

@@ -87,8 +87,8 @@ def measure(kills: int, seed: int, progress: Callable[[str], None] = lambda _: N
       arms.append(Arm("local", {"every": _LOCAL_EVERY_S}, str(here / "run"), {}, here))
       with concurrent.futures.ThreadPoolExecutor(len(arms)) as pool:
         lived = list(pool.map(lambda arm: _lives(arm, lives, progress), arms))
-      # The disturbed minority of steps does not move the median; machine noise is the same for all arms.
-      step_s = statistics.median(e["s"] for arm in arms for e in _events(arm.log) if "s" in e)
+      # Undisturbed: these arms write nothing behind training, and what else the machine does slows all of them alike.
+      step_s = statistics.mean(e["s"] for arm in arms[:3] for e in _events(arm.log) if "s" in e)
       found = {arm.name: _outcome(arm, times, step_s) for arm, times in zip(arms, lived, strict=True)}
   return {"seed": seed, "kills": kills, "mtti_s": MTTI_S, "step_s": step_s, "arms": found}
 
@@ -173,11 +173,11 @@ def _outcome(arm: Arm, lived: list[tuple[float, float]], step_s: float) -> dict[
   committed = max(s["step"] for s in json.loads(listed.stdout)) + 1
   events = _events(arm.log)
   saves = [e for e in events if "saved" in e]
-  costs = [e for e in saves if not e["first"]] or saves
+  # Means, first saves included: short lives are full of them.
   job = Job(
     MTTI_S,
-    statistics.median(e["blocking"] for e in costs),
-    max(statistics.median(e["background"] for e in costs), 0.0),
+    statistics.mean(e["blocking"] for e in saves),
+    statistics.mean(e["background"] for e in saves),
     statistics.mean(total - up for total, up in lived),
   )
   gaps = [b["time"] - a["time"] for a, b in itertools.pairwise(saves) if a["life"] == b["life"]]
@@ -212,7 +212,7 @@ def _slow_bucket(directory: pathlib.Path, name: str) -> Iterator[Any]:
 
 
 def _step_s(arm: Arm) -> float:
-  return statistics.median(e["s"] for e in _events(arm.log) if "s" in e)
+  return statistics.mean(e["s"] for e in _events(arm.log) if "s" in e)
 
 
 def _events(log: pathlib.Path) -> list[dict[str, Any]]:
@@ -266,5 +266,5 @@ def _train(run: str, schedule: dict[str, Any], log: str, env: dict[str, str]) ->
       c.save(step, state)
       for save in c.saves[seen:]:
         if save.background_s is not None:
-          note(saved=save.step, time=asked, blocking=save.blocking_s, background=save.background_s, first=seen == 0)
+          note(saved=save.step, time=asked, blocking=save.blocking_s, background=save.background_s)
           seen += 1

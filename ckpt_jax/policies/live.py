@@ -1,11 +1,13 @@
-"""Retention inside a running job: what Orbax's manager knows of each step, completed with sizes, health and pins."""
+"""Retention inside a running job: decided from what storage says of each step, read once."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import datetime
 import logging
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,20 +24,11 @@ from ckpt_jax.policies.thinning import thinned_nbytes
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Facts:
-  """What the manager does not know of a step."""
-
-  nbytes: int = 0
-  healthy: bool | None = None
-  resumable: bool = True
-
-
 class LiveRetention(ocp_policies.PreservationPolicy):
   """Asks `rules` on process 0 and tells the others, so that all managers agree on which steps there are.
 
-  Storage is read once for each step at most, and only for what the rules need: one listing of the pins at each save,
-  the health of the newest steps, and sizes if there is a budget.
+  The metadata of each step is read once, in the background from the moment that the run is opened; each save then costs
+  one listing of the pins.
 
   Attributes:
     rules: the retention in force.
@@ -48,19 +41,34 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     self.restoring: set[int] = set()
     self.thin: Callable[[Collection[int]], None] = lambda steps: None
     self._directory = directory
-    self._known: dict[int, _Facts] = {}
+    self._known: dict[int, run.StepInfo] = {}
     self._told: set[str] = set()
+    self._lock = threading.Lock()
+    self._ahead: threading.Thread | None = None
 
-  def note(self, step: int, nbytes: int, healthy: bool | None) -> None:
+  def read_ahead(self, steps: Collection[int]) -> None:
+    """Starts to read what will be asked of these steps at the next save."""
+    if jax.process_index() == 0 and not self._idle:
+      self._ahead = threading.Thread(target=self._read, args=[steps], name="ckpt_jax_retention", daemon=True)
+      self._ahead.start()
+
+  def note(self, step: int, nbytes: int, healthy: bool | None, metrics: Mapping[str, Any]) -> None:
     """Tells what a save is about to write, which storage cannot know before the commit."""
-    self._known[step] = _Facts(nbytes, healthy)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    with self._lock:
+      self._known[step] = run.StepInfo(step, now, nbytes, dict(metrics), healthy)
 
   def forget(self, step: int) -> None:
     """Tells that a step has changed in storage."""
-    self._known.pop(step, None)
+    with self._lock:
+      self._known.pop(step, None)
+
+  @property
+  def _idle(self) -> bool:
+    return self.rules.keeps_all and self.rules.thin is None
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> Sequence[bool]:
-    if (self.rules.keeps_all and self.rules.thin is None) or not checkpoints:
+    if self._idle or not checkpoints:
       return [True] * len(checkpoints)
     removed: list[int] = []
     if jax.process_index() == 0:
@@ -72,42 +80,40 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     return [c.step not in gone for c in checkpoints]
 
   def _decide(self, checkpoints: Sequence[Any]) -> list[int]:
-    numbers = sorted((c.step for c in checkpoints), reverse=True)
-    if self.rules.budget is not None or self.rules.thin is not None:
-      self._read([n for n in numbers if n not in self._known])
-    else:
-      for step in numbers:
-        if step not in self._known:
-          self._read([step])
-        if self._known[step].healthy is not False and self._known[step].resumable:
-          break
-    steps = []
-    for c in checkpoints:
-      facts = self._known.get(c.step, _Facts())
-      metrics = c.metrics or {}
-      steps.append(run.StepInfo(c.step, c.time, facts.nbytes, metrics, facts.healthy, resumable=facts.resumable))
+    if self._ahead is not None:
+      self._ahead.join()
+      self._ahead = None
+    numbers = [c.step for c in checkpoints]
+    self._read(numbers)
     pinned = run.noted_steps(self._directory, run.PINS)
+    with self._lock:
+      steps = [self._known[n] for n in numbers]
     decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
     for note in set(decided.notes) - self._told:
       self._told.add(note)
       _log.warning("%s: %s", self._directory, note)
-    self._known = {step: facts for step, facts in self._known.items() if decided.reasons.get(step)}
+    removed = decided.removed
+    with self._lock:
+      for step in removed:
+        del self._known[step]
     self.thin(decided.thinned)
-    return decided.removed
+    return removed
 
-  def _read(self, steps: Sequence[int]) -> None:
-    if not steps:
+  def _read(self, steps: Collection[int]) -> None:
+    with self._lock:
+      missing = [step for step in steps if step not in self._known]
+    if not missing:
       return
-    with concurrent.futures.ThreadPoolExecutor(min(16, len(steps))) as pool:
-      for step, facts in zip(steps, pool.map(self._facts, steps), strict=True):
-        self._known[step] = facts
+    with concurrent.futures.ThreadPoolExecutor(min(16, len(missing))) as pool:
+      found = dict(zip(missing, pool.map(self._info, missing), strict=True))
+    with self._lock:
+      self._known = found | self._known
 
-  def _facts(self, step: int) -> _Facts:
+  def _info(self, step: int) -> run.StepInfo:
     try:
-      info = run.step_info(self._directory, step)
+      return run.step_info(self._directory, step)
     except (CheckpointError, OSError):
-      return _Facts(healthy=False)  # nothing that the newest healthy step could be
-    return _Facts(info.nbytes, info.healthy, info.resumable)
+      return run.StepInfo(step, None, 0, {}, healthy=False)  # nothing that the newest healthy step could be
 
 
 @dataclasses.dataclass(frozen=True)

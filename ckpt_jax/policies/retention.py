@@ -243,7 +243,7 @@ class Retention(ocp_policies.PreservationPolicy):
   def _add_best(self, best: BestConfig, steps: list[Any], times: list[Any], reasons: dict[int, list[str]]) -> None:
     time_of = {c.step: time for c, time in zip(steps, times, strict=True)}
     ranked = [c.step for c in _ranked(steps, best)]
-    for i, step in enumerate(ranked):
+    for i, step in enumerate(ranked[: best.n] if _in_order(times) else ranked):
       # Counting stops at n: with 5,000 steps a full count for each of them would take a second.
       rivals = (s for s in itertools.islice(ranked, i) if not _saved_later_than(s, step, time_of))
       if i < best.n or sum(1 for _ in itertools.islice(rivals, best.n)) < best.n:

@@ -21,7 +21,12 @@ class Schedule(ocp_policies.SaveDecisionPolicy):
 
   A plain Orbax manager calls `should_save` alone. The Checkpointer also calls `begun` when any save starts, forced ones
   included, and `finished` when it has committed.
+
+  Attributes:
+    needs_times: whether it looks at when earlier steps were saved, which takes seconds to read of thousands.
   """
+
+  needs_times = False
 
   def explain(self) -> str:
     """What decides, in one or a few lines."""
@@ -183,6 +188,10 @@ class _Several(Schedule):
   """All of `policies` are asked at each step, so that each keeps its own count and all processes broadcast alike."""
 
   policies: Sequence[ocp_policies.SaveDecisionPolicy]
+
+  @property
+  def needs_times(self) -> bool:  # type: ignore[override]
+    return any(p.needs_times if isinstance(p, Schedule) else True for p in self.policies)
 
   def begun(self, step: int) -> None:
     for p in self.policies:

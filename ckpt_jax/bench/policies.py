@@ -1,0 +1,138 @@
+"""What decisions cost in a run of thousands of steps: deciding, listing, opening, and each save.
+
+The run is made of one real step, hard-linked under all the other numbers, each with a commit time and metrics of its
+own.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ckpt_jax import run as runs
+
+_EVERY_S = 600.0
+RULES: dict[str, Any] = {
+  "last": 3,
+  "hourly": 24,
+  "daily": 7,
+  "weekly": 8,
+  "monthly": 12,
+  "within": "6h",
+  "every_steps": 1000,
+  "best": {"metric": "loss", "n": 5},
+  "budget": "10TiB",
+  "thin": {"after": "1d"},
+}
+
+
+def measure(steps: int = 5000, repeats: int = 5, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+  """Seconds of each operation on a run of `steps` steps, medians of `repeats`; all rules are set.
+
+  `save` keeps every step, so that all of them are there for each save; a second run of 3 steps says what a save costs
+  without them.
+  """
+  with tempfile.TemporaryDirectory() as directory:
+    progress(f"making a run of {steps} steps")
+    large, small = pathlib.Path(directory) / "large", pathlib.Path(directory) / "small"
+    make_run(large, steps)
+    make_run(small, 3)
+    progress("deciding and listing")
+    found = _decisions(large, repeats)
+    progress("the commands")
+    found["ls"] = _command(repeats, "ls", str(large)) - (imports := _command(repeats, "ls", str(small)))
+    found["ls_imports"] = imports
+    found["prune_dry_run"] = _command(repeats, "prune", str(large), "--keep-last", "3", "--dry-run") - imports
+    progress("opening and saving")
+    for name, path in (("large", large), ("small", small)):
+      found |= {f"{key}_{name}": value for key, value in _saves(path, repeats).items()}
+  return {"steps": steps, "repeats": repeats, "cpus": os.cpu_count(), "seconds": found}
+
+
+def make_run(path: pathlib.Path, steps: int) -> None:
+  """A run of `steps` committed steps, one every 10 minutes until now."""
+  import jax.numpy as jnp
+
+  import ckpt_jax as ckpt
+
+  with ckpt.Checkpointer(path, ckpt.Config(retention={"last": None})) as c:
+    c.save(0, {"params": {"w": jnp.ones(1000)}, "opt": {"w": jnp.ones(2000)}}, metrics={"loss": 1.0})
+  first = path / "0"
+  metadata = runs.step_metadata(c.directory / "0")
+  now = datetime.datetime.now(datetime.timezone.utc).timestamp()
+  for step in range(steps):
+    target = path / str(step)
+    for folder, _, names in os.walk(first) if step else ():
+      there = target / pathlib.Path(folder).relative_to(first)
+      there.mkdir()
+      for name in names:
+        if name not in (runs.STEP_METADATA, "metrics"):
+          os.link(os.path.join(folder, name), there / name)
+    metadata["commit_timestamp_nsecs"] = int((now - (steps - step) * _EVERY_S) * 1e9)
+    metadata["custom_metadata"][runs.OURS]["metrics"] = {"loss": 1 / (step + 1)}
+    (target / runs.STEP_METADATA).unlink(missing_ok=True)
+    (target / runs.STEP_METADATA).write_text(json.dumps(metadata))
+    (target / "metrics" / "metrics").write_text(json.dumps({"loss": 1 / (step + 1)}))
+
+
+def _decisions(path: pathlib.Path, repeats: int) -> dict[str, float]:
+  from ckpt_jax.policies import Retention
+
+  rules = Retention(**RULES)
+  listed = runs.list_steps(path)
+  return {
+    "list_steps": _timed(repeats, lambda: runs.list_steps(path)),
+    "committed_steps": _timed(repeats, lambda: runs.committed_steps(runs.run_directory(path))),
+    "decide": _timed(repeats, lambda: rules.decide(listed)),
+  }
+
+
+def _saves(path: pathlib.Path, repeats: int) -> dict[str, float]:
+  import jax.numpy as jnp
+
+  import ckpt_jax as ckpt
+
+  rules = RULES | {"within": "3650d", "thin": {"after": "3650d"}}
+  state = {"params": {"w": jnp.ones(1000)}, "opt": {"w": jnp.ones(2000)}}
+  started = time.perf_counter()
+  with ckpt.Checkpointer(path, ckpt.Config(retention=rules)) as c:
+    opened = time.perf_counter() - started
+    newest = c.latest_step() or 0
+    commits = []
+    for i in range(repeats + 2):
+      started = time.perf_counter()
+      c.save(newest + 1 + i, state, metrics={"loss": 1.0})
+      c.wait()
+      commits.append(time.perf_counter() - started)
+    closing = time.perf_counter()
+  return {
+    "close": time.perf_counter() - closing,
+    "open": opened,
+    "first_save_blocking": c.saves[0].blocking_s,
+    "second_save_blocking": c.saves[1].blocking_s,
+    "save_blocking": statistics.median(s.blocking_s for s in c.saves[2:]),
+    "save_to_commit": statistics.median(commits[2:]),
+  }
+
+
+def _timed(repeats: int, function: Callable[[], Any]) -> float:
+  times = []
+  for _ in range(repeats):
+    started = time.perf_counter()
+    function()
+    times.append(time.perf_counter() - started)
+  return statistics.median(times)
+
+
+def _command(repeats: int, *arguments: str) -> float:
+  command = [sys.executable, "-m", "ckpt_jax", *arguments]
+  return _timed(repeats, lambda: subprocess.run(command, capture_output=True, check=True, timeout=300))
