@@ -30,8 +30,6 @@ from ckpt_jax.errors import ConfigError
 _LATER = "accepted, not acted upon yet"
 NOT_YET: dict[str, str] = {
   "layout.pack": _LATER,
-  "restore.verify": _LATER,
-  "restore.on_corruption": _LATER,
   "layout.chunk_size": _LATER,
 }
 # Values that ask for what happens anyway.

@@ -143,7 +143,7 @@ def kills(
         committed = report.get("found", [])
         last |= {
           # Three steps are kept; the one that was being written may be lost, and nothing else.
-          "kept": bool(committed) and not report["wrong"] and committed[-1] >= last["begun"] - 2,
+          "kept": not report.get("wrong", [-1]) and (committed or [-1])[-1] >= last["begun"] - 2,
           "leftovers": report.get("leftovers", -1),
           "next": report.get("next", False),
           "told": report.get("told", []),

@@ -18,7 +18,7 @@ from ckpt_jax import run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, StorageError
 from ckpt_jax.failures import is_out_of_space, storage_errors
-from ckpt_jax.integrity import leftovers
+from ckpt_jax.integrity import aside, leftovers
 from ckpt_jax.integrity.durability import Hooks, Sealing, restrict, step_path_class, sync_own_files
 from ckpt_jax.integrity.lease import Lease
 from ckpt_jax.integrity.space import Room, free_bytes, planned_bytes, tree_nbytes
@@ -222,6 +222,8 @@ class Gate:
     self._clear_failed()
     if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
       raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
+    with storage_errors(f"{self._directory / str(step)}: what lies there cannot be moved away"):
+      aside.make_room(self._directory, step)
     leftovers.set_aside(self._directory, step)
     dropped = self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
     if not is_object_store(self._directory):  # two small writes; in a bucket two requests, which wait behind training

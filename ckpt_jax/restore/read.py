@@ -20,7 +20,7 @@ from ckpt_jax import run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_unreachable, root_cause
-from ckpt_jax.layout.encoding import path_name
+from ckpt_jax.layout.encoding import decode_leaf, path_name
 from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.rendezvous import Rendezvous
 from ckpt_jax.restore.choose import (
@@ -102,7 +102,7 @@ def read_state(
     request: what is wanted.
     together: the waits of this restore; default: its own.
     strategy: `direct`, `gather`, `broadcast` or `auto`.
-    check: called with path and value of each leaf in its stored form, before anything is made of it; may raise.
+    check: called with path and value of each leaf as it is delivered; one that is cast, as it was before.
 
   Raises:
     StructureMismatchError: listing every difference between `like` and the step; nothing was read.
@@ -124,9 +124,9 @@ def read_state(
 
   def deliver(plan: LeafPlan, value: Any) -> None:
     check_stored(plan, value)
-    if check is not None:
-      check(plan.name, value)
     values[plan.name] = plan.finish(value)
+    if check is not None:
+      check(plan.name, values[plan.name] if plan.cast is None else decode_leaf(value, plan.note))
 
   error = None
   try:
