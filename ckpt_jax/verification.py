@@ -21,7 +21,7 @@ from ckpt_jax.failures import root_cause
 from ckpt_jax.integrity import aside, databases, fingerprint, record, sums
 from ckpt_jax.restore.leaf import AS_SAVED, make_plan
 from ckpt_jax.restore.read import Reader, Step
-from ckpt_jax.storage.kvstore import is_object_store, kvstore_spec
+from ckpt_jax.storage.kvstore import kvstore_spec
 from ckpt_jax.storage.objects import snapshot
 
 _log = logging.getLogger(__name__)
@@ -167,9 +167,8 @@ class _Check:
       for name in record.changed_files(item, known):
         self._found("metadata", "its bits are not those that were written", file=f"{item.name}/{name}")
     if ours:
-      markers = [item / run_lib.COMMIT_MARKER]
-      if is_object_store(self._step_dir):
-        markers.append(self._step_dir / run_lib.COMMIT_MARKER)
+      places = [self._step_dir, item, self._step_dir / "metrics"]
+      markers = [place / run_lib.COMMIT_MARKER for place in places if place.exists()]
       for marker in markers:
         if not marker.exists():
           self._found("commit", "missing", file=str(marker)[len(str(self._step_dir)) + 1 :])
@@ -185,6 +184,8 @@ class _Check:
     try:
       same = json.loads(file.read_text()) == ours.get("metrics")
     except FileNotFoundError:
+      if file.parent.exists():
+        self._found("metadata", "missing", file="metrics/metrics")
       return
     except ValueError:
       same = False

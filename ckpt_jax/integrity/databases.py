@@ -24,6 +24,8 @@ def unreadable(database: epath.Path) -> str | None:
   """Why the keys of a database cannot be listed; its manifest and nodes carry checksums. None if they can."""
   import tensorstore as ts
 
+  if not (database / MANIFEST).exists():
+    return f"{MANIFEST} is missing"  # TensorStore would take it for an empty database
   try:
     ts.KvStore.open({"driver": "ocdbt", "base": _base(database)}).result().list().result()
   except Exception as e:
