@@ -147,7 +147,7 @@ def _bucket_campaign(case: Case, url: str, count: int, rng: random.Random) -> di
 
   _save(case, "ckpt_jax", url)
   directory = run_directory(url)
-  files = sorted(key for key in BACKEND.tree(directory / "1") if (directory / "1" / key).stat().length)
+  files = sorted(key for key in BACKEND.tree(directory / "1") if (directory / "1" / key).read_bytes())
   outcomes = []
   for _ in range(count):
     file = directory / "1" / rng.choice(files)

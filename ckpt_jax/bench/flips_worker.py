@@ -2,18 +2,14 @@
 
 import json
 import sys
+from typing import Any
+
+import numpy as np
 
 from ckpt_jax import multihost
 
-multihost.initialize()
 
-import jax
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-
-
-def values(step: int) -> dict[str, np.ndarray]:
+def values(step: int) -> dict[str, Any]:
   """The state of a step, in host memory."""
   rng = np.random.default_rng(step)
   arrays = {f"w{i}": rng.standard_normal((64, 512), dtype=np.float32) for i in range(4)}
@@ -24,14 +20,19 @@ def values(step: int) -> dict[str, np.ndarray]:
 
 def main() -> None:
   """Runs on each process."""
+  multihost.initialize()
+
+  import jax  # after joining the job
   import orbax.checkpoint as ocp
+  from jax.sharding import NamedSharding
+  from jax.sharding import PartitionSpec as P
 
   import ckpt_jax as ckpt
 
   side, run, config = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
   mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
 
-  def put(x: np.ndarray) -> jax.Array:
+  def put(x: Any) -> Any:
     spec = P("fsdp") if x.ndim == 2 else P()
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: np.asarray(x)[index])
 
