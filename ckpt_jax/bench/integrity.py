@@ -34,7 +34,7 @@ def adam_state() -> Any:
       "o": (768, 768),
       "up": (768, 1024),
     }
-    shapes |= {"b1": (768,), "b2": (1024,), "ln": (768,)}
+    shapes |= {"up": (768, 1024), "b1": (768,), "b2": (1024,), "ln": (768,)}
     layers = {f"l{i}": {k: rng.standard_normal(s, dtype=np.float32) for k, s in shapes.items()} for i in range(25)}
     return layers | {"emb": rng.standard_normal((8192, 768), dtype=np.float32)}
 
