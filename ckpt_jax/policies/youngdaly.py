@@ -43,8 +43,9 @@ def learned_mtti(seconds_run: float, interruptions: int, prior: float = _DEFAULT
 class YoungDaly(ByClock):
   """Saves at the interval that loses the least work.
 
-  The interval is sqrt(2 * cost * mtti), where `cost` is what one save takes from training: the blocking time, and what
-  the background write slows the steps down by, not the write itself (Young 1974; Daly 2006, eq. 20). With
+  The interval, from the start of one save to that of the next, is sqrt(2 * cost * mtti) with Daly's terms of higher
+  order, which matter where saving is dear (Young 1974; Daly 2006, eq. 37). `cost` is what one save takes from training:
+  the blocking time, and what the background write slows the steps down by, not the write itself. With
   `max_overhead` it is never shorter than cost / max_overhead, and without `mtti` it is just that: as often as the
   overhead allows. It is never shorter than a save takes from start to commit, since saves do not overlap.
 
@@ -174,9 +175,9 @@ class YoungDaly(ByClock):
     assert cost is not None
     chosen, why = self._shortest, "the lower bound"
     if self.mtti is not None:
-      best = min(max(young_interval(cost, self.mtti), self._shortest), self._longest)
+      best = min(max(daly_interval(cost, self.mtti) + cost, self._shortest), self._longest)
       if best > chosen:
-        chosen, why = best, "sqrt(2 x cost x MTTI)" if best < self._longest else "the upper bound"
+        chosen, why = best, "cost and MTTI (Daly)" if best < self._longest else "the upper bound"
     if self.max_overhead is not None and cost / self.max_overhead > chosen:
       chosen, why = cost / self.max_overhead, f"the overhead of {self.max_overhead:.3g}"
     if self.duration > chosen:
