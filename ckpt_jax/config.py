@@ -30,23 +30,12 @@ from ckpt_jax.errors import ConfigError
 _LATER = "accepted, not acted upon yet"
 NOT_YET: dict[str, str] = {
   "layout.pack": _LATER,
-  "restore.strategy": _LATER + " (other than auto and direct)",
-  "restore.verify": _LATER,
-  "restore.on_corruption": _LATER,
-  "timeouts.restore": _LATER,
   "layout.chunk_size": _LATER,
-  "layout.min_slice_for_replica_parallel": _LATER,
-  "limits.file_io_concurrency": _LATER,
-  "limits.data_copy_concurrency": _LATER,
 }
 # Values that ask for what happens anyway.
 _TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
   "layout.pack": ("off",),
-  "restore.strategy": ("auto", "direct"),
   "layout.chunk_size": ("auto",),
-  "layout.min_slice_for_replica_parallel": ("auto",),
-  "limits.file_io_concurrency": ("auto",),
-  "limits.data_copy_concurrency": ("auto",),
 }
 
 # The shortest that a timeout is when left to the plan: a hung save should end the job in minutes, not in days.

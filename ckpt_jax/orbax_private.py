@@ -124,6 +124,27 @@ def forget_steps(manager: ocp.CheckpointManager, steps: Collection[int]) -> None
   manager._checkpoints.delete_if(lambda info: info.step in steps)  # pylint: disable=protected-access
 
 
+def array_metadata_store() -> Any:
+  """A store for the `array_metadatas` of a step, to give to an ArrayHandler.
+
+  Why private: `ocp.type_handlers.ArrayHandler(array_metadata_store=...)` is public, the only class that it takes is
+  not; without one nothing records which arrays are PRNG keys, nor the shapes that were written.
+  """
+  from orbax.checkpoint._src.metadata import array_metadata_store as stores
+
+  return stores.Store()
+
+
+async def prng_key_names(store: Any, item_dir: Any) -> set[str]:
+  """The arrays of a checkpoint that are the words of PRNG keys, as `store` (see above) has them.
+
+  Why private: as above; the file says so under `ext_metadata`, and Orbax offers nothing else that does.
+  """
+  found = await store.read(item_dir)
+  arrays = next(iter(found.values())) if found else []
+  return {a.param_name for a in arrays if "random_key_impl" in (a.ext_metadata or {})}
+
+
 def before_executors_shut_down(callback: Callable[[], None]) -> None:
   """Runs `callback` when the interpreter ends, while threads can still be started.
 

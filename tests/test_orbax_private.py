@@ -6,6 +6,7 @@ import threading
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError
@@ -90,3 +91,17 @@ def test_managers_deleter_and_step_list_are_where_we_look(tmp_path):
     orbax_private.forget_steps(manager, {0, 1})
     assert manager.all_steps() == [2]
   assert asked[-1] == "close"
+
+
+def test_array_metadata_store_tells_prng_keys_from_words(tmp_path):
+  import asyncio
+
+  import jax
+
+  store = orbax_private.array_metadata_store()
+  handler = ocp.type_handlers.ArrayHandler(array_metadata_store=store)
+  registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as c:
+    c.save(tmp_path / "a", {"key": jax.random.key(0), "words": jnp.zeros(2, jnp.uint32)})
+  assert (tmp_path / "a" / "array_metadatas").is_dir()
+  assert asyncio.run(orbax_private.prng_key_names(store, epath.Path(tmp_path / "a"))) == {"key"}

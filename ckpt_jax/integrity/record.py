@@ -25,7 +25,7 @@ from ckpt_jax.errors import CorruptCheckpointError, UnhealthyStateError
 from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
-from ckpt_jax.integrity.sums import MASK, Tally
+from ckpt_jax.integrity.sums import Tally
 
 _log = logging.getLogger(__name__)
 FILE = "ckpt_jax.json"
@@ -181,8 +181,8 @@ def _write_record(recording: Recording, directory: epath.Path, past: collections
   found: dict[str, Any] = {
     "format": _FORMAT,
     "leaves": {
-      path: [leaf.dtype, list(leaf.shape), leaf.digest]
-      for path, leaf in recording.taken.prints({path: n & MASK for path, n in totals.items()}).items()
+      path: [leaf.dtype, list(leaf.shape), f"{leaf.total:016x}"]
+      for path, leaf in recording.taken.prints(totals).items()
     },
     "files": file_digests(directory),
   }
@@ -246,7 +246,7 @@ def read_record(step_dir: epath.Path) -> Record | None:
   if not ours:
     raise CorruptCheckpointError(f"{step_dir / run.STEP_METADATA}: what ckpt_jax wrote there is missing")
   try:
-    leaves = {path: LeafPrint(d, tuple(s), h) for path, (d, s, h) in data["leaves"].items()}
+    leaves = {path: LeafPrint(str(d), tuple(s), int(h, 16)) for path, (d, s, h) in data["leaves"].items()}
     record = Record(leaves, dict(data["files"]), dict(data.get("health") or {}))
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     raise CorruptCheckpointError(f"{file}: damaged ({type(e).__name__}: {e})") from e

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -143,3 +145,68 @@ def _sharding_of(var: Any, jaxpr: Any) -> Sharding:
   if isinstance(var, jex_core.Literal):
     raise _NotDetermined("a constant has no sharding")
   raise _NotDetermined(f"the compiler chooses the sharding of a {var.aval.str_short()}")
+
+
+# (start, stop) in each dimension; () for a scalar.
+Box = tuple[tuple[int, int], ...]
+
+
+def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+  """The box that a shard's index selects."""
+  return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+@functools.lru_cache(maxsize=4096)
+def local_regions(sharding: Sharding, shape: tuple[int, ...]) -> tuple[Box, ...]:
+  """The fewest boxes found that hold what this process's devices need of an array, and nothing else.
+
+  Shards that tile a box are one region, so that an array spread over the devices of one process is one region; a shard
+  that several devices hold counts once. Regions do not overlap, and each shard lies within one.
+  """
+  return merge_boxes(
+    {box_of(i, shape) for i in sharding.addressable_devices_indices_map(shape).values() if i is not None}
+  )
+
+
+def merge_boxes(boxes: Collection[Box]) -> tuple[Box, ...]:
+  """Disjoint boxes, joined where two that touch make a box; sorted."""
+  merged = sorted(set(boxes))
+  axes = range(len(merged[0])) if merged else range(0)
+  changed = True
+  while changed:
+    changed = False
+    for axis in axes:
+      # Along one axis only those can be joined that agree in all others.
+      rows: dict[Box, list[tuple[int, int]]] = {}
+      for box in merged:
+        rows.setdefault(box[:axis] + box[axis + 1 :], []).append(box[axis])
+      joined = []
+      for rest, spans in rows.items():
+        start, stop = (spans := sorted(spans))[0]
+        for a, b in spans[1:]:
+          if a == stop:
+            stop, changed = b, True
+          else:
+            joined.append((*rest[:axis], (start, stop), *rest[axis:]))
+            start, stop = a, b
+        joined.append((*rest[:axis], (start, stop), *rest[axis:]))
+      merged = joined
+  return tuple(sorted(merged))
+
+
+def split_box(box: Box, chunk_shape: tuple[int, ...], itemsize: int, nbytes: int) -> list[Box]:
+  """Parts of `box` whose chunks take at most `nbytes` each, cut only between chunks: a chunk is read whole."""
+  spans = [(a // c, -(-b // c)) for (a, b), c in zip(box, chunk_shape, strict=True)]
+  chunks = [last - first for first, last in spans]
+  if chunk_nbytes(box, chunk_shape, itemsize) <= nbytes or max(chunks, default=1) <= 1:
+    return [box]
+  axis = chunks.index(max(chunks))
+  first, last = spans[axis]
+  cut = (first + last) // 2 * chunk_shape[axis]
+  halves = [(*box[:axis], part, *box[axis + 1 :]) for part in ((box[axis][0], cut), (cut, box[axis][1]))]
+  return [small for half in halves for small in split_box(half, chunk_shape, itemsize, nbytes)]
+
+
+def chunk_nbytes(box: Box, chunk_shape: tuple[int, ...], itemsize: int) -> int:
+  """Bytes of the chunks that `box` touches."""
+  return itemsize * math.prod((-(-b // c) - a // c) * c for (a, b), c in zip(box, chunk_shape, strict=True))

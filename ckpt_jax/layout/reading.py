@@ -1,0 +1,174 @@
+"""Arrays out of a checkpoint with little Python a leaf: one store, few large reads, each once for the whole process.
+
+Orbax reads shard by shard through its event loop: about 1 ms a shard, and three copies (a zeroed array, TensorStore's
+buffer, `device_put`). Here all reads are queued at once under a limit of bytes, straight into memory that jax on CPU
+takes over as it is, and an array that several devices of the process share is read once and divided in memory.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from ckpt_jax.errors import StructureMismatchError
+from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, split_box
+
+# XLA's CPU client takes over host memory without a copy if it is aligned so.
+_ALIGNMENT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One array to read: its open store, and the boxes wanted of it."""
+
+  name: str
+  store: ts.TensorStore
+  boxes: tuple[Box, ...]
+
+
+def open_stores(
+  infos: Sequence[ocp.type_handlers.ParamInfo], dtypes: Sequence[Any], context: ts.Context
+) -> list[ts.TensorStore]:
+  """Opens the arrays of a checkpoint through one key-value store.
+
+  Args:
+    infos: Orbax's descriptions; all of one checkpoint.
+    dtypes: cast to this while reading, None to leave it.
+    context: TensorStore's resources.
+
+  Raises:
+    ValueError: naming the array that cannot be opened.
+  """
+  first = infos[0]
+  spec = ocp.type_handlers.get_json_tspec_read(
+    first.replace(name=""),
+    use_ocdbt=bool(first.is_ocdbt_checkpoint),
+    raise_array_data_missing_error=first.raise_array_data_missing_error,
+  )
+  root = ts.KvStore.open(spec.pop("kvstore"), context=context).result()
+  futures = [
+    ts.open(spec, kvstore=root / f"{info.name}/" if info.name else root, context=context, open=True, read=True)
+    for info in infos
+  ]
+  stores = [_result(future, info.name) for future, info in zip(futures, infos, strict=True)]
+  return [
+    store if dtype is None or store.dtype.name == (name := np.dtype(dtype).name) else ts.cast(store, name)
+    for store, dtype in zip(stores, dtypes, strict=True)
+  ]
+
+
+def read(requests: Sequence[Request], window: int) -> Iterator[list[np.ndarray]]:
+  """The boxes of each request in turn, as arrays in fresh aligned memory.
+
+  Args:
+    requests: what to read.
+    window: bytes of chunks in flight at a time; a chunk that is larger is read alone.
+
+  Raises:
+    ValueError: naming the array that cannot be read.
+  """
+  flying: collections.deque[tuple[int, Any, str]] = collections.deque()
+  in_flight = 0
+  done: collections.deque[tuple[list[np.ndarray], int]] = collections.deque()  # arrays, and the reads they wait for
+  finished = 0
+  started = 0
+
+  def land() -> None:
+    nonlocal in_flight, finished
+    nbytes, future, name = flying.popleft()
+    _result(future, name)
+    in_flight -= nbytes
+    finished += 1
+
+  for request in requests:
+    store = request.store
+    dtype = store.dtype.numpy_dtype
+    chunk: tuple[int, ...] = tuple(c or n for c, n in zip(_chunk_shape(store), store.shape, strict=True))
+    arrays = []
+    for box in request.boxes:
+      array = aligned_empty(tuple(b - a for a, b in box), dtype)
+      arrays.append(array)
+      for part in split_box(box, chunk, dtype.itemsize, window):
+        nbytes = chunk_nbytes(part, chunk, dtype.itemsize)
+        while flying and in_flight + nbytes > window:
+          land()
+          while done and done[0][1] <= finished:
+            yield done.popleft()[0]
+        target = array[tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(part, box, strict=True))]
+        if not part:  # TensorStore copies a 0-d array instead of referring to it
+          target, source = array.reshape(1), store[ts.newaxis]
+        elif target.shape == store.shape:
+          source = store
+        else:
+          source = store[tuple(slice(a, b) for a, b in part)].translate_to[0]
+        flying.append((nbytes, ts.array(target).write(source), request.name))
+        in_flight += nbytes
+        started += 1
+    done.append((arrays, started))
+  while done:
+    while done[0][1] > finished:
+      land()
+    yield done.popleft()[0]
+
+
+def to_jax(
+  shape: tuple[int, ...], sharding: jax.sharding.Sharding, regions: dict[Box, np.ndarray], dtype: Any
+) -> jax.Array:
+  """A jax array from what this process read of it.
+
+  Args:
+    shape: of the whole array.
+    sharding: where it goes.
+    regions: `local_regions(sharding, shape)` and what they hold. The memory may become the array's own.
+    dtype: of the array, for a process that holds no part of it.
+  """
+
+  def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None  # it is for devices of other processes only
+    box = box_of(index, shape)
+    if (whole := regions.get(box)) is not None:
+      return whole
+    for outer, array in regions.items():
+      if all(a <= c and d <= b for (a, b), (c, d) in zip(outer, box, strict=True)):
+        return array[tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(outer, box, strict=True))]
+    raise AssertionError(f"{box} lies in none of {list(regions)}")
+
+  return jax.make_array_from_callback(shape, sharding, piece, dtype=dtype)
+
+
+def check_shape(name: str, saved: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
+  """Refuses to pad or truncate.
+
+  Raises:
+    StructureMismatchError: naming the array.
+  """
+  if wanted is not None and tuple(wanted) != saved:
+    raise StructureMismatchError(
+      f"{name}: saved with shape {list(saved)}, asked for {list(wanted)}; pass a like= with the saved shape"
+    )
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """Memory that nothing else refers to, aligned so that jax on CPU need not copy it."""
+  nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+  memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+  start = -memory.ctypes.data % _ALIGNMENT
+  return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _chunk_shape(store: ts.TensorStore) -> Sequence[int | None]:
+  return store.chunk_layout.read_chunk.shape or store.shape
+
+
+def _result(future: Any, name: str) -> Any:
+  try:
+    return future.result()
+  except (ValueError, OSError) as e:
+    raise ValueError(f"{name}: {e}") from e

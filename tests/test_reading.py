@@ -1,0 +1,155 @@
+"""Reading: every byte right, whatever the layout, and no byte twice."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorstore as ts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ckpt_jax as ckpt
+from ckpt_jax.layout.sharding import chunk_nbytes, local_regions, merge_boxes, split_box
+from ckpt_jax.multihost import launch
+
+
+def cells(box):
+  return {tuple(a + o for (a, _), o in zip(box, at, strict=True)) for at in np.ndindex(*(b - a for a, b in box))}
+
+
+@st.composite
+def tiles(draw):
+  """Some of the tiles of a regular grid, as the shards of an array on some of its devices are."""
+  grid = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+  tile = [draw(st.integers(1, 3)) for _ in grid]
+  every = [tuple((i * t, (i + 1) * t) for i, t in zip(at, tile, strict=True)) for at in np.ndindex(*grid)]
+  return draw(st.lists(st.sampled_from(every), min_size=1, max_size=2 * len(every)))
+
+
+@given(tiles())
+@settings(max_examples=300, deadline=None)
+def test_regions_hold_every_shard_once_and_nothing_else(shards):
+  regions = merge_boxes(shards)
+  covered = [c for r in regions for c in cells(r)]
+  assert len(covered) == len(set(covered))
+  assert set(covered) == set().union(*(cells(s) for s in shards))
+  for shard in shards:
+    assert any(cells(shard) <= cells(r) for r in regions)
+
+
+def test_shards_that_tile_an_array_are_one_region():
+  mesh = jax.make_mesh((2,), ("x",))
+  for spec in (P("x"), P(None, "x"), P()):
+    assert local_regions(NamedSharding(mesh, spec), (4, 6)) == (((0, 4), (0, 6)),)
+
+
+@given(
+  st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20), st.integers(1, 7)), min_size=1, max_size=3),
+  st.integers(1, 4000),
+)
+@settings(max_examples=300, deadline=None)
+def test_split_reads_cover_the_box_and_stay_below_the_limit(dims, limit):
+  box = tuple((a, a + n) for a, n, _ in dims)
+  chunk = tuple(c for _, _, c in dims)
+  parts = split_box(box, chunk, 4, limit)
+  assert sorted(c for p in parts for c in cells(p)) == sorted(cells(box))
+  for part in parts:
+    one_chunk = all(-(-b // c) - a // c == 1 for (a, b), c in zip(part, chunk, strict=True))
+    assert chunk_nbytes(part, chunk, 4) <= limit or one_chunk
+  assert sum(chunk_nbytes(p, chunk, 4) for p in parts) == chunk_nbytes(box, chunk, 4), "no chunk is read twice"
+
+
+def state_on(mesh, spec):
+  put = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))  # noqa: E731
+  words = np.random.default_rng(0).integers(0, 2**32, (8, 64, 96), np.uint32)
+  return {
+    "f32": put(words.view(np.float32), spec),  # NaN payloads, infinities and denormals among them
+    "u32": put(words, spec),
+    "bf16": put(words.view(np.uint16).view(jnp.bfloat16), spec),
+    "bytes": put(words.view(np.uint8), spec),
+    "scalar": put(np.float32(-0.0), P()),
+    "key": put(jax.random.key(5), P()),
+    "host": words.view(np.float32)[0],
+  }
+
+
+@pytest.mark.parametrize(
+  "options", [{}, {"use_zarr3": True}, {"use_ocdbt": False}, {"use_compression": False}], ids=str
+)
+@pytest.mark.parametrize("chunk_byte_size", [None, 10_000])
+def test_what_plain_orbax_wrote_in_any_format_is_read_bitwise_on_any_sharding(
+  options, chunk_byte_size, tmp_path, assert_same
+):
+  mesh = jax.make_mesh((2,), ("x",))
+  saved = state_on(mesh, P("x"))
+  saved.pop("key")  # plain Orbax leaves no note of what a key was
+  args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_byte_size), saved)
+  with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler(**options)) as plain:
+    plain.save(0, args=ocp.args.PyTreeSave(saved, save_args=args))
+  with ckpt.Checkpointer(tmp_path, ckpt.Config(limits={"restore_concurrency": 100_000})) as c:
+    for spec in (P("x"), P(None, None, "x"), P()):
+      want = state_on(mesh, spec)
+      want.pop("key")
+      got = c.restore(like=want).state
+      assert_same(got, want)
+      assert all(
+        a.sharding == b.sharding
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+        if hasattr(a, "sharding")
+      )
+    assert_same(c.restore().state, jax.tree.map(np.asarray, saved))
+
+
+def bytes_read():
+  found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+  return sum(v["value"] for m in found for v in m["values"])
+
+
+def test_an_array_that_two_devices_share_is_read_once(tmp_path):
+  mesh = jax.make_mesh((2,), ("x",))
+  one = jax.device_put(np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024), jax.devices()[0])
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(0, {"w": one})
+    for spec in (P("x"), P(None, "x")):
+      like = {"w": jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=NamedSharding(mesh, spec))}
+      c.wait()
+      before = bytes_read()
+      c.restore(like=like)
+      assert bytes_read() - before < 1.05 * one.nbytes  # Orbax reads the chunk once for each shard
+
+
+def test_replicas_of_a_restored_array_may_be_overwritten_in_place(tmp_path):
+  """On CPU jax takes over the memory that was read, the same for both replicas."""
+  mesh = jax.make_mesh((2,), ("x",))
+  want = np.arange(1 << 16, dtype=np.float32)
+  add = jax.jit(lambda x: x + 1, donate_argnums=0)
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(0, {"w": jax.device_put(want, NamedSharding(mesh, P()))})
+    x = c.restore(like={"w": jax.device_put(want, NamedSharding(mesh, P()))}).state["w"]
+    for _ in range(3):
+      x = add(x)
+    for shard in x.addressable_shards:
+      assert np.asarray(shard.data).tobytes() == (want + 3).tobytes()
+
+
+def test_damaged_leaf_is_named(tmp_path):
+  config = ckpt.Config(restore={"on_corruption": "raise"})
+  with ckpt.Checkpointer(tmp_path, config) as c:
+    c.save(0, {"good": jnp.ones(4), "bad": jnp.ones((512, 1024))})
+  largest = max((tmp_path / "0").rglob("d/*"), key=lambda p: p.stat().st_size)
+  with open(largest, "r+b") as f:
+    f.truncate(1000)
+  with ckpt.Checkpointer(tmp_path, config) as c, pytest.raises(ckpt.CorruptCheckpointError, match="bad"):
+    c.restore(like={"good": jnp.ones(4), "bad": jnp.ones((512, 1024))})
+
+
+@pytest.mark.multiprocess
+def test_a_process_reads_only_what_its_devices_need(tmp_path):
+  program = pathlib.Path(__file__).parent / "programs" / "read_parts.py"
+  results = launch([str(program), str(tmp_path)], processes=2, devices=2, timeout=120)
+  assert [r.returncode for r in results] == [0, 0], results[0].log
