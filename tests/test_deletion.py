@@ -205,7 +205,7 @@ def bucket(request, tmp_path, monkeypatch):
 
 def removes_an_old_step(method, path):
   """Orbax itself deletes single objects of the step that it writes, before it writes them."""
-  return method == "POST" and path.endswith("?delete") or method == "DELETE" and "run%2F0%2F" in path
+  return (method == "POST" and path.endswith("?delete")) or (method == "DELETE" and "run%2F0%2F" in path)
 
 
 def test_a_bucket_whose_deletions_hang_blocks_no_save_and_close_gives_up(bucket, caplog):

@@ -55,6 +55,7 @@ def measure(steps: int = 5000, repeats: int = 5, progress: Callable[[str], None]
     progress("opening and saving")
     for name, path in (("large", large), ("small", small)):
       found |= {f"{key}_{name}": value for key, value in _saves(path, repeats).items()}
+    found["save_not_due"] = _not_due(small)
   return {"steps": steps, "repeats": repeats, "cpus": os.cpu_count(), "seconds": found}
 
 
@@ -122,6 +123,19 @@ def _saves(path: pathlib.Path, repeats: int) -> dict[str, float]:
     "save_blocking": statistics.median(s.blocking_s for s in c.saves[2:]),
     "save_to_commit": statistics.median(commits[2:]),
   }
+
+
+def _not_due(path: pathlib.Path, calls: int = 1000) -> float:
+  """Seconds of one call of `save` between two that the clock wants."""
+  import ckpt_jax as ckpt
+
+  with ckpt.Checkpointer(path, ckpt.Config(schedule={"every": "1h"}, retention={"last": None})) as c:
+    for step in range(10_000, 10_050):
+      c.save(step, {})
+    started = time.perf_counter()
+    for step in range(10_050, 10_050 + calls):
+      c.save(step, {})
+    return (time.perf_counter() - started) / calls
 
 
 def _timed(repeats: int, function: Callable[[], Any]) -> float:
