@@ -158,6 +158,46 @@ def goodput(
   typer.echo(json.dumps(told, indent=1))
 
 
+@bench.command("faults")
+def faults(
+  names: Annotated[list[str] | None, typer.Argument(metavar="[FAULT]...", help="Default: all of them.")] = None,
+  seeds: Annotated[int, typer.Option(min=1, help="Tries of each fault.")] = 3,
+  kills: Annotated[int, typer.Option(min=1, help="Tries of each kind of kill.")] = 30,
+  minutes: Annotated[float, typer.Option(min=0.1, help="Stop after this time; the next call goes on.")] = 60.0,
+  output: Annotated[
+    str | None, typer.Option("-o", "--output", help="Add to this JSON; its .md gets the table.")
+  ] = None,
+  as_json: Json = False,
+) -> None:
+  """Kill, fill, freeze and delete under real trainers, over ckpt_jax and over plain Orbax. Some faults need root."""
+  from ckpt_jax.bench import faults as campaign
+
+  wrong = [name for name in names or [] if name not in campaign.FAULTS]
+  if wrong:
+    raise ConfigError(f"no fault {wrong[0]!r}; there are {', '.join(campaign.FAULTS)}")
+  results: dict[str, Any] = {}
+  if output and os.path.exists(output):
+    with open(output, encoding="utf-8") as file:
+      results = json.load(file)
+  chosen = names or list(campaign.FAULTS)
+  try:
+    campaign.campaign(chosen, seeds, kills, minutes, results, lambda text: typer.echo(text, err=True))
+  finally:
+    if output and results.get("faults"):
+      with open(output, "w", encoding="utf-8") as file:
+        file.write(json.dumps(results, indent=1) + "\n")
+  page = os.path.splitext(output)[0] + ".md" if output else None
+  if page and os.path.exists(page):
+    with open(page, encoding="utf-8") as file:
+      text = campaign.render(results, file.read())
+    with open(page, "w", encoding="utf-8") as file:
+      file.write(text)
+  if as_json:
+    print_json(results)
+  elif not output:
+    typer.echo(campaign.table(results))
+
+
 @bench.command()
 def predictions(
   states: Annotated[list[str] | None, typer.Argument(metavar="[STATE]...", help="Default: all.")] = None,

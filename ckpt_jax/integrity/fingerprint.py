@@ -61,7 +61,7 @@ class Taken:
     tasks: list[tuple[_Leaf, Any, tuple[int, ...]]] = []
     out = {leaf.path: sums.Tally() for leaf in self._leaves}
     for leaf in self._leaves:
-      tasks += [(leaf, bits, start) for piece, at in leaf.pieces for bits, start in _cut(_bits(piece), at)]
+      tasks += [(leaf, bits, start) for piece, at in leaf.pieces for bits, start in _cut(bits_of(piece), at)]
 
     def tally(task: tuple[_Leaf, np.ndarray, tuple[int, ...]]) -> sums.Tally:
       leaf, bits, start = task
@@ -198,7 +198,7 @@ def _host_leaf(
     out.pieces = [(value, (0,) * value.ndim)]
   elif mine:  # summing up is faster than a copy
     out.done = sums.Tally()
-    sums.add_block(out.done, _bits(value), (0,) * len(bits_shape), bits_shape, floats)
+    sums.add_block(out.done, bits_of(value), (0,) * len(bits_shape), bits_shape, floats)
   return out
 
 
@@ -220,7 +220,7 @@ def _host_view(array: jax.Array) -> np.ndarray:
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array]))
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
+def bits_of(array: np.ndarray) -> np.ndarray:
   """The bits of an array as unsigned integers, C-contiguous; the same memory wherever that is possible."""
   dtype = array.dtype
   if not dtype.isnative:

@@ -202,15 +202,31 @@ def history() -> collections.deque[Mapping[str, float]]:
   return collections.deque(maxlen=_PAST)
 
 
+# Those that a restore depends on, and compares before it reads.
+_NEEDED = (run.ITEM_METADATA, "_sharding", "_strings.json")
+_ARRAY_METADATA = "array_metadatas"
+
+
 def file_digests(item_dir: epath.Path) -> dict[str, str]:
-  """Digests of the item's files that carry no checksum of their own: everything that is no OCDBT data."""
-  return {name: _digest(item_dir / name) for name in small_files(item_dir)}
+  """Digests, by name, of the item's files that carry no checksum of their own: everything but OCDBT data."""
+  names = [name for name in _NEEDED if (item_dir / name).exists()]
+  folder = item_dir / _ARRAY_METADATA
+  if folder.exists():
+    names += sorted(f"{_ARRAY_METADATA}/{path.name}" for path in folder.iterdir())
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    return dict(zip(names, pool.map(lambda name: _digest(item_dir / name), names), strict=True))
 
 
-def small_files(item_dir: epath.Path) -> list[str]:
-  """Names of the item's metadata files, sorted."""
-  names = [run.ITEM_METADATA, "_sharding"]
-  return [name for name in names if (item_dir / name).exists()]
+def changed_files(item_dir: epath.Path, record: Record) -> list[str]:
+  """The small files that are gone or not what was written, among those that a restore can do without."""
+
+  def changed(name: str) -> bool:
+    try:
+      return _digest(item_dir / name) != record.files[name]
+    except FileNotFoundError:
+      return True
+
+  return [name for name in record.files if name not in _NEEDED and changed(name)]
 
 
 def _digest(file: epath.Path) -> str:
@@ -251,6 +267,8 @@ def read_record(step_dir: epath.Path) -> Record | None:
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     raise CorruptCheckpointError(f"{file}: damaged ({type(e).__name__}: {e})") from e
   for name, expected in record.files.items():
+    if name not in _NEEDED:
+      continue
     try:
       found = _digest(item_dir / name)
     except FileNotFoundError:

@@ -113,7 +113,7 @@ def read_state(
   error: BaseException | None = None
   planned: _Planned | None = None
   try:
-    step = _Step(step_dir)
+    step = Step(step_dir)
     planned = _plan(step, request)
   except Exception as e:
     error = e
@@ -192,7 +192,7 @@ def _compile_seconds(routes: list[Route]) -> float:
   return sum(not is_compiled(*program) for program in left) * compile_seconds()
 
 
-class _Step:
+class Step:
   """A step's item, as Orbax describes it."""
 
   def __init__(self, step_dir: epath.Path):
@@ -215,7 +215,7 @@ class Reader:
   failed, and each process may ask for leaves of its own.
   """
 
-  def __init__(self, step: _Step, config: Config):
+  def __init__(self, step: Step, config: Config):
     self._step = step
     self._config = config
 
@@ -251,7 +251,7 @@ class Reader:
 # -- what is wanted
 
 
-def _plan(step: _Step, request: Request) -> _Planned:
+def _plan(step: Step, request: Request) -> _Planned:
   only = None if request.only is None else as_patterns(request.only, "only")
   infos = step.infos
   if only is not None:
@@ -291,7 +291,7 @@ def _plan(step: _Step, request: Request) -> _Planned:
   return _Planned(plans, kept, found.casts, assemble)
 
 
-def _refuse_thinned(step: _Step, missing: set[str]) -> None:
+def _refuse_thinned(step: Step, missing: set[str]) -> None:
   """One sentence in place of a list of all the leaves that a thinned step has lost."""
   if step.thinned is None or not missing:
     return
@@ -332,7 +332,7 @@ def _by_path(
 
 
 def _casts_as_saved(
-  step: _Step, infos: Mapping[str, run.LeafInfo], cast: bool | Mapping[str, Any]
+  step: Step, infos: Mapping[str, run.LeafInfo], cast: bool | Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
   if not isinstance(cast, Mapping):
     return {}
