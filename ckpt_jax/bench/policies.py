@@ -64,11 +64,13 @@ def make_run(path: pathlib.Path, steps: int) -> None:
   import jax.numpy as jnp
 
   import ckpt_jax as ckpt
+  from ckpt_jax.seal import sealed
 
   with ckpt.Checkpointer(path, ckpt.Config(retention={"last": None})) as c:
     c.save(0, {"params": {"w": jnp.ones(1000)}, "opt": {"w": jnp.ones(2000)}}, metrics={"loss": 1.0})
   first = path / "0"
   metadata = runs.step_metadata(c.directory / "0")
+  ours = runs.our_metadata(c.directory / "0")
   now = datetime.datetime.now(datetime.timezone.utc).timestamp()
   for step in range(steps):
     target = path / str(step)
@@ -79,7 +81,7 @@ def make_run(path: pathlib.Path, steps: int) -> None:
         if name not in (runs.STEP_METADATA, "metrics"):
           os.link(os.path.join(folder, name), there / name)
     metadata["commit_timestamp_nsecs"] = int((now - (steps - step) * _EVERY_S) * 1e9)
-    metadata["custom_metadata"][runs.OURS]["metrics"] = {"loss": 1 / (step + 1)}
+    metadata["custom_metadata"][runs.OURS] = sealed(ours | {"metrics": {"loss": 1 / (step + 1)}})
     (target / runs.STEP_METADATA).unlink(missing_ok=True)
     (target / runs.STEP_METADATA).write_text(json.dumps(metadata))
     (target / "metrics" / "metrics").write_text(json.dumps({"loss": 1 / (step + 1)}))
