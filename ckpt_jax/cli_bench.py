@@ -249,3 +249,31 @@ def policies(
       file.write(found + "\n")
   else:
     typer.echo(found)
+
+
+@bench.command("hosts")
+def hosts(
+  counts: Annotated[str, typer.Option("--hosts", help="Numbers of hosts, commas between.")] = "2,4,8",
+  mbit: Annotated[float, typer.Option(min=1, help="Bandwidth of the storage's link, 10**6 bits per second.")] = 400,
+  megabytes: Annotated[int, typer.Option(min=8, help="Size of the state, 10**6 bytes.")] = 100,
+  repeats: Annotated[int, typer.Option(min=1, help="Restores that count, after one that also compiles.")] = 3,
+  output: Annotated[str | None, typer.Option("-o", "--output", help="Write the JSON into this file.")] = None,
+  plot: Plot = None,
+) -> None:
+  """Restore on many hosts over one storage link, by each strategy and by Orbax; needs root and iproute2."""
+  from ckpt_jax.bench.hosts import plot as draw
+  from ckpt_jax.bench.hosts import run
+
+  try:
+    numbers = [int(n) for n in counts.split(",")]
+  except ValueError:
+    raise ConfigError(f"--hosts: expected numbers with commas between, got {counts!r}") from None
+  found = run(numbers, mbit, megabytes, repeats, lambda what: typer.echo(what, err=True))
+  text = json.dumps(found, indent=1)
+  if output:
+    with open(output, "w", encoding="utf-8") as file:
+      file.write(text + "\n")
+  else:
+    typer.echo(text)
+  if plot:
+    draw(found, plot)

@@ -206,6 +206,26 @@ def test_auto_counts_what_is_still_to_be_compiled():
   assert choose.choose(COPIES, 100e6, speeds(50e6), slow, 4).strategy == "direct"
 
 
+def test_what_several_readers_saw_tells_whether_storage_grows_with_them():
+  from ckpt_jax.tuning.assumed import assumed_profile
+
+  bucket = assumed_profile(choose.StorageKind.GCS)
+  one = bucket.read_bytes_per_s
+  assert choose.speeds(bucket, None).scales
+  fixed = choose.speeds(bucket, None, choose.Readers(4, one))
+  assert not fixed.scales and fixed.storage == one and "4 readers" in fixed.source
+  assert choose.speeds(bucket, None, choose.Readers(4, 3.5 * one)).scales
+
+
+def test_what_a_restore_saw_is_kept_unless_it_tells_nothing(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  choose.see_readers(str(tmp_path), 4, 1e6, 10.0)
+  choose.see_readers(str(tmp_path), 4, 1e9, 0.1)
+  assert choose.seen_readers(str(tmp_path)) is None
+  choose.see_readers(str(tmp_path), 4, 1e9, 10.0)
+  assert choose.seen_readers(str(tmp_path)) == choose.Readers(4, 1e8)
+
+
 def test_storage_that_grows_with_its_readers_is_predicted_so():
   choice = choose.choose(COPIES, 100e6, speeds(50e6, scales=True), NO_COMPILE, 4)
   assert choice.predicted["direct"] == pytest.approx(2.0) and choice.predicted["gather"] < 0.7

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -44,8 +45,8 @@ class Part:
 
 def fetch(
   routes: Sequence[Route], reader: Reads, together: Together, bound: int, deliver: Callable[[LeafPlan, Any], None]
-) -> None:
-  """Reads all leaves; all processes call it alike.
+) -> float:
+  """Reads all leaves, and returns the seconds until all processes had read. All processes call it alike.
 
   Args:
     routes: one a leaf.
@@ -54,6 +55,8 @@ def fetch(
     bound: bytes of leaves that may be under way beside the state itself; one leaf that is larger goes alone.
     deliver: given each plan and its value, in the stored form and where the plan wants it.
   """
+  started = time.perf_counter()
+  read_s = 0.0
   parts = divide(routes, bound)
   reading, exchanging = Worker("ckpt_jax-read"), Worker("ckpt_jax-exchange")
   try:
@@ -73,6 +76,7 @@ def fetch(
       if error is not None or part.exchanges or i + 1 == len(parts):
         together.meet(f"all processes to read {what}", error)
         together.step_done()
+        read_s = time.perf_counter() - started
       under_way = exchanging.submit(functools.partial(_exchange, part, values))
       if i + 1 < len(parts) and parts[i + 1].exchanges:
         exchanging.submit(functools.partial(_compile, parts[i + 1]))
@@ -81,6 +85,7 @@ def fetch(
   finally:
     reading.close()
     exchanging.close()
+  return read_s
 
 
 def divide(routes: Sequence[Route], bound: int) -> list[Part]:

@@ -30,6 +30,8 @@ from ckpt_jax.restore.choose import (
   known_network,
   measure_network,
   remember_network,
+  see_readers,
+  seen_readers,
   speeds,
   worth_exchanging,
 )
@@ -130,7 +132,9 @@ def read_state(
 
   error = None
   try:
-    fetch(routes, Reader(step, config), together, _bound(config), deliver)
+    read_s = fetch(routes, Reader(step, config), together, _bound(config), deliver)
+    if jax.process_index() == 0:
+      see_readers(str(step_dir), jax.process_count(), totals(routes).read_nbytes, read_s)
   except Exception as e:
     error = e
   if error is not None and together.told(error):
@@ -161,7 +165,7 @@ def _choose(
   speed = None
   if jax.process_index() == 0:
     kind = None if config.storage.kind == "auto" else StorageKind(config.storage.kind)
-    speed = speeds(known_profile(str(step_dir), kind), known_network())
+    speed = speeds(known_profile(str(step_dir), kind), known_network(), seen_readers(str(step_dir)))
   measure = speed is not None and speed.network is None and worth_exchanging(costs, nbytes, speed)
   if together.meet("process 0 to see whether to measure the network", text="measure" if measure else "")[0]:
     worker = Worker("ckpt_jax-network")
