@@ -14,7 +14,7 @@ from ckpt_jax.errors import ConfigError
 from ckpt_jax.policies.schedule import ByClock
 from ckpt_jax.units import duration_text
 
-_WINDOW = 9  # saves and steps whose median stands for the next one: one slow save does not move the interval
+_WINDOW = 9  # saves whose trimmed mean stands for the next one: one slow save does not move the interval
 _DEFAULT_MTTI = 86400.0  # what a job that was never interrupted is taken for, until it has run for longer
 
 
@@ -49,9 +49,10 @@ class YoungDaly(ByClock):
   `max_overhead` it is never shorter than cost / max_overhead, and without `mtti` it is just that: as often as the
   overhead allows. It is never shorter than a save takes from start to commit, since saves do not overlap.
 
-  Costs are the medians of the last saves; the first save of a process, which also compiles and connects, counts only
-  until there is another one. As long as nothing is known, the first step is saved, to learn from. In a plain Orbax
-  manager, which reports no costs, the blocking time is what a step with a save takes longer than others.
+  Costs are means of the last saves without the lowest and the highest; the first save of a process, which also compiles
+  and connects, counts only until there is another one. As long as nothing is known, the first step is saved, to learn
+  from. In a plain Orbax manager, which reports no costs, the blocking time is what a step with a save takes longer than
+  others.
 
   Attributes:
     mtti: mean time to interruption of the whole job, in seconds (node MTTI / number of nodes); None: not considered.
@@ -157,12 +158,12 @@ class YoungDaly(ByClock):
   @property
   def cost(self) -> float | None:
     """Seconds that one save takes from training: blocking time and slowdown. None before the first save."""
-    return statistics.median(b + s for b, _, s in self._costs) if self._costs else None
+    return _typical([b + s for b, _, s in self._costs]) if self._costs else None
 
   @property
   def duration(self) -> float:
     """Seconds from the start of a save to its commit."""
-    return statistics.median(b + w for b, w, _ in self._costs) if self._costs else 0.0
+    return _typical([b + w for b, w, _ in self._costs]) if self._costs else 0.0
 
   def interval(self) -> float:
     if self.cost is None:
@@ -191,7 +192,7 @@ class YoungDaly(ByClock):
     if self.cost is None:
       return f"{', '.join(asked)}; no save has been measured yet, the first step is saved to learn from"
     interval, why = self._bounded()
-    blocking = statistics.median(b for b, _, _ in self._costs)
+    blocking = _typical([b for b, _, _ in self._costs])
     slowdown = max(self.cost - blocking, 0.0)
     lines = [
       f"every {duration_text(interval)}, set by {why}: {', '.join(asked)}",
@@ -205,3 +206,9 @@ class YoungDaly(ByClock):
     else:
       lines.append(f"expected: {lost:.2%} of the time goes into saving")
     return "\n".join(lines)
+
+
+def _typical(values: list[float]) -> float:
+  """The mean, which is what the long run costs, without the extremes, which may be accidents."""
+  middle = sorted(values)[1:-1] if len(values) > 2 else values
+  return statistics.fmean(middle)
