@@ -141,7 +141,7 @@ def object_stores(
 @bench.command()
 def goodput(
   output: Annotated[str, typer.Option("-o", "--output", help="JSON; a round of another seed is added to it.")],
-  kills: Annotated[int, typer.Option(min=1, help="Interruptions in this round.")] = 20,
+  kills: Annotated[int, typer.Option(min=1, help="Interruptions in this round.")] = 30,
   seed: Annotated[int, typer.Option(help="Of the lives; a round of the same seed is replaced.")] = 0,
 ) -> None:
   """Kill trainers again and again: YoungDaly beside half and double its interval, and what the simulator predicts."""
