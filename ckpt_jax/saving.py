@@ -24,8 +24,7 @@ from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, UnhealthyStateError
-from ckpt_jax.failures import is_out_of_space, root_cause
-from ckpt_jax.integrity.aside import make_room
+from ckpt_jax.failures import is_out_of_space, is_timeout, root_cause
 from ckpt_jax.integrity.gate import Gate
 from ckpt_jax.integrity.record import (
   RecordedSave,
@@ -182,8 +181,6 @@ class Saver:
       if chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=chunk_nbytes))
       self._retention.note(step, record.nbytes, recording.health_told.get("healthy"), numbers)
-      if jax.process_index() == 0:
-        make_room(self._directory, step)
       self._told_schedule("begun", step)
       self._rendezvous.begin()
       self.manager.save(
@@ -363,12 +360,17 @@ class Saver:
 
   def _save_failed(self, error: BaseException) -> CheckpointError:
     """Forgets the failed step and says so; the caller raises what is returned."""
+    # In a job of many, processes learn of one that hangs in different ways, and all must keep their manager or none.
+    if jax.process_count() == 1 and is_timeout(error):
+      return self._hangs()
     with self._record_lock:
       record, self._writing = self._writing, None
     step = record.step if record else None
     # The manager has dropped the failed step, or will when asked to wait; what is on disk is the truth.
     with contextlib.suppress(Exception):
       self.manager.wait_until_finished()
+    if jax.process_count() == 1:
+      orbax_private.cancel_waiting_writes()
     self._gate.failed(step, hangs=False)
     with contextlib.suppress(Exception):
       self.manager.reload()

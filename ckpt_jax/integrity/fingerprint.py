@@ -61,7 +61,7 @@ class Taken:
     tasks: list[tuple[_Leaf, Any, tuple[int, ...]]] = []
     out = {leaf.path: sums.Tally() for leaf in self._leaves}
     for leaf in self._leaves:
-      tasks += [(leaf, bits, start) for piece, at in leaf.pieces for bits, start in _cut(_bits(piece), at)]
+      tasks += [(leaf, bits, start) for piece, at in leaf.pieces for bits, start in _cut(bits_of(piece), at)]
 
     def tally(task: tuple[_Leaf, np.ndarray, tuple[int, ...]]) -> sums.Tally:
       leaf, bits, start = task
@@ -84,6 +84,11 @@ class Taken:
           found.nonfinite, found.squares = 0, 0.0
         out[leaf.path].add(found)
     return out
+
+  def release(self) -> None:
+    """Lets go of the state's buffers, once they are summed up."""
+    for leaf in self._leaves:
+      leaf.pieces = []
 
   @property
   def counted_by_all(self) -> set[str]:
@@ -128,7 +133,7 @@ def take(state: PyTree, *, every_copy: bool = False, saved_as: Mapping[str, str]
     names.append(name)
     leaves.append(_as_saved(leaf, (saved_as or {}).get(name)))
   out = [_view(name, leaf, every_copy) for name, leaf in zip(names, leaves, strict=True)]
-  on_device = [i for i, x in enumerate(leaves) if _is_on_accelerator(x)]
+  on_device = [i for i, x in enumerate(leaves) if is_on_accelerator(x)]
   arrays = [jax.random.key_data(leaves[i]) if is_prng_key(leaves[i]) else leaves[i] for i in on_device]
   for i, found in zip(on_device, device.dispatch(arrays), strict=True):
     out[i].on_device, out[i].pieces = found, []
@@ -168,7 +173,7 @@ def _view(path: str, leaf: Any, every_copy: bool) -> _Leaf:
     return _host_leaf(path, name, shape, np.asarray(array), floats, every_copy)
   bits_shape = tuple(array.shape) + ((2,) if dtype.itemsize == 16 else ())
   out = _Leaf(path, name, shape, bits_shape, floats, [])
-  if _is_on_accelerator(array):
+  if is_on_accelerator(array):
     return out
   if len(array.sharding.device_set) == 1:
     if array.is_fully_addressable:
@@ -198,13 +203,16 @@ def _host_leaf(
     out.pieces = [(value, (0,) * value.ndim)]
   elif mine:  # summing up is faster than a copy
     out.done = sums.Tally()
-    sums.add_block(out.done, _bits(value), (0,) * len(bits_shape), bits_shape, floats)
+    sums.add_block(out.done, bits_of(value), (0,) * len(bits_shape), bits_shape, floats)
   return out
 
 
-def _is_on_accelerator(leaf: Any) -> bool:
+def is_on_accelerator(leaf: Any) -> bool:
+  """Whether a leaf's bits lie in the memory of an accelerator."""
   if not isinstance(leaf, jax.Array) or leaf.size == 0:
     return False
+  if leaf.sharding.memory_kind in ("pinned_host", "unpinned_host"):
+    return False  # parked in host memory
   one: jax.Device = next(iter(leaf.sharding.device_set))
   return one.platform != "cpu"
 
@@ -220,7 +228,7 @@ def _host_view(array: jax.Array) -> np.ndarray:
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array]))
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
+def bits_of(array: np.ndarray) -> np.ndarray:
   """The bits of an array as unsigned integers, C-contiguous; the same memory wherever that is possible."""
   dtype = array.dtype
   if not dtype.isnative:

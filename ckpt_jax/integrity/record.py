@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckpt_jax import run
+from ckpt_jax import run, untrusted
 from ckpt_jax.errors import CorruptCheckpointError, UnhealthyStateError
 from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
@@ -62,6 +62,7 @@ class Recording:
       UnhealthyStateError: if the state is unhealthy and that is not wanted.
     """
     self.tallies = self.taken.tallies(1, health=self.health is None)
+    self.taken.release()
     if self.health is None and jax.process_count() == 1:
       self.health = health_checks.from_tallies(self.tallies)
       if self.refuse and not self.health.healthy:
@@ -202,15 +203,31 @@ def history() -> collections.deque[Mapping[str, float]]:
   return collections.deque(maxlen=_PAST)
 
 
+# Those that a restore depends on, and compares before it reads.
+_NEEDED = (run.ITEM_METADATA, "_sharding", "_strings.json")
+_ARRAY_METADATA = "array_metadatas"
+
+
 def file_digests(item_dir: epath.Path) -> dict[str, str]:
-  """Digests of the item's files that carry no checksum of their own: everything that is no OCDBT data."""
-  return {name: _digest(item_dir / name) for name in small_files(item_dir)}
+  """Digests, by name, of the item's files that carry no checksum of their own: everything but OCDBT data."""
+  names = [name for name in _NEEDED if (item_dir / name).exists()]
+  folder = item_dir / _ARRAY_METADATA
+  if folder.exists():
+    names += sorted(f"{_ARRAY_METADATA}/{path.name}" for path in folder.iterdir())
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    return dict(zip(names, pool.map(lambda name: _digest(item_dir / name), names), strict=True))
 
 
-def small_files(item_dir: epath.Path) -> list[str]:
-  """Names of the item's metadata files, sorted."""
-  names = [run.ITEM_METADATA, "_sharding"]
-  return [name for name in names if (item_dir / name).exists()]
+def changed_files(item_dir: epath.Path, record: Record) -> list[str]:
+  """The small files that are gone or not what was written, among those that a restore can do without."""
+
+  def changed(name: str) -> bool:
+    try:
+      return _digest(item_dir / name) != record.files[name]
+    except FileNotFoundError:
+      return True
+
+  return [name for name in record.files if name not in _NEEDED and changed(name)]
 
 
 def _digest(file: epath.Path) -> str:
@@ -236,13 +253,11 @@ def read_record(step_dir: epath.Path) -> Record | None:
   item_dir = run.item_directory(step_dir)
   file = item_dir / FILE
   try:
-    data = json.loads(file.read_bytes())
+    data = untrusted.read_json(file)
   except FileNotFoundError:
     if "fingerprints" not in ours:
       return None
     raise CorruptCheckpointError(f"{file}: missing; the step was saved with it") from None
-  except ValueError as e:
-    raise CorruptCheckpointError(f"{file}: not JSON: {e}") from e
   if not ours:
     raise CorruptCheckpointError(f"{step_dir / run.STEP_METADATA}: what ckpt_jax wrote there is missing")
   try:
@@ -251,6 +266,8 @@ def read_record(step_dir: epath.Path) -> Record | None:
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     raise CorruptCheckpointError(f"{file}: damaged ({type(e).__name__}: {e})") from e
   for name, expected in record.files.items():
+    if name not in _NEEDED:
+      continue
     try:
       found = _digest(item_dir / name)
     except FileNotFoundError:

@@ -30,12 +30,14 @@ from ckpt_jax.restore.choose import (
   known_network,
   measure_network,
   remember_network,
+  see_readers,
+  seen_readers,
   speeds,
   worth_exchanging,
 )
 from ckpt_jax.restore.exchange import compile_seconds, is_compiled
 from ckpt_jax.restore.fetch import fetch
-from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, make_plan
+from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, make_plan, to_default_device
 from ckpt_jax.restore.match import castable, match
 from ckpt_jax.restore.paths import as_patterns, matches, rebuild, selected
 from ckpt_jax.restore.strategies import Route, plan_routes, totals
@@ -113,7 +115,7 @@ def read_state(
   error: BaseException | None = None
   planned: _Planned | None = None
   try:
-    step = _Step(step_dir)
+    step = Step(step_dir)
     planned = _plan(step, request)
   except Exception as e:
     error = e
@@ -130,12 +132,15 @@ def read_state(
 
   error = None
   try:
-    fetch(routes, Reader(step, config), together, _bound(config), deliver)
+    read_s = fetch(routes, Reader(step, config), together, _bound(config), deliver)
+    if jax.process_index() == 0:
+      see_readers(str(step_dir), jax.process_count(), totals(routes).read_nbytes, read_s)
   except Exception as e:
     error = e
   if error is not None and together.told(error):
     raise error
   together.meet("all processes to finish reading", error)
+  to_default_device(planned.plans, values)
   return Read(planned.assemble(values), planned.casts, tuple(planned.kept), choice)
 
 
@@ -161,7 +166,7 @@ def _choose(
   speed = None
   if jax.process_index() == 0:
     kind = None if config.storage.kind == "auto" else StorageKind(config.storage.kind)
-    speed = speeds(known_profile(str(step_dir), kind), known_network())
+    speed = speeds(known_profile(str(step_dir), kind), known_network(), seen_readers(str(step_dir)))
   measure = speed is not None and speed.network is None and worth_exchanging(costs, nbytes, speed)
   if together.meet("process 0 to see whether to measure the network", text="measure" if measure else "")[0]:
     worker = Worker("ckpt_jax-network")
@@ -192,7 +197,7 @@ def _compile_seconds(routes: list[Route]) -> float:
   return sum(not is_compiled(*program) for program in left) * compile_seconds()
 
 
-class _Step:
+class Step:
   """A step's item, as Orbax describes it."""
 
   def __init__(self, step_dir: epath.Path):
@@ -215,7 +220,7 @@ class Reader:
   failed, and each process may ask for leaves of its own.
   """
 
-  def __init__(self, step: _Step, config: Config):
+  def __init__(self, step: Step, config: Config):
     self._step = step
     self._config = config
 
@@ -251,7 +256,7 @@ class Reader:
 # -- what is wanted
 
 
-def _plan(step: _Step, request: Request) -> _Planned:
+def _plan(step: Step, request: Request) -> _Planned:
   only = None if request.only is None else as_patterns(request.only, "only")
   infos = step.infos
   if only is not None:
@@ -291,7 +296,7 @@ def _plan(step: _Step, request: Request) -> _Planned:
   return _Planned(plans, kept, found.casts, assemble)
 
 
-def _refuse_thinned(step: _Step, missing: set[str]) -> None:
+def _refuse_thinned(step: Step, missing: set[str]) -> None:
   """One sentence in place of a list of all the leaves that a thinned step has lost."""
   if step.thinned is None or not missing:
     return
@@ -332,7 +337,7 @@ def _by_path(
 
 
 def _casts_as_saved(
-  step: _Step, infos: Mapping[str, run.LeafInfo], cast: bool | Mapping[str, Any]
+  step: Step, infos: Mapping[str, run.LeafInfo], cast: bool | Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
   if not isinstance(cast, Mapping):
     return {}
