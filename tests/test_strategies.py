@@ -56,6 +56,19 @@ def test_gather_and_broadcast_read_each_byte_once(saved):
 
 
 @multiprocess
+def test_resharding_reads_only_the_bytes_needed(tmp_path):
+  nbytes = 4 * 512 * 2048 * 4
+  for processes in (4, 2):  # saved by four, in four chunks an array
+    read = {}
+    for result in job("restores.py", tmp_path / "run", "reshard", processes=processes):
+      for what, count in re.findall(r"read (\w+) (\d+)", result.log):
+        read.setdefault(what, []).append(int(count))
+    assert max(read["rows"]) < 1.05 * nbytes / processes + 60_000, read
+    # Each process wants a part of every chunk: gathered, each chunk is read once all the same.
+    assert sum(read["columns"]) < 1.05 * nbytes + processes * 60_000, read
+
+
+@multiprocess
 def test_collectives_move_unsigned_words_only(tmp_path):
   job("restores.py", tmp_path, "words", processes=2, devices=2)
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.restore import exchange
-from ckpt_jax.restore.leaf import LeafPlan, host_sharding
+from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.strategies import DIRECT, REPLICA, SPREAD, WHOLE, Route, primary_mesh, process_grid
 from ckpt_jax.restore.together import Together, Worker
 
@@ -150,12 +150,9 @@ _NOT_HERE: Any = object()
 def _reads_into(route: Route) -> Sharding | None:
   plan = route.plan
   if route.way == DIRECT:
-    if plan.sharding is not None:
-      return plan.sharding
-    # For the default device through the CPU: one copy from there makes an array that is not committed to a device.
-    return host_sharding() if isinstance(plan.like, (jax.Array, jax.ShapeDtypeStruct)) and plan.note is None else None
+    return plan.sharding
   if route.way == WHOLE:
-    return host_sharding() if route.owner == jax.process_index() else _NOT_HERE
+    return None if route.owner == jax.process_index() else _NOT_HERE
   target = plan.sharding
   assert isinstance(target, NamedSharding)
   if route.way == SPREAD:

@@ -37,7 +37,7 @@ from ckpt_jax.restore.choose import (
 )
 from ckpt_jax.restore.exchange import compile_seconds, is_compiled
 from ckpt_jax.restore.fetch import fetch
-from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, make_plan
+from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, make_plan, to_default_device
 from ckpt_jax.restore.match import castable, match
 from ckpt_jax.restore.paths import as_patterns, matches, rebuild, selected
 from ckpt_jax.restore.strategies import Route, plan_routes, totals
@@ -140,6 +140,7 @@ def read_state(
   if error is not None and together.told(error):
     raise error
   together.meet("all processes to finish reading", error)
+  to_default_device(planned.plans, values)
   return Read(planned.assemble(values), planned.casts, tuple(planned.kept), choice)
 
 
