@@ -97,7 +97,13 @@ class Side:
     self.wait()
 
   def leftovers(self) -> int:
-    return len(list(self.run.glob(TEMPORARY))) if self.run.is_dir() else 0
+    """How many there are after five seconds: Orbax removes them in the background."""
+    deadline = time.monotonic() + 5
+    while True:
+      count = len(list(self.run.glob(TEMPORARY))) if self.run.is_dir() else 0
+      if not count or time.monotonic() > deadline:
+        return count
+      time.sleep(0.05)
 
   def save(self, step: int) -> None:
     raise NotImplementedError
