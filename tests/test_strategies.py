@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ckpt_jax.multihost import launch, who_wrote
-from ckpt_jax.restore import choose
+from ckpt_jax.restore import choose, fetch
 from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.strategies import Totals, plan_routes, spread_spec, totals
 
@@ -185,6 +185,18 @@ def test_broadcast_reads_on_the_first_replica_only():
   x = leaf((1024, 1024), NamedSharding(m, P("fsdp")), (512, 1024))
   (route,) = plan_routes([x], "broadcast", processes=8)
   assert route.way == "replica" and route.read_nbytes == x.nbytes and route.most_nbytes == x.nbytes / 2
+
+
+def test_parts_stay_below_the_bound_and_hold_every_leaf_once():
+  m = mesh(4)
+  leaves = [leaf((1024, 256 * (1 + i % 3)), NamedSharding(m, P()), (256, 256), name=f"w{i}") for i in range(40)]
+  routes = plan_routes([*leaves, leaf((8,), None, name="host")], "gather", processes=4)
+  for bound in (1, 4 * 2**20, 2**40):
+    parts = fetch.divide(routes, bound)
+    for part in parts[:-1]:
+      assert sum(r.plan.nbytes for r in part.routes) <= max(bound, 3 * 2**20)
+    assert sorted(r.plan.name for part in parts for r in part.routes) == sorted(r.plan.name for r in routes)
+    assert not parts[-1].exchanges
 
 
 COPIES = {

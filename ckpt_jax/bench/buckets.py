@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ckpt_jax.bench.link import Link
@@ -56,6 +56,7 @@ class Proxy:
     fail_share: 0 to 1; 1 refuses everything. May be changed at any time.
     fail_status: e.g. 503 or 429.
     delay: seconds that each request waits, as on a network.
+    delayed: says by method and path which requests wait; all do by default.
     requests: Counter of the requests served, by kind: list, head, read, write, delete, copy, other.
     failed: how many were failed.
     sent_nbytes, received_nbytes: bodies to and from clients.
@@ -66,6 +67,7 @@ class Proxy:
     self.fail_share = 0.0
     self.fail_status = 503
     self.delay = 0.0
+    self.delayed: Callable[[str, str], bool] = lambda method, path: True
     self.requests: collections.Counter[str] = collections.Counter()
     self.lines: list[str] = []
     self.failed = 0
@@ -104,7 +106,7 @@ class Proxy:
     app = web.Application(client_max_size=1 << 40)
     app.router.add_route("*", _CONTROL, self._control)
     app.router.add_route("*", "/{path:.*}", self._forward)
-    self._runner = web.AppRunner(app, access_log=None)
+    self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await self._runner.setup()
     site = web.TCPSite(self._runner, "127.0.0.1", port)
     await site.start()
@@ -133,7 +135,7 @@ class Proxy:
     self.requests[kind] += 1
     self.lines.append(f"{kind:6} {request.method} {request.path_qs}")
     self.received_nbytes += len(body)
-    if self.delay:
+    if self.delay and self.delayed(request.method, request.path_qs):
       await asyncio.sleep(self.delay)
     if self._random.random() < self.fail_share:
       self.failed += 1

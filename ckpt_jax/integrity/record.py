@@ -62,6 +62,7 @@ class Recording:
       UnhealthyStateError: if the state is unhealthy and that is not wanted.
     """
     self.tallies = self.taken.tallies(1, health=self.health is None)
+    self.taken.release()
     if self.health is None and jax.process_count() == 1:
       self.health = health_checks.from_tallies(self.tallies)
       if self.refuse and not self.health.healthy:

@@ -70,6 +70,9 @@ elif mode == "count":
       got = c.restore(like=like, strategy=strategy)
       print("read", strategy, rchar() - before, got.report.strategy, flush=True)
       check(got.state)
+    compiled = len(exchange._programs)
+    c.restore(like=like, strategy="gather")
+    assert len(exchange._programs) == compiled, "a second restore compiled again"
 elif mode == "reshard":
   # Saved by rows over all processes; wanted by rows over fewer or more, by columns, and on one device.
   rows = Mesh(np.array(jax.devices()), ("x",))
