@@ -350,7 +350,7 @@ def _complaints(tries: list[dict[str, Any]]) -> str:
     if t["good"]:
       continue
     for key, text in (
-      ("kept", "a committed step or a foreign file was lost or changed"),
+      ("kept", "a step was lost, or is listed and cannot be restored"),
       ("told right", "training was not told, or told more than once"),
       ("next", "the next save failed"),
       ("ended", "the process did not end as it should"),
@@ -369,7 +369,7 @@ def render(results: dict[str, Any], template: str) -> str:
   text = table(results)
   if cost := results.get("fsync"):
     text += (
-      f"\n\nSyncing: {cost['megabytes']:.0f} MB in {cost['files']} files commit in {cost['on_s'] * 1e3:.0f} ms with it, "
+      f"\n\nSyncing: {cost['megabytes']:.0f} MB, {cost['files']} files commit in {cost['on_s'] * 1e3:.0f} ms with it, "
       f"in {cost['off_s'] * 1e3:.0f} ms without (medians of {cost['rounds']}, interleaved)."
     )
   return f"{head}<!-- faults -->\n{text}\n<!-- /faults -->{tail}"
