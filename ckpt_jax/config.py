@@ -29,7 +29,6 @@ from ckpt_jax.errors import ConfigError
 # is accepted in silence and then ignored.
 _LATER = "accepted, not acted upon yet"
 NOT_YET: dict[str, str] = {
-  "layout.pack": _LATER,
   "restore.strategy": _LATER + " (other than auto and direct)",
   "restore.verify": _LATER,
   "restore.on_corruption": _LATER,
@@ -38,7 +37,6 @@ NOT_YET: dict[str, str] = {
 }
 # Values that ask for what happens anyway.
 _TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
-  "layout.pack": ("off",),
   "restore.strategy": ("auto", "direct"),
   "layout.chunk_size": ("auto",),
 }
@@ -381,8 +379,8 @@ class LimitsConfig(_Section):
     host_memory: RAM for the copies of the state that wait to be written; auto is what the host (or cgroup) has free.
     save_concurrency: bytes in flight while writing.
     restore_concurrency: bytes in flight while reading.
-    file_io_concurrency: reads and writes of files in flight at a time (TensorStore's `file_io_concurrency`).
-    data_copy_concurrency: threads that copy and compress (TensorStore's `data_copy_concurrency`).
+    file_io_concurrency: reads of files in flight at a time while restoring (TensorStore's `file_io_concurrency`).
+    data_copy_concurrency: threads that copy and decompress meanwhile (TensorStore's `data_copy_concurrency`).
   """
 
   host_memory: AutoOrBytes = "auto"
