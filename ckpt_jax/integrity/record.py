@@ -26,6 +26,7 @@ from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.sums import MASK, Tally
+from ckpt_jax.layout import packing
 
 _log = logging.getLogger(__name__)
 FILE = "ckpt_jax.json"
@@ -209,7 +210,7 @@ def file_digests(item_dir: epath.Path) -> dict[str, str]:
 
 def small_files(item_dir: epath.Path) -> list[str]:
   """Names of the item's metadata files, sorted."""
-  names = [run.ITEM_METADATA, "_sharding"]
+  names = [run.ITEM_METADATA, "_sharding", packing.INDEX]
   return [name for name in names if (item_dir / name).exists()]
 
 

@@ -101,12 +101,16 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       return await super().serialize(values, infos, args)  # type: ignore[arg-type]
     impls = {info.name: str(jax.random.key_impl(v)) for v, info in zip(values, infos, strict=True) if is_prng_key(v)}
     arrays = [jax.random.key_data(v) if is_prng_key(v) else v for v in values]
-    written = [
-      writing.joined(array) if jax.process_count() == 1 else array
-      for array in writing.on_host(
-        arrays, infos, args, replica_parallel=self._use_replica_parallel, slice_nbytes=self._slice_nbytes
-      )
-    ]
+    pack = {
+      info.name
+      for array, info in zip(arrays, infos, strict=True)
+      if self._pack and packing.is_small(array.nbytes) and info.name not in impls
+    }
+    written = writing.on_host(
+      arrays, infos, args, pack=pack, replica_parallel=self._use_replica_parallel, slice_nbytes=self._slice_nbytes
+    )
+    if jax.process_count() == 1:
+      written = [writing.joined(array) for array in written]
     shardings = [array.sharding for array in arrays]
     save = self._write(written, shardings, impls)
     return [ocp.future.CommitFutureAwaitingContractedSignals(save, name="ckpt_jax_arrays")]
@@ -120,7 +124,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     item = first.parent_dir
     specs = writing.Specs(process)
     chunks = [writing.chunk_shape(array, specs) for array in written]
-    packed = [a for a in written if self._pack and packing.is_small(a.nbytes) and a.info.name not in impls]
+    packed = [a for a in written if a.packed]
     slab = None
     if packed:
       index, slab = packing.lay_out(process, {a.info.name: (a.dtype, a.shape, a.pieces) for a in packed})
@@ -128,11 +132,10 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     if process == 0:
       orbax_private.write_shardings(item, [a.info.name for a in written], shardings)
     await orbax_private.write_array_metadatas(self._store, item, written, chunks, impls)
-    alone = {id(a) for a in packed}
     stop = threading.Event()
     work = asyncio.to_thread(
       writing.write,
-      [a for a in written if id(a) not in alone],
+      [a for a in written if not a.packed],
       slab,
       specs,
       compressed=bool(first.use_compression),

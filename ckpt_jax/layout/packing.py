@@ -11,6 +11,7 @@ Orbax does not find them. `ckpt-jax repack RUN STEP --pack off` makes an ordinar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,7 +116,7 @@ def lay_out(
       pieces.append(Piece(process, end, box))
       laid.append((end, data))
       end += -(-data.nbytes // ALIGNMENT) * ALIGNMENT  # jax on CPU takes over aligned memory as it is
-    index[name] = Packed(np.dtype(dtype).name, tuple(shape), tuple(pieces))
+    index[name] = Packed(_dtype_name(dtype), tuple(shape), tuple(pieces))
   # Chunks of equal size: zarr fills the last one up.
   count = max(1, -(-end // _CHUNK_NBYTES))
   chunk = max(ALIGNMENT, -(-end // (count * ALIGNMENT)) * ALIGNMENT)
@@ -124,7 +125,7 @@ def lay_out(
 
 def gather(packed: Packed, box: Box, slabs: Mapping[int, SlabBytes]) -> np.ndarray:
   """Part `box` of an array, out of what was read of the slabs; a view if one piece holds just that."""
-  dtype = np.dtype(jax.numpy.dtype(packed.dtype))
+  dtype = _dtype(packed.dtype)
   out = None
   for piece in packed.pieces:
     shared = intersection(piece.box, box)
@@ -143,7 +144,7 @@ def gather(packed: Packed, box: Box, slabs: Mapping[int, SlabBytes]) -> np.ndarr
 
 def needed(packed: Packed, boxes: Sequence[Box]) -> Iterator[tuple[int, int, int]]:
   """(process, first byte, end) of what must be read of the slabs for parts of an array."""
-  itemsize = np.dtype(jax.numpy.dtype(packed.dtype)).itemsize
+  itemsize = _dtype(packed.dtype).itemsize
   for piece in packed.pieces:
     if any(intersection(piece.box, box) is not None for box in boxes):
       yield piece.process, piece.offset, piece.offset + math.prod(shape_of(piece.box)) * itemsize
@@ -160,6 +161,16 @@ class SlabBytes:
       if start <= offset and offset + nbytes <= start + data.nbytes:
         return data[offset - start : offset - start + nbytes]
     raise AssertionError(f"bytes {offset} to {offset + nbytes} were not read")
+
+
+@functools.cache
+def _dtype(name: str) -> np.dtype:
+  return np.dtype(jax.numpy.dtype(name))
+
+
+@functools.cache  # numpy composes the name anew each time, for microseconds that add up over thousands
+def _dtype_name(dtype: Any) -> str:
+  return np.dtype(dtype).name
 
 
 # -- the index in the item

@@ -168,6 +168,13 @@ def local_regions(sharding: Sharding, shape: tuple[int, ...]) -> tuple[Box, ...]
   )
 
 
+@functools.lru_cache(maxsize=4096)
+def replicas(sharding: Sharding, shape: tuple[int, ...]) -> int:
+  """How many devices hold each part of an array."""
+  indices = sharding.devices_indices_map(shape).values()
+  return len(indices) // len({box_of(i, shape) for i in indices if i is not None})
+
+
 def merge_boxes(boxes: Collection[Box]) -> tuple[Box, ...]:
   """Disjoint boxes, joined where two that touch make a box; sorted."""
   merged = sorted(set(boxes))

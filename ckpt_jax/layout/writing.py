@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.memory import aligned_empty
-from ckpt_jax.layout.sharding import Box, merge_boxes, shape_of, whole_box, within
+from ckpt_jax.layout.sharding import Box, box_of, merge_boxes, replicas, shape_of, whole_box, within
 
 # Pieces of one array that make up a whole of at most this are stored as one chunk: one request instead of one a device.
 # Larger ones stay as they are, since a later restore on more hosts reads whole chunks.
@@ -38,6 +38,7 @@ class Written:
     shape, dtype: of the whole array.
     write_shape: of one piece; alike on all processes.
     pieces: what this process writes.
+    packed: into the process's slab, rather than as an array of its own.
   """
 
   info: ocp.type_handlers.ParamInfo
@@ -46,6 +47,7 @@ class Written:
   dtype: np.dtype
   write_shape: tuple[int, ...]
   pieces: tuple[tuple[Box, np.ndarray], ...]
+  packed: bool = False
 
   @property
   def nbytes(self) -> int:
@@ -58,6 +60,7 @@ def on_host(
   infos: Sequence[ocp.type_handlers.ParamInfo],
   args: Sequence[ocp.SaveArgs],
   *,
+  pack: Collection[str],
   replica_parallel: bool,
   slice_nbytes: int | None,
 ) -> list[Written]:
@@ -65,22 +68,30 @@ def on_host(
 
   Args:
     arrays, infos, args: as Orbax gives them.
-    replica_parallel: replicas each write a part of what they hold.
+    pack: names of those that go into slabs. Their replicas are written whole, by one replica after the other.
+    replica_parallel: replicas of the others each write a part of what they hold.
     slice_nbytes: the smallest such part.
   """
-  slow = [i for i, array in enumerate(arrays) if len(array.sharding.device_set) > 1]
-  for array in arrays:
+  chosen: dict[int, list[tuple[Box, jax.Array]]] = {}
+  for i, (array, info) in enumerate(zip(arrays, infos, strict=True)):
     if len(array.sharding.device_set) == 1:
-      array.copy_to_host_async()
+      chosen[i] = [(whole_box(array.shape), array)]
+    elif info.name in pack:
+      turn = i % replicas(array.sharding, array.shape)
+      chosen[i] = [(box_of(s.index, array.shape), s.data) for s in array.addressable_shards if s.replica_id == turn]
+  for pieces in chosen.values():
+    for _, piece in pieces:
+      piece.copy_to_host_async()
+  rest = [i for i in range(len(arrays)) if i not in chosen]
   divided = orbax_private.replica_slices_on_host(
-    [arrays[i] for i in slow], replica_parallel, slice_nbytes, infos[0].enable_pinned_host_transfer
+    [arrays[i] for i in rest], replica_parallel, slice_nbytes, infos[0].enable_pinned_host_transfer
   )
-  found: dict[int, tuple[tuple[int, ...], tuple[tuple[Box, np.ndarray], ...]]] = dict(zip(slow, divided, strict=True))
-  for i, array in enumerate(arrays):
-    if i not in found:
-      found[i] = (array.shape, ((whole_box(array.shape), np.asarray(array)),))
+  found: dict[int, tuple[tuple[int, ...], tuple[tuple[Box, np.ndarray], ...]]] = dict(zip(rest, divided, strict=True))
+  for i, pieces in chosen.items():
+    shard = arrays[i].sharding.shard_shape(arrays[i].shape)
+    found[i] = (shard, tuple((box, np.asarray(piece)) for box, piece in pieces))
   return [
-    Written(info, arg, array.shape, np.dtype(array.dtype), *found[i])
+    Written(info, arg, array.shape, np.dtype(array.dtype), *found[i], info.name in pack)
     for i, (array, info, arg) in enumerate(zip(arrays, infos, args, strict=True))
   ]
 
@@ -98,8 +109,7 @@ def joined(array: Written) -> Written:
 def chunk_shape(array: Written, specs: Specs) -> tuple[int, ...]:
   """The chunks in which an array is stored."""
   metadata = specs.of(array)["metadata"]
-  chunks = metadata.get("chunks") or metadata["chunk_grid"]["configuration"]["chunk_shape"]
-  return tuple(chunks)
+  return tuple(metadata["chunks"] if "chunks" in metadata else metadata["chunk_grid"]["configuration"]["chunk_shape"])
 
 
 class Specs:
@@ -112,7 +122,7 @@ class Specs:
 
   def of(self, array: Written) -> dict[str, Any]:
     """The spec without its key-value store, which is noted in `kvstore`."""
-    key = (array.shape, array.write_shape, array.dtype.name, array.args.chunk_byte_size, tuple(array.args.shard_axes))
+    key = (array.shape, array.write_shape, array.dtype, array.args.chunk_byte_size, tuple(array.args.shard_axes))
     if (spec := self._known.get(key)) is None:
       spec = ocp.type_handlers.get_json_tspec_write(
         array.info,
