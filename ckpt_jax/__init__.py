@@ -30,11 +30,14 @@ if TYPE_CHECKING:
   from ckpt_jax.storage.kinds import StorageKind, detect
   from ckpt_jax.storage.probe import StorageProfile, probe
   from ckpt_jax.tuning.plan import Plan, make_plan
+  from ckpt_jax.verification import Finding, verify
 
 _LAZY = {
   "Checkpointer": "ckpt_jax.checkpointer",
   "Restored": "ckpt_jax.restore.result",
   "StepInfo": "ckpt_jax.run",
+  "Finding": "ckpt_jax.verification",
+  "verify": "ckpt_jax.verification",
   "Config": "ckpt_jax.config",
   "load_config": "ckpt_jax.config",
   "Plan": "ckpt_jax.tuning.plan",
@@ -52,6 +55,7 @@ __all__ = [
   "Config",
   "ConfigError",
   "CorruptCheckpointError",
+  "Finding",
   "NoCheckpointError",
   "OutOfSpaceError",
   "Plan",
@@ -69,6 +73,7 @@ __all__ = [
   "make_plan",
   "policies",
   "probe",
+  "verify",
 ]
 
 

@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import BestConfig, Config, load_config
-from ckpt_jax.errors import CheckpointError, ConfigError, NoCheckpointError
+from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.failures import storage_errors
+from ckpt_jax.integrity import recovery
 from ckpt_jax.integrity.gate import Gate
-from ckpt_jax.layout.sharding import abstract_state, global_nbytes
+from ckpt_jax.layout.sharding import abstract_state
 from ckpt_jax.policies import pins
 from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.attempts import CLOSED, PREEMPTED, AttemptLog
@@ -31,8 +30,10 @@ from ckpt_jax.policies.schedule import AnyOf, OnPreemption
 from ckpt_jax.policies.thinning import Thinner
 from ckpt_jax.policies.wiring import make_schedule
 from ckpt_jax.preemption import PreemptionNotice
-from ckpt_jax.restore.read import Initialise, Request, read_state
-from ckpt_jax.restore.result import Restored, RestoreReport
+from ckpt_jax.restore.choose import STRATEGIES
+from ckpt_jax.restore.read import Initialise, Request
+from ckpt_jax.restore.result import Restored
+from ckpt_jax.restoring import Restorer
 from ckpt_jax.rewrite import finish_rewrites
 from ckpt_jax.saving import Saver, SaveRecord
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
@@ -100,6 +101,7 @@ class Checkpointer:
     self._closed = False
     first = jax.process_index() == 0
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
+    self._restorer = Restorer(self.directory, config, self._planner, self._retention.restoring)
     self._deleter = StepDeleter(
       self.directory,
       active=first,
@@ -282,7 +284,7 @@ class Checkpointer:
     """
     self._check_open()
     self.wait()
-    if self._agreed_step(None, required=False) is None:
+    if self._restorer.is_empty():
       return Restored(init_fn(), None, 0, {}, None, None)
     return self.restore(like=abstract_state(init_fn))
 
@@ -295,8 +297,12 @@ class Checkpointer:
     *,
     init_missing: str | Iterable[str] | Mapping[str, Initialise] | None = None,
     cast: bool | Mapping[str, Any] | None = None,
+    healthy: bool = False,
   ) -> Restored:
-    """Reads a committed step, or a part of it.
+    """Reads a committed step, or a part of it, and compares what it delivers with what was saved (`restore.verify`).
+
+    If the newest step is damaged it goes on to the one before (`restore.on_corruption`), and says so in the log and in
+    `Restored.report`. A step that is asked for by number is never replaced by another one.
 
     Paths name leaves as `ckpt-jax show` does. A pattern names all leaves at or below a node: `params`, or with globs
     within a segment `params/*/kernel`; `**` is any number of segments.
@@ -308,43 +314,55 @@ class Checkpointer:
       only: pattern, or several: reads just these leaves. Each comes back in its place in the tree, so that
         `only="params"` gives `{"params": ...}`; a node of which only a part is read comes back as a dict. `like` may
         be the whole state, `{"params": ...}`, or what lies below `params`; the latter gives just that.
-      strategy: `direct`: each process reads what its devices need.
+      strategy: how a job of several processes reads: `direct`: each what its devices need, so that R replicas read R
+        copies; `gather`: all read each byte once and exchange it; `broadcast`: one replica reads and sends to the
+        others; `auto`: what is expected to be fastest, see `Restored.report`. Default: `restore.strategy`.
       init_missing: pattern, or several, of leaves of `like` that the checkpoint lacks: they keep like's values. With
         `{pattern: function}` they become `function(path, leaf)`. Together with `only` also leaves that `only` leaves
         out, so that the result can be as large as `like`.
       cast: `{pattern: dtype}`, or True for the dtypes of `like`: the leaves that may change it, floats among themselves
         and integers among themselves. A value that the new dtype cannot hold is an error.
+      healthy: of the newest steps, leave out those that are tagged unhealthy.
 
     Raises:
       NoCheckpointError: if there is no such step.
       StructureMismatchError: listing every difference between `like` and the step; nothing was read.
-      CorruptCheckpointError: if the step cannot be read.
+      CorruptCheckpointError: if the step cannot be read, or what was read is not what was saved; it names the leaves.
+      RestoreTimeoutError: after `timeouts.restore`, or many times what was expected; it says what was waited for, and
+        which processes did not come. All processes of a job raise the same error.
     """
     self._check_open()
     self.wait()
     strategy = strategy or self.config.restore.strategy
-    if strategy not in ("auto", "direct"):
-      raise ConfigError(f"strategy {strategy!r} is not available in this version; use direct")
-    started = time.perf_counter()
-    chosen = self._agreed_step(step, required=True)
-    assert chosen is not None
-    step_dir = run.step_directory(self.directory, chosen)
-    self._retention.restoring.add(chosen)
-    try:
-      with snapshot(step_dir):
-        ours = run.our_metadata(step_dir)
-        metrics = run.step_info(self.directory, chosen).metrics
-        settings = self._planner.for_restore(like)
-        read = read_state(step_dir, settings, Request(like, only, init_missing, cast))
-      jax.block_until_ready(read.state)
-    finally:
-      self._retention.restoring.discard(chosen)
-    nbytes = global_nbytes(read.state)
-    report = RestoreReport(
-      "direct", time.perf_counter() - started, nbytes, str(step_dir), casts=read.casts, initialised=read.initialised
-    )
-    _log.info("restored step %d of %s in %.2f s", chosen, self.directory, report.seconds)
-    return Restored(read.state, chosen, chosen + 1, metrics, ours.get("extras"), report)
+    if strategy not in ("auto", *STRATEGIES):
+      raise ConfigError(f"strategy: {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
+    restored = self._restorer.restore(step, Request(like, only, init_missing, cast), strategy, healthy=healthy)
+    if restored.report is not None and restored.report.quarantined:
+      self._saver.reload()
+    return restored
+
+  def rollback(self, step: int, *, delete: bool = False) -> list[int]:
+    """Makes an older step the newest one. Training may save the numbers of the later ones anew.
+
+    The later steps are set aside, in `.ckpt_jax/set_aside` of the run, where nothing deletes them.
+
+    Args:
+      step: a committed step.
+      delete: delete the later steps, those of earlier rollbacks too.
+
+    Returns:
+      The later steps.
+
+    Raises:
+      NoCheckpointError: if there is no such step; nothing was changed.
+      CheckpointError: if `delete` would take a pinned step.
+    """
+    self._check_open()
+    self.wait()
+    with self._deleter.paused():
+      later = recovery.rolled_back(self.directory, int(step), self._restorer.together(), delete=delete)
+      self._saver.reload()
+    return later
 
   # -- inside
 
@@ -372,20 +390,3 @@ class Checkpointer:
         self.close()
       except CheckpointError as e:
         _log.error("at exit: %s", e)
-
-  def _agreed_step(self, step: int | None, *, required: bool) -> int | None:
-    """The step to restore: `step`, else the newest that training can go on from, else the newest.
-
-    Process 0 looks and tells the others, so that a commit in between cannot split them.
-    """
-    found = -1
-    if jax.process_index() == 0:
-      newest = run.newest_to_restore(self.directory) if step is None else int(step)
-      found = -1 if newest is None else newest
-    if jax.process_count() > 1:
-      found = int(multihost_utils.broadcast_one_to_all(np.int64(found)))
-    if found >= 0:
-      return found
-    if required:
-      raise NoCheckpointError(f"{self.directory}: no committed checkpoint; save one first, or check the path")
-    return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import tempfile
 from typing import Annotated, Any
 
@@ -58,6 +60,9 @@ def suites(
   from ckpt_jax.bench.runner import run_suite
   from ckpt_jax.bench.suites import chosen_suites
 
+  signal.signal(
+    signal.SIGTERM, lambda *_: sys.exit(143)
+  )  # its processes end, and its files go, also when it is cut off
   only = [v.strip() for v in variants.split(",")] if variants else None
   where = directory or tempfile.gettempdir()
   data: dict[str, Any] = {"format": results.FORMAT, "suites": {}}
@@ -151,6 +156,82 @@ def goodput(
   with open(output, "w", encoding="utf-8") as file:
     file.write(json.dumps({"summary": told, "rounds": rounds}, indent=1) + "\n")
   typer.echo(json.dumps(told, indent=1))
+
+
+@bench.command("faults")
+def faults(
+  names: Annotated[list[str] | None, typer.Argument(metavar="[FAULT]...", help="Default: all of them.")] = None,
+  seeds: Annotated[int, typer.Option(min=1, help="Tries of each fault.")] = 3,
+  kills: Annotated[int, typer.Option(min=1, help="Tries of each kind of kill.")] = 30,
+  minutes: Annotated[float, typer.Option(min=0.1, help="Stop after this time; the next call goes on.")] = 60.0,
+  output: Annotated[
+    str | None, typer.Option("-o", "--output", help="Add to this JSON; its .md gets the table.")
+  ] = None,
+  as_json: Json = False,
+) -> None:
+  """Kill, fill, freeze and delete under real trainers, over ckpt_jax and over plain Orbax. Some faults need root."""
+  from ckpt_jax.bench import faults as campaign
+
+  wrong = [name for name in names or [] if name not in campaign.FAULTS]
+  if wrong:
+    raise ConfigError(f"no fault {wrong[0]!r}; there are {', '.join(campaign.FAULTS)}")
+  results: dict[str, Any] = {}
+  if output and os.path.exists(output):
+    with open(output, encoding="utf-8") as file:
+      results = json.load(file)
+  chosen = names or list(campaign.FAULTS)
+  try:
+    campaign.campaign(chosen, seeds, kills, minutes, results, lambda text: typer.echo(text, err=True))
+  finally:
+    if output and results.get("faults"):
+      with open(output, "w", encoding="utf-8") as file:
+        file.write(json.dumps(results, indent=1) + "\n")
+  page = os.path.splitext(output)[0] + ".md" if output else None
+  if page and os.path.exists(page):
+    with open(page, encoding="utf-8") as file:
+      text = campaign.render(results, file.read())
+    with open(page, "w", encoding="utf-8") as file:
+      file.write(text)
+  if as_json:
+    print_json(results)
+  elif not output:
+    typer.echo(campaign.table(results))
+
+
+@bench.command()
+def predictions(
+  states: Annotated[list[str] | None, typer.Argument(metavar="[STATE]...", help="Default: all.")] = None,
+  output: Annotated[str | None, typer.Option("-o", "--output", help="Merge the results into this JSON file.")] = None,
+  rounds: Annotated[int, typer.Option(min=1, help="Of probe, plan, save and restore; 3 at most at 50 MB/s.")] = 5,
+  storage: Annotated[list[str] | None, typer.Option(help="disk or '50 MB/s'; default: both.")] = None,
+  directory: Annotated[str | None, typer.Option("--dir", help="On the disk; default: the temporary directory.")] = None,
+) -> None:
+  """What plans predict beside what saves and restores then cost: w1 to w3 and a compressible state."""
+  from ckpt_jax.bench import predictions as bench_predictions
+
+  found = bench_predictions.run(
+    rounds,
+    tuple(states or (*bench_predictions.STATES, bench_predictions.COMPRESSIBLE)),
+    tuple(storage or ("disk", "50 MB/s")),
+    directory,
+    lambda what: typer.echo(what, err=True),
+  )
+  if output:
+    if os.path.exists(output):
+      with open(output, encoding="utf-8") as file:
+        before = json.load(file)["results"]
+      for name, results in before.items():
+        found["results"][name] = results | found["results"].get(name, {})
+    with open(output, "w", encoding="utf-8") as file:
+      file.write(json.dumps(found, indent=1) + "\n")
+  for name, results in found["results"].items():
+    for state, settings in results.items():
+      for setting, entry in settings.items():
+        figures = ", ".join(
+          f"{key[:-2]} {entry[key]['predicted']:.2f} s predicted, {entry[key]['measured']:.2f} s measured"
+          for key in ("blocking_s", "commit_s", "restore_s")
+        )
+        typer.echo(f"{name}, {state}, compression {setting}: {figures}")
 
 
 @bench.command("policies")

@@ -28,18 +28,9 @@ from ckpt_jax.errors import ConfigError
 # Key path -> what this version does with it. `Config.unimplemented` reports those that a user set, so that no setting
 # is accepted in silence and then ignored.
 _LATER = "accepted, not acted upon yet"
-NOT_YET: dict[str, str] = {
-  "restore.strategy": _LATER + " (other than auto and direct)",
-  "restore.verify": _LATER,
-  "restore.on_corruption": _LATER,
-  "timeouts.restore": _LATER,
-  "layout.chunk_size": _LATER,
-}
+NOT_YET: dict[str, str] = {}
 # Values that ask for what happens anyway.
-_TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
-  "restore.strategy": ("auto", "direct"),
-  "layout.chunk_size": ("auto",),
-}
+_TODAYS_VALUES: dict[str, tuple[Any, ...]] = {}
 
 # The shortest that a timeout is when left to the plan: a hung save should end the job in minutes, not in days.
 TIMEOUT_FLOOR_S = 1200.0

@@ -35,6 +35,10 @@ class CorruptCheckpointError(CheckpointError):
   """A committed step cannot be read back as it was written."""
 
 
+class RestoreTimeoutError(CheckpointError, TimeoutError):
+  """A restore waited too long. The message says for what, and for which processes of the job."""
+
+
 class SaveFailedError(CheckpointError):
   """A save did not commit. Raised once, at the next save(), wait() or close() after a background failure.
 

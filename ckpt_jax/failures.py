@@ -68,3 +68,12 @@ def is_out_of_space(error: BaseException | None) -> bool:
       return True
     error = error.__cause__ or error.__context__
   return False
+
+
+def is_timeout(error: BaseException | None) -> bool:
+  """Whether something that did not answer in time is among the causes."""
+  while error is not None:
+    if isinstance(error, TimeoutError):
+      return True
+    error = error.__cause__ or error.__context__
+  return False

@@ -13,6 +13,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 from jax._src import distributed
+from orbax.checkpoint._src.futures import future
 
 from ckpt_jax.errors import CheckpointError
 
@@ -51,8 +52,22 @@ def leave_behind(manager: ocp.CheckpointManager) -> None:
   waits for the kernel.
   """
   saving = manager._checkpointer._async_manager._thread  # type: ignore[attr-defined]  # pylint: disable=protected-access
-  threads = (manager._finalize_thread.get(), saving)  # pylint: disable=protected-access
+  writing = [t for t in threading.enumerate() if isinstance(t, future._SignalingThread)]  # pylint: disable=protected-access
+  threads = (manager._finalize_thread.get(), saving, *writing)  # pylint: disable=protected-access
   _left_behind.extend(thread for thread in threads if thread is not None)
+
+
+def cancel_waiting_writes() -> None:
+  """Ends Orbax's threads that wait for a step's directory which could not be made; only in a job of one process.
+
+  Why private: each part of a save runs in a thread that waits for the directory, and nobody tells them when making it
+  fails (a read-only disk): they, and the end of the program with them, wait for the timeout of the coordination.
+  """
+  waiting = [t for t in threading.enumerate() if isinstance(t, future._SignalingThread)]  # pylint: disable=protected-access
+  for thread in waiting:
+    thread._cancelled = True  # pylint: disable=protected-access
+  for thread in waiting:
+    future.set_signals(thread._receive_signals, operation_id=thread._operation_id)  # pylint: disable=protected-access
 
 
 def never_wait_for_hanging_threads() -> None:

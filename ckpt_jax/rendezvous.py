@@ -8,6 +8,7 @@ its arrival in jax's coordination service, process 0 counts, and a failure is no
 from __future__ import annotations
 
 import collections
+import json
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError
 
 _SLICE_S = 2.0  # how long a failure elsewhere may go unnoticed
+_NOTHING = "-"  # the coordination service takes no empty value for one that is there
 _POLL_S = (0.005, 0.25)  # shortest and longest pause of process 0 between two looks
 
 _made: collections.Counter[str] = collections.Counter()
@@ -54,10 +56,15 @@ class Rendezvous:
       self._store.key_value_set(f"{self._failures}{jax.process_index()}", reason, allow_overwrite=True)
 
   def wait(self, what: str, timeout: float) -> None:
-    """Returns once all processes are here.
+    """Returns once all processes are here. See `exchange`."""
+    self.exchange(what, "", timeout)
+
+  def exchange(self, what: str, text: str, timeout: float) -> list[str]:
+    """Returns once all processes are here, with the text that each brought, by process.
 
     Args:
       what: what is waited for, the same on all processes; it may be used again.
+      text: what this process has to say; short, since the coordinator holds all of them.
       timeout: seconds.
 
     Raises:
@@ -65,41 +72,58 @@ class Rendezvous:
       PeerFailedError: if one of them failed.
     """
     if self._store is None:
-      return
+      return [text]
     self._uses[what] += 1
     place = f"ckpt_jax/{self.name}/{self._round}/{what}/{self._uses[what]}"
-    self._store.key_value_set(f"{place}/here/{jax.process_index()}", "")
+    self._store.key_value_set(f"{place}/here/{jax.process_index()}", text or _NOTHING)
     deadline = time.monotonic() + timeout
     if jax.process_index() == 0:
-      self._count(place, what, timeout, deadline)
+      said = self._count(place, what, timeout, deadline)
     else:
-      self._listen(place, what, timeout, deadline)
+      said = self._listen(place, what, timeout, deadline)
+    return ["" if text == _NOTHING else text for text in said]
+
+  def note(self, text: str) -> None:
+    """Leaves word of how far this process is, for `notes`; replaces the last one."""
+    if self._store is not None:
+      key = f"ckpt_jax/{self.name}/{self._round}/notes/{jax.process_index()}"
+      self._store.key_value_set(key, text, allow_overwrite=True)
+
+  def notes(self) -> dict[int, str]:
+    """The last note of each process that left one."""
+    if self._store is None:
+      return {}
+    found = self._store.key_value_dir_get(f"ckpt_jax/{self.name}/{self._round}/notes/")
+    return {int(key.rsplit("/", 1)[1]): text for key, text in found}
 
   @property
   def _failures(self) -> str:
     return f"ckpt_jax/{self.name}/{self._round}/failed/"
 
-  def _count(self, place: str, what: str, timeout: float, deadline: float) -> None:
+  def _count(self, place: str, what: str, timeout: float, deadline: float) -> list[str]:
     pause, longest = _POLL_S
-    missing = list(range(1, jax.process_count()))
+    missing = list(range(jax.process_count()))
+    here: dict[int, str] = {}
     while missing:
-      here = {int(key.rsplit("/", 1)[1]) for key, _ in self._store.key_value_dir_get(f"{place}/here/")}
+      here = {int(key.rsplit("/", 1)[1]): said for key, said in self._store.key_value_dir_get(f"{place}/here/")}
       missing = [p for p in missing if p not in here]
       self._raise_failure(what)
       if missing and time.monotonic() > deadline:
         message = self._timed_out(what, timeout, missing)
-        self._store.key_value_set(f"{place}/go", message)
+        self._store.key_value_set(f"{place}/go", json.dumps(message))
         raise TimeoutError(message)
       if missing:
         time.sleep(pause)
         pause = min(pause * 1.5, longest)
-    self._store.key_value_set(f"{place}/go", "")
+    said = [here[p] for p in range(jax.process_count())]
+    self._store.key_value_set(f"{place}/go", json.dumps(said))
     # Whoever is here has left the places before the last one.
     self._old.append(place)
     while len(self._old) > 2:
       self._store.key_value_delete(f"{self._old.pop(0)}/")
+    return said
 
-  def _listen(self, place: str, what: str, timeout: float, deadline: float) -> None:
+  def _listen(self, place: str, what: str, timeout: float, deadline: float) -> list[str]:
     # A little longer than process 0, which knows who is missing and says so.
     while (left := deadline + _SLICE_S - time.monotonic()) > 0:
       message = None
@@ -110,10 +134,11 @@ class Rendezvous:
           raise PeerFailedError(f"waiting for {what}: the coordination service is gone (process 0): {e}") from e
       if message is None:  # out of the handler, so that the deadline of a slice is no part of what is raised
         self._raise_failure(what)
-      elif message:
-        raise TimeoutError(message)
-      else:
-        return
+        continue
+      said = json.loads(message)
+      if isinstance(said, str):
+        raise TimeoutError(said)
+      return said
     raise TimeoutError(self._timed_out(what, timeout, [0]))
 
   def _raise_failure(self, what: str) -> None:

@@ -25,6 +25,8 @@ OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
 # each written in one go, since a bucket has neither rename nor append.
 NOTES = ".ckpt_jax"
 PINS, DELETING = "pins", "deleting"
+# Steps in a bucket that count no longer and are still there (RUN/.ckpt_jax/aside/STEP); on a disk they are moved away.
+ASIDE = "aside"
 THINNED = "thinned"  # in our metadata: what was kept of a step that holds a part of its state alone
 
 
@@ -100,7 +102,7 @@ def committed_steps(run: epath.Path) -> list[int]:
   with snapshot(run):
     if not run.exists():
       return []
-    doomed = noted_steps(run, DELETING)
+    doomed = uncounted_steps(run)
     names = [p.name for p in run.iterdir() if p.name.isdigit() and int(p.name) not in doomed]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
       good = list(pool.map(lambda name: is_step(run / name), names))
@@ -113,6 +115,12 @@ def noted_steps(run: epath.Path, kind: str) -> set[int]:
     return {int(p.name) for p in (run / NOTES / kind).iterdir() if p.name.isdigit()}
   except (FileNotFoundError, NotADirectoryError):
     return set()
+
+
+def uncounted_steps(run: epath.Path) -> set[int]:
+  """Steps that are no steps any more: marked for deletion, quarantined, or behind a rollback."""
+  gone = noted_steps(run, DELETING)
+  return gone | noted_steps(run, ASIDE) if is_object_store(run) else gone
 
 
 def is_step(directory: epath.Path) -> bool:
@@ -130,7 +138,7 @@ def step_directory(run: epath.Path, step: int) -> epath.Path:
     NoCheckpointError: naming the steps that there are.
   """
   directory = run / str(step)
-  if not is_step(directory) or step in noted_steps(run, DELETING):
+  if not is_step(directory) or step in uncounted_steps(run):
     steps = committed_steps(run)
     there = f"; committed steps: {_brief(steps)}" if steps else "; no step is committed there"
     raise NoCheckpointError(f"{run}: no committed step {step}{there}")

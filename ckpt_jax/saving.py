@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import logging
 import math
 import sys
@@ -23,7 +24,7 @@ from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, UnhealthyStateError
-from ckpt_jax.failures import is_out_of_space, root_cause
+from ckpt_jax.failures import is_out_of_space, is_timeout, root_cause
 from ckpt_jax.integrity.gate import Gate
 from ckpt_jax.integrity.record import (
   RecordedSave,
@@ -126,6 +127,7 @@ class Saver:
     self._writing: SaveRecord | None = None
     self._returned_at: float | None = None
     self._deadline = 0.0
+    self._hung = 0  # writes that were left to themselves
     self._record_lock = threading.Lock()
     self._norms = history()
     self._known: Sequence[int] | None = None  # what the manager knew that is being replaced
@@ -247,6 +249,10 @@ class Saver:
     if time.monotonic() > self._deadline and not orbax_private.join_save(self._manager, 0):
       raise self._hangs()
 
+  def reload(self) -> None:
+    """Has Orbax's manager look again at which steps there are, after some were moved. All processes call it alike."""
+    self.manager.reload()
+
   def close(self) -> None:
     """Releases Orbax's threads and the claim to the run; call `wait` first."""
     if self._manager is not None:
@@ -271,7 +277,8 @@ class Saver:
           best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
           temporary_path_class=self._gate.path_class(self._on_commit),
           async_options=ocp.options.AsyncOptions(
-            timeout_secs=math.ceil(self._config.timeouts.save_s), barrier_sync_fn=self._gate.barrier(self._meet)
+            timeout_secs=math.ceil(self._config.timeouts.save_s),
+            barrier_sync_fn=self._gate.barrier(functools.partial(self._meet, self._hung)),
           ),
         ),
       )
@@ -292,10 +299,18 @@ class Saver:
       steps = run.committed_steps(self._directory)
     if isinstance(self._schedule, Schedule) and not self._schedule.needs_times:
       return [(step, _LONG_AGO) for step in steps]
-    return [(step, run.step_info(self._directory, step).time or _LONG_AGO) for step in steps]
+    return [(step, self._commit_time(step)) for step in steps]
 
-  def _meet(self, *, key: str, timeout_ms: int) -> None:
+  def _commit_time(self, step: int) -> datetime.datetime:
+    try:
+      return run.step_info(self._directory, step).time or _LONG_AGO
+    except CheckpointError:  # damaged: that is told by whoever wants to restore it
+      return _LONG_AGO
+
+  def _meet(self, hung: int, *, key: str, timeout_ms: int) -> None:
     """Orbax's barrier_sync_fn. A process whose write failed comes here too, on its way out, and is not waited for."""
+    if hung != self._hung:
+      raise SaveFailedError("this write hung and was given up; it may not meet the processes of a later one")
     error = sys.exc_info()[1]
     if error is None:
       self._rendezvous.wait(key, timeout_ms / 1000)
@@ -334,6 +349,7 @@ class Saver:
     assert self._manager is not None
     orbax_private.leave_behind(self._manager)
     self._manager = None
+    self._hung += 1
     self._gate.failed(step, hangs=True)
     return SaveFailedError(
       f"{self._directory}: step {step} was not saved: its background write did not end within "
@@ -344,12 +360,17 @@ class Saver:
 
   def _save_failed(self, error: BaseException) -> CheckpointError:
     """Forgets the failed step and says so; the caller raises what is returned."""
+    # In a job of many, processes learn of one that hangs in different ways, and all must keep their manager or none.
+    if jax.process_count() == 1 and is_timeout(error):
+      return self._hangs()
     with self._record_lock:
       record, self._writing = self._writing, None
     step = record.step if record else None
     # The manager has dropped the failed step, or will when asked to wait; what is on disk is the truth.
     with contextlib.suppress(Exception):
       self.manager.wait_until_finished()
+    if jax.process_count() == 1:
+      orbax_private.cancel_waiting_writes()
     self._gate.failed(step, hangs=False)
     with contextlib.suppress(Exception):
       self.manager.reload()

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from ckpt_jax.bench import aims, report, results, suites
@@ -203,3 +204,29 @@ def test_suites_are_what_their_words_say(name):
   assert told is None or float(told[1]) == pytest.approx(megabytes, rel=0.01)
   count = re.search(r"([\d,]+) leaves", suite.what)
   assert count is None or int(count[1].replace(",", "")) == len(state)
+
+
+def test_a_run_that_is_ended_leaves_nothing_behind(tmp_path):
+  command = [
+    sys.executable,
+    "-m",
+    "ckpt_jax",
+    "bench",
+    "tiny",
+    "--rounds",
+    "1000",
+    "--variants",
+    "raw",
+    "--dir",
+    tmp_path,
+  ]
+  run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+  for line in run.stderr:
+    if line.startswith("tiny 1/1000"):
+      break
+  workers = psutil.Process(run.pid).children(recursive=True)
+  assert workers
+  run.terminate()
+  assert run.wait(60) == 143
+  assert psutil.wait_procs(workers, timeout=30)[1] == []
+  assert list(tmp_path.iterdir()) == []

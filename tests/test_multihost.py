@@ -156,3 +156,9 @@ def test_who_does_not_arrive_is_named(tmp_path):
   for r in run_all("one_is_late", tmp_path, 3):
     if r.process != 1:
       assert "told: waited 2 s for the late one; of 3 processes these did not arrive: 1" in r.log
+
+
+def test_run_opened_again_and_again_by_the_same_processes_goes_on_saving(tmp_path):
+  run_all("reopen", tmp_path, 2)
+  with ckpt.Checkpointer(tmp_path) as c:
+    assert c.latest_step() == 12 and len(c.steps()) == 3

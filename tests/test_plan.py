@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import pathlib
+import re
 import time
 
 import jax
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ckpt_jax as ckpt
+from ckpt_jax.multihost import launch
 from ckpt_jax.run import our_metadata
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import RangeRead, Throughput
@@ -140,6 +143,20 @@ def test_commit_is_by_rename_on_disks_and_by_marker_on_buckets():
     return next(c.value for c in ckpt.make_plan(big(), kind, HOST).choices if c.key == "commit")
 
   assert [commit(k) for k in ("local", "nfs", "gcs", "s3", "bucket_mount")] == ["rename", "rename"] + ["marker"] * 3
+
+
+def test_quick_probe_of_a_far_bucket_does_not_make_large_reads_look_like_many_small_ones():
+  # 0.4 s were enough for one stream and the two smallest requests.
+  storage = dataclasses.replace(
+    assumed_profile(StorageKind.GCS, "gs://bucket/run"),
+    seconds=0.8,
+    write=(Throughput(1, 60e6),),
+    read=(Throughput(1, 75e6),),
+    ranges=(RangeRead(4096, 0.033), RangeRead(16384, 0.033)),
+  )
+  plan = ckpt.make_plan(big(268_000_000, 64), storage, HOST)
+  assert plan.restore_s == pytest.approx(268 / 75, rel=0.3)
+  assert 16 << 20 <= value(plan, "layout.target_file_size") <= 64 << 20
 
 
 # -- limits
@@ -271,20 +288,20 @@ def test_sampled_ratio_is_that_of_the_whole_state():
   halves = {str(i): jnp.asarray(x if i % 2 else np.zeros_like(x)) for i, x in enumerate(noise)}
   assert profile_state(halves).compressibility.ratio == pytest.approx(0.46, abs=0.05)
   assert profile_state({"w": noise}).compressibility.ratio == pytest.approx(0.92, abs=0.02)
-  started = time.perf_counter()
+  started = time.process_time()
   assert profile_state({"w": np.zeros((2**28,), np.uint8)}).compressibility.sampled_nbytes <= 8 << 20
-  assert time.perf_counter() - started < 2
+  assert time.process_time() - started < 1
 
 
 def test_host_is_measured_once_and_remembered(monkeypatch, tmp_path):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  started = time.perf_counter()
+  started = time.process_time()  # the clock also counts what else runs on this machine
   first = profile_host()
-  assert time.perf_counter() - started < 1.5  # 0.2 s on an idle machine
+  assert time.process_time() - started < 1
   assert first.copy_bytes_per_s > 1e8 and 1e-7 < first.task_s < 1e-3 and 0.8 < first.zstd.ratio <= 1
-  started = time.perf_counter()
+  started = time.process_time()
   assert profile_host() == first
-  assert time.perf_counter() - started < 0.05
+  assert time.process_time() - started < 0.05
 
 
 # -- the Checkpointer's own plan
@@ -309,7 +326,7 @@ def test_checkpointer_without_config_measures_quickly_plans_and_says_so_once(
     c.save(0, state)
     c.wait()
     plan = c.plan
-    assert plan.storage.seconds and plan.storage.seconds < 3  # measured: some 0.5 s on an idle machine
+    assert plan.storage.seconds and plan.storage.seconds < 10  # measured: 0.5 s on an idle machine
     assert plan.values["layout.compression"] == "off"
     c.save(1, state)
     assert c.plan.values == plan.values
@@ -347,3 +364,14 @@ def test_users_values_win_in_the_checkpointer(fresh_cache, tmp_path):
     assert c.plan.values["layout.compression"] == "off"
   stored = sum(f.stat().st_size for f in (tmp_path / "run").rglob("*") if f.is_file())
   assert stored > 48 << 20
+
+
+@pytest.mark.multiprocess
+def test_all_processes_have_the_plan_of_the_first(fresh_cache, tmp_path):
+  program = str(pathlib.Path(__file__).parent / "programs" / "plans.py")
+  results = launch([program, str(tmp_path / "run")], processes=2, devices=2, timeout=180)
+  assert [r.returncode for r in results] == [0, 0], results[0].log
+  plans = [json.loads(re.search(r"PLAN(\{.*\})", r.log)[1]) for r in results]
+  assert {p.pop("process") for p in plans} == {0, 1} and plans[0] == plans[1]
+  assert plans[0]["values"]["layout.replica_parallel"] == "on" and plans[0]["state"] == 12 << 22
+  assert known_profile(tmp_path / "run").seconds > 0

@@ -10,6 +10,7 @@ import pytest
 
 import ckpt_jax as ckpt
 from ckpt_jax import cli
+from ckpt_jax.bench.predictions import summary
 from ckpt_jax.bench.trial import bounded, trials
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
 from ckpt_jax.tuning.sampling import Compressibility
@@ -203,3 +204,25 @@ def test_mistakes_are_named_before_anything_is_measured(monkeypatch, capsys, tmp
   told = capsys.readouterr().err
   assert e.value.code == code and message in told and "Traceback" not in told
   assert not (tmp_path / "runs").exists()
+
+
+def test_summary_of_predictions_compares_medians_and_the_plan_with_the_best_fixed_choice():
+  def row(setting, predicted, measured):
+    seconds = lambda s: {"blocking_s": 0.1, "commit_s": s, "restore_s": s, "nbytes": 10}  # noqa: E731
+    return {
+      "setting": setting,
+      "compression": "on" if setting == "auto" else setting,
+      "predicted": seconds(predicted),
+      "measured": seconds(measured),
+    }
+
+  rows = [
+    row("auto", 2.0, 1.0),
+    row("auto", 1.2, 1.1),
+    row("auto", 1.2, 9.0),
+    row("on", 1.2, 1.0),
+    row("off", 3.0, 3.3),
+  ]
+  found = summary(rows)
+  assert found["auto"]["commit_s"]["ratio"] == pytest.approx(1.2 / 1.1)
+  assert found["auto"]["loss_to_best_fixed"] == pytest.approx(0.1) and found["auto"]["compression"] == "on"

@@ -216,6 +216,7 @@ def _turn(job: WorkerJob, step: int, place: str | None) -> dict[str, Any]:
   found["warm_s"] = _most(restores, "seconds")
   found["restore_rss"] = _most(restores, "restore_rss")
   found["bitwise"] = all(r["bitwise"] for r in restores)
+  job.ask("rest")
   if place:
     shutil.rmtree(f"{place}/{step}")
     os.sync()

@@ -124,7 +124,7 @@ def make_target(variant: Variant, suite: Suite, directory: str) -> Target:
     return _Safetensors(state, directory)
   if variant.kind == "raw":
     return _RawFile(state, directory)
-  placed = _on_devices(state, suite)
+  placed = on_devices(state, suite)
   del state
   if variant.kind == "orbax":
     return _Orbax(placed, directory, **variant.options)
@@ -143,7 +143,8 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 # -- jax
 
 
-def _on_devices(state: suites.Tree, suite: Suite) -> Any:
+def on_devices(state: suites.Tree, suite: Suite) -> Any:
+  """The state on the suite's devices."""
   import jax
   from jax.sharding import NamedSharding, PartitionSpec
 

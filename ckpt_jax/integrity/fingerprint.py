@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,11 +26,11 @@ _KEEPS_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 @dataclasses.dataclass(frozen=True)
 class LeafPrint:
-  """One leaf: `dtype` is numpy's name, Python's for its scalars, `key<impl>` for PRNG keys; `digest` 16 hex digits."""
+  """One leaf: `dtype` is numpy's name, Python's for its scalars, `key<impl>` for PRNG keys; `total` the sum of bits."""
 
   dtype: str
   shape: tuple[int, ...]
-  digest: str
+  total: int
 
 
 @dataclasses.dataclass
@@ -44,6 +43,7 @@ class _Leaf:
   pieces: list[tuple[np.ndarray, tuple[int, ...]]]  # views, and where in the array they lie
   copies: int = 1  # how often the leaf is there, over all processes
   on_device: tuple[jax.Array, ...] | None = None
+  done: sums.Tally | None = None  # of what may be overwritten once `save` returns: numpy arrays
 
 
 class Taken:
@@ -61,7 +61,7 @@ class Taken:
     tasks: list[tuple[_Leaf, Any, tuple[int, ...]]] = []
     out = {leaf.path: sums.Tally() for leaf in self._leaves}
     for leaf in self._leaves:
-      tasks += [(leaf, bits, start) for piece, at in leaf.pieces for bits, start in _cut(_bits(piece), at)]
+      tasks += [(leaf, bits, start) for piece, at in leaf.pieces for bits, start in _cut(bits_of(piece), at)]
 
     def tally(task: tuple[_Leaf, np.ndarray, tuple[int, ...]]) -> sums.Tally:
       leaf, bits, start = task
@@ -76,6 +76,8 @@ class Taken:
     for (leaf, *_), part in zip(tasks, _in_threads(tally, tasks, threads), strict=True):
       out[leaf.path].add(part)
     for leaf in self._leaves:
+      if leaf.done is not None:
+        out[leaf.path].add(leaf.done)
       if leaf.on_device is not None:
         found = device.result(leaf.on_device)
         if leaf.floats is None or not health:
@@ -90,10 +92,12 @@ class Taken:
 
   def prints(self, totals: Mapping[str, int]) -> dict[str, LeafPrint]:
     """The fingerprints, given the sums over all processes."""
-    return {
-      leaf.path: LeafPrint(leaf.dtype, leaf.shape, digest(leaf.path, leaf.dtype, leaf.shape, totals[leaf.path]))
-      for leaf in self._leaves
-    }
+    return {leaf.path: LeafPrint(leaf.dtype, leaf.shape, totals[leaf.path] & sums.MASK) for leaf in self._leaves}
+
+  @property
+  def types(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape by path."""
+    return {leaf.path: (leaf.dtype, leaf.shape) for leaf in self._leaves}
 
   @property
   def on_accelerator(self) -> bool:
@@ -106,13 +110,8 @@ class Taken:
 
   @property
   def copies(self) -> dict[str, int]:
+    """How often each leaf was counted, over all processes."""
     return {leaf.path: leaf.copies for leaf in self._leaves}
-
-
-def digest(path: str, dtype: str, shape: Sequence[int], total: int) -> str:
-  """The fingerprint of a leaf whose bits sum to `total`."""
-  text = f"{path}\n{dtype}\n{list(shape)}\n{total}"
-  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def take(state: PyTree, *, every_copy: bool = False, saved_as: Mapping[str, str] | None = None) -> Taken:
@@ -194,8 +193,13 @@ def _host_leaf(
   # Every process holds a numpy leaf; process 0 is whose copy is saved.
   mine = every_copy or jax.process_index() == 0
   bits_shape = value.shape + ((2,) if value.dtype.itemsize == 16 else ())
-  pieces = [(value, (0,) * value.ndim)] if mine else []
-  return _Leaf(path, name, shape, bits_shape, floats, pieces, jax.process_count() if every_copy else 1)
+  out = _Leaf(path, name, shape, bits_shape, floats, [], jax.process_count() if every_copy else 1)
+  if every_copy:
+    out.pieces = [(value, (0,) * value.ndim)]
+  elif mine:  # summing up is faster than a copy
+    out.done = sums.Tally()
+    sums.add_block(out.done, bits_of(value), (0,) * len(bits_shape), bits_shape, floats)
+  return out
 
 
 def _is_on_accelerator(leaf: Any) -> bool:
@@ -216,7 +220,7 @@ def _host_view(array: jax.Array) -> np.ndarray:
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array]))
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
+def bits_of(array: np.ndarray) -> np.ndarray:
   """The bits of an array as unsigned integers, C-contiguous; the same memory wherever that is possible."""
   dtype = array.dtype
   if not dtype.isnative:

@@ -16,9 +16,9 @@ from etils import epath
 
 from ckpt_jax import run
 from ckpt_jax.config import Config
-from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError
-from ckpt_jax.failures import storage_errors
-from ckpt_jax.integrity import leftovers
+from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, StorageError
+from ckpt_jax.failures import is_out_of_space, storage_errors
+from ckpt_jax.integrity import aside, leftovers
 from ckpt_jax.integrity.durability import Hooks, Sealing, restrict, step_path_class, sync_own_files
 from ckpt_jax.integrity.lease import Lease
 from ckpt_jax.integrity.space import Room, free_bytes, planned_bytes, tree_nbytes
@@ -89,7 +89,7 @@ class Gate:
     """
     if self._failed:
       self._rendezvous.wait("the failed save to end on every process", self._config.timeouts.save_s)
-    admit = functools.partial(self._admit, step, nbytes, leaves, compressed)
+    admit = functools.partial(self._admit_or_full, step, nbytes, leaves, compressed)
     decided = decided_by_process_zero(admit, self._rendezvous, self._config.timeouts.save_s)
     self._failed.clear()
     return decided
@@ -138,7 +138,11 @@ class Gate:
       committed()
       self._restrict_notes()
 
-    return step_path_class(self._directory, self.sealing, Hooks(self.lease.begin, self._committing, on_committed))
+    def on_beginning(step: int) -> None:
+      if is_object_store(self._directory):
+        self.lease.begin(step)
+
+    return step_path_class(self._directory, self.sealing, Hooks(on_beginning, self._committing, on_committed))
 
   def barrier(self, meet: Callable[..., None]) -> Callable[..., None]:
     """Orbax's `barrier_sync_fn` around `meet`: before a process says that its part is written, it syncs its files."""
@@ -198,6 +202,14 @@ class Gate:
   def _is_gone(self, step: int) -> bool:
     return run.is_step(self._directory / str(step)) or not leftovers.find(self._directory, {step}).ours
 
+  def _admit_or_full(self, step: int, nbytes: int, leaves: int, compressed: bool) -> list[int]:
+    try:
+      return self._admit(step, nbytes, leaves, compressed)
+    except StorageError as e:
+      if isinstance(e, SaveFailedError) or not is_out_of_space(e):
+        raise
+      raise SaveOutOfSpaceError(f"{e}; not even a note about the save could be written. Free space", step) from e
+
   def _admit(self, step: int, nbytes: int, leaves: int, compressed: bool) -> list[int]:
     if step in self._abandoned:
       raise CheckpointError(f"{self._directory}: an earlier write of step {step} still hangs; save another step")
@@ -210,8 +222,13 @@ class Gate:
     self._clear_failed()
     if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
       raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
+    with storage_errors(f"{self._directory / str(step)}: what lies there cannot be moved away"):
+      aside.make_room(self._directory, step)
     leftovers.set_aside(self._directory, step)
-    return self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
+    dropped = self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
+    if not is_object_store(self._directory):  # two small writes; in a bucket two requests, which wait behind training
+      self.lease.begin(step)
+    return dropped
 
   def _make_room(self, step: int, nbytes: int, ask: Callable[[], Room | None]) -> list[int]:
     room = ask()

@@ -25,7 +25,7 @@ from ckpt_jax.errors import CorruptCheckpointError, UnhealthyStateError
 from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
-from ckpt_jax.integrity.sums import MASK, Tally
+from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.layout import packing
 
 _log = logging.getLogger(__name__)
@@ -182,8 +182,8 @@ def _write_record(recording: Recording, directory: epath.Path, past: collections
   found: dict[str, Any] = {
     "format": _FORMAT,
     "leaves": {
-      path: [leaf.dtype, list(leaf.shape), leaf.digest]
-      for path, leaf in recording.taken.prints({path: n & MASK for path, n in totals.items()}).items()
+      path: [leaf.dtype, list(leaf.shape), f"{leaf.total:016x}"]
+      for path, leaf in recording.taken.prints(totals).items()
     },
     "files": file_digests(directory),
   }
@@ -203,15 +203,31 @@ def history() -> collections.deque[Mapping[str, float]]:
   return collections.deque(maxlen=_PAST)
 
 
+# Those that a restore depends on, and compares before it reads.
+_NEEDED = (run.ITEM_METADATA, "_sharding", "_strings.json", packing.INDEX)
+_ARRAY_METADATA = "array_metadatas"
+
+
 def file_digests(item_dir: epath.Path) -> dict[str, str]:
-  """Digests of the item's files that carry no checksum of their own: everything that is no OCDBT data."""
-  return {name: _digest(item_dir / name) for name in small_files(item_dir)}
+  """Digests, by name, of the item's files that carry no checksum of their own: everything but OCDBT data."""
+  names = [name for name in _NEEDED if (item_dir / name).exists()]
+  folder = item_dir / _ARRAY_METADATA
+  if folder.exists():
+    names += sorted(f"{_ARRAY_METADATA}/{path.name}" for path in folder.iterdir())
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    return dict(zip(names, pool.map(lambda name: _digest(item_dir / name), names), strict=True))
 
 
-def small_files(item_dir: epath.Path) -> list[str]:
-  """Names of the item's metadata files, sorted."""
-  names = [run.ITEM_METADATA, "_sharding", packing.INDEX]
-  return [name for name in names if (item_dir / name).exists()]
+def changed_files(item_dir: epath.Path, record: Record) -> list[str]:
+  """The small files that are gone or not what was written, among those that a restore can do without."""
+
+  def changed(name: str) -> bool:
+    try:
+      return _digest(item_dir / name) != record.files[name]
+    except FileNotFoundError:
+      return True
+
+  return [name for name in record.files if name not in _NEEDED and changed(name)]
 
 
 def _digest(file: epath.Path) -> str:
@@ -247,11 +263,13 @@ def read_record(step_dir: epath.Path) -> Record | None:
   if not ours:
     raise CorruptCheckpointError(f"{step_dir / run.STEP_METADATA}: what ckpt_jax wrote there is missing")
   try:
-    leaves = {path: LeafPrint(d, tuple(s), h) for path, (d, s, h) in data["leaves"].items()}
+    leaves = {path: LeafPrint(str(d), tuple(s), int(h, 16)) for path, (d, s, h) in data["leaves"].items()}
     record = Record(leaves, dict(data["files"]), dict(data.get("health") or {}))
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     raise CorruptCheckpointError(f"{file}: damaged ({type(e).__name__}: {e})") from e
   for name, expected in record.files.items():
+    if name not in _NEEDED:
+      continue
     try:
       found = _digest(item_dir / name)
     except FileNotFoundError:

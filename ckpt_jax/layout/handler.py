@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -81,14 +82,14 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     self._limits = config.limits
     # Without one Orbax writes no array_metadatas, and forgets which arrays are PRNG keys.
     self._store = orbax_private.array_metadata_store()
-    slice_nbytes = layout.min_slice_for_replica_parallel
     super().__init__(
       use_replica_parallel={"on": True, "off": False, "auto": None}[layout.replica_parallel],
-      min_slice_bytes_for_replica_parallel=None if isinstance(slice_nbytes, str) else slice_nbytes,
+      min_slice_bytes_for_replica_parallel=_number(layout.min_slice_for_replica_parallel),
       array_metadata_store=self._store,
     )
     self._pack = layout.pack == "on"
-    self._slice_nbytes = None if isinstance(slice_nbytes, str) else slice_nbytes
+    self._chunk_nbytes = _number(layout.chunk_size)
+    self._slice_nbytes = _number(layout.min_slice_for_replica_parallel)
 
   async def serialize(
     self, values: Sequence[jax.Array], infos: _ParamInfos, args: Sequence[ocp.SaveArgs] | None = None
@@ -96,6 +97,10 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     """See Orbax's ArrayHandler. Returns once nothing that happens to the values matters any more."""
     args = args or [ocp.SaveArgs()] * len(values)
     ocp.type_handlers.check_input_arguments(values, infos, args)
+    if self._chunk_nbytes is not None:
+      args = [
+        arg if arg.chunk_byte_size else dataclasses.replace(arg, chunk_byte_size=self._chunk_nbytes) for arg in args
+      ]
     chunked = getattr(infos[0].device_host_byte_limiter, "max_bytes", None) is not None
     if chunked or not infos[0].is_ocdbt_checkpoint or any(arg.dtype is not None for arg in args):
       return await super().serialize(values, infos, args)  # type: ignore[arg-type]

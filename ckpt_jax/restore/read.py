@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,17 +14,35 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 
 from ckpt_jax import run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_unreachable, root_cause
-from ckpt_jax.layout.encoding import path_name
+from ckpt_jax.layout.encoding import decode_leaf, path_name
 from ckpt_jax.layout.handler import pytree_handler
-from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, host_sharding, make_plan
+from ckpt_jax.rendezvous import Rendezvous
+from ckpt_jax.restore.choose import (
+  STRATEGIES,
+  Choice,
+  choose,
+  known_network,
+  measure_network,
+  remember_network,
+  speeds,
+  worth_exchanging,
+)
+from ckpt_jax.restore.exchange import compile_seconds, is_compiled
+from ckpt_jax.restore.fetch import fetch
+from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, make_plan
 from ckpt_jax.restore.match import castable, match
 from ckpt_jax.restore.paths import as_patterns, matches, rebuild, selected
+from ckpt_jax.restore.strategies import Route, plan_routes, totals
+from ckpt_jax.restore.together import Together, Worker
+from ckpt_jax.storage.kinds import StorageKind
+from ckpt_jax.tuning.plan import known_profile
+from ckpt_jax.tuning.profile import available_memory
 
 PyTree = Any
 Initialise = Callable[[str, Any], Any]
@@ -47,47 +66,133 @@ class Read:
     state: the tree.
     casts: `{path: (saved dtype, dtype now)}` of the leaves that were cast.
     initialised: paths of the leaves that the step lacks.
+    choice: the strategy, why, and what each was expected to take.
   """
 
   state: PyTree
   casts: dict[str, tuple[str, str]]
   initialised: tuple[str, ...]
+  choice: Choice
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+  """What to read, what is there already, what is cast, and what makes a tree of it all."""
+
+  plans: list[LeafPlan]
+  kept: dict[str, Any]
+  casts: dict[str, tuple[str, str]]
+  assemble: Callable[[dict[str, Any]], PyTree]
 
 
 def read_state(
   step_dir: epath.Path,
   config: Config,
   request: Request,
+  together: Together | None = None,
   *,
+  strategy: str = "direct",
   check: Callable[[str, Any], None] | None = None,
 ) -> Read:
-  """The state of a step.
+  """The state of a step. All processes of the job call it alike, and an error on one is raised on all.
 
   Args:
     step_dir: a committed step.
     config: the settings.
     request: what is wanted.
-    check: called with path and value of each leaf in its stored form, before anything is made of it; may raise.
+    together: the waits of this restore; default: its own.
+    strategy: `direct`, `gather`, `broadcast` or `auto`.
+    check: called with path and value of each leaf as it is delivered; one that is cast, as it was before.
 
   Raises:
     StructureMismatchError: listing every difference between `like` and the step; nothing was read.
     CorruptCheckpointError: if the step cannot be read.
+    RestoreTimeoutError: naming what was waited for, and the processes that did not come.
   """
-  step = _Step(step_dir)
-  plans, kept, casts, assemble = _plan(step, request)
-  values: dict[str, Any] = {}
-  reader = Reader(step, config)
-  stored = reader.read({p.name: p.request(_read_sharding(p)) for p in plans})
-  for plan in plans:
-    value = stored.pop(plan.name)
+  together = together or Together(Rendezvous(f"read {step_dir}"), config.timeouts.restore_s)
+  error: BaseException | None = None
+  planned: _Planned | None = None
+  try:
+    step = Step(step_dir)
+    planned = _plan(step, request)
+  except Exception as e:
+    error = e
+  together.meet("all processes to compare like= with the step", error)
+  assert planned is not None
+  choice, routes = _choose(planned.plans, strategy, step_dir, config, together)
+  values: dict[str, Any] = dict(planned.kept)
+
+  def deliver(plan: LeafPlan, value: Any) -> None:
     check_stored(plan, value)
-    if check is not None:
-      check(plan.name, value)
     values[plan.name] = plan.finish(value)
-  return Read(assemble(values | kept), casts, tuple(kept))
+    if check is not None:
+      check(plan.name, values[plan.name] if plan.cast is None else decode_leaf(value, plan.note))
+
+  error = None
+  try:
+    fetch(routes, Reader(step, config), together, _bound(config), deliver)
+  except Exception as e:
+    error = e
+  if error is not None and together.told(error):
+    raise error
+  together.meet("all processes to finish reading", error)
+  return Read(planned.assemble(values), planned.casts, tuple(planned.kept), choice)
 
 
-class _Step:
+def _bound(config: Config) -> int:
+  """Bytes of leaves that may be under way beside the state."""
+  limit = config.limits.host_memory
+  return limit // 4 if isinstance(limit, int) else max(2**24, min(2**29, available_memory() // 8))
+
+
+def _choose(
+  plans: list[LeafPlan], strategy: str, step_dir: epath.Path, config: Config, together: Together
+) -> tuple[Choice, list[Route]]:
+  """The strategy, which process 0 decides for all, and the routes that follow."""
+  processes = jax.process_count()
+  if processes == 1:
+    why = "one process reads everything once" if strategy == "auto" else "asked for"
+    return Choice("direct" if strategy == "auto" else strategy, why, {}), plan_routes(plans, "direct")
+  routes = {name: plan_routes(plans, name, processes) for name in STRATEGIES}
+  if strategy == "direct":
+    return Choice("direct", "asked for", {}), routes["direct"]
+  costs = {name: totals(r) for name, r in routes.items()}
+  nbytes = float(sum(p.nbytes for p in plans))
+  speed = None
+  if jax.process_index() == 0:
+    kind = None if config.storage.kind == "auto" else StorageKind(config.storage.kind)
+    speed = speeds(known_profile(str(step_dir), kind), known_network())
+  measure = speed is not None and speed.network is None and worth_exchanging(costs, nbytes, speed)
+  if together.meet("process 0 to see whether to measure the network", text="measure" if measure else "")[0]:
+    worker = Worker("ckpt_jax-network")
+    network = together.wait("a measurement of the network", worker.submit(measure_network))
+    worker.close()
+    remember_network(network)
+    if speed is not None:
+      speed = dataclasses.replace(speed, network=network)
+  text = ""
+  if speed is not None:
+    compile_s = {name: _compile_seconds(r) for name, r in routes.items()}
+    choice = choose(costs, nbytes, speed, compile_s, processes)
+    if strategy != "auto":
+      choice = Choice(strategy, "asked for", choice.predicted)
+    text = json.dumps(dataclasses.asdict(choice))
+  choice = Choice(**json.loads(together.meet("process 0 to choose a strategy", text=text)[0]))
+  together.expected_s = choice.predicted[choice.strategy]
+  return choice, routes[choice.strategy]
+
+
+def _compile_seconds(routes: list[Route]) -> float:
+  """What is left to compile for the routes."""
+  left = set()
+  for r in routes:
+    target = r.plan.sharding
+    if r.way in ("spread", "replica") and isinstance(target, NamedSharding):
+      left.add((r.plan.shape, str(r.plan.dtype), target, r.spec))
+  return sum(not is_compiled(*program) for program in left) * compile_seconds()
+
+
+class Step:
   """A step's item, as Orbax describes it."""
 
   def __init__(self, step_dir: epath.Path):
@@ -110,7 +215,7 @@ class Reader:
   failed, and each process may ask for leaves of its own.
   """
 
-  def __init__(self, step: _Step, config: Config):
+  def __init__(self, step: Step, config: Config):
     self._step = step
     self._config = config
 
@@ -143,21 +248,10 @@ class Reader:
     return {name: value for name, value in zip(step.meta, values, strict=True) if name in wanted}
 
 
-def _read_sharding(plan: LeafPlan) -> Sharding | None:
-  """Where a leaf is read to when each process reads what it needs."""
-  if plan.sharding is not None:
-    return plan.sharding
-  # For the default device through the CPU: one copy from there makes an array that is not committed to a device.
-  return host_sharding() if isinstance(plan.like, (jax.Array, jax.ShapeDtypeStruct)) and plan.note is None else None
-
-
 # -- what is wanted
 
 
-def _plan(
-  step: _Step, request: Request
-) -> tuple[list[LeafPlan], dict[str, Any], dict[str, tuple[str, str]], Callable[[dict[str, Any]], PyTree]]:
-  """Plans of the leaves to read, leaves that are there already, casts, and what makes a tree of them all."""
+def _plan(step: Step, request: Request) -> _Planned:
   only = None if request.only is None else as_patterns(request.only, "only")
   infos = step.infos
   if only is not None:
@@ -174,7 +268,7 @@ def _plan(
       make_plan(name, step.meta[name], step.notes.get(name), AS_SAVED, casts[name][1] if name in casts else None)
       for name in infos
     ]
-    return plans, {}, casts, lambda values: rebuild(step.tree, values)
+    return _Planned(plans, {}, casts, lambda values: rebuild(step.tree, values))
   initialise, patterns = _initialisers(request.init_missing)
   like, prefix = _by_path(request.like, only, infos)
   chosen = like
@@ -194,10 +288,10 @@ def _plan(
   def assemble(values: dict[str, Any]) -> PyTree:
     return rebuild(tree, {name.removeprefix(prefix): value for name, value in values.items()})
 
-  return plans, kept, found.casts, assemble
+  return _Planned(plans, kept, found.casts, assemble)
 
 
-def _refuse_thinned(step: _Step, missing: set[str]) -> None:
+def _refuse_thinned(step: Step, missing: set[str]) -> None:
   """One sentence in place of a list of all the leaves that a thinned step has lost."""
   if step.thinned is None or not missing:
     return
@@ -238,7 +332,7 @@ def _by_path(
 
 
 def _casts_as_saved(
-  step: _Step, infos: Mapping[str, run.LeafInfo], cast: bool | Mapping[str, Any]
+  step: Step, infos: Mapping[str, run.LeafInfo], cast: bool | Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
   if not isinstance(cast, Mapping):
     return {}

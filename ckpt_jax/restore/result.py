@@ -21,6 +21,9 @@ class RestoreReport:
     predicted: seconds that each strategy was expected to take; empty if there was nothing to choose.
     casts: `{path: (saved dtype, dtype now)}` of the leaves that were cast.
     initialised: paths of the leaves that the step lacks and that `init_missing` named.
+    verified: how many leaves were found to be, bit for bit, what was saved.
+    unverified: why none were, if so.
+    quarantined: newer steps that could not be restored and count no longer, with the reasons.
   """
 
   strategy: str
@@ -31,6 +34,9 @@ class RestoreReport:
   predicted: dict[str, float] = dataclasses.field(default_factory=dict)
   casts: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
   initialised: tuple[str, ...] = ()
+  verified: int = 0
+  unverified: str = ""
+  quarantined: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

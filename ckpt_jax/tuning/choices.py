@@ -13,8 +13,8 @@ from typing import Any
 
 from ckpt_jax.config import TIMEOUT_FLOOR_S, Config
 from ckpt_jax.storage.kinds import StorageKind
-from ckpt_jax.storage.probe import StorageProfile, Throughput
-from ckpt_jax.tuning.costs import MIB, Layout, Prediction, predict
+from ckpt_jax.storage.probe import StorageProfile
+from ckpt_jax.tuning.costs import MIB, Layout, Prediction, knee_of, predict, streams_of
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
 
 # A change of the layout must bring this much of commit and restore together ...
@@ -84,6 +84,18 @@ class Facts:
     return None if value == default else value
 
   @property
+  def write_streams(self) -> int:
+    return streams_of(self.storage, self.storage.write)
+
+  @property
+  def read_streams(self) -> int:
+    return streams_of(self.storage, self.storage.read)
+
+  @property
+  def knee(self) -> int:
+    return knee_of(self.storage)
+
+  @property
   def piece(self) -> int:
     """Bytes of one array that must be in flight together: all that a process holds of it."""
     return self.state.largest_local_nbytes or self.state.largest_leaf_nbytes
@@ -141,10 +153,10 @@ def _pack(f: Facts, layout: Layout) -> Decision:
 
 def _target_file_size(f: Facts, layout: Layout) -> Decision:
   bucket = not f.storage.kind.traits.overwrite_in_place
-  orbax = _ORBAX_FILE_NBYTES[bucket]
+  orbax = _ORBAX_FILE_NBYTES[f.storage.kind in (StorageKind.GCS, StorageKind.S3)]
   stored = f.predict(layout).nbytes / max(1, f.host.processes)
-  streams = _streams(f.storage.write)
-  size = _rounded(max(stored / streams, 2 * f.storage.knee_nbytes, 16 * MIB))
+  streams = f.write_streams
+  size = _rounded(max(stored / streams, 2 * f.knee, 16 * MIB))
   mine = f.set_by_user("layout.target_file_size")
   if mine:
     value, reason = mine, f"{_times(stored, mine)} a process"
@@ -154,12 +166,11 @@ def _target_file_size(f: Facts, layout: Layout) -> Decision:
     # zarr3, which alone keeps to the target, would compress at level 3 in place of 1.
     value, reason = "auto", "compressed steps keep to Orbax's size"
   elif size >= orbax or stored <= 2 * size:
-    value, reason = "auto", f"{nbytes_text(stored)} a process are uploaded in few objects anyway"
+    value, reason = "auto", f"{nbytes_text(stored)} a process need no other objects than Orbax's"
   else:
     value = size
-    reason = f"{nbytes_text(stored)} a process in {_times(stored, size)} objects fill the {streams} streams at which "
-    reason += f"writes reach {rate_text(f.storage.write_bytes_per_s)}; reads are worth while from "
-    reason += nbytes_text(f.storage.knee_nbytes)
+    reason = f"{nbytes_text(stored)} a process in {_times(stored, size)} objects: up to {streams} are on their way at "
+    reason += f"a time, and a request is worth while from {nbytes_text(f.knee)}"
   default = f"{nbytes_text(orbax)}: {_times(stored, orbax)} a process"
   return Choice("layout.target_file_size", value, reason, default, bool(mine)), dataclasses.replace(
     layout, target_file_size=None if value == "auto" else value
@@ -167,9 +178,9 @@ def _target_file_size(f: Facts, layout: Layout) -> Decision:
 
 
 def _chunk_size(f: Facts, layout: Layout) -> Decision:
-  streams = _streams(f.storage.read)
+  streams = f.read_streams
   shard = f.state.largest_shard_nbytes or f.state.largest_leaf_nbytes
-  least = max(8 * f.storage.knee_nbytes, 16 * MIB)
+  least = max(8 * f.knee, 16 * MIB)
   enough = (f.state.local_shards or f.state.leaves) >= 2 * streams
   mine = f.set_by_user("layout.chunk_size")
   value: Any = "auto"
@@ -184,7 +195,7 @@ def _chunk_size(f: Facts, layout: Layout) -> Decision:
     reason = (
       f"the largest piece, {nbytes_text(shard)}, is read by {_times(shard, value)} requests at a time, each well "
     )
-    reason += f"above the {nbytes_text(f.storage.knee_nbytes)} from which a request is worth while"
+    reason += f"above the {nbytes_text(f.knee)} from which a request is worth while"
   default = f"whole pieces: {nbytes_text(shard)} by one request at {rate_text(_one_stream(f.storage))}"
   return Choice("layout.chunk_size", value, reason, default, bool(mine)), dataclasses.replace(
     layout, chunk_size=None if value == "auto" else value
@@ -227,7 +238,7 @@ def _concurrency(f: Facts, layout: Layout, path: str) -> Decision:
   saving = path.endswith("save_concurrency")
   held = f.state.local_nbytes or f.state.nbytes
   share = f.host.memory_nbytes // _MEMORY_SHARE
-  wanted = min(max(_IN_FLIGHT, 2 * _streams(f.storage.write if saving else f.storage.read) * 8 * MIB), share)
+  wanted = min(max(_IN_FLIGHT, 2 * (f.write_streams if saving else f.read_streams) * 8 * MIB), share)
   value = max(wanted, f.piece)
   reason = f"{nbytes_text(wanted)} in flight keep {'writes' if saving else 'reads'} busy"
   if wanted == share:
@@ -252,7 +263,7 @@ def _restore_concurrency(f: Facts, layout: Layout) -> Decision:
 
 
 def _file_io(f: Facts, layout: Layout) -> Decision:
-  streams = max(_streams(f.storage.read), _streams(f.storage.write))
+  streams = max(f.read_streams, f.write_streams)
   mine = f.set_by_user("limits.file_io_concurrency")
   value = mine or min(_ORBAX_FILE_IO, max(8, 4 * streams))
   reason = f"throughput stops growing at {streams} streams; 4 times that leaves room for small ones"
@@ -344,12 +355,6 @@ CHOICES: tuple[Callable[[Facts, Layout], Decision], ...] = (
   _save_timeout,
   _restore_timeout,
 )
-
-
-def _streams(curve: tuple[Throughput, ...]) -> int:
-  """The fewest streams that reach 9/10 of the best throughput."""
-  best = max((t.bytes_per_s for t in curve), default=0.0)
-  return next((t.streams for t in curve if t.bytes_per_s >= 0.9 * best), 1)
 
 
 def _one_stream(storage: StorageProfile) -> float:

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 
-from ckpt_jax.storage.probe import StorageProfile
+from ckpt_jax.storage.probe import StorageProfile, Throughput
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
 
 MIB = 1 << 20
@@ -204,16 +204,34 @@ def _pieces(state: StateProfile, shards: int, layout: Layout) -> int:
 
 def _read_s(storage: StorageProfile, nbytes: float, pieces: int, sharing: int) -> float:
   """Storage time of reading `nbytes` in `pieces`: bound by the throughput, or by the requests if they are small."""
-  streams = max((t for t in storage.read), key=lambda t: t.bytes_per_s, default=None)
   bound = nbytes / _rate(storage.read_bytes_per_s, sharing)
-  if not storage.ranges or streams is None:
+  if not storage.ranges:
     return bound
-  parallel = max(1, streams.streams)
+  parallel = streams_of(storage, storage.read)
   return max(bound, pieces * request_s(storage, nbytes / pieces) / parallel * sharing)
 
 
+def streams_of(storage: StorageProfile, curve: tuple[Throughput, ...]) -> int:
+  """The fewest streams that reach 9/10 of the best throughput.
+
+  A quick probe may have had time for one level only; then what is usual on the kind of storage.
+  """
+  if len(curve) < 2:
+    return storage.kind.traits.parallelism
+  best = max(t.bytes_per_s for t in curve)
+  return next(t.streams for t in curve if t.bytes_per_s >= 0.9 * best)
+
+
+def knee_of(storage: StorageProfile) -> int:
+  """The size from which a request is worth while; what is usual where only small ones were measured."""
+  usual = storage.kind.traits.request_nbytes
+  if not storage.ranges or storage.ranges[-1].nbytes < usual:
+    return max(usual, storage.knee_nbytes if storage.ranges else 0)
+  return storage.knee_nbytes
+
+
 def request_s(storage: StorageProfile, nbytes: float) -> float:
-  """Seconds of one read of `nbytes`, between the sizes that were measured by straight lines."""
+  """Seconds of one read of `nbytes`: by straight lines between the sizes measured, beyond them at the full rate."""
   ranges = storage.ranges
   if nbytes <= ranges[0].nbytes:
     return ranges[0].seconds
@@ -221,4 +239,4 @@ def request_s(storage: StorageProfile, nbytes: float) -> float:
     if nbytes <= b.nbytes:
       return a.seconds + (b.seconds - a.seconds) * (nbytes - a.nbytes) / (b.nbytes - a.nbytes)
   last = ranges[-1]
-  return last.seconds * nbytes / last.nbytes
+  return last.seconds + (nbytes - last.nbytes) / max(storage.read_bytes_per_s, last.nbytes / last.seconds)

@@ -13,6 +13,7 @@ multihost.initialize()
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,6 +43,21 @@ def check(state):
 if mode == "save":
   with ckpt.Checkpointer(run) as c:
     c.save(0, init(), metrics={"loss": 1.0}, extras={"data": 3})
+elif mode == "reopen":
+  for step in range(3):
+    with ckpt.Checkpointer(run) as c:
+      c.save(step, init())
+      c.wait()
+      c.save(step + 10, init())
+elif mode == "reads":
+  # What a save reads: its own code and small files, and nothing like the shards of another process.
+  with ckpt.Checkpointer(run) as c:
+    for step in (1, 0):  # the first imports and connects
+      c.wait()
+      before = psutil.Process().io_counters().read_chars
+      c.save(step, init(), force=True)
+      c.wait()
+    print("read", psutil.Process().io_counters().read_chars - before, flush=True)
 elif mode == "restore":
   with ckpt.Checkpointer(run) as c:
     got = c.restore_or_init(init)

@@ -1,0 +1,337 @@
+"""Faults as real processes, ckpt_jax beside plain Orbax: what is kept, what is told, what works afterwards.
+
+Each row of the table is a fault, each entry in the JSON one try of it. A try is good if every step that was committed
+before the fault restores bit for bit, training was told of a lost step (once, or not at all where none was lost), the
+next save works, a new process can go on, and it finds nothing left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import queue
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ckpt_jax.bench.fault_worker import SIDES
+from ckpt_jax.errors import CheckpointError
+from ckpt_jax.multihost import Job
+
+_WORKER = ["-m", "ckpt_jax.bench.fault_worker"]
+KILLS = {"kill_1": 1, "kill_4": 4}
+FAULTS: dict[str, str] = {
+  "kill_1": "kill -9 at a random moment of a save, one process",
+  "kill_4": "kill -9 of one of four processes at a random moment of a save",
+  "full_disk": "somebody else fills the disk during a save",
+  "too_large": "a step that does not fit, tried three times",
+  "read_only": "file system turns read-only during a run, and back",
+  "directory_deleted": "directory of a step deleted while it is written",
+  "hang": "storage stops to answer in the middle of a save, longer than the timeout (5 s)",
+  "sigterm": "SIGTERM during a save",
+  "odd_directories": "an empty directory 4 and a foreign directory 5 in the run",
+  "clock_back": "the clock of the next job is a year behind",
+  "two_jobs": "a second job writes into the same run",
+  "copied": "a finished run copied with rsync -r, the original gone",
+}
+
+
+class Worker:
+  """A worker process and what it tells."""
+
+  def __init__(self, side: str, name: str, run: pathlib.Path, **options: Any):
+    self.facts: dict[str, Any] = {}
+    options.setdefault("megabytes", 8)
+    self.child = subprocess.Popen(
+      [sys.executable, *_WORKER, side, name, str(run), json.dumps(options)],
+      env=_environment(),
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+    )
+    self._lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=self._read, daemon=True).start()
+
+  def _read(self) -> None:
+    assert self.child.stdout is not None
+    for line in self.child.stdout:
+      self._lines.put(line)
+    self._lines.put(None)
+
+  def until(self, key: str, timeout: float) -> bool:
+    """Reads until a fact is there; False if the process ended or the time is over before."""
+    deadline = time.monotonic() + timeout
+    while key not in self.facts:
+      try:
+        line = self._lines.get(timeout=max(0.01, deadline - time.monotonic()))
+      except queue.Empty:
+        return False
+      if line is None:
+        return False
+      with contextlib.suppress(ValueError):
+        self.facts.update(json.loads(line))
+    return True
+
+  def end(self, timeout: float) -> int | None:
+    """Waits for the end; kills it when the time is over, and returns None then."""
+    with contextlib.suppress(OSError):
+      assert self.child.stdin is not None
+      self.child.stdin.close()
+    try:
+      code = self.child.wait(timeout)
+    except subprocess.TimeoutExpired:
+      self.child.kill()
+      self.child.wait(30)
+      code = None
+    self.until("nothing that is ever told", 1.0)
+    return code
+
+
+def _environment() -> dict[str, str]:
+  return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+
+
+@contextlib.contextmanager
+def _disk(work: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
+  """A file system of its own for the faults that need one: a tmpfs, or ext4 in a file where it must freeze."""
+  if name not in ("full_disk", "too_large", "read_only", "hang"):
+    yield work
+    return
+  if os.geteuid() != 0:
+    raise CheckpointError(f"{name}: mounting a file system needs root")
+  disk = work / "disk"
+  disk.mkdir()
+  if name == "hang":
+    image = work / "image"
+    with open(image, "wb") as file:
+      file.truncate(256 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True, capture_output=True)
+    command = ["mount", "-o", "loop", str(image), str(disk)]
+  else:
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+  mounted = subprocess.run(command, capture_output=True, text=True)
+  if mounted.returncode:
+    raise CheckpointError(f"{name}: cannot mount here: {mounted.stderr.strip()}")
+  try:
+    yield disk
+  finally:
+    if name == "hang":
+      subprocess.run(["fsfreeze", "-u", disk], capture_output=True)
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def kills(
+  side: str, processes: int, seeds: list[int], megabytes: int = 16, log: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+  """Lives of one job after another in one run, each killed at a moment that its seed decides; see `live`."""
+  work = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-jax-faults-"))
+  found: list[dict[str, Any]] = []
+  try:
+    for number, seed in enumerate([*seeds, None]):
+      report, victim, begun = _life(side, work / "run", processes, megabytes, seed)
+      if number:
+        last = found[-1]
+        committed = report.get("found", [])
+        last |= {
+          # Three steps are kept; the one that was being written may be lost, and nothing else.
+          "kept": not report.get("wrong", [-1]) and (committed or [-1])[-1] >= last["begun"] - 2,
+          "leftovers": report.get("leftovers", -1),
+          "next": report.get("next", False),
+          "told": report.get("told", []),
+        }
+        last["good"] = last["kept"] and last["next"] and last["leftovers"] == 0
+        log(f"{side}, {processes} processes, seed {last['seed']}: {'good' if last['good'] else last}")
+      if seed is not None:
+        found.append({"seed": seed, "victim": victim, "begun": begun})
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+  return found
+
+
+def _life(
+  side: str, run: pathlib.Path, processes: int, megabytes: int, seed: int | None
+) -> tuple[dict[str, Any], int, int]:
+  """Starts a job and kills it. Returns what it said, which process was killed, and the step that was being written."""
+  rng = random.Random(seed)
+  wanted, delay, victim = rng.randint(2, 4), rng.uniform(0, 0.25 * processes**0.5), rng.randrange(processes)
+  facts: dict[str, Any] = {"next": False}
+  begun: list[int] = []
+  enough = threading.Event()
+
+  def listen(_: int, line: str) -> None:
+    with contextlib.suppress(ValueError):
+      told = json.loads(line)
+      if not isinstance(told, dict):
+        return
+      facts.update({k: v for k, v in told.items() if k != "begin"})
+      if "begin" in told:
+        begun.append(told["begin"])
+        if len(begun) > 1:
+          facts["next"] = True  # the save before it was accepted, and the one before that is committed
+        if len(begun) == wanted:
+          enough.set()
+
+  options = json.dumps({"megabytes": megabytes, "saves": 10**6 if seed is not None else 2})
+  job = Job([*_WORKER, side, "live", str(run), options], processes=processes, on_line=listen, env=_environment())
+  try:
+    if seed is None:
+      ended = job.wait(240)
+      facts["next"] = bool(facts.get("good")) and all(r.returncode == 0 for r in ended)
+    elif not enough.wait(180):
+      raise CheckpointError(f"{side}: no save was begun in 180 s:\n{job.log(0)}")
+    else:
+      time.sleep(delay)
+      job.kill(victim)
+      time.sleep(0.2 if processes > 1 else 0)
+  finally:
+    job.stop(grace=0)
+  return facts, victim, begun[-1] if begun else -1
+
+
+def one_fault(side: str, name: str, seed: int) -> dict[str, Any]:
+  """One try of a fault that is no kill."""
+  work = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-jax-faults-"))
+  try:
+    with _disk(work, name) as disk:
+      return {"seed": seed} | _special.get(name, _fault)(side, name, seed, disk)
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _fault(side: str, name: str, seed: int, disk: pathlib.Path) -> dict[str, Any]:
+  run = disk / "run"
+  clock = {"clock": 365 * 86400.0} if name == "clock_back" else {}
+  timeout = 5.0 if name == "hang" else 60.0
+  worker = Worker(side, name, run, disk=str(disk), seed=seed, timeout=timeout, **clock)
+  code = worker.end(150)
+  facts = worker.facts
+  if name == "odd_directories":
+    facts["foreign kept"] = any(p.read_text() == "mine" for p in run.glob("5*/thesis.tex"))
+  new = Worker(side, "after", run)
+  new.end(120)
+  return _judged(name, facts, new.facts, code)
+
+
+def _judged(name: str, facts: dict[str, Any], new: dict[str, Any], code: int | None) -> dict[str, Any]:
+  errors = facts.get("errors", [])
+  wants = {"too_large": 3, "sigterm": 0, "odd_directories": 0, "clock_back": 0}.get(name, 1)
+  found = new.get("found", [])
+  result: dict[str, Any] = {
+    "kept": bool(set(facts.get("must stay", [1])) <= set(found) and not new.get("wrong", [1])),
+    "told": errors,
+    # The step may have been faster than the fault.
+    "told right": len(errors) == wants or (wants == 1 and not errors and 2 in found),
+    "next": facts.get("next", name == "sigterm") and new.get("next", False),
+    "leftovers": new.get("leftovers", -1),
+    "ended": code is not None,
+    "notes": [*facts.get("told", []), *new.get("told", [])],
+  }
+  if name == "sigterm":
+    result["kept"] = result["kept"] and 3 in found
+    result["ended"] = code == 0
+  if "waited_s" in facts:
+    result["waited_s"] = round(facts["waited_s"], 1)
+  if "foreign kept" in facts:
+    result["kept"] = result["kept"] and facts["foreign kept"]
+  result["good"] = bool(
+    result["kept"] and result["told right"] and result["next"] and result["leftovers"] == 0 and result["ended"]
+  )
+  return result
+
+
+def _two_jobs(side: str, name: str, seed: int, disk: pathlib.Path) -> dict[str, Any]:
+  run = disk / "run"
+  first = Worker(side, "hold", run)
+  first.until("saved", 120)
+  second = Worker(side, "after", run, step=5)
+  second.end(120)
+  first.end(120)
+  refused = not second.facts.get("next", True) and any("another job" in t for t in second.facts.get("told", []))
+  new = Worker(side, "after", run)
+  new.end(120)
+  judged = _judged(name, first.facts | {"errors": second.facts.get("told", []), "must stay": [0, 5]}, new.facts, 0)
+  judged["told right"] = refused
+  judged["good"] = judged["good"] and refused
+  return judged
+
+
+def _copied(side: str, name: str, seed: int, disk: pathlib.Path) -> dict[str, Any]:
+  first = Worker(side, "clock_back", disk / "run", disk=str(disk), seed=seed)
+  first.end(120)
+  subprocess.run(["rsync", "-r", f"{disk}/run/", f"{disk}/copy"], check=True)
+  shutil.rmtree(disk / "run")
+  new = Worker(side, "after", disk / "copy")
+  code = new.end(120)
+  judged = _judged("clock_back", first.facts | {"must stay": [0, 1]}, new.facts, code)
+  return judged
+
+
+_special: dict[str, Callable[..., dict[str, Any]]] = {"two_jobs": _two_jobs, "copied": _copied}
+
+
+def campaign(
+  names: list[str], seeds: int, kill_seeds: int, minutes: float, results: dict[str, Any], log: Callable[[str], None]
+) -> dict[str, Any]:
+  """Runs what `results` does not hold yet, until the time is over. Returns the completed results."""
+  deadline = time.monotonic() + minutes * 60
+  rows = results.setdefault("faults", {})
+  for name in names:
+    for side in SIDES:
+      tries = rows.setdefault(name, {}).setdefault(side, [])
+      done = {t["seed"] for t in tries}
+      missing = [s for s in range(kill_seeds if name in KILLS else seeds) if s not in done]
+      while missing and time.monotonic() < deadline:
+        if name in KILLS:
+          some, missing = missing[:5], missing[5:]
+          tries += kills(side, KILLS[name], some, log=log)
+        else:
+          seed, missing = missing[0], missing[1:]
+          tries.append(one_fault(side, name, seed))
+          log(f"{side}, {name}, seed {seed}: {'good' if tries[-1]['good'] else tries[-1]}")
+  results["cpus"] = os.cpu_count()
+  return results
+
+
+def table(results: dict[str, Any]) -> str:
+  """The results as Markdown: tries that were good of those made, and what went wrong in the others."""
+  lines = ["| fault | ckpt_jax | plain Orbax | what went wrong with Orbax |", "|---|---|---|---|"]
+  for name, sides in results["faults"].items():
+    cells = [
+      f"{sum(t['good'] for t in sides[side])} of {len(sides[side])}" if sides.get(side) else "-" for side in SIDES
+    ]
+    lines.append(f"| {FAULTS[name]} | {cells[0]} | {cells[1]} | {_complaints(sides.get('orbax', []))} |")
+  return "\n".join(lines)
+
+
+def _complaints(tries: list[dict[str, Any]]) -> str:
+  found: dict[str, int] = {}
+  for t in tries:
+    if t["good"]:
+      continue
+    for key, text in (
+      ("kept", "a committed step or a foreign file was lost or changed"),
+      ("told right", "training was not told, or told more than once"),
+      ("next", "the next save failed"),
+      ("ended", "the process did not end as it should"),
+    ):
+      if not t.get(key, True):
+        found[text] = found.get(text, 0) + 1
+    if t["leftovers"]:
+      found["leftovers stayed"] = found.get("leftovers stayed", 0) + 1
+  return "; ".join(f"{text} ({count})" for text, count in found.items())
+
+
+def render(results: dict[str, Any], template: str) -> str:
+  """Puts the table between the marks of a Markdown file."""
+  head, _, rest = template.partition("<!-- faults -->")
+  _, _, tail = rest.partition("<!-- /faults -->")
+  return f"{head}<!-- faults -->\n{table(results)}\n<!-- /faults -->{tail}"

@@ -1,0 +1,165 @@
+"""Predictions of a plan beside what then happened: w1 to w3 on a disk and on a bucket behind a 50 MB/s link.
+
+Each round measures the storage anew, plans, saves and restores, so that a disk which is slow for a minute is slow for
+both. The same for a compressible state, with compression as the plan decides, on and off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ckpt_jax.bench.buckets import gcs_server
+from ckpt_jax.bench.link import available, limited_link
+from ckpt_jax.bench.suites import SUITES, state_of
+from ckpt_jax.errors import CheckpointError, ConfigError
+
+STATES = ("w1", "w2", "w3")
+COMPRESSIBLE = "compressible"
+_LINK_MBIT = 400.0
+# One probe of a round; the disk's own write-behind is seen only by some hundred megabytes.
+_PROBE = {"disk": (6.0, "1GiB"), "50 MB/s": (6.0, "128MiB")}
+_TIMEOUT = 1500.0
+
+
+def run(
+  rounds: int = 5,
+  states: tuple[str, ...] = (*STATES, COMPRESSIBLE),
+  storages: tuple[str, ...] = ("disk", "50 MB/s"),
+  directory: str | None = None,
+  progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+  """All measurements, as JSON-able data.
+
+  Args:
+    rounds: on the disk; the slow link gets 3 at most.
+    states: of `STATES` and `COMPRESSIBLE`.
+    storages: `disk`, `50 MB/s`.
+    directory: on the disk to measure; None: the temporary directory.
+    progress: told what is measured now.
+
+  Raises:
+    ConfigError: for a state or storage that there is not.
+    CheckpointError: if a measurement fails, or if this process may not limit a link.
+  """
+  for name, known in ((states, (*STATES, COMPRESSIBLE)), (storages, tuple(_PROBE))):
+    for one in name:
+      if one not in known:
+        raise ConfigError(f"no {one!r}; there are {', '.join(known)}")
+  found: dict[str, Any] = {
+    "rounds": rounds,
+    "cpus": os.cpu_count(),
+    "python": platform.python_version(),
+    "results": {},
+  }
+  for storage in storages:
+    if storage != "disk" and not available():
+      raise CheckpointError("the 50 MB/s link needs root and iproute2 (ip, tc); leave it out with --storage disk")
+    for state in states:
+      progress(f"{state} on {storage}")
+      with _storage(storage, directory) as (where, env):
+        count = rounds if storage == "disk" else min(rounds, 3)
+        rows = _child(state, storage, where, count, env)
+      found["results"].setdefault(storage, {})[state] = summary(rows)
+  return found
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """Medians over rounds of what was predicted and measured, by setting, and their ratios."""
+  result: dict[str, Any] = {}
+  for setting in dict.fromkeys(row["setting"] for row in rows):
+    mine = [row for row in rows if row["setting"] == setting]
+    entry: dict[str, Any] = {"compression": mine[-1]["compression"]}
+    for key in ("blocking_s", "commit_s", "restore_s", "nbytes"):
+      predicted = statistics.median(row["predicted"][key] for row in mine)
+      measured = statistics.median(row["measured"][key] for row in mine)
+      entry[key] = {
+        "predicted": predicted,
+        "measured": measured,
+        "ratio": predicted / measured,
+        "all": [[row["predicted"][key], row["measured"][key]] for row in mine],
+      }
+    result[setting] = entry
+  if len(result) > 1:
+    times = {name: e["commit_s"]["measured"] + e["restore_s"]["measured"] for name, e in result.items()}
+    best = min(times[name] for name in times if name != "auto")
+    result["auto"]["loss_to_best_fixed"] = times["auto"] / best - 1
+  return result
+
+
+@contextlib.contextmanager
+def _storage(name: str, directory: str | None) -> Iterator[tuple[str, Mapping[str, str]]]:
+  with contextlib.ExitStack() as stack:
+    work = stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=directory))
+    cache = {"XDG_CACHE_HOME": f"{work}/cache"}
+    if name == "disk":
+      yield f"{work}/runs", cache
+      return
+    link = stack.enter_context(limited_link(_LINK_MBIT))
+    bucket = stack.enter_context(gcs_server(f"{work}/objects", link=link))
+    yield f"{bucket.url}/runs", {**bucket.env, **cache}
+
+
+def _child(state: str, storage: str, where: str, rounds: int, env: Mapping[str, str]) -> list[dict[str, Any]]:
+  devices = SUITES[state].devices
+  command = [sys.executable, "-m", __name__, state, storage, where, str(rounds)]
+  full = {
+    **os.environ,
+    **env,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+  }
+  done = subprocess.run(command, env=full, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+  if done.returncode:
+    raise CheckpointError(f"bench predictions: {state} on {storage}: {done.stderr[-2000:]}")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+# -- in the child
+
+
+def _measure(state_name: str, storage: str, where: str, rounds: int) -> list[dict[str, Any]]:
+  import ckpt_jax
+  from ckpt_jax.bench.trial import trials
+  from ckpt_jax.bench.variants import on_devices
+  from ckpt_jax.config import Config
+  from ckpt_jax.tuning.profile import profile_host, profile_state
+
+  suite = SUITES[state_name]
+  state = on_devices(state_of(suite), suite)
+  choices = ("auto", "on", "off") if state_name == COMPRESSIBLE else ("auto",)
+  profile, host = profile_state(state), profile_host()
+  budget, limit = _PROBE[storage]
+  rows = []
+  with trials(where, state) as measure:
+    for turn in range(rounds + 1):
+      measured = ckpt_jax.probe(where, budget, limit)
+      for setting in choices[turn % len(choices) :] + choices[: turn % len(choices)]:
+        user = Config(layout={"compression": setting})
+        plan = ckpt_jax.make_plan(profile, measured, host, user)
+        sample = measure(plan.apply(user))
+        if turn:  # the first of a process pays for imports and connections
+          rows.append(
+            {
+              "setting": setting,
+              "compression": plan.values["layout.compression"],
+              "predicted": {key: getattr(plan, key) for key in ("blocking_s", "commit_s", "restore_s", "nbytes")},
+              "measured": {key: getattr(sample, key) for key in ("blocking_s", "commit_s", "restore_s", "nbytes")},
+            }
+          )
+  return rows
+
+
+if __name__ == "__main__":
+  from absl import logging as absl_logging
+
+  absl_logging.set_verbosity("error")
+  print(json.dumps(_measure(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))))

@@ -1,0 +1,70 @@
+"""`ckpt-jax verify` and `ckpt-jax rollback`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated
+
+import typer
+
+from ckpt_jax.cli_common import Json, Run, print_json, print_table
+from ckpt_jax.units import size_text
+
+
+def verify(
+  run: Run,
+  step: Annotated[int | None, typer.Argument(help="Default: all committed steps.", show_default=False)] = None,
+  as_json: Json = False,
+) -> None:
+  """Read steps from storage and compare every bit with what was saved; exit 1 if anything is wrong."""
+  from rich.console import Console
+  from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+  from ckpt_jax.verification import verdicts
+
+  columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+  with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    tasks: dict[int, object] = {}
+
+    def show(number: int, done: int, total: int) -> None:
+      if number not in tasks:
+        tasks[number] = bar.add_task(f"step {number}", total=total)
+      bar.update(tasks[number], completed=done)  # type: ignore[arg-type]
+
+    found = list(verdicts(run, step, show))
+  findings = [finding for verdict in found for finding in verdict.findings]
+  if as_json:
+    print_json([dataclasses.asdict(verdict) for verdict in found])
+  else:
+    rows = [
+      (str(v.step), "damaged" if v.findings else "sound", str(v.leaves), size_text(v.nbytes), v.how_far) for v in found
+    ]
+    print_table(("step", "", "leaves", "size", "checked"), rows)
+    if findings:
+      print_table(
+        ("step", "kind", "leaf", "file", "what is wrong"),
+        [(str(f.step), f.kind, f.leaf, f.file, f.message) for f in findings],
+      )
+  if findings:
+    raise typer.Exit(1)
+
+
+def rollback(
+  run: Run,
+  step: Annotated[int, typer.Argument(help="The step that shall be the newest.", show_default=False)],
+  delete: Annotated[bool, typer.Option("--delete", help="Delete the newer steps for good.")] = False,
+  as_json: Json = False,
+) -> None:
+  """Make an older step the newest one; no job may be writing the run."""
+  from ckpt_jax.integrity.recovery import rollback as roll_back
+  from ckpt_jax.run import run_directory
+
+  directory = run_directory(run)
+  newer = roll_back(directory, step, delete=delete)
+  if as_json:
+    print_json({"step": step, "deleted" if delete else "set_aside": newer})
+    return
+  names = ", ".join(map(str, newer)) or "none"
+  where = "deleted" if delete else f"in {directory}/.ckpt_jax/set_aside"
+  typer.echo(f"step {step} is the newest; newer steps: {names}" + (f" ({where})" if newer else ""))

@@ -1,0 +1,77 @@
+"""OCDBT databases of a step: are their nodes readable, and which file holds which leaf."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from ckpt_jax.failures import root_cause
+from ckpt_jax.storage.kvstore import kvstore_spec
+
+MANIFEST = "manifest.ocdbt"
+
+
+def directories(item: epath.Path) -> list[epath.Path]:
+  """The item itself, if it is a database, and those of the processes that wrote it, which it refers to."""
+  parts = sorted(p for p in item.iterdir() if p.name.startswith("ocdbt.process_"))
+  return [item, *parts] if (item / MANIFEST).exists() else parts
+
+
+def unreadable(database: epath.Path) -> str | None:
+  """Why the keys of a database cannot be listed; its manifest and nodes carry checksums. None if they can."""
+  import tensorstore as ts
+
+  if not (database / MANIFEST).exists():
+    return f"{MANIFEST} is missing"  # TensorStore would take it for an empty database
+  try:
+    ts.KvStore.open({"driver": "ocdbt", "base": _base(database)}).result().list().result()
+  except Exception as e:
+    return root_cause(e)
+  return None
+
+
+def files_of(item: epath.Path, name: str) -> list[str]:
+  """The files, relative to the item, that hold the chunks of a leaf; empty where that cannot be told.
+
+  Args:
+    item: the item's directory.
+    name: the leaf as it is stored: names with dots between.
+  """
+  if not (item / MANIFEST).exists():
+    return [name] if (item / name).exists() else []
+  prefix = f"{name}/".encode()
+  try:
+    return sorted({file for key, file in _values(item) if key.startswith(prefix)})
+  except Exception:  # whatever damage hides it
+    return []
+
+
+def _values(item: epath.Path) -> Iterator[tuple[bytes, str]]:
+  """The keys of a database whose values lie outside its nodes, and in which file."""
+  import tensorstore as ts
+
+  base = ts.KvStore.open(_base(item)).result()
+  versions = ts.ocdbt.dump(base).result()["versions"]
+  yield from _below(base, versions[-1]["root"]["location"], b"")
+
+
+def _below(base: Any, location: str, prefix: bytes) -> Iterator[tuple[bytes, str]]:
+  import tensorstore as ts
+
+  node = ts.ocdbt.dump(base, location).result()
+  for entry in node["entries"]:
+    key = prefix + bytes(entry.get("key", b""))
+    if "indirect_value" in entry:
+      match = re.fullmatch(r"value:(.*?):(.*):\d+:\d+", str(entry["indirect_value"]))
+      if match:
+        yield key, match[1] + match[2]
+    elif "location" in entry:
+      common = int(entry.get("subtree_common_prefix_length", 0))
+      yield from _below(base, entry["location"], prefix + bytes(entry.get("key", b""))[:common])
+
+
+def _base(directory: epath.Path) -> dict[str, Any]:
+  return kvstore_spec(str(directory).rstrip("/") + "/")

@@ -1,0 +1,157 @@
+"""Which step a restore takes when the newest cannot be read, and what becomes of those that could not."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import jax
+from etils import epath
+
+from ckpt_jax import run
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
+from ckpt_jax.integrity.aside import QUARANTINE, SET_ASIDE, aside, damaged_steps, put_aside, remove_aside
+
+if TYPE_CHECKING:  # a room below
+  from ckpt_jax.restore.together import Together
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def candidates(directory: epath.Path, *, healthy: bool) -> list[int]:
+  """The steps that a restore of the newest may take, best first, damaged ones included.
+
+  Newest first, but for thinned ones, from which no training goes on.
+
+  Args:
+    directory: the run.
+    healthy: leave out the steps that are tagged unhealthy.
+  """
+  damaged = damaged_steps(directory)
+  if healthy:
+    steps, unreadable = run.list_readable_steps(directory)
+    found = [s.step for s in steps if s.healthy is not False]
+    damaged |= unreadable
+    thinned = {s.step for s in steps if not s.resumable}
+  else:
+    found = run.committed_steps(directory)
+    newest = run.newest_to_restore(directory)
+    thinned = {step for step in found if newest is not None and step > newest}
+  return sorted({*found, *damaged}, key=lambda step: (step not in thinned, step), reverse=True)
+
+
+def damage(directory: epath.Path, step: int) -> CorruptCheckpointError | None:
+  """Why a directory that holds a step is no step any more; None if it is one, or never was."""
+  return None if run.is_step(directory / str(step)) else damaged_steps(directory).get(step)
+
+
+def newest_sound(
+  directory: epath.Path, steps: Sequence[int], attempt: Callable[[int], T], together: Together, *, fallback: bool
+) -> tuple[T, dict[int, str]]:
+  """What `attempt` makes of the newest step that it can read, and why it could not read newer ones.
+
+  Those are put into quarantine, but only once an older step was read: where none can be, the fault may lie elsewhere,
+  and nothing is touched.
+
+  Args:
+    directory: the run.
+    steps: newest first.
+    attempt: reads a step; raises the same error on all processes.
+    together: the waits of the restore.
+    fallback: whether to go on to older steps; else the first error is raised.
+
+  Raises:
+    CorruptCheckpointError: if no step could be read.
+    CheckpointError: anything else that `attempt` raises: storage that does not answer, or a `like` that does not fit,
+      says nothing about the step.
+  """
+  failed: dict[int, str] = {}
+  for step in steps:
+    try:
+      found = attempt(step)
+    except CorruptCheckpointError as e:
+      if not fallback:
+        raise
+      if not failed and step == steps[-1]:
+        raise  # the only one
+      failed[step] = str(e)
+      _log.error("step %d cannot be restored (%s); trying the one before", step, e)
+      continue
+    if failed:
+      _quarantine(directory, failed, together)
+      _log.error("restored step %d in place of %s, which are in quarantine", step, ", ".join(map(str, failed)))
+    return found, failed
+  reasons = "\n  ".join(f"step {step}: {why}" for step, why in failed.items())
+  raise CorruptCheckpointError(f"{directory}: none of the steps {list(failed)} can be restored:\n  {reasons}")
+
+
+def _quarantine(directory: epath.Path, failed: dict[int, str], together: Together) -> None:
+  if jax.process_index() == 0:
+    try:
+      put_aside(directory, failed, QUARANTINE, failed)
+    except CheckpointError as e:  # a run that can only be read is restored all the same
+      _log.warning("%s", e)
+  together.meet("process 0 to put damaged steps into quarantine")
+
+
+def refuse_to_start_afresh(directory: epath.Path, together: Together) -> None:
+  """Raises, on all processes, if a run without a step that counts has had one: it must not begin at 0 in silence.
+
+  Raises:
+    CorruptCheckpointError: naming what there is.
+  """
+  error: Exception | None = None
+  if jax.process_index() == 0:
+    try:
+      quarantined = sorted(aside(directory, QUARANTINE))
+      if quarantined:
+        error = CorruptCheckpointError(
+          f"{directory}: no step is left, and steps {quarantined} are in quarantine ({run.NOTES}/{QUARANTINE}). Start "
+          "in another directory, or remove them to begin afresh"
+        )
+    except Exception as e:
+      error = e
+  together.meet("process 0 to see whether the run is new", error)
+
+
+def rollback(directory: epath.Path, step: int, *, delete: bool = False) -> list[int]:
+  """Makes `step` the newest that counts. To be called by one process; `Checkpointer.rollback` is for running jobs.
+
+  Args:
+    directory: the run.
+    step: a committed step.
+    delete: remove the newer steps for good, those of earlier rollbacks too, rather than set them aside.
+
+  Returns:
+    The newer steps, now set aside or deleted.
+
+  Raises:
+    NoCheckpointError: if there is no such step.
+    CheckpointError: if a newer one is pinned and would be deleted.
+  """
+  run.step_directory(directory, step)
+  newer = [s for s in run.committed_steps(directory) if s > step] + [s for s in damaged_steps(directory) if s > step]
+  newer = sorted(set(newer))
+  pinned = run.noted_steps(directory, run.PINS) & set(newer)
+  if delete and pinned:
+    raise CheckpointError(f"{directory}: steps {sorted(pinned)} are pinned; unpin them, or roll back without delete")
+  put_aside(directory, newer, SET_ASIDE, dict.fromkeys(newer, f"rolled back to step {step}"))
+  if delete:
+    past = {s for s in aside(directory, SET_ASIDE) if s > step}
+    newer = sorted(set(newer) | set(remove_aside(directory, SET_ASIDE, past)))
+  return newer
+
+
+def rolled_back(directory: epath.Path, step: int, together: Together, *, delete: bool) -> list[int]:
+  """`rollback` for a job: process 0 does it, all know the outcome."""
+  error: Exception | None = None
+  newer: list[int] = []
+  if jax.process_index() == 0:
+    try:
+      newer = rollback(directory, step, delete=delete)
+    except Exception as e:
+      error = e
+  return json.loads(together.meet(f"process 0 to go back to step {step}", error, json.dumps(newer))[0])

@@ -1,0 +1,118 @@
+"""Compares what a restore delivers with what was recorded when it was saved."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ckpt_jax.errors import CorruptCheckpointError
+from ckpt_jax.integrity import fingerprint
+from ckpt_jax.integrity.record import Record
+from ckpt_jax.integrity.sums import MASK
+
+if TYPE_CHECKING:  # a room below
+  from ckpt_jax.restore.together import Together
+
+_MAX_NAMED = 10
+
+
+class Verifier:
+  """Sums up leaves as they arrive, beside the reading of the others; `finish` compares.
+
+  All processes of the job make one for the same restore.
+  """
+
+  def __init__(self, threads: int | None = None):
+    self._pool = concurrent.futures.ThreadPoolExecutor(threads or min(2, os.cpu_count() or 1), "ckpt_jax_verify")
+    self._sums: dict[str, concurrent.futures.Future[tuple[str, tuple[int, ...], int, int]]] = {}
+    self._later: dict[str, Any] = {}
+    self._dtypes: Mapping[str, str] = {}
+    self._record: Record | None = None
+
+  def expecting(self, record: Record | None) -> Verifier | None:
+    """Itself, told what was saved; None if nothing was recorded, and nothing need be summed up."""
+    self._record = record
+    if record is None:
+      return None
+    # A number may come back as another type of number than it was saved as.
+    self._dtypes = {path: leaf.dtype for path, leaf in record.leaves.items()}
+    return self
+
+  def __call__(self, path: str, value: Any) -> None:
+    """Takes a leaf as it was saved: decoded, and not cast."""
+    if isinstance(value, jax.Array) and next(iter(value.sharding.device_set)).platform != "cpu":  # type: ignore[attr-defined]
+      self._later[path] = value  # one dispatch for all of them
+    else:
+      self._sums[path] = self._pool.submit(self._sum, path, value)
+
+  def _sum(self, path: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+    taken = fingerprint.take({path: value}, every_copy=True, saved_as=self._dtypes)
+    tally = taken.tallies(1, health=False)[path]
+    dtype, shape = taken.types[path]
+    return dtype, shape, tally.total, taken.copies[path]
+
+  def finish(self, where: str, together: Together) -> int:
+    """Waits for the sums and compares them.
+
+    Returns:
+      How many leaves were compared: all that were read; 0 without a record.
+
+    Raises:
+      CorruptCheckpointError: on every process, naming the leaves that are not what was saved.
+    """
+    record = self._record
+    if record is None:
+      return 0
+    error: Exception | None = None
+    found: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    shared: set[str] = set()
+    try:
+      found = {path: future.result() for path, future in self._sums.items()}
+      if self._later:
+        taken = fingerprint.take(self._later, every_copy=True, saved_as=self._dtypes)
+        shared = taken.counted_by_all
+        for path, tally in taken.tallies(1, health=False).items():
+          found[path] = (*taken.types[path], tally.total, taken.copies[path])
+    except Exception as e:
+      error = e
+    together.meet("all processes to verify what they read", error)
+    names = sorted(found)
+    totals = _over_all_processes([0 if n in shared and jax.process_index() else found[n][2] for n in names])
+    bad = []
+    for name, total in zip(names, totals, strict=True):
+      dtype, shape, _, copies = found[name]
+      if not _matches(record, name, dtype, shape, total, copies):
+        bad.append(name)
+    # All found the same, unless one of them has a damaged copy of the record.
+    wrong = CorruptCheckpointError(f"{where}: {len(bad)} leaves are not what was saved: {_named(bad)}") if bad else None
+    together.meet("all processes to compare what they read with what was saved", wrong)
+    return len(names)
+
+  def stop(self) -> None:
+    """Gives up without comparing."""
+    self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _matches(record: Record, name: str, dtype: str, shape: tuple[int, ...], total: int, copies: int) -> bool:
+  saved = record.leaves.get(name)
+  return saved is not None and (saved.dtype, saved.shape, saved.total * copies & MASK) == (dtype, shape, total)
+
+
+def _over_all_processes(sums: Sequence[int]) -> list[int]:
+  if jax.process_count() == 1:
+    return list(sums)
+  # As bytes: jax without x64 would cut 64-bit numbers to 32.
+  mine = np.array(sums, np.uint64).view(np.uint8)
+  everyone = np.asarray(multihost_utils.process_allgather(mine), np.uint8).reshape(jax.process_count(), -1)
+  return [int(n) & MASK for n in everyone.view(np.uint64).sum(axis=0, dtype=np.uint64)]
+
+
+def _named(names: Sequence[str]) -> str:
+  shown = ", ".join(names[:_MAX_NAMED])
+  return shown if len(names) <= _MAX_NAMED else f"{shown} and {len(names) - _MAX_NAMED} more"

@@ -1,0 +1,307 @@
+"""Reads whole steps from storage and says what is wrong with them: `ckpt_jax.verify`, `ckpt-jax verify`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ckpt_jax import run as run_lib
+from ckpt_jax.config import Config
+from ckpt_jax.errors import CorruptCheckpointError, StorageError
+from ckpt_jax.failures import root_cause
+from ckpt_jax.integrity import aside, databases, fingerprint, record, sums
+from ckpt_jax.restore.leaf import AS_SAVED, make_plan
+from ckpt_jax.restore.read import Reader, Step
+from ckpt_jax.storage.kvstore import kvstore_spec
+from ckpt_jax.storage.objects import snapshot
+
+_log = logging.getLogger(__name__)
+_GROUP_NBYTES = 128 << 20  # leaves read together
+_GROUP_LEAVES = 256
+_BLOCK_NBYTES = 64 << 20  # a larger leaf is read in blocks of about this size
+_AT_ONCE = 4  # blocks
+Progress = Callable[[int, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """One thing that is wrong with a step.
+
+  Attributes:
+    step: the step.
+    kind: `commit` (marker missing), `metadata`, `structure` (an OCDBT database or the tree), `data` (a leaf).
+    leaf: its path; empty if it is not about one.
+    file: the file, or files, relative to the step, as far as it can be told.
+    message: what is wrong.
+  """
+
+  step: int
+  kind: str
+  leaf: str
+  file: str
+  message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """How far a step could be checked.
+
+  Attributes:
+    step: the step.
+    leaves, nbytes: what was read.
+    fingerprints: leaves that were compared with what training held when it saved.
+    how_far: in words.
+    findings: what is wrong.
+  """
+
+  step: int
+  leaves: int
+  nbytes: int
+  fingerprints: int
+  how_far: str
+  findings: tuple[Finding, ...]
+
+
+def verify(run: str | os.PathLike[str], step: int | None = None) -> list[Finding]:
+  """Reads a step, or all of a run, from storage and compares it with what was saved. Changes nothing.
+
+  Leaf by leaf, in bounded memory. Steps of plain Orbax have no fingerprints: of those it is checked that metadata and
+  databases can be read and each chunk decodes; see `verdicts` for how far each step could be checked.
+
+  Args:
+    run: the run.
+    step: default: all committed steps, and directories that were one.
+
+  Returns:
+    What is wrong; empty if nothing is.
+
+  Raises:
+    NoCheckpointError: if there is no such step, or none at all.
+    StorageError: if storage does not answer.
+  """
+  return [finding for verdict in verdicts(run, step) for finding in verdict.findings]
+
+
+def verdicts(
+  run: str | os.PathLike[str], step: int | None = None, progress: Progress = lambda step, done, total: None
+) -> Iterator[Verdict]:
+  """`verify`, step by step.
+
+  Args:
+    run, step: as for `verify`.
+    progress: called with step, bytes read, bytes in all.
+  """
+  directory = run_lib.run_directory(run)
+  damaged = aside.damaged_steps(directory)
+  if step is not None:
+    if step not in damaged:
+      run_lib.step_directory(directory, step)
+    steps = [step]
+  else:
+    steps = sorted({*run_lib.committed_steps(directory), *damaged})
+    if not steps:
+      run_lib.latest_committed(directory)
+  for number in steps:
+    if number in damaged:
+      finding = Finding(number, "commit", "", "", str(damaged[number]))
+      yield Verdict(number, 0, 0, 0, "nothing could be read", (finding,))
+    else:
+      with snapshot(directory / str(number)):
+        yield _Check(directory, number, progress).verdict()
+
+
+class _Check:
+  def __init__(self, directory: epath.Path, step: int, progress: Progress):
+    self._step_dir = directory / str(step)
+    self._step = step
+    self._progress = progress
+    self._findings: list[Finding] = []
+    self._done = 0
+    self._total = 0
+
+  def verdict(self) -> Verdict:
+    try:
+      described = Step(self._step_dir)
+      item = described.item_dir
+    except CorruptCheckpointError as e:
+      self._found("metadata", str(e))
+      return Verdict(self._step, 0, 0, 0, "nothing but the metadata, which are damaged", tuple(self._findings))
+    known = self._files(item)
+    plans = [make_plan(n, m, described.notes.get(n), AS_SAVED) for n, m in described.meta.items()]
+    self._total = sum(p.nbytes for p in plans)
+    if known is not None and set(known.leaves) != {p.name for p in plans}:
+      differ = sorted(set(known.leaves) ^ {p.name for p in plans})
+      self._found("structure", f"leaves that were saved and those that there are differ: {', '.join(differ[:10])}")
+    large = [p for p in plans if p.nbytes > _GROUP_NBYTES and not databases_hide(item, p.name)]
+    reader = Reader(described, Config())
+    for group in _groups([p for p in plans if p not in large]):
+      self._read_group(reader, group, known, item)
+    for plan in large:
+      self._read_blocks(plan, known, item, described)
+    compared = 0 if known is None else sum(p.name in known.leaves for p in plans)
+    if known is None:
+      how_far = "databases and chunks are readable; no fingerprints, so that changed values cannot be told"
+    else:
+      how_far = "all bits compared with what training held"
+    return Verdict(self._step, len(plans), self._total, compared, how_far, tuple(self._findings))
+
+  # -- metadata
+
+  def _files(self, item: epath.Path) -> record.Record | None:
+    ours = run_lib.our_metadata(self._step_dir)
+    known = None
+    try:
+      known = record.read_record(self._step_dir)
+    except CorruptCheckpointError as e:
+      self._found("metadata", str(e), file=f"{item.name}/{record.FILE}")
+    if known is not None:
+      for name in record.changed_files(item, known):
+        self._found("metadata", "its bits are not those that were written", file=f"{item.name}/{name}")
+    if ours:
+      places = [self._step_dir, item, self._step_dir / "metrics"]
+      markers = [place / run_lib.COMMIT_MARKER for place in places if place.exists()]
+      for marker in markers:
+        if not marker.exists():
+          self._found("commit", "missing", file=str(marker)[len(str(self._step_dir)) + 1 :])
+      self._metrics(ours)
+    for database in databases.directories(item):
+      why = databases.unreadable(database)
+      if why is not None:
+        self._found("structure", why, file=str(database)[len(str(self._step_dir)) + 1 :])
+    return known
+
+  def _metrics(self, ours: dict[str, Any]) -> None:
+    file = self._step_dir / "metrics" / "metrics"
+    try:
+      same = json.loads(file.read_text()) == ours.get("metrics")
+    except FileNotFoundError:
+      if file.parent.exists():
+        self._found("metadata", "missing", file="metrics/metrics")
+      return
+    except ValueError:
+      same = False
+    if not same:
+      self._found("metadata", "differs from the metrics in the step's JSON", file="metrics/metrics")
+
+  # -- leaves
+
+  def _read_group(self, reader: Reader, plans: Sequence[Any], known: record.Record | None, item: epath.Path) -> None:
+    try:
+      values = reader.read({p.name: p.request(None) for p in plans})
+      leaves = {p.name: p.finish(values[p.name]) for p in plans}
+    except StorageError:
+      raise
+    except Exception as e:
+      if len(plans) == 1:
+        self._leaf(plans[0].name, root_cause(e), item)
+        self._advance(plans[0].nbytes)
+        return
+      for plan in plans:  # one by one, to tell which
+        self._read_group(reader, [plan], known, item)
+      return
+    if known is not None:
+      saved_as = {path: leaf.dtype for path, leaf in known.leaves.items()}
+      taken = fingerprint.take(leaves, every_copy=True, saved_as=saved_as)
+      tallies = taken.tallies(min(4, os.cpu_count() or 1), health=False)
+      for path, tally in tallies.items():
+        self._compare(path, known, *taken.types[path], tally.total * pow(taken.copies[path], -1, 1 << 64), item)
+    self._advance(sum(p.nbytes for p in plans))
+
+  def _compare(
+    self, path: str, known: record.Record, dtype: str, shape: tuple[int, ...], total: int, item: epath.Path
+  ) -> None:
+    saved = known.leaves.get(path)
+    if saved is None:
+      return
+    if (saved.dtype, saved.shape) != (dtype, shape):
+      self._leaf(path, f"is {dtype}{list(shape)}, was saved as {saved.dtype}{list(saved.shape)}", item)
+    elif saved.total != total & sums.MASK:
+      self._leaf(path, "its bits are not those that training held when it saved", item)
+
+  def _read_blocks(self, plan: Any, known: record.Record | None, item: epath.Path, described: Step) -> None:
+    import tensorstore as ts
+
+    zarr3 = json.loads((item / run_lib.ITEM_METADATA).read_text()).get("use_zarr3", False)
+    base = kvstore_spec(str(item).rstrip("/") + "/")
+    if (item / databases.MANIFEST).exists():
+      base = {"driver": "ocdbt", "base": base}
+    try:
+      root = ts.KvStore.open(base).result()
+      spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": (root / f"{stored_name(plan.name)}/").spec().to_json()}
+      store = ts.open(spec, open=True, read=True).result()
+      tally = sums.Tally()
+      blocks = list(_blocks(store))
+      for at in range(0, len(blocks), _AT_ONCE):
+        reads = [(block, store[tuple(slice(*b) for b in block)].read()) for block in blocks[at : at + _AT_ONCE]]
+        for block, read in reads:
+          value = np.ascontiguousarray(read.result())
+          bits = fingerprint.bits_of(value)
+          start = tuple(b[0] for b in block) + (0,) * (bits.ndim - len(block))
+          shape = (*store.shape, *bits.shape[len(block) :])
+          sums.add_block(tally, bits, start, shape)
+          self._advance(value.nbytes)
+    except Exception as e:
+      self._leaf(plan.name, root_cause(e), item)
+      return
+    saved = known.leaves.get(plan.name) if known is not None else None
+    if saved is not None and saved.total != tally.total:
+      self._leaf(plan.name, "its bits are not those that training held when it saved", item)
+
+  # -- what was found
+
+  def _advance(self, nbytes: int) -> None:
+    self._done += nbytes
+    self._progress(self._step, self._done, self._total)
+
+  def _leaf(self, path: str, message: str, item: epath.Path) -> None:
+    files = databases.files_of(item, stored_name(path))
+    self._found("data", message, leaf=path, file=", ".join(f"{item.name}/{file}" for file in files))
+
+  def _found(self, kind: str, message: str, *, leaf: str = "", file: str = "") -> None:
+    self._findings.append(Finding(self._step, kind, leaf, file, message))
+
+
+def stored_name(path: str) -> str:
+  """The name of a leaf in Orbax's databases."""
+  return path.replace("/", ".")
+
+
+def databases_hide(item: epath.Path, path: str) -> bool:
+  """Whether a leaf has no array of its own, because it was packed with others."""
+  return not databases.files_of(item, stored_name(path))
+
+
+def _groups(plans: Sequence[Any]) -> Iterator[list[Any]]:
+  group: list[Any] = []
+  nbytes = 0
+  for plan in plans:
+    if group and (nbytes + plan.nbytes > _GROUP_NBYTES or len(group) >= _GROUP_LEAVES):
+      yield group
+      group, nbytes = [], 0
+    group.append(plan)
+    nbytes += plan.nbytes
+  if group:
+    yield group
+
+
+def _blocks(store: Any) -> Iterator[tuple[tuple[int, int], ...]]:
+  """Boxes of whole chunks, of about _BLOCK_NBYTES, that cover an array."""
+  shape = list(store.shape)
+  chunk = list(store.chunk_layout.read_chunk.shape or shape)
+  size = [min(c, n) for c, n in zip(chunk, shape, strict=True)]
+  itemsize = store.dtype.numpy_dtype.itemsize
+  for axis in reversed(range(len(shape))):
+    room = _BLOCK_NBYTES // max(1, math.prod(size) * itemsize)
+    if room > 1:
+      size[axis] = min(shape[axis], size[axis] * room)
+  ranges = [[(at, min(n, at + s)) for at in range(0, n, s)] for n, s in zip(shape, size, strict=True)]
+  yield from itertools.product(*ranges)

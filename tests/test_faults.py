@@ -1,0 +1,72 @@
+"""Faults as real processes, a few tries of each; `ckpt-jax bench faults` runs the campaign behind docs/faults.md."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ckpt_jax.bench.faults import FAULTS, campaign, kills, one_fault, render, table
+from ckpt_jax.errors import CheckpointError
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
+
+
+def survives(name, seed=1):
+  try:
+    found = one_fault("ckpt_jax", name, seed)
+  except CheckpointError as e:
+    if "cannot mount here" in str(e):
+      pytest.skip(str(e))
+    raise
+  assert found["good"], json.dumps(found, indent=1)
+  return found
+
+
+@pytest.mark.multiprocess
+def test_job_killed_at_random_moments_goes_on_from_its_last_commit():
+  for found in kills("ckpt_jax", 1, [101, 102]):
+    assert found["good"], found
+
+
+@pytest.mark.multiprocess
+def test_job_of_several_of_which_one_is_killed_goes_on_from_its_last_commit():
+  for found in kills("ckpt_jax", 2, [103], megabytes=4):
+    assert found["good"], found
+
+
+@needs_root
+@pytest.mark.multiprocess
+def test_disk_that_turns_read_only_costs_one_step_and_is_told_once():
+  survives("read_only")
+
+
+@needs_root
+@pytest.mark.multiprocess
+def test_storage_that_stops_to_answer_is_told_within_the_timeout_and_the_process_can_end():
+  assert survives("hang")["waited_s"] < 15
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["sigterm", "directory_deleted", "clock_back"])
+def test_nothing_is_lost_by(name):
+  survives(name)
+
+
+def test_what_was_tried_already_is_not_tried_again_and_the_table_counts_it():
+  tries = [{"seed": s, "good": s < 2, "kept": s < 2, "leftovers": 0} for s in range(3)]
+  sides = {"ckpt_jax": tries[:2], "orbax": tries}
+  results = campaign(["sigterm"], 2, 0, 0.0, {"faults": {"sigterm": sides}}, print)
+  assert results["faults"]["sigterm"]["ckpt_jax"] == tries[:2]
+  text = table(results)
+  assert "| 2 of 2 | 2 of 3 | a committed step or a foreign file was lost or changed (1) |" in text
+  page = render(results, "before\n<!-- faults -->\nold\n<!-- /faults -->\nafter\n")
+  assert page.startswith("before\n") and page.endswith("\nafter\n") and text in page and "old" not in page
+
+
+def test_unknown_fault_names_those_that_there_are():
+  done = subprocess.run(
+    [sys.executable, "-m", "ckpt_jax", "bench", "faults", "earthquake"], capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode == 2 and all(name in done.stderr for name in FAULTS) and "Traceback" not in done.stderr
