@@ -2,10 +2,13 @@
 
 import math
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -165,3 +168,71 @@ def test_processes_pack_what_they_own_and_any_number_restores(tmp_path):
   report = who_wrote(tmp_path, 0)
   assert report.overlaps == {} and len(report.processes) == 4
   assert min(p.nbytes for p in report.processes) > 0.2 * report.nbytes
+
+
+def repack(run, pack):
+  done = subprocess.run(
+    [sys.executable, "-m", "ckpt_jax", "repack", str(run), "0", "--pack", pack],
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def test_repacked_step_is_an_ordinary_orbax_checkpoint_and_back(tmp_path, assert_same):
+  mesh = jax.make_mesh((2,), ("x",))
+  state = mixed_state(mesh)
+  with ckpt.Checkpointer(tmp_path, PACKED) as c:
+    c.save(0, state, metrics={"loss": 1.5}, extras={"data": 3})
+  (before,) = runs.list_steps(tmp_path)
+  assert "moved 26 arrays out of slabs" in repack(tmp_path, "off")
+  assert "nothing to do" in repack(tmp_path, "off")
+  assert not (tmp_path / "0" / "default" / packing.INDEX).exists()
+  assert runs.list_steps(tmp_path) == [before]
+  plain = {k: v for k, v in state.items() if k not in ("uint4", "empty")}  # ours alone can hold these
+  with ocp.CheckpointManager(tmp_path) as manager:
+    args = ocp.args.PyTreeRestore(
+      plain, restore_args=ocp.checkpoint_utils.construct_restore_args(plain), partial_restore=True
+    )
+    assert_same(manager.restore(0, args=args), plain)
+  for pack in ("on", "off"):
+    with ckpt.Checkpointer(tmp_path) as c:
+      got = c.restore(like=state)
+    assert_same(got.state, state)
+    assert got.metrics == {"loss": 1.5} and got.extras == {"data": 3}
+    repack(tmp_path, pack)
+  assert ckpt.verify(tmp_path, 0) == []
+
+
+def test_step_of_plain_orbax_can_be_packed(tmp_path, assert_same):
+  state = {"a": jnp.arange(8.0), "b": {"c": jnp.ones((3, 2), jnp.bfloat16)}, "big": jnp.zeros((600, 600))}
+  with ocp.CheckpointManager(tmp_path) as plain:
+    plain.save(0, args=ocp.args.PyTreeSave(state))
+  assert "moved 2 arrays" in repack(tmp_path, "on")
+  with ckpt.Checkpointer(tmp_path) as c:
+    assert_same(c.restore(like=state).state, state)
+
+
+def test_repacking_that_fails_leaves_the_step_as_it_was(tmp_path, monkeypatch, assert_same):
+  from typer.testing import CliRunner
+
+  from ckpt_jax import cli
+  from ckpt_jax.layout import repack as repacking
+
+  state = {"a": jnp.arange(8.0)}
+  with ckpt.Checkpointer(tmp_path, PACKED) as c:
+    c.save(0, state)
+  real = repacking._values
+  monkeypatch.setattr(
+    repacking, "_values", lambda item, names: {n: v + (".ckpt_jax" in str(item)) for n, v in real(item, names).items()}
+  )
+  result = CliRunner().invoke(cli.app, ["repack", str(tmp_path), "0", "--pack", "off"])
+  assert isinstance(result.exception, ckpt.CorruptCheckpointError) and "a reads back differently" in str(
+    result.exception
+  )
+  monkeypatch.undo()
+  assert (tmp_path / "0" / "default" / packing.INDEX).exists()
+  with ckpt.Checkpointer(tmp_path) as c:
+    assert_same(c.restore(like=state).state, state)

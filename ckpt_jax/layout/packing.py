@@ -50,6 +50,11 @@ class Packed:
   shape: tuple[int, ...]
   pieces: tuple[Piece, ...]
 
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the array."""
+    return math.prod(self.shape) * _dtype(self.dtype).itemsize
+
 
 Index = dict[str, Packed]
 

@@ -115,7 +115,8 @@ def chunk_shape(array: Written, specs: Specs) -> tuple[int, ...]:
 class Specs:
   """TensorStore specs of arrays of one item, as Orbax makes them; one each for arrays that differ in name only."""
 
-  def __init__(self, process: int):
+  def __init__(self, process: int | None):
+    """`process`: whose database the arrays go into; None for the item's own, which the processes' are merged into."""
     self._process = process
     self._known: dict[Any, dict[str, Any]] = {}
     self.kvstore: dict[str, Any] = {}
@@ -150,6 +151,7 @@ def write(
   process: int,
   window: int | None,
   stop: threading.Event,
+  slab_number: int | None = None,
 ) -> None:
   """Writes arrays and, if there is one, a slab; returns when everything is committed to the process's database.
 
@@ -162,6 +164,7 @@ def write(
     process: this process; 0 writes the arrays' metadata.
     window: bytes in flight at a time; None hands over everything at once, in one transaction.
     stop: set by whoever gives up.
+    slab_number: what names the slab, if not the process.
 
   Raises:
     ValueError: naming the array that could not be written.
@@ -189,7 +192,7 @@ def write(
         target, data = store[ts.newaxis], data.reshape(1)
       flight.start(data.nbytes, lambda t=target, d=data: _start(t, d), array.info.name)
   if slab is not None and slab.nbytes:
-    name = packing.slab_name(process)
+    name = packing.slab_name(process if slab_number is None else slab_number)
     store = _slab_store(slab, name, compressed, root, context, transaction)
     for offset, chunk in slab.chunks():
       flight.start(chunk.nbytes, lambda o=offset, c=chunk: _start(store[o : o + c.size].translate_to[0], c), name)
