@@ -236,3 +236,15 @@ def test_repacking_that_fails_leaves_the_step_as_it_was(tmp_path, monkeypatch, a
   assert (tmp_path / "0" / "default" / packing.INDEX).exists()
   with ckpt.Checkpointer(tmp_path) as c:
     assert_same(c.restore(like=state).state, state)
+
+
+def test_packed_step_can_be_thinned(tmp_path, assert_same):
+  from ckpt_jax.policies.thinning import thin_step
+
+  state = {"params": {"a": jnp.arange(8.0), "b": jnp.ones((3, 2))}, "opt": {"mu": jnp.zeros(9)}, "n": 1}
+  with ckpt.Checkpointer(tmp_path, PACKED) as c:
+    c.save(0, state)
+    c.wait()
+    assert thin_step(runs.run_directory(tmp_path), 0, ["params"])
+    assert_same(c.restore(0, like={"params": state["params"]}).state, {"params": state["params"]})
+  assert ckpt.verify(tmp_path, 0) == []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -67,6 +67,31 @@ def repack_item(source: epath.Path, target: epath.Path, *, pack: bool) -> int:
   everything = leaf_names(source)
   staying = [name for name in everything if ".".join(name) not in moving]
   copy_leaves(source, target, everything, pause=lambda: None, chunks_of=staying)
+  _move(source, target, moving, pack=pack)
+  return len(moving)
+
+
+def carry_packed(source: epath.Path, target: epath.Path, names: Collection[str]) -> None:
+  """Gives `target`, a copy of some leaves of `source`, those of the leaves `names` that are packed, packed again."""
+  index = packing.read_index(source)
+  _move(source, target, {name: packed.nbytes for name, packed in index.items() if name in names}, pack=True)
+
+
+def check_moved(source: epath.Path, target: epath.Path, *, pack: bool) -> None:
+  """Compares what moved, bit by bit. What was copied has been compared by its copier.
+
+  Raises:
+    CorruptCheckpointError: naming the array that differs.
+  """
+  for batch in _batches(moving_leaves(source, pack=pack)):
+    old, new = _values(source, batch), _values(target, batch)
+    for name, value in old.items():
+      other = new[name]
+      if (value.dtype, value.shape) != (other.dtype, other.shape) or value.tobytes() != other.tobytes():
+        raise CorruptCheckpointError(f"{target}: {name} reads back differently from what was copied")
+
+
+def _move(source: epath.Path, target: epath.Path, moving: dict[str, int], *, pack: bool) -> None:
   index: packing.Index = {}
   for number, batch in enumerate(_batches(moving)):
     values = _values(source, batch)
@@ -101,21 +126,6 @@ def repack_item(source: epath.Path, target: epath.Path, *, pack: bool) -> int:
     )
   if index:
     packing.write_index(target, index)
-  return len(moving)
-
-
-def check_moved(source: epath.Path, target: epath.Path, *, pack: bool) -> None:
-  """Compares what moved, bit by bit. What was copied has been compared by its copier.
-
-  Raises:
-    CorruptCheckpointError: naming the array that differs.
-  """
-  for batch in _batches(moving_leaves(source, pack=pack)):
-    old, new = _values(source, batch), _values(target, batch)
-    for name, value in old.items():
-      other = new[name]
-      if (value.dtype, value.shape) != (other.dtype, other.shape) or value.tobytes() != other.tobytes():
-        raise CorruptCheckpointError(f"{target}: {name} reads back differently from what was copied")
 
 
 def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:
