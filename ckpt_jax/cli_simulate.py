@@ -181,7 +181,9 @@ def _draw(file: str, job: Any, best: float, chosen: float | None, use: Any, seed
   left.plot(lengths, [f.goodput for f in found], label="Monte Carlo")
   left.plot(lengths, [model.closed_form(job, float(x)) for x in lengths], "--", label="closed form (Daly)")
   left.axvline(best, color="k", lw=1)
-  left.annotate(f"best: {best:.0f} s", (best, model.closed_form(job, best)), xytext=(5, 8), textcoords="offset points")
+  left.annotate(
+    f"best: {duration_text(best)}", (best, model.closed_form(job, best)), xytext=(5, -18), textcoords="offset points"
+  )
   if chosen:
     left.axvline(chosen, color="r", lw=1, ls=":", label="asked")
   left.set(xscale="log", xlabel="seconds of work between saves", ylabel="goodput", ylim=(0, 1.05))

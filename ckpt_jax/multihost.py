@@ -106,6 +106,7 @@ class Job:
     processes, devices: how many processes, and virtual CPU devices in each.
     env: variables on top of this process's.
     python: the interpreter; default: this one.
+    prefixes: for each process what its command runs under, e.g. `ip netns exec HOST`.
     on_line: called with (process index, line) for each line that a process writes, as it comes.
 
   Attributes:
@@ -121,6 +122,7 @@ class Job:
     devices: int = 1,
     env: Mapping[str, str] | None = None,
     python: str = sys.executable,
+    prefixes: Sequence[Sequence[str]] | None = None,
     on_line: Callable[[int, str], None] | None = None,
   ):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
@@ -140,7 +142,7 @@ class Job:
     self.children: list[subprocess.Popen[str]] = []
     for index in range(processes):
       child = subprocess.Popen(
-        [python, *argv],
+        [*(prefixes[index] if prefixes else ()), python, *argv],
         env={**shared, _INDEX: str(index)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

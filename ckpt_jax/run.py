@@ -5,12 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import datetime
-import json
 import os
 from typing import Any
 
 from etils import epath
 
+from ckpt_jax import untrusted
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.seal import is_intact
 from ckpt_jax.storage.kvstore import connect, is_object_store
@@ -217,11 +217,9 @@ def step_metadata(step_dir: epath.Path) -> dict[str, Any]:
   """
   file = step_dir / STEP_METADATA
   try:
-    data = json.loads(file.read_text())
+    data = untrusted.read_json(file)
   except FileNotFoundError:
     return {}
-  except ValueError as e:
-    raise CorruptCheckpointError(f"{file}: not JSON: {e}") from e
   if not isinstance(data, dict):
     raise CorruptCheckpointError(f"{file}: expected a JSON object")
   return data
@@ -294,8 +292,9 @@ def _info(step_dir: epath.Path, step: int) -> StepInfo:
       healthy = (ours.get("health") or {}).get("healthy")
       return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]), healthy, resumable=THINNED not in ours)
     metrics_file = step_dir / "metrics" / "metrics"
-    metrics = json.loads(metrics_file.read_text()) if metrics_file.exists() else {}
-  except (KeyError, TypeError, AttributeError, ValueError) as e:
+    metrics = untrusted.read_json(metrics_file) if metrics_file.exists() else {}
+    untrusted.check_metrics(metrics, str(metrics_file))
+  except (KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError) as e:
     raise CorruptCheckpointError(f"{step_dir}: its metadata is damaged ({type(e).__name__}: {e})") from e
   return StepInfo(step, time, _tree_nbytes(step_dir), metrics)
 
@@ -367,6 +366,35 @@ def item_tree(item_dir: epath.Path) -> Any:
   from ckpt_jax.layout.handler import pytree_handler
 
   try:
-    return pytree_handler(Config()).metadata(item_dir).tree
+    untrusted.check_tree(untrusted.read_json(item_dir / ITEM_METADATA), str(item_dir / ITEM_METADATA))
+    tree = pytree_handler(Config()).metadata(item_dir).tree
+    _check_claims(tree, item_dir)
+    return tree
+  except (CheckpointError, MemoryError):
+    raise
   except Exception as e:
-    raise CorruptCheckpointError(f"{item_dir}: its metadata cannot be read: {e}") from e
+    raise CorruptCheckpointError(f"{item_dir}: its metadata cannot be read: {' '.join(str(e).split())[:500]}") from e
+
+
+def _check_claims(tree: Any, item_dir: epath.Path) -> None:
+  import jax
+  import numpy as np
+
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if getattr(leaf, "shape", None) is not None]
+  claimed = untrusted.claimed_bytes(
+    ((leaf.shape, np.dtype(leaf.dtype).itemsize if leaf.dtype is not None else 1) for leaf in leaves), str(item_dir)
+  )
+  if claimed > untrusted.FREE_CLAIM:
+    untrusted.check_claim(claimed, _tree_nbytes(item_dir), str(item_dir))
+
+
+def orbax_can_list(step_dir: epath.Path) -> bool:
+  """Whether Orbax's manager, which reads the metadata of all steps when it opens a run, can read this one's."""
+  try:
+    untrusted.check_step_metadata(step_metadata(step_dir), str(step_dir / STEP_METADATA))
+    metrics = step_dir / "metrics" / "metrics"
+    if metrics.exists():
+      untrusted.check_metrics(untrusted.read_json(metrics), str(metrics))
+  except (CorruptCheckpointError, OSError):
+    return False
+  return True

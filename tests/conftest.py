@@ -5,10 +5,15 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+# A busy machine is no finding: how long examples take says nothing about what they show.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 
 def bits(leaf):

@@ -15,8 +15,10 @@ from etils import epath
 
 import ckpt_jax as ckpt
 from ckpt_jax import run
+from ckpt_jax.bench.buckets import gcs_server, s3_server
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.pins import pinned
+from ckpt_jax.storage.objects import BACKEND
 
 
 def save_steps(path, steps, **config):
@@ -179,3 +181,56 @@ def test_a_plain_manager_sees_the_same_steps(tmp_path):
   save_steps(tmp_path, range(5), retention={"last": 2, "every_steps": 2})
   with ocp.CheckpointManager(pathlib.Path(tmp_path)) as manager:
     assert sorted(manager.all_steps()) == [0, 2, 3, 4]
+
+
+def test_no_more_files_are_removed_in_a_second_than_delete_rate_says(tmp_path):
+  save_steps(tmp_path, range(3), **KEEP_ALL)
+  files = sum(len(names) for step in "012" for _, _, names in os.walk(tmp_path / step))
+  c = ckpt.Checkpointer(tmp_path, ckpt.Config(retention={"last": 1, "delete_rate": 20}))
+  started = time.monotonic()
+  c.save(3, {"x": jnp.ones(4)})
+  c.close()
+  assert numbers(tmp_path) == [3] and not (tmp_path / "0").exists()
+  assert time.monotonic() - started > files / 20 * 0.9
+
+
+def removes_an_old_step(method, path):
+  """Orbax itself deletes objects of the step that it writes, before it writes them."""
+  return method == "DELETE" and ("run%2F0%2F" in path or "run%2F1%2F" in path)
+
+
+def test_a_bucket_whose_deletions_hang_blocks_no_save_and_close_gives_up(tmp_path, monkeypatch, caplog):
+  with gcs_server(tmp_path) as bucket:
+    for name, value in bucket.env.items():
+      monkeypatch.setenv(name, value)
+    url = bucket.url + "/run"
+    save_steps(url, range(2), **KEEP_ALL)
+    with ckpt.Checkpointer(url, ckpt.Config(retention={"last": 1}, timeouts={"delete": 0.1})) as c:
+      bucket.proxy.delay, bucket.proxy.delayed = 60.0, removes_an_old_step
+      started = time.monotonic()
+      for step in (2, 3, 4):
+        c.save(step, {"x": jnp.ones(4)})
+      c.wait()
+      assert c._deleter.pending and c.latest_step() == 4
+    assert time.monotonic() - started < 50, "nothing waited for a deletion that takes 60 s"
+    assert "steps are not removed after" in caplog.text
+    assert numbers(url) == [4], "what is marked is no step, removed or not"
+
+
+def test_a_step_on_s3_is_removed_in_batches(monkeypatch):
+  with s3_server() as bucket:
+    for name, value in bucket.env.items():
+      monkeypatch.setenv(name, value)
+
+    def deletions(step, **retention):
+      bucket.proxy.reset()
+      save_steps(url, [step], retention=retention)
+      return bucket.proxy.requests["delete"]
+
+    url = bucket.url + "/run"
+    save_steps(url, range(4), **KEEP_ALL)
+    plain = deletions(4, last=None)
+    removing = deletions(5, last=1)
+    assert {key.split("/")[0] for key in BACKEND.tree(url)} == {".ckpt_jax", "5"}
+    # Of 14 objects: the commit markers first, then the rest; then the mark of the step.
+    assert removing - plain <= 5 * 3, (plain, removing)

@@ -1,6 +1,7 @@
 """The sums behind fingerprints: any bit counts, its place counts, and the sharding does not."""
 
 import itertools
+import json
 import pathlib
 
 import jax
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ckpt_jax.integrity import device, sums
+import ckpt_jax as ckpt
+from ckpt_jax.integrity import device, fingerprint, sums
 from ckpt_jax.integrity.fingerprint import take
 from ckpt_jax.multihost import launch
 
@@ -177,3 +179,31 @@ def test_four_processes_and_one_make_the_same_record(tmp_path):
     records.append((item / "ckpt_jax.json").read_text().split('"files"')[0])
     assert not list(item.glob("ckpt_jax.process_*"))
   assert records[0] == records[1]
+
+
+def test_saves_and_restores_by_way_of_the_device_make_and_check_the_same_record(tmp_path, monkeypatch):
+  """What a GPU would do, on CPU devices: the sums as jitted programs, health before the save."""
+  mesh = jax.make_mesh((2,), ("a",))
+  rng = np.random.default_rng(0)
+  state = {
+    "w": jax.device_put(rng.standard_normal((8, 200), dtype=np.float32), NamedSharding(mesh, P("a"))),
+    "b": jnp.asarray(rng.standard_normal(30), jnp.bfloat16),
+    "replicated": jax.device_put(jnp.arange(9), NamedSharding(mesh, P())),
+    "key": jax.random.key(1),
+    "step": 3,
+  }
+  with ckpt.Checkpointer(tmp_path / "host") as c:
+    c.save(0, state)
+  monkeypatch.setattr(fingerprint, "is_on_accelerator", lambda x: isinstance(x, jax.Array) and x.size > 0)
+  with ckpt.Checkpointer(tmp_path / "device") as c:
+    c.save(0, state)
+    c.wait()
+    assert c.restore(like=state).report.verified == 5
+    bad = state | {"b": state["b"].at[3].set(jnp.nan)}
+    with pytest.raises(ckpt.UnhealthyStateError, match="b: 1"):
+      c.save(1, bad)
+  records = [tmp_path / side / "0" / "default" / "ckpt_jax.json" for side in ("host", "device")]
+  leaves = [json.loads(file.read_text())["leaves"] for file in records]
+  assert leaves[0] == leaves[1]
+  with ckpt.Checkpointer(tmp_path / "host") as c:
+    assert c.restore(like=state).report.verified == 5

@@ -56,6 +56,15 @@ def test_dalys_estimate_lies_close_to_the_exact_optimum(cost_by_mtti):
   assert daly_interval(cost_by_mtti, 1.0) == pytest.approx(best_interval(job), rel=0.002)
 
 
+@pytest.mark.parametrize(("hours", "minutes"), [(24, "117"), (6, "57"), (0.25, "9.1")])
+def test_the_optimum_is_the_one_that_daly_published(hours, minutes):
+  """Daly 2006, figures 3 to 5: delta 5 min, R 10 min, Ts 500 h; his model's tau_opt."""
+  digits = len(minutes.partition(".")[2])
+  assert f"{daly_interval(300, hours * 3600) / 60:.{digits}f}" == minutes
+  exact = best_interval(Job(hours * 3600, 300, restart_s=600)) / 60
+  assert exact == pytest.approx(float(minutes), rel=0.01)
+
+
 def test_a_life_too_short_for_a_commit_is_lost():
   got = simulate(Job(100, 1, 2, 10, 5), 30, lifetimes=[47, 49])
   assert got.goodput == pytest.approx(30 / 96), "the first commit comes at 10 + 5 + 30 + 1 + 2 = 48 s"

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ckpt_jax.multihost import launch, who_wrote
-from ckpt_jax.restore import choose
+from ckpt_jax.restore import choose, fetch
 from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.strategies import Totals, plan_routes, spread_spec, totals
 
@@ -53,6 +53,19 @@ def test_gather_and_broadcast_read_each_byte_once(saved):
   assert sum(read["broadcast"]) < 1.05 * nbytes + 4 * 60_000, read
   assert max(read["gather"]) < 0.3 * nbytes
   assert max(read["broadcast"]) > 0.9 * nbytes
+
+
+@multiprocess
+def test_resharding_reads_only_the_bytes_needed(tmp_path):
+  nbytes = 4 * 512 * 2048 * 4
+  for processes in (4, 2):  # saved by four, in four chunks an array
+    read = {}
+    for result in job("restores.py", tmp_path / "run", "reshard", processes=processes):
+      for what, count in re.findall(r"read (\w+) (\d+)", result.log):
+        read.setdefault(what, []).append(int(count))
+    assert max(read["rows"]) < 1.05 * nbytes / processes + 60_000, read
+    # Each process wants a part of every chunk: gathered, each chunk is read once all the same.
+    assert sum(read["columns"]) < 1.05 * nbytes + processes * 60_000, read
 
 
 @multiprocess
@@ -174,6 +187,18 @@ def test_broadcast_reads_on_the_first_replica_only():
   assert route.way == "replica" and route.read_nbytes == x.nbytes and route.most_nbytes == x.nbytes / 2
 
 
+def test_parts_stay_below_the_bound_and_hold_every_leaf_once():
+  m = mesh(4)
+  leaves = [leaf((1024, 256 * (1 + i % 3)), NamedSharding(m, P()), (256, 256), name=f"w{i}") for i in range(40)]
+  routes = plan_routes([*leaves, leaf((8,), None, name="host")], "gather", processes=4)
+  for bound in (1, 4 * 2**20, 2**40):
+    parts = fetch.divide(routes, bound)
+    for part in parts[:-1]:
+      assert sum(r.plan.nbytes for r in part.routes) <= max(bound, 3 * 2**20)
+    assert sorted(r.plan.name for part in parts for r in part.routes) == sorted(r.plan.name for r in routes)
+    assert not parts[-1].exchanges
+
+
 COPIES = {
   "direct": Totals(400e6, 100e6, 0),
   "gather": Totals(100e6, 25e6, 75e6),
@@ -204,6 +229,26 @@ def test_auto_reads_direct_where_nothing_is_to_be_gained():
 def test_auto_counts_what_is_still_to_be_compiled():
   slow = {"direct": 0.0, "gather": 30.0, "broadcast": 30.0}
   assert choose.choose(COPIES, 100e6, speeds(50e6), slow, 4).strategy == "direct"
+
+
+def test_what_several_readers_saw_tells_whether_storage_grows_with_them():
+  from ckpt_jax.tuning.assumed import assumed_profile
+
+  bucket = assumed_profile(choose.StorageKind.GCS)
+  one = bucket.read_bytes_per_s
+  assert choose.speeds(bucket, None).scales
+  fixed = choose.speeds(bucket, None, choose.Readers(4, one))
+  assert not fixed.scales and fixed.storage == one and "4 readers" in fixed.source
+  assert choose.speeds(bucket, None, choose.Readers(4, 3.5 * one)).scales
+
+
+def test_what_a_restore_saw_is_kept_unless_it_tells_nothing(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  choose.see_readers(str(tmp_path), 4, 1e6, 10.0)
+  choose.see_readers(str(tmp_path), 4, 1e9, 0.1)
+  assert choose.seen_readers(str(tmp_path)) is None
+  choose.see_readers(str(tmp_path), 4, 1e9, 10.0)
+  assert choose.seen_readers(str(tmp_path)) == choose.Readers(4, 1e8)
 
 
 def test_storage_that_grows_with_its_readers_is_predicted_so():

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ckpt_jax.bench.link import Link
@@ -56,6 +56,7 @@ class Proxy:
     fail_share: 0 to 1; 1 refuses everything. May be changed at any time.
     fail_status: e.g. 503 or 429.
     delay: seconds that each request waits, as on a network.
+    delayed: says by method and path which requests wait; all do by default.
     requests: Counter of the requests served, by kind: list, head, read, write, delete, copy, other.
     failed: how many were failed.
     sent_nbytes, received_nbytes: bodies to and from clients.
@@ -66,6 +67,7 @@ class Proxy:
     self.fail_share = 0.0
     self.fail_status = 503
     self.delay = 0.0
+    self.delayed: Callable[[str, str], bool] = lambda method, path: True
     self.requests: collections.Counter[str] = collections.Counter()
     self.lines: list[str] = []
     self.failed = 0
@@ -104,7 +106,7 @@ class Proxy:
     app = web.Application(client_max_size=1 << 40)
     app.router.add_route("*", _CONTROL, self._control)
     app.router.add_route("*", "/{path:.*}", self._forward)
-    self._runner = web.AppRunner(app, access_log=None)
+    self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await self._runner.setup()
     site = web.TCPSite(self._runner, "127.0.0.1", port)
     await site.start()
@@ -133,7 +135,7 @@ class Proxy:
     self.requests[kind] += 1
     self.lines.append(f"{kind:6} {request.method} {request.path_qs}")
     self.received_nbytes += len(body)
-    if self.delay:
+    if self.delay and self.delayed(request.method, request.path_qs):
       await asyncio.sleep(self.delay)
     if self._random.random() < self.fail_share:
       self.failed += 1
@@ -245,37 +247,49 @@ def gcs_server(
   port = free_port()
   host = link.address if link else "127.0.0.1"
   proxy = Proxy(f"http://{host}:{port}", seed=seed)
-  args = [
-    *(link.prefix if link else ()),
-    gcs_binary(),
-    "-scheme",
-    "http",
-    "-host",
-    host,
-    "-port",
-    str(port),
-    "-log-level",
-    "error",
-  ]
-  args += ["-backend", "filesystem", "-filesystem-root", os.fspath(directory)]
-  args += ["-public-host", f"127.0.0.1:{proxy.port}", "-external-url", proxy.address]
   try:
-    with _process(args, "fake-gcs-server", f"http://{host}:{port}/storage/v1/b?project=p"):
-      make = urllib.request.Request(
-        f"http://{host}:{port}/storage/v1/b?project=p",
-        data=f'{{"name": "{bucket}"}}'.encode(),
-        headers={"Content-Type": "application/json"},
-      )
-      urllib.request.urlopen(make, timeout=30).close()
-      env = {
-        "TENSORSTORE_GCS_HTTP_URL": proxy.address,
-        "STORAGE_EMULATOR_HOST": proxy.address,
-        "GOOGLE_CLOUD_PROJECT": "p",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-      }
+    with gcs_process(directory, bucket, host, port, link.prefix if link else (), proxy.address) as env:
       yield Bucket(f"gs://{bucket}", proxy.address, env, proxy)
   finally:
     proxy.close()
+
+
+@contextlib.contextmanager
+def gcs_process(
+  directory: str | os.PathLike[str],
+  bucket: str,
+  host: str,
+  port: int,
+  prefix: Sequence[str] = (),
+  public: str | None = None,
+) -> Iterator[dict[str, str]]:
+  """fake-gcs-server at `host:port`, with nothing in between; gives the variables with which clients find it.
+
+  Args:
+    directory: where its objects lie.
+    bucket: made there.
+    host, port: where it listens.
+    prefix: what it runs under, e.g. `ip netns exec NAME`.
+    public: the address that clients use, if it is another.
+  """
+  own = f"http://{host}:{port}"
+  public = public or own
+  args = [*prefix, gcs_binary(), "-scheme", "http", "-host", host, "-port", str(port), "-log-level", "error"]
+  args += ["-backend", "filesystem", "-filesystem-root", os.fspath(directory)]
+  args += ["-public-host", public.removeprefix("http://"), "-external-url", public]
+  with _process(args, "fake-gcs-server", f"{own}/storage/v1/b?project=p"):
+    make = urllib.request.Request(
+      f"{own}/storage/v1/b?project=p",
+      data=f'{{"name": "{bucket}"}}'.encode(),
+      headers={"Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(make, timeout=30).close()
+    yield {
+      "TENSORSTORE_GCS_HTTP_URL": public,
+      "STORAGE_EMULATOR_HOST": public,
+      "GOOGLE_CLOUD_PROJECT": "p",
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
 
 
 @contextlib.contextmanager

@@ -33,9 +33,9 @@ import numpy as np
 from ckpt_jax.errors import CheckpointError
 
 STEP_S = 0.05
-MTTI_S = 20.0
+MTTI_S = 12.0
 _MBIT = 50.0
-_STATE_NBYTES = 5_000_000
+_STATE_NBYTES = 1_000_000
 _LOCAL_EVERY_S = 2.0
 _START_TIMEOUT = 120.0
 # Each life is a process of its own, forked from one that has imported everything but has not touched a device: a
@@ -59,7 +59,7 @@ class Arm:
 
 
 def measure(kills: int, seed: int, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-  """One round of all arms: `kills` lives each. Takes about `kills` * 30 s. Needs root, for the link.
+  """One round of all arms: `kills` lives each. Takes about `kills` * 16 s. Needs root, for the link.
 
   Args:
     kills: lives of each arm.

@@ -55,6 +55,7 @@ def measure(steps: int = 5000, repeats: int = 5, progress: Callable[[str], None]
     progress("opening and saving")
     for name, path in (("large", large), ("small", small)):
       found |= {f"{key}_{name}": value for key, value in _saves(path, repeats).items()}
+    found["save_not_due"] = _not_due(small)
   return {"steps": steps, "repeats": repeats, "cpus": os.cpu_count(), "seconds": found}
 
 
@@ -63,11 +64,13 @@ def make_run(path: pathlib.Path, steps: int) -> None:
   import jax.numpy as jnp
 
   import ckpt_jax as ckpt
+  from ckpt_jax.seal import sealed
 
   with ckpt.Checkpointer(path, ckpt.Config(retention={"last": None})) as c:
     c.save(0, {"params": {"w": jnp.ones(1000)}, "opt": {"w": jnp.ones(2000)}}, metrics={"loss": 1.0})
   first = path / "0"
   metadata = runs.step_metadata(c.directory / "0")
+  ours = runs.our_metadata(c.directory / "0")
   now = datetime.datetime.now(datetime.timezone.utc).timestamp()
   for step in range(steps):
     target = path / str(step)
@@ -78,7 +81,7 @@ def make_run(path: pathlib.Path, steps: int) -> None:
         if name not in (runs.STEP_METADATA, "metrics"):
           os.link(os.path.join(folder, name), there / name)
     metadata["commit_timestamp_nsecs"] = int((now - (steps - step) * _EVERY_S) * 1e9)
-    metadata["custom_metadata"][runs.OURS]["metrics"] = {"loss": 1 / (step + 1)}
+    metadata["custom_metadata"][runs.OURS] = sealed(ours | {"metrics": {"loss": 1 / (step + 1)}})
     (target / runs.STEP_METADATA).unlink(missing_ok=True)
     (target / runs.STEP_METADATA).write_text(json.dumps(metadata))
     (target / "metrics" / "metrics").write_text(json.dumps({"loss": 1 / (step + 1)}))
@@ -122,6 +125,19 @@ def _saves(path: pathlib.Path, repeats: int) -> dict[str, float]:
     "save_blocking": statistics.median(s.blocking_s for s in c.saves[2:]),
     "save_to_commit": statistics.median(commits[2:]),
   }
+
+
+def _not_due(path: pathlib.Path, calls: int = 1000) -> float:
+  """Seconds of one call of `save` between two that the clock wants."""
+  import ckpt_jax as ckpt
+
+  with ckpt.Checkpointer(path, ckpt.Config(schedule={"every": "1h"}, retention={"last": None})) as c:
+    for step in range(10_000, 10_050):
+      c.save(step, {})
+    started = time.perf_counter()
+    for step in range(10_050, 10_050 + calls):
+      c.save(step, {})
+    return (time.perf_counter() - started) / calls
 
 
 def _timed(repeats: int, function: Callable[[], Any]) -> float:

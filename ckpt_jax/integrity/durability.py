@@ -137,6 +137,11 @@ class Hooks:
   committed: Callable[[int], None]
 
 
+def _counts(path: epath.Path) -> bool:
+  # A step that is damaged so that Orbax could not even open the run is left out; reading it says what is wrong.
+  return run.is_step(path) and (is_object_store(path) or run.orbax_can_list(path))
+
+
 def step_path_class(
   directory: epath.Path, sealing: Sealing, hooks: Hooks
 ) -> type[ocp.path.atomicity_types.TemporaryPath]:
@@ -160,7 +165,7 @@ def step_path_class(
     @classmethod
     async def validate_final(cls, final_path: epath.Path) -> None:
       await super().validate_final(final_path)
-      if final_path.parent == directory and not await asyncio.to_thread(run.is_step, final_path):
+      if final_path.parent == directory and not await asyncio.to_thread(_counts, final_path):
         raise atomicity.ValidationError(f"{final_path} holds no committed step")
 
     async def create(self) -> epath.Path:

@@ -85,6 +85,11 @@ class Taken:
         out[leaf.path].add(found)
     return out
 
+  def release(self) -> None:
+    """Lets go of the state's buffers, once they are summed up."""
+    for leaf in self._leaves:
+      leaf.pieces = []
+
   @property
   def counted_by_all(self) -> set[str]:
     """Leaves whose tally is already the total of all processes."""
@@ -128,7 +133,7 @@ def take(state: PyTree, *, every_copy: bool = False, saved_as: Mapping[str, str]
     names.append(name)
     leaves.append(_as_saved(leaf, (saved_as or {}).get(name)))
   out = [_view(name, leaf, every_copy) for name, leaf in zip(names, leaves, strict=True)]
-  on_device = [i for i, x in enumerate(leaves) if _is_on_accelerator(x)]
+  on_device = [i for i, x in enumerate(leaves) if is_on_accelerator(x)]
   arrays = [jax.random.key_data(leaves[i]) if is_prng_key(leaves[i]) else leaves[i] for i in on_device]
   for i, found in zip(on_device, device.dispatch(arrays), strict=True):
     out[i].on_device, out[i].pieces = found, []
@@ -168,7 +173,7 @@ def _view(path: str, leaf: Any, every_copy: bool) -> _Leaf:
     return _host_leaf(path, name, shape, np.asarray(array), floats, every_copy)
   bits_shape = tuple(array.shape) + ((2,) if dtype.itemsize == 16 else ())
   out = _Leaf(path, name, shape, bits_shape, floats, [])
-  if _is_on_accelerator(array):
+  if is_on_accelerator(array):
     return out
   if len(array.sharding.device_set) == 1:
     if array.is_fully_addressable:
@@ -202,9 +207,12 @@ def _host_leaf(
   return out
 
 
-def _is_on_accelerator(leaf: Any) -> bool:
+def is_on_accelerator(leaf: Any) -> bool:
+  """Whether a leaf's bits lie in the memory of an accelerator."""
   if not isinstance(leaf, jax.Array) or leaf.size == 0:
     return False
+  if leaf.sharding.memory_kind in ("pinned_host", "unpinned_host"):
+    return False  # parked in host memory
   one: jax.Device = next(iter(leaf.sharding.device_set))
   return one.platform != "cpu"
 

@@ -153,9 +153,9 @@ def _empty(trash: str) -> None:
 
 
 def set_aside(directory: epath.Path, step: int) -> None:
-  """Makes room for a step where something lies that is no step: Orbax would delete it, whatever it is.
+  """Makes room for a step where something lies that Orbax does not count as one: it would delete it, whatever it is.
 
-  An empty directory is removed. On a disk anything else is renamed.
+  An empty directory is removed. On a disk anything else is renamed, a damaged step too.
 
   Raises:
     CheckpointError: in a bucket, where renaming is copying.
@@ -169,7 +169,7 @@ def set_aside(directory: epath.Path, step: int) -> None:
       )
     return
   name = os.fspath(path)
-  if not os.path.lexists(name) or run.is_step(path):
+  if not os.path.lexists(name):
     return
   try:
     os.rmdir(name)

@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckpt_jax import run
+from ckpt_jax import run, untrusted
 from ckpt_jax.errors import CorruptCheckpointError, UnhealthyStateError
 from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
@@ -63,6 +63,7 @@ class Recording:
       UnhealthyStateError: if the state is unhealthy and that is not wanted.
     """
     self.tallies = self.taken.tallies(1, health=self.health is None)
+    self.taken.release()
     if self.health is None and jax.process_count() == 1:
       self.health = health_checks.from_tallies(self.tallies)
       if self.refuse and not self.health.healthy:
@@ -253,13 +254,11 @@ def read_record(step_dir: epath.Path) -> Record | None:
   item_dir = run.item_directory(step_dir)
   file = item_dir / FILE
   try:
-    data = json.loads(file.read_bytes())
+    data = untrusted.read_json(file)
   except FileNotFoundError:
     if "fingerprints" not in ours:
       return None
     raise CorruptCheckpointError(f"{file}: missing; the step was saved with it") from None
-  except ValueError as e:
-    raise CorruptCheckpointError(f"{file}: not JSON: {e}") from e
   if not ours:
     raise CorruptCheckpointError(f"{step_dir / run.STEP_METADATA}: what ckpt_jax wrote there is missing")
   try:

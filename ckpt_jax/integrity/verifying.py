@@ -46,7 +46,7 @@ class Verifier:
 
   def __call__(self, path: str, value: Any) -> None:
     """Takes a leaf as it was saved: decoded, and not cast."""
-    if isinstance(value, jax.Array) and next(iter(value.sharding.device_set)).platform != "cpu":  # type: ignore[attr-defined]
+    if fingerprint.is_on_accelerator(value):
       self._later[path] = value  # one dispatch for all of them
     else:
       self._sums[path] = self._pool.submit(self._sum, path, value)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ckpt_jax import untrusted
 from ckpt_jax.errors import CheckpointError
 
 PyTree = Any
@@ -42,6 +43,7 @@ def encode(state: PyTree) -> tuple[PyTree, dict[str, dict[str, Any]]]:
   out, notes, refused = [], {}, []
   for path, leaf in leaves:
     try:
+      _check_path(path)
       stored, note = _encode_leaf(leaf)
     except TypeError as e:
       refused.append(f"{path_name(path) or '(the state itself)'}: {e}")
@@ -52,6 +54,15 @@ def encode(state: PyTree) -> tuple[PyTree, dict[str, dict[str, Any]]]:
   if refused:
     raise CheckpointError("cannot save this state; nothing was written:\n  " + "\n  ".join(refused))
   return jax.tree_util.tree_unflatten(treedef, out), notes
+
+
+def _check_path(path: tuple[Any, ...]) -> None:
+  # What `untrusted` refuses to read must not be written either.
+  if len(path) > untrusted.MAX_DEPTH:
+    raise TypeError(f"nested {len(path)} deep; {untrusted.MAX_DEPTH} is the limit")
+  for key in path:
+    if problem := untrusted.check_name(path_name((key,))):
+      raise TypeError(problem)
 
 
 def _encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any] | None]:

@@ -32,7 +32,8 @@ class Attempt:
     started, alive: seconds since the epoch: when the run was opened, and the last commit or the end.
     end: `closed`, `preempted`, or None for a job that was killed, or still runs.
     saves: committed saves.
-    blocking_s, background_s: medians over its saves, without the first one if there are more.
+    blocking_s, background_s: means over its last saves. The first one of a process, which is dearer, counts: a job of
+      short lives pays it often.
     nbytes: bytes of the last state.
     first_step, last_step: steps of its first and last commit.
   """
@@ -78,13 +79,12 @@ class AttemptLog:
   def _write(self, end: str | None) -> None:
     if not self._active:
       return
-    costs = self._costs[1:] or self._costs
     data = self._last | {
       "started": self._started,
       "alive": self._clock(),
       "end": end,
-      "blocking_s": statistics.median(b for b, _ in costs),
-      "background_s": statistics.median(w for _, w in costs),
+      "blocking_s": statistics.fmean(b for b, _ in self._costs),
+      "background_s": statistics.fmean(w for _, w in self._costs),
     }
     try:
       self._file.parent.mkdir(parents=True, exist_ok=True)

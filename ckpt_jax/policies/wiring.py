@@ -54,5 +54,8 @@ def _young_daly(config: ScheduleConfig, attempts: list[Attempt]) -> YoungDaly:
   schedule = YoungDaly(mtti, config.overhead, mtti_source=source)
   recent = [a for a in attempts if a.saves][-5:]
   if recent:
-    schedule.seed(statistics.median(a.blocking_s for a in recent), statistics.median(a.background_s for a in recent))
+    saves = [a.saves for a in recent]
+    schedule.seed(
+      statistics.fmean([a.blocking_s for a in recent], saves), statistics.fmean([a.background_s for a in recent], saves)
+    )
   return schedule

@@ -14,7 +14,7 @@ from ckpt_jax.errors import ConfigError
 from ckpt_jax.policies.schedule import ByClock
 from ckpt_jax.units import duration_text
 
-_WINDOW = 9  # saves and steps whose median stands for the next one: one slow save does not move the interval
+_WINDOW = 9  # saves whose trimmed mean stands for the next one: one slow save does not move the interval
 _DEFAULT_MTTI = 86400.0  # what a job that was never interrupted is taken for, until it has run for longer
 
 
@@ -43,14 +43,16 @@ def learned_mtti(seconds_run: float, interruptions: int, prior: float = _DEFAULT
 class YoungDaly(ByClock):
   """Saves at the interval that loses the least work.
 
-  The interval is sqrt(2 * cost * mtti), where `cost` is what one save takes from training: the blocking time, and what
-  the background write slows the steps down by, not the write itself (Young 1974; Daly 2006, eq. 20). With
+  The interval, from the start of one save to that of the next, is sqrt(2 * cost * mtti) with Daly's terms of higher
+  order, which matter where saving is dear (Young 1974; Daly 2006, eq. 37). `cost` is what one save takes from training:
+  the blocking time, and what the background write slows the steps down by, not the write itself. With
   `max_overhead` it is never shorter than cost / max_overhead, and without `mtti` it is just that: as often as the
   overhead allows. It is never shorter than a save takes from start to commit, since saves do not overlap.
 
-  Costs are the medians of the last saves; the first save of a process, which also compiles and connects, counts only
-  until there is another one. As long as nothing is known, the first step is saved, to learn from. In a plain Orbax
-  manager, which reports no costs, the blocking time is what a step with a save takes longer than others.
+  Costs are means of the last saves without the lowest and the highest; the first save of a process, which also compiles
+  and connects, counts only until there is another one. As long as nothing is known, the first step is saved, to learn
+  from. In a plain Orbax manager, which reports no costs, the blocking time is what a step with a save takes longer than
+  others.
 
   Attributes:
     mtti: mean time to interruption of the whole job, in seconds (node MTTI / number of nodes); None: not considered.
@@ -156,12 +158,12 @@ class YoungDaly(ByClock):
   @property
   def cost(self) -> float | None:
     """Seconds that one save takes from training: blocking time and slowdown. None before the first save."""
-    return statistics.median(b + s for b, _, s in self._costs) if self._costs else None
+    return _typical([b + s for b, _, s in self._costs]) if self._costs else None
 
   @property
   def duration(self) -> float:
     """Seconds from the start of a save to its commit."""
-    return statistics.median(b + w for b, w, _ in self._costs) if self._costs else 0.0
+    return _typical([b + w for b, w, _ in self._costs]) if self._costs else 0.0
 
   def interval(self) -> float:
     if self.cost is None:
@@ -174,9 +176,9 @@ class YoungDaly(ByClock):
     assert cost is not None
     chosen, why = self._shortest, "the lower bound"
     if self.mtti is not None:
-      best = min(max(young_interval(cost, self.mtti), self._shortest), self._longest)
+      best = min(max(daly_interval(cost, self.mtti) + cost, self._shortest), self._longest)
       if best > chosen:
-        chosen, why = best, "sqrt(2 x cost x MTTI)" if best < self._longest else "the upper bound"
+        chosen, why = best, "cost and MTTI (Daly)" if best < self._longest else "the upper bound"
     if self.max_overhead is not None and cost / self.max_overhead > chosen:
       chosen, why = cost / self.max_overhead, f"the overhead of {self.max_overhead:.3g}"
     if self.duration > chosen:
@@ -190,7 +192,7 @@ class YoungDaly(ByClock):
     if self.cost is None:
       return f"{', '.join(asked)}; no save has been measured yet, the first step is saved to learn from"
     interval, why = self._bounded()
-    blocking = statistics.median(b for b, _, _ in self._costs)
+    blocking = _typical([b for b, _, _ in self._costs])
     slowdown = max(self.cost - blocking, 0.0)
     lines = [
       f"every {duration_text(interval)}, set by {why}: {', '.join(asked)}",
@@ -204,3 +206,9 @@ class YoungDaly(ByClock):
     else:
       lines.append(f"expected: {lost:.2%} of the time goes into saving")
     return "\n".join(lines)
+
+
+def _typical(values: list[float]) -> float:
+  """The mean, which is what the long run costs, without the extremes, which may be accidents."""
+  middle = sorted(values)[1:-1] if len(values) > 2 else values
+  return statistics.fmean(middle)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+import os
+import pathlib
 import time
 from collections.abc import Mapping
 
@@ -11,7 +16,7 @@ import numpy as np
 
 from ckpt_jax.restore import exchange
 from ckpt_jax.restore.strategies import DIRECT, Totals
-from ckpt_jax.storage.kinds import StorageKind
+from ckpt_jax.storage.kinds import StorageKind, storage_identity
 from ckpt_jax.storage.probe import StorageProfile
 from ckpt_jax.tuning.assumed import is_assumed
 
@@ -24,6 +29,10 @@ _MEMORY_BYTES_PER_S = 2e9
 _MARGIN = 0.85
 _WORTH_S = 0.2
 _MEASURED_NBYTES = 4 * 2**20
+# N readers that together get more than this share of N times one reader's rate: storage grows with them.
+_SCALES = 0.6
+# What a restore must have read, and how long, to say anything about storage rather than about caches and latencies.
+_TELLING_NBYTES, _TELLING_S = 32 * 2**20, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +63,30 @@ class Choice:
   predicted: dict[str, float]
 
 
-def speeds(profile: StorageProfile, network: float | None) -> Speeds:
-  """The speeds of a storage as `probe` measured it, or as its kind usually is."""
+@dataclasses.dataclass(frozen=True)
+class Readers:
+  """What an earlier restore saw: so many processes read so many bytes per second, all together."""
+
+  count: int
+  bytes_per_s: float
+
+
+def speeds(profile: StorageProfile, network: float | None, seen: Readers | None = None) -> Speeds:
+  """The speeds of a storage as `probe` measured it, or as its kind usually is.
+
+  Args:
+    profile: of one reader.
+    network: bytes per second from the other processes, if measured.
+    seen: what several readers got before. One reader's figure and this one tell whether storage grows with its readers.
+  """
+  one = max(profile.read_bytes_per_s, 1.0)
   scales = profile.kind not in FIXED
-  return Speeds(
-    storage=max(profile.read_bytes_per_s, 1.0),
-    scales=scales,
-    one_host=not profile.kind.traits.shared,
-    network=network,
-    source=f"usual for {profile.kind}" if is_assumed(profile) else f"measured on {profile.measured_at[:10]}",
-  )
+  source = f"usual for {profile.kind}" if is_assumed(profile) else f"measured on {profile.measured_at[:10]}"
+  if seen is not None and profile.kind.traits.shared:  # else it was the page cache that they saw
+    scales = seen.bytes_per_s > _SCALES * seen.count * one
+    one = seen.bytes_per_s / seen.count if scales else seen.bytes_per_s
+    source = f"seen by {seen.count} readers before"
+  return Speeds(storage=one, scales=scales, one_host=not profile.kind.traits.shared, network=network, source=source)
 
 
 def read_seconds(total: Totals, nbytes: float, speed: Speeds) -> float:
@@ -136,6 +159,32 @@ def measure_network() -> float:
     if i:  # the first compiles and connects
       best = min(best, time.perf_counter() - started)
   return _MEASURED_NBYTES * (processes - 1) / best
+
+
+def seen_readers(path: str) -> Readers | None:
+  """What the last telling restore from the storage of `path` saw, in this process or an earlier one on this host."""
+  try:
+    return Readers(**json.loads(_seen_file(path).read_text()))
+  except (OSError, ValueError, TypeError):
+    return None
+
+
+def see_readers(path: str, count: int, nbytes: float, seconds: float) -> None:
+  """Keeps what a restore saw, if it tells anything."""
+  if count < 2 or nbytes < _TELLING_NBYTES or seconds < _TELLING_S:
+    return
+  file = _seen_file(path)
+  with contextlib.suppress(OSError):  # a read-only home: the next restore knows less
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(f".{os.getpid()}.tmp")
+    new.write_text(json.dumps(dataclasses.asdict(Readers(count, nbytes / seconds))))
+    new.replace(file)
+
+
+def _seen_file(path: str) -> pathlib.Path:
+  root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+  digest = hashlib.sha256(storage_identity(path).encode()).hexdigest()[:20]
+  return root / "ckpt_jax" / "profiles" / f"readers-{digest}.json"
 
 
 _networks: dict[str, float] = {}

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.restore import exchange
-from ckpt_jax.restore.leaf import LeafPlan, host_sharding
+from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.strategies import DIRECT, REPLICA, SPREAD, WHOLE, Route, primary_mesh, process_grid
 from ckpt_jax.restore.together import Together, Worker
 
@@ -44,8 +45,8 @@ class Part:
 
 def fetch(
   routes: Sequence[Route], reader: Reads, together: Together, bound: int, deliver: Callable[[LeafPlan, Any], None]
-) -> None:
-  """Reads all leaves; all processes call it alike.
+) -> float:
+  """Reads all leaves, and returns the seconds until all processes had read. All processes call it alike.
 
   Args:
     routes: one a leaf.
@@ -54,6 +55,8 @@ def fetch(
     bound: bytes of leaves that may be under way beside the state itself; one leaf that is larger goes alone.
     deliver: given each plan and its value, in the stored form and where the plan wants it.
   """
+  started = time.perf_counter()
+  read_s = 0.0
   parts = divide(routes, bound)
   reading, exchanging = Worker("ckpt_jax-read"), Worker("ckpt_jax-exchange")
   try:
@@ -73,6 +76,7 @@ def fetch(
       if error is not None or part.exchanges or i + 1 == len(parts):
         together.meet(f"all processes to read {what}", error)
         together.step_done()
+        read_s = time.perf_counter() - started
       under_way = exchanging.submit(functools.partial(_exchange, part, values))
       if i + 1 < len(parts) and parts[i + 1].exchanges:
         exchanging.submit(functools.partial(_compile, parts[i + 1]))
@@ -81,6 +85,7 @@ def fetch(
   finally:
     reading.close()
     exchanging.close()
+  return read_s
 
 
 def divide(routes: Sequence[Route], bound: int) -> list[Part]:
@@ -145,12 +150,9 @@ _NOT_HERE: Any = object()
 def _reads_into(route: Route) -> Sharding | None:
   plan = route.plan
   if route.way == DIRECT:
-    if plan.sharding is not None:
-      return plan.sharding
-    # For the default device through the CPU: one copy from there makes an array that is not committed to a device.
-    return host_sharding() if isinstance(plan.like, (jax.Array, jax.ShapeDtypeStruct)) and plan.note is None else None
+    return plan.sharding
   if route.way == WHOLE:
-    return host_sharding() if route.owner == jax.process_index() else _NOT_HERE
+    return None if route.owner == jax.process_index() else _NOT_HERE
   target = plan.sharding
   assert isinstance(target, NamedSharding)
   if route.way == SPREAD:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StructureMismatchError
 from ckpt_jax.layout.encoding import decode_leaf, is_prng_key
@@ -133,21 +134,18 @@ def _target_sharding(name: str, leaf: Any) -> Sharding | None:
   return leaf.sharding
 
 
-def host_sharding() -> Sharding | None:
-  """The CPU of this process as a place for arrays; None where jax was started without its CPU backend."""
-  try:
-    return SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-  except RuntimeError:
-    return None
+def to_default_device(plans: Sequence[LeafPlan], values: dict[str, Any]) -> None:
+  """Makes arrays of the leaves of `like` that are committed to no device, free for jit to move them.
 
-
-def uncommitted(value: jax.Array) -> jax.Array:
-  """The same array, free for jit to move to where its other operands are. From the CPU to the CPU without a copy."""
-  if not getattr(value, "committed", True):
-    return value
-  if is_prng_key(value):
-    return jax.random.wrap_key_data(uncommitted(jax.random.key_data(value)), impl=str(jax.random.key_impl(value)))
-  return jax.device_put(np.asarray(value), may_alias=True)
+  They were read into host memory, which jax on CPU takes over as it is.
+  """
+  loose = [
+    p.name
+    for p in plans
+    if isinstance(p.like, (jax.Array, jax.ShapeDtypeStruct)) and isinstance(values[p.name], (np.ndarray, np.generic))
+  ]
+  arrays = jax.device_put([values[name] for name in loose], may_alias=True)
+  values.update(zip(loose, arrays, strict=True))
 
 
 def _as_like(name: str, value: Any, like: Any) -> Any:
@@ -167,11 +165,12 @@ def _as_like(name: str, value: Any, like: Any) -> Any:
       raise StructureMismatchError(f"{name}: saved as {value.dtype}, asked for {like.dtype}")
   if isinstance(value, jax.Array):
     if sharding is None:
-      return uncommitted(value)
+      return value
     # Decoding widened values and keys keeps the sharding, but may say it in other words (a spec with trailing None).
     return value if value.sharding == sharding else jax.device_put(value, sharding)
   value = _exact(name, value, like.dtype)
-  return jnp.asarray(value) if sharding is None else _put(value, sharding)
+  # Without a sharding it goes to the default device, which `to_default_device` does for all leaves at once.
+  return value if sharding is None else _put(value, sharding)
 
 
 def _put(value: np.ndarray, sharding: Sharding) -> jax.Array:

@@ -30,12 +30,14 @@ from ckpt_jax.restore.choose import (
   known_network,
   measure_network,
   remember_network,
+  see_readers,
+  seen_readers,
   speeds,
   worth_exchanging,
 )
 from ckpt_jax.restore.exchange import compile_seconds, is_compiled
 from ckpt_jax.restore.fetch import fetch
-from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, make_plan
+from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, make_plan, to_default_device
 from ckpt_jax.restore.match import castable, match
 from ckpt_jax.restore.paths import as_patterns, matches, rebuild, selected
 from ckpt_jax.restore.strategies import Route, plan_routes, totals
@@ -130,12 +132,15 @@ def read_state(
 
   error = None
   try:
-    fetch(routes, Reader(step, config), together, _bound(config), deliver)
+    read_s = fetch(routes, Reader(step, config), together, _bound(config), deliver)
+    if jax.process_index() == 0:
+      see_readers(str(step_dir), jax.process_count(), totals(routes).read_nbytes, read_s)
   except Exception as e:
     error = e
   if error is not None and together.told(error):
     raise error
   together.meet("all processes to finish reading", error)
+  to_default_device(planned.plans, values)
   return Read(planned.assemble(values), planned.casts, tuple(planned.kept), choice)
 
 
@@ -161,7 +166,7 @@ def _choose(
   speed = None
   if jax.process_index() == 0:
     kind = None if config.storage.kind == "auto" else StorageKind(config.storage.kind)
-    speed = speeds(known_profile(str(step_dir), kind), known_network())
+    speed = speeds(known_profile(str(step_dir), kind), known_network(), seen_readers(str(step_dir)))
   measure = speed is not None and speed.network is None and worth_exchanging(costs, nbytes, speed)
   if together.meet("process 0 to see whether to measure the network", text="measure" if measure else "")[0]:
     worker = Worker("ckpt_jax-network")

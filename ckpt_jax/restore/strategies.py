@@ -239,6 +239,7 @@ def shape_of_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
   return (1,) * len(shape)
 
 
+@functools.lru_cache(maxsize=65536)
 def _touched(size: int, chunk: int, parts: int) -> float:
   """Length of all chunks that the parts of a dimension touch, over its length."""
   if size == 0 or parts == 1:

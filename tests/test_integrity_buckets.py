@@ -1,0 +1,74 @@
+"""Damage in a bucket, where nothing can be renamed: marked, gone back from, moved when its number is saved again."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ckpt_jax as ckpt
+from ckpt_jax.bench.buckets import s3_server
+from ckpt_jax.run import run_directory
+from ckpt_jax.storage.objects import BACKEND
+
+
+@pytest.fixture
+def url(monkeypatch):
+  with s3_server() as bucket:
+    for name, value in bucket.env.items():
+      monkeypatch.setenv(name, value)
+    yield f"{bucket.url}/run"
+
+
+def state(step):
+  return {"w": jnp.asarray(np.random.default_rng(step).standard_normal((40, 50), dtype=np.float32)), "step": step}
+
+
+def same(got, step):
+  return got["w"].tobytes() == np.asarray(state(step)["w"]).tobytes() and got["step"] == step
+
+
+def test_a_damaged_step_of_a_bucket_is_marked_and_its_number_can_be_saved_again(url):
+  with ckpt.Checkpointer(url) as c:
+    for step in range(2):
+      c.save(step, state(step))
+  directory = run_directory(url)
+  data = [k for k in BACKEND.tree(directory / "1") if np.asarray(state(1)["w"]).tobytes()[:99] in read(directory, k)]
+  file = directory / "1" / data[0]
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 8
+  file.write_bytes(bytes(content))
+  assert {f.leaf for f in ckpt.verify(url)} == {"w"}
+  with ckpt.Checkpointer(url) as c:
+    got = c.restore(like=state(0))
+    assert got.step == 0 and same(got.state, 0) and list(got.report.quarantined) == [1]
+    assert [s.step for s in c.steps()] == [0]
+    assert file.read_bytes() == bytes(content), "nothing is deleted"
+  with ckpt.Checkpointer(url) as c:  # also in the next job
+    assert c.restore(like=state(0)).step == 0
+    assert c.save(1, state(1))
+    c.wait()
+    assert [s.step for s in c.steps()] == [0, 1]
+    assert same(c.restore(like=state(0)).state, 1)
+  kept = BACKEND.tree(directory / ".ckpt_jax" / "quarantine")
+  assert sum(k.endswith(data[0]) for k in kept) == 1
+  assert ckpt.verify(url) == []
+
+
+def test_rollback_in_a_bucket(url):
+  with ckpt.Checkpointer(url) as c:
+    for step in range(3):
+      c.save(step, state(step))
+    assert c.rollback(0) == [1, 2]
+    assert c.latest_step() == 0 and c.restore().step == 0
+    assert c.save(1, state(7))
+    c.wait()
+    assert [s.step for s in c.steps()] == [0, 1] and c.restore().state["step"] == 7
+    assert c.rollback(0, delete=True) == [1, 2]
+    assert [s.step for s in c.steps()] == [0]
+  directory = run_directory(url)
+  assert not [
+    k for k in BACKEND.tree(directory) if k.startswith(("1/", "2/", ".ckpt_jax/set_aside", ".ckpt_jax/aside"))
+  ]
+
+
+def read(directory, key):
+  return (directory / "1" / key).read_bytes()
