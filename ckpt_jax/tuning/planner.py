@@ -109,6 +109,11 @@ class Planner:
       plan = plan or (Plan.from_dict(json.loads(bytes(sent))) if sent else None)
     if plan is None:
       return  # told below; what was in force stays
+    if self.plan is not None and signature == self._planned_for:
+      # The same state sampled again: a timeout that moves with the expectation is not worth another manager.
+      before = {c.key: c for c in self.plan.choices}
+      kept = tuple(before[c.key] if c.key.startswith("timeouts.") else c for c in plan.choices)
+      plan = dataclasses.replace(plan, choices=kept)
     changed = self.plan is None or plan.values != self.plan.values
     self.plan = plan
     if changed:
