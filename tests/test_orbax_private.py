@@ -105,3 +105,34 @@ def test_array_metadata_store_tells_prng_keys_from_words(tmp_path):
     c.save(tmp_path / "a", {"key": jax.random.key(0), "words": jnp.zeros(2, jnp.uint32)})
   assert (tmp_path / "a" / "array_metadatas").is_dir()
   assert asyncio.run(orbax_private.prng_key_names(store, epath.Path(tmp_path / "a"))) == {"key"}
+
+
+def test_what_we_write_beside_arrays_is_what_orbax_writes(tmp_path):
+  import json
+
+  import jax
+  import numpy as np
+  from jax.sharding import NamedSharding, PartitionSpec
+
+  from ckpt_jax.config import Config
+  from ckpt_jax.layout.handler import pytree_handler
+
+  mesh = jax.make_mesh((2,), ("x",))
+  state = {
+    "replicated": jax.device_put(np.ones((4, 4), np.float32), NamedSharding(mesh, PartitionSpec())),
+    "key": jax.random.key(1),
+    "one": jnp.ones(3),
+  }
+  for name, handler in (
+    ("theirs", ocp.PyTreeCheckpointHandler(use_compression=False)),
+    ("ours", pytree_handler(Config())),
+  ):
+    directory = epath.Path(tmp_path / name)
+    directory.mkdir()
+    handler.save(directory, args=ocp.args.PyTreeSave(state))
+    handler.finalize(directory)
+  for file in ("_sharding", "_METADATA", "array_metadatas/process_0"):
+    theirs, ours = (json.loads((tmp_path / name / file).read_text()) for name in ("theirs", "ours"))
+    if file != "_sharding":  # one chunk a process, where Orbax has one a device
+      theirs, ours = (json.loads(json.dumps(x).replace("[4, 4]", "[2, 4]")) for x in (theirs, ours))
+    assert ours == theirs, file
