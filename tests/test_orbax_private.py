@@ -148,3 +148,34 @@ def test_temporary_paths_tell_their_store_and_are_chosen_by_an_option(tmp_path):
   with ocp.CheckpointManager(tmp_path, options=options) as manager:
     manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
   assert ("0", True) in made and ("default", False) in made
+
+
+def test_what_we_write_beside_arrays_is_what_orbax_writes(tmp_path):
+  import json
+
+  import jax
+  import numpy as np
+  from jax.sharding import NamedSharding, PartitionSpec
+
+  from ckpt_jax.config import Config
+  from ckpt_jax.layout.handler import pytree_handler
+
+  mesh = jax.make_mesh((2,), ("x",))
+  state = {
+    "replicated": jax.device_put(np.ones((4, 4), np.float32), NamedSharding(mesh, PartitionSpec())),
+    "key": jax.random.key(1),
+    "one": jnp.ones(3),
+  }
+  for name, handler in (
+    ("theirs", ocp.PyTreeCheckpointHandler(use_compression=False)),
+    ("ours", pytree_handler(Config())),
+  ):
+    directory = epath.Path(tmp_path / name)
+    directory.mkdir()
+    handler.save(directory, args=ocp.args.PyTreeSave(state))
+    handler.finalize(directory)
+  for file in ("_sharding", "_METADATA", "array_metadatas/process_0"):
+    theirs, ours = (json.loads((tmp_path / name / file).read_text()) for name in ("theirs", "ours"))
+    if file != "_sharding":  # one chunk a process, where Orbax has one a device
+      theirs, ours = (json.loads(json.dumps(x).replace("[4, 4]", "[2, 4]")) for x in (theirs, ours))
+    assert ours == theirs, file

@@ -26,6 +26,7 @@ from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.sums import Tally
+from ckpt_jax.layout import packing
 
 _log = logging.getLogger(__name__)
 FILE = "ckpt_jax.json"
@@ -204,7 +205,7 @@ def history() -> collections.deque[Mapping[str, float]]:
 
 
 # Those that a restore depends on, and compares before it reads.
-_NEEDED = (run.ITEM_METADATA, "_sharding", "_strings.json")
+_NEEDED = (run.ITEM_METADATA, "_sharding", "_strings.json", packing.INDEX)
 _ARRAY_METADATA = "array_metadatas"
 
 
