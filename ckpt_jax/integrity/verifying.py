@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # a room below
   from ckpt_jax.restore.together import Together
 
 _MAX_NAMED = 10
+_BUNCH_NBYTES = 16 << 20  # a task for each leaf would cost more than its sum
+_Sums = dict[str, tuple[str, tuple[int, ...], int, int]]
 
 
 class Verifier:
@@ -30,7 +32,9 @@ class Verifier:
 
   def __init__(self, threads: int | None = None):
     self._pool = concurrent.futures.ThreadPoolExecutor(threads or min(2, os.cpu_count() or 1), "ckpt_jax_verify")
-    self._sums: dict[str, concurrent.futures.Future[tuple[str, tuple[int, ...], int, int]]] = {}
+    self._bunch: dict[str, Any] = {}
+    self._bunch_nbytes = 0
+    self._sums: list[concurrent.futures.Future[_Sums]] = []
     self._later: dict[str, Any] = {}
     self._dtypes: Mapping[str, str] = {}
     self._record: Record | None = None
@@ -48,14 +52,22 @@ class Verifier:
     """Takes a leaf as it was saved: decoded, and not cast."""
     if fingerprint.is_on_accelerator(value):
       self._later[path] = value  # one dispatch for all of them
-    else:
-      self._sums[path] = self._pool.submit(self._sum, path, value)
+      return
+    self._bunch[path] = value
+    self._bunch_nbytes += getattr(value, "nbytes", 0)
+    if self._bunch_nbytes >= _BUNCH_NBYTES:
+      self._submit()
 
-  def _sum(self, path: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
-    taken = fingerprint.take({path: value}, every_copy=True, saved_as=self._dtypes)
-    tally = taken.tallies(1, health=False)[path]
-    dtype, shape = taken.types[path]
-    return dtype, shape, tally.total, taken.copies[path]
+  def _submit(self) -> None:
+    if self._bunch:
+      self._sums.append(self._pool.submit(self._sum, self._bunch))
+    self._bunch, self._bunch_nbytes = {}, 0
+
+  def _sum(self, leaves: dict[str, Any]) -> _Sums:
+    """Dtype, shape, sum and number of copies of each leaf."""
+    taken = fingerprint.take(leaves, every_copy=True, saved_as=self._dtypes)
+    tallies = taken.tallies(1, health=False)
+    return {path: (*taken.types[path], tally.total, taken.copies[path]) for path, tally in tallies.items()}
 
   def finish(self, where: str, together: Together) -> int:
     """Waits for the sums and compares them.
@@ -70,15 +82,15 @@ class Verifier:
     if record is None:
       return 0
     error: Exception | None = None
-    found: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    found: _Sums = {}
     shared: set[str] = set()
     try:
-      found = {path: future.result() for path, future in self._sums.items()}
+      self._submit()
+      for future in self._sums:
+        found |= future.result()
       if self._later:
-        taken = fingerprint.take(self._later, every_copy=True, saved_as=self._dtypes)
-        shared = taken.counted_by_all
-        for path, tally in taken.tallies(1, health=False).items():
-          found[path] = (*taken.types[path], tally.total, taken.copies[path])
+        found |= self._sum(self._later)
+        shared = set(self._later)
     except Exception as e:
       error = e
     together.meet("all processes to verify what they read", error)

@@ -1,8 +1,8 @@
 """Predicts what a save and a restore cost, from profiles: a pure function with its constants in one place, `OURS`.
 
 A cost is (fixed) + (leaves and shards, in interpreter time) + (bytes, at the rates of host and storage). Rates come
-from profiles. The constants are what this package's code and Orbax's spend, fitted to `ckpt-jax bench predictions`;
-refit them when that code changes.
+from profiles. The constants are what this package's code and Orbax's spend, to be checked by `ckpt-jax bench
+predictions` and refitted when that code changes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class CostModel:
     block_fixed_s, commit_fixed_s, restore_fixed_s: of a tiny state.
     block_leaf, commit_leaf, restore_leaf: asyncio tasks' worth of Python for a leaf.
     block_shard, commit_shard, restore_shard: the same for each piece that this process holds.
-    block_copies, commit_copies, restore_copies: how often each byte is copied into fresh memory on one thread's time.
+    block_copies, commit_copies, restore_copies: what a byte costs beside zstd, in copies of it into fresh memory; of a
+      commit it is the stored bytes that count.
     zstd_threads: how many threads' worth of compression runs at a time, at most the cores.
     unzstd_threads: the same for decompression.
     overlap: the share of the shorter of CPU and storage time that is hidden behind the longer, 0 to 1.
@@ -52,28 +53,50 @@ class CostModel:
   process_files: int
 
 
-# Orbax 0.12.8 itself: 1.3 ms a leaf on save and 1 ms a leaf and shard on restore (FACTS; profiled on a host with 4.3 us
-# a task), three copies on restore where one would do, 0.64 s of blocking for 5,000 leaves.
+# Orbax 0.12.8 with its defaults, on the host of FACTS (4.3 us a task, 1.7 GB/s a copy): w2 (5,000 arrays) blocks
+# 0.64 s, commits in 6.6 s and restores in 5.0 s; w3 (4,832 pieces) restores in 4.0 s where w1 (604) takes 1.9 s; zstd
+# makes the commit of w1 2.3 s where it is 1.1 s without.
 ORBAX = CostModel(
-  block_fixed_s=0.01,
-  commit_fixed_s=0.05,
+  block_fixed_s=0.007,
+  commit_fixed_s=0.03,
   restore_fixed_s=0.03,
   block_leaf=30,
-  commit_leaf=300,
-  restore_leaf=200,
-  block_shard=2,
-  commit_shard=5,
-  restore_shard=150,
-  block_copies=0.1,
+  commit_leaf=240,
+  restore_leaf=120,
+  block_shard=4,
+  commit_shard=30,
+  restore_shard=115,
+  block_copies=0.0,
   commit_copies=1.0,
-  restore_copies=2.0,
-  zstd_threads=1.0,
+  restore_copies=1.5,
+  zstd_threads=0.7,
   unzstd_threads=1.0,
-  overlap=0.5,
+  overlap=0.7,
   fixed_files=11,
   process_files=4,
 )
-OURS = ORBAX
+# This package on the same host: reads and writes are queued with little Python an array, and each region of a process
+# is read once, into memory that jax takes over. From the CPU seconds of w1 (604 arrays, 1.02 GB), w2 (5,000 arrays,
+# 0.2 GB) and w3 (w1 in 4,832 pieces): equations for what an array, a piece and a byte cost.
+OURS = CostModel(
+  block_fixed_s=0.005,
+  commit_fixed_s=0.03,
+  restore_fixed_s=0.02,
+  block_leaf=21,
+  commit_leaf=46,
+  restore_leaf=105,
+  block_shard=15,
+  commit_shard=14,
+  restore_shard=7,
+  block_copies=0.0,
+  commit_copies=1.0,
+  restore_copies=0.7,
+  zstd_threads=2.0,
+  unzstd_threads=2.0,
+  overlap=0.7,
+  fixed_files=11,
+  process_files=4,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +167,10 @@ def predict(
     + held * model.block_copies / host.copy_bytes_per_s
   )
   data_files = _data_files(written * ratio, layout, host)
-  cpu = written * model.commit_copies / host.copy_bytes_per_s
+  stored = written * ratio
+  cpu = stored * model.commit_copies / host.copy_bytes_per_s
   if layout.compression:
     cpu += written / (zstd.compress_bytes_per_s * min(model.zstd_threads, threads))
-  stored = written * ratio
   io = stored / _rate(storage.write_bytes_per_s, sharing)
   io += data_files * storage.latency.get("create", 0.0)
   commit = (

@@ -16,7 +16,7 @@ from ckpt_jax.storage.kvstore import connect
 from ckpt_jax.storage.probe import StorageProfile, cached_profile, quick_probe
 from ckpt_jax.tuning.assumed import assumed_profile, is_assumed
 from ckpt_jax.tuning.choices import CHOICES, Choice, Facts, nbytes_text, rate_text, seconds_text
-from ckpt_jax.tuning.costs import Layout, Prediction, predict
+from ckpt_jax.tuning.costs import ORBAX, Layout, Prediction, predict
 from ckpt_jax.tuning.profile import HostProfile, StateProfile, profile_host, profile_state
 from ckpt_jax.tuning.sampling import Compressibility
 
@@ -74,6 +74,7 @@ class Plan:
   def explain(self) -> str:
     """What was measured, what to expect, and one line a choice: value, reason, what Orbax's default would cost."""
     s, h = self.state, self.host
+    orbax = predict(s, self.storage, h, Layout(), ORBAX)
     lines = [
       f"state: {nbytes_text(s.nbytes)} in {s.leaves:,} arrays and {s.shards:,} pieces, largest "
       f"{nbytes_text(s.largest_leaf_nbytes)}; {s.small_leaves:,} below 1 MiB hold {nbytes_text(s.small_nbytes)}",
@@ -84,6 +85,8 @@ class Plan:
       f"expected: save blocks {seconds_text(self.blocking_s)} and commits in {seconds_text(self.commit_s)}, restore "
       f"{seconds_text(self.restore_s)}; {nbytes_text(self.nbytes)} in {self.files} files, "
       f"{self.requests:,} reads, {nbytes_text(self.peak_host_bytes)} of host memory beside the state",
+      f"plain Orbax with its defaults: blocks {seconds_text(orbax.blocking_s)}, commits in "
+      f"{seconds_text(orbax.commit_s)}, restore {seconds_text(orbax.restore_s)}; {nbytes_text(orbax.nbytes)}",
     ]
     return "\n".join(lines + [c.line() for c in self.choices])
 
