@@ -36,7 +36,7 @@ RULES: dict[str, Any] = {
 
 
 def measure(steps: int = 5000, repeats: int = 5, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-  """Seconds of each operation on a run of `steps` steps: medians of `repeats`, of `decide` the least. All rules are set.
+  """Seconds of each operation on a run of `steps` steps with all rules set: medians; of `decide` the least.
 
   `save` keeps every step, so that all of them are there for each save; a second run of 3 steps says what a save costs
   without them.
