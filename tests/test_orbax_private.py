@@ -107,6 +107,49 @@ def test_array_metadata_store_tells_prng_keys_from_words(tmp_path):
   assert asyncio.run(orbax_private.prng_key_names(store, epath.Path(tmp_path / "a"))) == {"key"}
 
 
+def test_threads_of_a_save_are_where_we_wait_for_them_and_leave_them(tmp_path, monkeypatch):
+  with ocp.CheckpointManager(tmp_path) as manager:
+    assert orbax_private.join_save(manager, 0)
+    manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
+    saving = manager._checkpointer._async_manager._thread
+    assert isinstance(saving, threading.Thread)
+    monkeypatch.setattr(orbax_private, "_left_behind", [])
+    orbax_private.leave_behind(manager)
+    assert saving in orbax_private._left_behind
+    assert orbax_private.join_save(manager, 60)
+
+
+def test_waiting_write_can_be_told_that_its_directory_will_not_come():
+  from orbax.checkpoint._src.futures import future, synchronization
+
+  written = []
+  waiting = future._SignalingThread(
+    target=lambda: written.append(1),
+    send_signals=[],
+    receive_signals=[synchronization.HandlerAwaitableSignal.STEP_DIRECTORY_CREATION],
+    timeout_secs=60,
+    operation_id="a save whose directory cannot be made",
+  )
+  waiting.start()
+  orbax_private.cancel_waiting_writes()
+  threading.Thread.join(waiting, 20)
+  assert not waiting.is_alive() and not written
+
+
+def test_temporary_paths_tell_their_store_and_are_chosen_by_an_option(tmp_path):
+  made = []
+
+  class Told(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    def __init__(self, temporary, final, *, checkpoint_metadata_store=None, **options):
+      super().__init__(temporary, final, checkpoint_metadata_store=checkpoint_metadata_store, **options)
+      made.append((final.name, checkpoint_metadata_store is not None))
+
+  options = ocp.CheckpointManagerOptions(temporary_path_class=Told)
+  with ocp.CheckpointManager(tmp_path, options=options) as manager:
+    manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
+  assert ("0", True) in made and ("default", False) in made
+
+
 def test_what_we_write_beside_arrays_is_what_orbax_writes(tmp_path):
   import json
 
