@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ckpt_jax import cli_bench, cli_prune, cli_simulate, cli_tune, cli_verify
+from ckpt_jax import cli_bench, cli_prune, cli_repack, cli_simulate, cli_tune, cli_verify
 from ckpt_jax.cli_common import Json, NearestName, Run, console, fail, pairs, print_json, print_table, size
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
@@ -149,6 +149,7 @@ app.command()(cli_simulate.simulate)
 app.command()(cli_verify.verify)
 app.command()(cli_verify.rollback)
 app.command()(cli_tune.tune)
+app.command()(cli_repack.repack)
 
 
 def main() -> None:

@@ -172,18 +172,20 @@ def faults(
   """Kill, fill, freeze and delete under real trainers, over ckpt_jax and over plain Orbax. Some faults need root."""
   from ckpt_jax.bench import faults as campaign
 
-  wrong = [name for name in names or [] if name not in campaign.FAULTS]
+  wrong = [name for name in names or [] if name not in (*campaign.FAULTS, "fsync")]
   if wrong:
-    raise ConfigError(f"no fault {wrong[0]!r}; there are {', '.join(campaign.FAULTS)}")
+    raise ConfigError(f"no fault {wrong[0]!r}; there are {', '.join(campaign.FAULTS)}, and fsync (what syncing costs)")
   results: dict[str, Any] = {}
   if output and os.path.exists(output):
     with open(output, encoding="utf-8") as file:
       results = json.load(file)
-  chosen = names or list(campaign.FAULTS)
+  chosen = [name for name in names or campaign.FAULTS if name != "fsync"]
+  if "fsync" in (names or ["fsync"]):
+    results["fsync"] = campaign.fsync_cost()
   try:
     campaign.campaign(chosen, seeds, kills, minutes, results, lambda text: typer.echo(text, err=True))
   finally:
-    if output and results.get("faults"):
+    if output:
       with open(output, "w", encoding="utf-8") as file:
         file.write(json.dumps(results, indent=1) + "\n")
   page = os.path.splitext(output)[0] + ".md" if output else None

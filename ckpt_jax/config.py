@@ -28,15 +28,9 @@ from ckpt_jax.errors import ConfigError
 # Key path -> what this version does with it. `Config.unimplemented` reports those that a user set, so that no setting
 # is accepted in silence and then ignored.
 _LATER = "accepted, not acted upon yet"
-NOT_YET: dict[str, str] = {
-  "layout.pack": _LATER,
-  "layout.chunk_size": _LATER,
-}
+NOT_YET: dict[str, str] = {}
 # Values that ask for what happens anyway.
-_TODAYS_VALUES: dict[str, tuple[Any, ...]] = {
-  "layout.pack": ("off",),
-  "layout.chunk_size": ("auto",),
-}
+_TODAYS_VALUES: dict[str, tuple[Any, ...]] = {}
 
 # The shortest that a timeout is when left to the plan: a hung save should end the job in minutes, not in days.
 TIMEOUT_FLOOR_S = 1200.0
@@ -376,8 +370,8 @@ class LimitsConfig(_Section):
     host_memory: RAM for the copies of the state that wait to be written; auto is what the host (or cgroup) has free.
     save_concurrency: bytes in flight while writing.
     restore_concurrency: bytes in flight while reading.
-    file_io_concurrency: reads and writes of files in flight at a time (TensorStore's `file_io_concurrency`).
-    data_copy_concurrency: threads that copy and compress (TensorStore's `data_copy_concurrency`).
+    file_io_concurrency: reads of files in flight at a time while restoring (TensorStore's `file_io_concurrency`).
+    data_copy_concurrency: threads that copy and decompress meanwhile (TensorStore's `data_copy_concurrency`).
   """
 
   host_memory: AutoOrBytes = "auto"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import json
 import os
 import sys
 import threading
@@ -148,6 +150,82 @@ def array_metadata_store() -> Any:
   from orbax.checkpoint._src.metadata import array_metadata_store as stores
 
   return stores.Store()
+
+
+async def write_array_metadatas(store: Any, item_dir: Any, arrays: Any, chunks: Any, impls: dict[str, str]) -> None:
+  """Notes shapes, chunks and PRNG implementations as Orbax's own ArrayHandler does; it demands them on commit.
+
+  Why private: the class of the notes is not public either.
+
+  Args:
+    store: see `array_metadata_store`.
+    item_dir: the item.
+    arrays: `layout.writing.Written`s.
+    chunks: the chunk shape of each.
+    impls: of those that are the words of PRNG keys.
+  """
+  import jax
+  from orbax.checkpoint._src.metadata import array_metadata
+
+  notes = [
+    array_metadata.ArrayMetadata(
+      param_name=a.info.name,
+      shape=a.shape,
+      dtype=a.dtype,
+      write_shape=a.write_shape,
+      chunk_shape=chunk,
+      use_ocdbt=True,
+      use_zarr3=bool(a.info.use_zarr3),
+      ext_metadata={array_metadata.RANDOM_KEY_IMPL: impls[a.info.name]} if a.info.name in impls else None,
+    )
+    for a, chunk in zip(arrays, chunks, strict=True)
+  ]
+  await store.write(checkpoint_dir=item_dir, array_metadatas=notes, process_index=jax.process_index())
+
+
+def write_shardings(item_dir: Any, names: Any, shardings: Any) -> None:
+  """Writes the item's `_sharding` file, from which plain Orbax restores without being told shardings.
+
+  Why private: the text of a sharding is Orbax's own. Orbax writes the file array by array through TensorStore's json
+  driver, half a millisecond each.
+  """
+  from orbax.checkpoint._src.metadata import sharding as metadata
+
+  texts: dict[Any, str | None] = {}
+  found = {}
+  for name, sharding in zip(names, shardings, strict=True):
+    if sharding not in texts:
+      described = metadata.from_jax_sharding(sharding)
+      texts[sharding] = None if described is None else described.to_serialized_string()
+    if texts[sharding] is not None:
+      found[base64.urlsafe_b64encode(name.encode()).decode()] = texts[sharding]
+  if found:
+    (item_dir / "_sharding").write_text(json.dumps(found))
+
+
+def replica_slices_on_host(
+  arrays: Any, replica_parallel: bool, slice_nbytes: int | None, pinned: bool
+) -> list[tuple[tuple[int, ...], tuple[Any, ...]]]:
+  """What this process writes of each array: the shape of a piece, and (box, value) of each piece, in host memory.
+
+  Why private: all processes must divide replicas alike, and as Orbax does where it writes itself; its ArrayHandler
+  has no method that says how.
+  """
+  from orbax.checkpoint._src.serialization import replica_slices
+
+  found = replica_slices.transfer_arrays_to_host(
+    arrays, 0, replica_parallel, enable_pinned_host_transfer=pinned, min_slice_bytes_for_replica_parallel=slice_nbytes
+  )
+  return [
+    (
+      tuple(slices.local_shape),
+      tuple(
+        (tuple(s.indices(n)[:2] for s, n in zip(piece.index, slices.global_shape, strict=True)), piece.data())
+        for piece in slices.replica_slices
+      ),
+    )
+    for slices in found
+  ]
 
 
 async def prng_key_names(store: Any, item_dir: Any) -> set[str]:

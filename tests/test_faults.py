@@ -60,7 +60,7 @@ def test_what_was_tried_already_is_not_tried_again_and_the_table_counts_it():
   results = campaign(["sigterm"], 2, 0, 0.0, {"faults": {"sigterm": sides}}, print)
   assert results["faults"]["sigterm"]["ckpt_jax"] == tries[:2]
   text = table(results)
-  assert "| 2 of 2 | 2 of 3 | a committed step or a foreign file was lost or changed (1) |" in text
+  assert "| 2 of 2 | 2 of 3 | a step was lost, or is listed and cannot be restored (1) |" in text
   page = render(results, "before\n<!-- faults -->\nold\n<!-- /faults -->\nafter\n")
   assert page.startswith("before\n") and page.endswith("\nafter\n") and text in page and "old" not in page
 

@@ -1,5 +1,10 @@
 """Free memory: the host's, or the cgroup's where that is nearer."""
 
+import json
+import pathlib
+import subprocess
+import sys
+
 import psutil
 
 from ckpt_jax.tuning.profile import available_memory
@@ -21,3 +26,20 @@ def test_unlimited_cgroup_leaves_the_host_to_decide(tmp_path):
   (tmp_path / "memory.current").write_text("900000\n")
   (tmp_path / "memory.stat").write_text("inactive_file 0\n")
   assert available_memory(tmp_path) > 1 << 20
+
+
+def measured(run, *arguments):
+  program = pathlib.Path(__file__).parent / "programs" / "memory.py"
+  done = subprocess.run(
+    [sys.executable, str(program), str(run), *arguments], capture_output=True, text=True, timeout=240, check=True
+  )
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_host_memory_bounds_what_saving_and_restoring_take_beside_the_state(tmp_path):
+  limit, slack = 64_000_000, 32_000_000  # code and small objects come on top
+  bounded = measured(tmp_path / "a", "64MB", "on")
+  assert bounded["state"] > 4 * limit
+  assert max(bounded["saving"], bounded["restoring"]) < limit + slack, bounded
+  free = measured(tmp_path / "b", "none", "on")
+  assert free["saving"] > 2 * limit, free  # else the measurement sees nothing

@@ -105,3 +105,77 @@ def test_array_metadata_store_tells_prng_keys_from_words(tmp_path):
     c.save(tmp_path / "a", {"key": jax.random.key(0), "words": jnp.zeros(2, jnp.uint32)})
   assert (tmp_path / "a" / "array_metadatas").is_dir()
   assert asyncio.run(orbax_private.prng_key_names(store, epath.Path(tmp_path / "a"))) == {"key"}
+
+
+def test_threads_of_a_save_are_where_we_wait_for_them_and_leave_them(tmp_path, monkeypatch):
+  with ocp.CheckpointManager(tmp_path) as manager:
+    assert orbax_private.join_save(manager, 0)
+    manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
+    saving = manager._checkpointer._async_manager._thread
+    assert isinstance(saving, threading.Thread)
+    monkeypatch.setattr(orbax_private, "_left_behind", [])
+    orbax_private.leave_behind(manager)
+    assert saving in orbax_private._left_behind
+    assert orbax_private.join_save(manager, 60)
+
+
+def test_waiting_write_can_be_told_that_its_directory_will_not_come():
+  from orbax.checkpoint._src.futures import future, synchronization
+
+  written = []
+  waiting = future._SignalingThread(
+    target=lambda: written.append(1),
+    send_signals=[],
+    receive_signals=[synchronization.HandlerAwaitableSignal.STEP_DIRECTORY_CREATION],
+    timeout_secs=60,
+    operation_id="a save whose directory cannot be made",
+  )
+  waiting.start()
+  orbax_private.cancel_waiting_writes()
+  threading.Thread.join(waiting, 20)
+  assert not waiting.is_alive() and not written
+
+
+def test_temporary_paths_tell_their_store_and_are_chosen_by_an_option(tmp_path):
+  made = []
+
+  class Told(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    def __init__(self, temporary, final, *, checkpoint_metadata_store=None, **options):
+      super().__init__(temporary, final, checkpoint_metadata_store=checkpoint_metadata_store, **options)
+      made.append((final.name, checkpoint_metadata_store is not None))
+
+  options = ocp.CheckpointManagerOptions(temporary_path_class=Told)
+  with ocp.CheckpointManager(tmp_path, options=options) as manager:
+    manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
+  assert ("0", True) in made and ("default", False) in made
+
+
+def test_what_we_write_beside_arrays_is_what_orbax_writes(tmp_path):
+  import json
+
+  import jax
+  import numpy as np
+  from jax.sharding import NamedSharding, PartitionSpec
+
+  from ckpt_jax.config import Config
+  from ckpt_jax.layout.handler import pytree_handler
+
+  mesh = jax.make_mesh((2,), ("x",))
+  state = {
+    "replicated": jax.device_put(np.ones((4, 4), np.float32), NamedSharding(mesh, PartitionSpec())),
+    "key": jax.random.key(1),
+    "one": jnp.ones(3),
+  }
+  for name, handler in (
+    ("theirs", ocp.PyTreeCheckpointHandler(use_compression=False)),
+    ("ours", pytree_handler(Config())),
+  ):
+    directory = epath.Path(tmp_path / name)
+    directory.mkdir()
+    handler.save(directory, args=ocp.args.PyTreeSave(state))
+    handler.finalize(directory)
+  for file in ("_sharding", "_METADATA", "array_metadatas/process_0"):
+    theirs, ours = (json.loads((tmp_path / name / file).read_text()) for name in ("theirs", "ours"))
+    if file != "_sharding":  # one chunk a process, where Orbax has one a device
+      theirs, ours = (json.loads(json.dumps(x).replace("[4, 4]", "[2, 4]")) for x in (theirs, ours))
+    assert ours == theirs, file

@@ -26,6 +26,7 @@ from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.sums import Tally
+from ckpt_jax.layout import packing
 
 _log = logging.getLogger(__name__)
 FILE = "ckpt_jax.json"
@@ -204,7 +205,7 @@ def history() -> collections.deque[Mapping[str, float]]:
 
 
 # Those that a restore depends on, and compares before it reads.
-_NEEDED = (run.ITEM_METADATA, "_sharding", "_strings.json")
+_NEEDED = (run.ITEM_METADATA, "_sharding", "_strings.json", packing.INDEX)
 _ARRAY_METADATA = "array_metadatas"
 
 
@@ -261,7 +262,7 @@ def read_record(step_dir: epath.Path) -> Record | None:
   if not ours:
     raise CorruptCheckpointError(f"{step_dir / run.STEP_METADATA}: what ckpt_jax wrote there is missing")
   try:
-    leaves = {path: LeafPrint(str(d), tuple(s), int(h, 16)) for path, (d, s, h) in data["leaves"].items()}
+    leaves = {path: LeafPrint(_dtype(d), _shape(s), int(h, 16)) for path, (d, s, h) in data["leaves"].items()}
     record = Record(leaves, dict(data["files"]), dict(data.get("health") or {}))
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     raise CorruptCheckpointError(f"{file}: damaged ({type(e).__name__}: {e})") from e
@@ -275,6 +276,20 @@ def read_record(step_dir: epath.Path) -> Record | None:
     if found != expected:
       raise CorruptCheckpointError(f"{item_dir / name}: its bits are not those that were written")
   return record
+
+
+def _dtype(name: Any) -> str:
+  if not isinstance(name, str):
+    raise TypeError(f"{name!r:.40} is no dtype")
+  if not name.startswith("key<"):
+    jax.numpy.dtype(name)  # raises TypeError for what is none
+  return name
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+  if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
+    raise TypeError(f"{shape!r:.40} is no shape")
+  return tuple(shape)
 
 
 def carry_record(old: epath.Path, new: epath.Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +12,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 
 from ckpt_jax import orbax_private
 from ckpt_jax.config import Config, LimitsConfig
-from ckpt_jax.layout import reading
+from ckpt_jax.layout import packing, reading, writing
 from ckpt_jax.layout.encoding import is_prng_key
-from ckpt_jax.layout.sharding import local_regions
+from ckpt_jax.layout.sharding import local_regions, whole_box
 
 # Reads in flight at a time. Enough for 10 GB/s at 100 ms a request; it bounds what TensorStore holds beside the arrays.
 _READ_WINDOW = 10**9
@@ -30,7 +34,7 @@ def pytree_handler(config: Config, *, chunk_nbytes: int | None = None) -> ocp.Py
       at once.
   """
   layout, limits = config.layout, config.limits
-  return ocp.PyTreeCheckpointHandler(
+  return PyTreeHandler(
     # Trained weights shrink by 8% under zstd and the commit takes 2.3 times as long, so auto means off.
     use_compression=layout.compression == "on",
     # The target size of data files is honoured by zarr3 only.
@@ -41,6 +45,18 @@ def pytree_handler(config: Config, *, chunk_nbytes: int | None = None) -> ocp.Py
     save_device_host_concurrent_gb=_gigabytes(chunk_nbytes or "auto"),
     type_handler_registry=_registry(config),
   )
+
+
+class PyTreeHandler(ocp.PyTreeCheckpointHandler):
+  """Orbax's handler of trees; makes one index of those that the processes of a packed step wrote."""
+
+  @classmethod
+  def typestr(cls) -> str:
+    return ocp.PyTreeCheckpointHandler.typestr()  # what the step's metadata names: plain Orbax must know it
+
+  def finalize(self, directory: epath.Path) -> None:
+    packing.merge_parts(directory, jax.process_count())
+    super().finalize(directory)
 
 
 def _registry(config: Config) -> ocp.type_handlers.TypeHandlerRegistry:
@@ -66,12 +82,78 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     self._limits = config.limits
     # Without one Orbax writes no array_metadatas, and forgets which arrays are PRNG keys.
     self._store = orbax_private.array_metadata_store()
-    slice_nbytes = layout.min_slice_for_replica_parallel
     super().__init__(
       use_replica_parallel={"on": True, "off": False, "auto": None}[layout.replica_parallel],
-      min_slice_bytes_for_replica_parallel=None if isinstance(slice_nbytes, str) else slice_nbytes,
+      min_slice_bytes_for_replica_parallel=_number(layout.min_slice_for_replica_parallel),
       array_metadata_store=self._store,
     )
+    self._pack = layout.pack == "on"
+    self._chunk_nbytes = _number(layout.chunk_size)
+    self._slice_nbytes = _number(layout.min_slice_for_replica_parallel)
+
+  async def serialize(
+    self, values: Sequence[jax.Array], infos: _ParamInfos, args: Sequence[ocp.SaveArgs] | None = None
+  ) -> Sequence[ocp.future.Future]:
+    """See Orbax's ArrayHandler. Returns once nothing that happens to the values matters any more."""
+    args = args or [ocp.SaveArgs()] * len(values)
+    ocp.type_handlers.check_input_arguments(values, infos, args)
+    if self._chunk_nbytes is not None:
+      args = [
+        arg if arg.chunk_byte_size else dataclasses.replace(arg, chunk_byte_size=self._chunk_nbytes) for arg in args
+      ]
+    chunked = getattr(infos[0].device_host_byte_limiter, "max_bytes", None) is not None
+    if chunked or not infos[0].is_ocdbt_checkpoint or any(arg.dtype is not None for arg in args):
+      return await super().serialize(values, infos, args)  # type: ignore[arg-type]
+    impls = {info.name: str(jax.random.key_impl(v)) for v, info in zip(values, infos, strict=True) if is_prng_key(v)}
+    arrays = [jax.random.key_data(v) if is_prng_key(v) else v for v in values]
+    pack = {
+      info.name
+      for array, info in zip(arrays, infos, strict=True)
+      if self._pack and packing.is_small(array.nbytes) and info.name not in impls
+    }
+    written = writing.on_host(
+      arrays, infos, args, pack=pack, replica_parallel=self._use_replica_parallel, slice_nbytes=self._slice_nbytes
+    )
+    if jax.process_count() == 1:
+      written = [writing.joined(array) for array in written]
+    shardings = [array.sharding for array in arrays]
+    save = self._write(written, shardings, impls)
+    return [ocp.future.CommitFutureAwaitingContractedSignals(save, name="ckpt_jax_arrays")]
+
+  async def _write(
+    self, written: Sequence[writing.Written], shardings: Sequence[jax.sharding.Sharding], impls: dict[str, str]
+  ) -> None:
+    for array in written:
+      await array.info.await_path_creation()
+    first, process = written[0].info, jax.process_index()
+    item = first.parent_dir
+    specs = writing.Specs(process)
+    chunks = [writing.chunk_shape(array, specs) for array in written]
+    packed = [a for a in written if a.packed]
+    slab = None
+    if packed:
+      index, slab = packing.lay_out(process, {a.info.name: (a.dtype, a.shape, a.pieces) for a in packed})
+      packing.write_part(item, process, index)
+    if process == 0:
+      orbax_private.write_shardings(item, [a.info.name for a in written], shardings)
+    await orbax_private.write_array_metadatas(self._store, item, written, chunks, impls)
+    stop = threading.Event()
+    work = asyncio.to_thread(
+      writing.write,
+      [a for a in written if not a.packed],
+      slab,
+      specs,
+      compressed=bool(first.use_compression),
+      context=first.ts_context,  # two contexts would be two databases that do not know of each other
+      process=process,
+      window=getattr(first.byte_limiter, "max_bytes", None),
+      stop=stop,
+    )
+    try:
+      await work
+    except asyncio.CancelledError:
+      stop.set()
+      raise
 
   async def deserialize(self, infos: _ParamInfos, args: Sequence[Any] | None = None) -> Sequence[jax.Array]:
     """See Orbax's ArrayHandler; the arrays that it takes over are read without one Python task a shard."""
@@ -81,6 +163,22 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     shardings = {i: s for i, arg in enumerate(args) if (s := _sharding(arg)) is not None}
     plain = list(shardings)
     found: dict[int, jax.Array] = {}
+    index = packing.read_index(infos[0].parent_dir)
+    if index:
+      context = _context(self._limits, infos[0])
+      where = [i for i in plain if infos[i].name in index]
+      plain = [i for i in plain if infos[i].name not in index]
+      boxes = {}
+      for i in where:
+        shape = index[infos[i].name].shape
+        reading.check_shape(infos[i].name, shape, args[i].global_shape)
+        boxes[infos[i].name] = local_regions(shardings[i], shape)
+      parts = reading.read_packed(infos[0], index, boxes, context, _window(self._limits))
+      for i in where:
+        name = infos[i].name
+        dtype = np.dtype(args[i].dtype or parts[name][0].dtype)
+        regions = dict(zip(boxes[name], (part.astype(dtype, copy=False) for part in parts.pop(name)), strict=True))
+        found[i] = reading.to_jax(index[name].shape, shardings[i], regions, dtype)
     if plain:
       context = _context(self._limits, infos[0])
       stores = reading.open_stores([infos[i] for i in plain], [args[i].dtype for i in plain], context)
@@ -124,12 +222,23 @@ class NumpyHandler(ocp.type_handlers.NumpyHandler):
   async def deserialize(self, infos: _ParamInfos, args: Sequence[Any] | None = None) -> Sequence[np.ndarray]:
     """See Orbax's NumpyHandler. The arrays own their memory, aligned so that jax on CPU can take it over."""
     dtypes = [getattr(arg, "dtype", None) for arg in args or [None] * len(infos)]
-    stores = reading.open_stores(infos, dtypes, _context(self._limits, infos[0]))
+    context, window = _context(self._limits, infos[0]), _window(self._limits)
+    index = packing.read_index(infos[0].parent_dir)
+    boxes = {info.name: (whole_box(index[info.name].shape),) for info in infos if info.name in index}
+    packed = reading.read_packed(infos[0], index, boxes, context, window)
+    alone = [(info, dtype) for info, dtype in zip(infos, dtypes, strict=True) if info.name not in index]
+    stores = reading.open_stores([i for i, _ in alone], [d for _, d in alone], context) if alone else []
     requests = [
-      reading.Request(info.name, store, (tuple((0, n) for n in store.shape),))
-      for info, store in zip(infos, stores, strict=True)
+      reading.Request(info.name, store, (whole_box(store.shape),))
+      for (info, _), store in zip(alone, stores, strict=True)
     ]
-    return [arrays[0] for arrays in reading.read(requests, _window(self._limits))]
+    found = {info.name: arrays[0] for (info, _), arrays in zip(alone, reading.read(requests, window), strict=True)}
+    for info, dtype in zip(infos, dtypes, strict=True):
+      if info.name in packed:
+        value = packed[info.name][0]
+        # A copy, since a slab would stay in memory for as long as one of its leaves does.
+        found[info.name] = value.copy() if dtype is None else value.astype(dtype)
+    return [found[info.name] for info in infos]
 
   async def metadata(self, infos: _ParamInfos) -> Sequence[ocp.metadata.ArrayMetadata]:
     """Shapes, dtypes and chunks."""
@@ -137,20 +246,25 @@ class NumpyHandler(ocp.type_handlers.NumpyHandler):
 
 
 def _metadata(infos: _ParamInfos) -> list[ocp.metadata.ArrayMetadata]:
-  stores = reading.open_stores(infos, [None] * len(infos), infos[0].ts_context)
-  return [
-    ocp.metadata.ArrayMetadata(
-      name=info.name,
-      directory=info.parent_dir,
-      shape=store.shape,
-      dtype=np.dtype(store.dtype.numpy_dtype),
-      sharding=None,
-      storage=ocp.metadata.StorageMetadata(
-        chunk_shape=store.chunk_layout.read_chunk_template.shape, write_shape=info.write_shape
-      ),
+  index = packing.read_index(infos[0].parent_dir)
+  alone = [info for info in infos if info.name not in index]
+  stores = reading.open_stores(alone, [None] * len(alone), infos[0].ts_context) if alone else []
+  found: dict[str, tuple[Any, Any, Any]] = {
+    info.name: (store.shape, np.dtype(store.dtype.numpy_dtype), store.chunk_layout.read_chunk_template.shape)
+    for info, store in zip(alone, stores, strict=True)
+  }
+  for name, packed in index.items():
+    found[name] = (packed.shape, np.dtype(jax.numpy.dtype(packed.dtype)), packed.shape)
+  described = []
+  for info in infos:
+    shape, dtype, chunk = found[info.name]
+    storage = ocp.metadata.StorageMetadata(chunk_shape=chunk, write_shape=info.write_shape)
+    described.append(
+      ocp.metadata.ArrayMetadata(
+        name=info.name, directory=info.parent_dir, shape=shape, dtype=dtype, sharding=None, storage=storage
+      )
     )
-    for info, store in zip(infos, stores, strict=True)
-  ]
+  return described
 
 
 def _sharding(arg: Any) -> jax.sharding.Sharding | None:

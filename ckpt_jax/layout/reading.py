@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from ckpt_jax.errors import StructureMismatchError
-from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, split_box
-
-# XLA's CPU client takes over host memory without a copy if it is aligned so.
-_ALIGNMENT = 64
+from ckpt_jax.layout import packing
+from ckpt_jax.layout.memory import aligned_empty
+from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, merge_boxes, split_box
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +117,44 @@ def read(requests: Sequence[Request], window: int) -> Iterator[list[np.ndarray]]
     yield done.popleft()[0]
 
 
+def read_packed(
+  info: ocp.type_handlers.ParamInfo,
+  index: packing.Index,
+  boxes: Mapping[str, tuple[Box, ...]],
+  context: ts.Context,
+  window: int,
+) -> dict[str, list[np.ndarray]]:
+  """Parts of arrays that lie in slabs; only chunks that hold some of them are read.
+
+  Args:
+    info: Orbax's description of any array of the checkpoint.
+    index: where the arrays lie.
+    boxes: the parts wanted, by array.
+    context, window: as in `open_stores` and `read`.
+  """
+  wanted: dict[int, list[tuple[int, int]]] = {}
+  for name, parts in boxes.items():
+    for process, start, stop in packing.needed(index[name], parts):
+      wanted.setdefault(process, []).append((start, stop))
+  if not wanted:
+    return {}
+  names = [packing.slab_name(process) for process in wanted]
+  # A slab is zarr 2 in every item.
+  infos = [info.replace(name=name, use_zarr3=False, raise_array_data_missing_error=True) for name in names]
+  stores = open_stores(infos, [None] * len(infos), context)
+  requests = []
+  for process, name, store in zip(wanted, names, stores, strict=True):
+    chunk = _chunk_shape(store)[0] or store.shape[0]
+    touched = sorted({c for a, b in wanted[process] for c in range(a // chunk, -(-b // chunk))})
+    runs = merge_boxes([((c * chunk, min((c + 1) * chunk, store.shape[0])),) for c in touched])
+    requests.append(Request(name, store, runs))
+  slabs = {
+    process: packing.SlabBytes([(box[0][0], data) for box, data in zip(request.boxes, arrays, strict=True)])
+    for process, request, arrays in zip(wanted, requests, read(requests, window), strict=True)
+  }
+  return {name: [packing.gather(index[name], box, slabs) for box in parts] for name, parts in boxes.items()}
+
+
 def to_jax(
   shape: tuple[int, ...], sharding: jax.sharding.Sharding, regions: dict[Box, np.ndarray], dtype: Any
 ) -> jax.Array:
@@ -153,14 +190,6 @@ def check_shape(name: str, saved: tuple[int, ...], wanted: tuple[int, ...] | Non
     raise StructureMismatchError(
       f"{name}: saved with shape {list(saved)}, asked for {list(wanted)}; pass a like= with the saved shape"
     )
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Memory that nothing else refers to, aligned so that jax on CPU need not copy it."""
-  nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-  memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-  start = -memory.ctypes.data % _ALIGNMENT
-  return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _chunk_shape(store: ts.TensorStore) -> Sequence[int | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -168,6 +168,13 @@ def local_regions(sharding: Sharding, shape: tuple[int, ...]) -> tuple[Box, ...]
   )
 
 
+@functools.lru_cache(maxsize=4096)
+def replicas(sharding: Sharding, shape: tuple[int, ...]) -> int:
+  """How many devices hold each part of an array."""
+  indices = sharding.devices_indices_map(shape).values()
+  return len(indices) // len({box_of(i, shape) for i in indices if i is not None})
+
+
 def merge_boxes(boxes: Collection[Box]) -> tuple[Box, ...]:
   """Disjoint boxes, joined where two that touch make a box; sorted."""
   merged = sorted(set(boxes))
@@ -210,3 +217,24 @@ def split_box(box: Box, chunk_shape: tuple[int, ...], itemsize: int, nbytes: int
 def chunk_nbytes(box: Box, chunk_shape: tuple[int, ...], itemsize: int) -> int:
   """Bytes of the chunks that `box` touches."""
   return itemsize * math.prod((-(-b // c) - a // c) * c for (a, b), c in zip(box, chunk_shape, strict=True))
+
+
+def whole_box(shape: Sequence[int]) -> Box:
+  """The box of a whole array."""
+  return tuple((0, n) for n in shape)
+
+
+def shape_of(box: Box) -> tuple[int, ...]:
+  """How long a box is in each dimension."""
+  return tuple(b - a for a, b in box)
+
+
+def intersection(one: Box, other: Box) -> Box | None:
+  """What two boxes share; None if nothing."""
+  shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+  return None if any(a >= b for a, b in shared) else shared
+
+
+def within(inner: Box, outer: Box) -> tuple[slice, ...]:
+  """The index that selects `inner` in an array that holds `outer`."""
+  return tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(inner, outer, strict=True))

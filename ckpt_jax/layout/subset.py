@@ -40,7 +40,12 @@ def under(names: Collection[tuple[str, ...]], keep: Collection[str]) -> list[tup
 
 
 def copy_leaves(
-  source: epath.Path, target: epath.Path, names: Collection[tuple[str, ...]], *, pause: Callable[[], None]
+  source: epath.Path,
+  target: epath.Path,
+  names: Collection[tuple[str, ...]],
+  *,
+  pause: Callable[[], None],
+  chunks_of: Collection[tuple[str, ...]] | None = None,
 ) -> None:
   """Makes `target` an item with the leaves `names` of the item `source`.
 
@@ -49,6 +54,7 @@ def copy_leaves(
     target: a directory that does not exist.
     names: leaves, as `leaf_names` gives them.
     pause: called between chunks; may wait, or raise to give up.
+    chunks_of: those of the leaves whose values are copied; default: all. The others are described only.
 
   Raises:
     CheckpointError: if `source` is not an OCDBT database.
@@ -59,7 +65,7 @@ def copy_leaves(
   target.mkdir(parents=True)
   stored = {".".join(name) for name in names}
   _copy_descriptions(source, target, set(names), stored)
-  _copy_chunks(source, target, stored, pause)
+  _copy_chunks(source, target, stored if chunks_of is None else {".".join(name) for name in chunks_of}, pause)
   for file in (run.COMMIT_MARKER,):
     if (source / file).exists():
       (source / file).copy(target / file)

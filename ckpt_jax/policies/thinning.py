@@ -19,6 +19,7 @@ from etils import epath
 
 from ckpt_jax import run
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.layout.repack import carry_packed
 from ckpt_jax.layout.subset import copy_leaves, leaf_names, under
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.rewrite import rewrite_step
@@ -54,6 +55,7 @@ def thin_step(
     ours = run.our_metadata(old)
     names = kept_names(item, keep)
     copy_leaves(item, new / item.name, names, pause=pause)
+    carry_packed(item, new / item.name, {".".join(name) for name in names})
     paths = {"/".join(name) for name in names}
     before = {"nbytes": ours.get("nbytes"), "leaves": ours.get("leaves")}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -19,7 +19,7 @@ from ckpt_jax.storage.probe import StorageProfile, quick_probe
 from ckpt_jax.tuning.assumed import is_assumed
 from ckpt_jax.tuning.choices import Facts, nbytes_text, seconds_text
 from ckpt_jax.tuning.plan import Plan, decide, known_profile
-from ckpt_jax.tuning.profile import profile_host, profile_state
+from ckpt_jax.tuning.profile import StateProfile, profile_host, profile_state, sample_state
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -80,8 +80,9 @@ class Planner:
     self._saves += 1
     again = self._saves & (self._saves - 1) == 0
     signature = _signature(state)
-    if signature != self._planned_for or (again and signature[1] >= _WORTH_MEASURING_NBYTES):
-      self._make(state, signature, sample=self._user.layout.compression == "auto")
+    sample = self._user.layout.compression == "auto"
+    if signature != self._planned_for or (again and sample and signature[1] >= _WORTH_MEASURING_NBYTES):
+      self._make(state, signature, sample=sample)
       self._planned_for = signature
     return self.config
 
@@ -102,7 +103,8 @@ class Planner:
     started = time.perf_counter()
     plan = None
     if jax.process_index() == 0:
-      plan = self._decide(state, sample and signature[1] >= _WORTH_MEASURING_NBYTES, signature[1])
+      known = self.plan.state if self.plan is not None and signature == self._planned_for else None
+      plan = self._decide(state, known, sample and signature[1] >= _WORTH_MEASURING_NBYTES, signature[1])
     if jax.process_count() > 1:
       # One process's plan for all: a step has one layout.
       sent = self._agree(list(json.dumps(plan.to_dict()).encode()) if plan else [])
@@ -129,9 +131,12 @@ class Planner:
         *map(seconds_text, (plan.blocking_s, plan.commit_s, plan.restore_s)),
       )
 
-  def _decide(self, state: PyTree, sample: bool, nbytes: int) -> Plan | None:
+  def _decide(self, state: PyTree, known: StateProfile | None, sample: bool, nbytes: int) -> Plan | None:
     try:
-      return decide(Facts(profile_state(state, sample=sample), self._storage(nbytes), profile_host(), self._user))
+      profile = known or profile_state(state, sample=False)
+      if sample:
+        profile = dataclasses.replace(profile, compressibility=sample_state(state))
+      return decide(Facts(profile, self._storage(nbytes), profile_host(), self._user))
     except Exception as e:  # a plan is worth less than the checkpoint that waits for it
       _log.warning(
         "%s: no plan (%s: %s); the settings are the user's and Orbax's", self._directory, type(e).__name__, e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -100,36 +101,30 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
     state: what would be saved.
     sample: whether to measure compression on at most 8 MB of its values (some 50 ms).
   """
-  import jax
 
-  arrays = [_as_array(x) for x in jax.tree.leaves(state) if hasattr(x, "shape") and hasattr(x, "dtype")]
-  total = local = read = held = shards = local_shards = small = small_bytes = largest_shard = largest_local = (
-    local_leaves
-  ) = 0
+  arrays = _arrays(state)
+  total = local = read = held = shards = local_shards = small = small_bytes = 0
+  largest = largest_shard = largest_local = local_leaves = 0
   dtypes: dict[str, int] = {}
-  sizes: list[int] = []
-  cache: dict[Any, _Cut] = {}
-  for x in arrays:
-    nbytes = math.prod(x.shape) * x.dtype.itemsize
-    key = (tuple(x.shape), getattr(x, "sharding", None))
-    cut = cache.get(key)
-    if cut is None:
-      cut = cache[key] = _cut(*key)
-    total += nbytes
-    sizes.append(nbytes)
-    dtypes[str(x.dtype)] = dtypes.get(str(x.dtype), 0) + nbytes
+  # Thousands of leaves are of few kinds; names of dtypes and cuts of shardings are too slow to ask for one by one.
+  kinds = collections.Counter((tuple(x.shape), x.dtype, getattr(x, "sharding", None)) for x in arrays)
+  for (shape, dtype, sharding), count in kinds.items():
+    nbytes = math.prod(shape) * dtype.itemsize
+    cut = _cut(shape, sharding)
     piece = -(-nbytes // cut.pieces) if cut.pieces else nbytes
-    shards += cut.pieces
-    local_shards += cut.local
-    local_leaves += bool(cut.local)
-    local += cut.local * piece
-    read += cut.read * piece
-    held += cut.held * piece
+    total += count * nbytes
+    dtypes[str(dtype)] = dtypes.get(str(dtype), 0) + count * nbytes
+    shards += count * cut.pieces
+    local_shards += count * cut.local
+    local_leaves += count * bool(cut.local)
+    local += count * cut.local * piece
+    read += count * cut.read * piece
+    held += count * cut.held * piece
+    largest = max(largest, nbytes)
     largest_shard = max(largest_shard, piece if cut.local else 0)
     largest_local = max(largest_local, cut.local * piece)
     if nbytes < SMALL_LEAF_NBYTES:
-      small, small_bytes = small + 1, small_bytes + nbytes
-  values = [x for x in arrays if hasattr(x, "addressable_shards") or hasattr(x, "__array_interface__")]
+      small, small_bytes = small + count, small_bytes + count * nbytes
   return StateProfile(
     leaves=len(arrays),
     nbytes=total,
@@ -140,13 +135,19 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
     local_leaves=local_leaves,
     read_nbytes=read,
     copies=held / total if total else 1.0,
-    largest_leaf_nbytes=max(sizes, default=0),
+    largest_leaf_nbytes=largest,
     largest_shard_nbytes=largest_shard,
     largest_local_nbytes=largest_local,
     small_leaves=small,
     small_nbytes=small_bytes,
-    compressibility=measure_compression(_chunks(values)) if sample and values else None,
+    compressibility=sample_state(state) if sample else None,
   )
+
+
+def sample_state(state: PyTree) -> Compressibility | None:
+  """How the values of a state compress, on at most 8 MB of them; None without values, or with too few."""
+  values = [x for x in _arrays(state) if hasattr(x, "addressable_shards") or hasattr(x, "__array_interface__")]
+  return measure_compression(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,28 +178,18 @@ def _cut(shape: tuple[int, ...], sharding: Any) -> _Cut:
   return _Cut(len(distinct), len(by_process.get(me, ())), sum(map(len, by_process.values())), len(devices))
 
 
+def _arrays(state: PyTree) -> list[Any]:
+  import jax
+
+  return [_as_array(x) for x in jax.tree.leaves(state) if hasattr(x, "shape") and hasattr(x, "dtype")]
+
+
 def _as_array(x: Any) -> Any:
   import jax
 
   if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
     return jax.random.key_data(x)
   return x
-
-
-def _chunks(arrays: list[Any]) -> list[Any]:
-  """The pieces of `arrays` that this process holds, as functions that give some of their bytes; see sampling."""
-  found = []
-  for x in arrays:
-    if not hasattr(x, "addressable_shards"):
-      found.append(x)
-      continue
-    seen = set()
-    for shard in x.addressable_shards:
-      index = tuple((s.start, s.stop) for s in shard.index)
-      if index not in seen:
-        seen.add(index)
-        found.append(shard.data)
-  return found
 
 
 # -- the host

@@ -36,7 +36,7 @@ class Compressibility:
 
 
 def measure_compression(arrays: Sequence[Any]) -> Compressibility | None:
-  """Compresses up to 8 MiB taken evenly over the bytes of `arrays` (numpy, or jax with one device each).
+  """Compresses up to 8 MiB taken evenly over the bytes of `arrays`: numpy, or what this process holds of jax's.
 
   Returns:
     None if the arrays hold less than a kilobyte: there is nothing to gain.
@@ -59,26 +59,39 @@ def _sample(arrays: list[Any]) -> list[bytes]:
   total = int(ends[-1]) if len(ends) else 0
   count = min(_BLOCKS, max(1, total // _BLOCK)) if total else 0
   blocks = []
-  fetched: dict[int, np.ndarray] = {}
+  fetched: dict[tuple[int, int], np.ndarray] = {}
   for i in range(count):
     offset = int((i + 0.5) * total / count)
     which = int(np.searchsorted(ends, offset, side="right"))
     inside = offset - (int(ends[which]) - int(sizes[which]))
-    blocks.append(_bytes_at(arrays[which], which, inside, fetched))
+    blocks.append(_bytes_at(*_piece(arrays[which], inside), which, fetched))
   return [b for b in blocks if b]
 
 
-def _bytes_at(x: Any, which: int, offset: int, fetched: dict[int, np.ndarray]) -> bytes:
+def _piece(x: Any, offset: int) -> tuple[Any, int, int]:
+  """The piece on this process to take for the bytes at `offset`, its number, and the offset in it."""
+  if isinstance(x, np.ndarray):
+    return x, 0, offset
+  shards = x.addressable_shards
+  if not shards:
+    return np.zeros(0, np.uint8), 0, 0
+  which = min(offset * len(shards) // max(_nbytes(x), 1), len(shards) - 1)
+  piece = shards[which].data
+  return piece, which, offset % max(_nbytes(piece), 1)
+
+
+def _bytes_at(x: Any, piece: int, offset: int, which: int, fetched: dict[tuple[int, int], np.ndarray]) -> bytes:
   """Up to a block of the bytes of `x` near `offset`; a device is asked for few bytes more than that."""
-  if which not in fetched:
+  key = (which, piece)
+  if key not in fetched:
     if isinstance(x, np.ndarray) or _nbytes(x) <= _FETCH_NBYTES or _on_cpu(x):
-      fetched[which] = np.asarray(x)
+      fetched[key] = np.asarray(x)
     else:
       row = _nbytes(x) // x.shape[0]
       rows = max(1, min(x.shape[0], _BLOCK // max(row, 1)))
       start = min(offset // max(row, 1), x.shape[0] - rows)
       return _flat(np.asarray(x[start : start + rows]))[:_BLOCK].tobytes()
-  flat = _flat(fetched[which])
+  flat = _flat(fetched[key])
   start = max(0, min(offset, len(flat) - _BLOCK)) // 16 * 16  # aligned to whole values of any dtype
   return flat[start : start + _BLOCK].tobytes()
 

@@ -1,0 +1,240 @@
+"""Small arrays side by side in few large ones.
+
+Orbax and its formats cost about a millisecond an array, however small: 5,000 arrays of 40 KB are written at 30 MB/s.
+Packed, each process lays the pieces that it would have written of all small arrays into one array of bytes of its own
+(the slab), and an index in the item says where each piece is. No byte crosses from one process to another.
+
+The tree that a step describes is the same, packed or not; only the bytes of small arrays lie elsewhere, so that plain
+Orbax does not find them. `ckpt-jax repack RUN STEP --pack off` makes an ordinary Orbax checkpoint of such a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ckpt_jax.errors import CorruptCheckpointError
+from ckpt_jax.layout.memory import ALIGNMENT, aligned_empty
+from ckpt_jax.layout.sharding import Box, intersection, shape_of, within
+
+INDEX = "ckpt_jax_pack.json"
+_FORMAT = 1
+# At 160 MB/s, a slow shared store, a megabyte takes six times what its array costs beside it.
+SMALL_NBYTES = 2**20
+# Read as a whole: small enough that a few leaves of a slab cost little, large enough to be worth a request.
+_CHUNK_NBYTES = 8 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """Where a part of an array lies: the process whose slab holds it, the offset there, and the part."""
+
+  process: int
+  offset: int
+  box: Box
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """An array in slabs: its dtype's name, its shape, and its pieces, which do not overlap and cover it."""
+
+  dtype: str
+  shape: tuple[int, ...]
+  pieces: tuple[Piece, ...]
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the array."""
+    return math.prod(self.shape) * _dtype(self.dtype).itemsize
+
+
+Index = dict[str, Packed]
+
+
+def is_small(nbytes: int) -> bool:
+  """Whether an array of so many bytes, over all processes, is packed. Alike on all processes."""
+  return nbytes < SMALL_NBYTES
+
+
+def slab_name(process: int) -> str:
+  """The name in the database of the slab that a process wrote."""
+  return f"ckpt_jax.slab.{process}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slab:
+  """The slab of one process before it is written.
+
+  Attributes:
+    nbytes: its length, with the gaps that align the pieces.
+    chunk_nbytes: what of it is stored, and read, as one.
+    pieces: offset and bytes of each piece, in order.
+  """
+
+  nbytes: int
+  chunk_nbytes: int
+  pieces: tuple[tuple[int, np.ndarray], ...]
+
+  def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+    """Offset and bytes of one chunk after the other, each in memory of its own."""
+    at = 0
+    for start in range(0, self.nbytes, self.chunk_nbytes):
+      stop = min(start + self.chunk_nbytes, self.nbytes)
+      chunk = aligned_empty((stop - start,), np.dtype(np.uint8))
+      chunk[:] = 0
+      i = at
+      while i < len(self.pieces) and self.pieces[i][0] < stop:
+        offset, data = self.pieces[i]
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        first, last = max(offset, start), min(offset + data.nbytes, stop)
+        chunk[first - start : last - start] = data[first - offset : last - offset]
+        if offset + data.nbytes > stop:
+          break
+        i += 1
+      at = i
+      yield start, chunk
+
+
+def lay_out(
+  process: int, arrays: Mapping[str, tuple[Any, tuple[int, ...], Sequence[tuple[Box, np.ndarray]]]]
+) -> tuple[Index, Slab]:
+  """The index and the slab of what a process writes of some arrays.
+
+  Args:
+    process: its index.
+    arrays: by name: dtype, shape of the whole array, and the parts that this process writes.
+  """
+  index: Index = {}
+  laid: list[tuple[int, np.ndarray]] = []
+  end = 0
+  for name, (dtype, shape, parts) in arrays.items():
+    pieces = []
+    for box, data in parts:
+      pieces.append(Piece(process, end, box))
+      laid.append((end, data))
+      end += -(-data.nbytes // ALIGNMENT) * ALIGNMENT  # jax on CPU takes over aligned memory as it is
+    index[name] = Packed(_dtype_name(dtype), tuple(shape), tuple(pieces))
+  # Chunks of equal size: zarr fills the last one up.
+  count = max(1, -(-end // _CHUNK_NBYTES))
+  chunk = max(ALIGNMENT, -(-end // (count * ALIGNMENT)) * ALIGNMENT)
+  return index, Slab(end, chunk, tuple(laid))
+
+
+def gather(packed: Packed, box: Box, slabs: Mapping[int, SlabBytes]) -> np.ndarray:
+  """Part `box` of an array, out of what was read of the slabs; a view if one piece holds just that."""
+  dtype = _dtype(packed.dtype)
+  out = None
+  for piece in packed.pieces:
+    shared = intersection(piece.box, box)
+    if shared is None:
+      continue
+    shape = shape_of(piece.box)
+    data = slabs[piece.process].bytes_at(piece.offset, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+    if piece.box == box:
+      return data
+    if out is None:
+      out = aligned_empty(shape_of(box), dtype)
+    out[within(shared, box)] = data[within(shared, piece.box)]
+  assert out is not None
+  return out
+
+
+def needed(packed: Packed, boxes: Sequence[Box]) -> Iterator[tuple[int, int, int]]:
+  """(process, first byte, end) of what must be read of the slabs for parts of an array."""
+  itemsize = _dtype(packed.dtype).itemsize
+  for piece in packed.pieces:
+    if any(intersection(piece.box, box) is not None for box in boxes):
+      yield piece.process, piece.offset, piece.offset + math.prod(shape_of(piece.box)) * itemsize
+
+
+@dataclasses.dataclass
+class SlabBytes:
+  """What was read of a slab: runs of bytes by where they start."""
+
+  runs: list[tuple[int, np.ndarray]]
+
+  def bytes_at(self, offset: int, nbytes: int) -> np.ndarray:
+    for start, data in self.runs:
+      if start <= offset and offset + nbytes <= start + data.nbytes:
+        return data[offset - start : offset - start + nbytes]
+    raise AssertionError(f"bytes {offset} to {offset + nbytes} were not read")
+
+
+@functools.cache
+def _dtype(name: str) -> np.dtype:
+  return np.dtype(jax.numpy.dtype(name))
+
+
+@functools.cache  # numpy composes the name anew each time, for microseconds that add up over thousands
+def _dtype_name(dtype: Any) -> str:
+  return np.dtype(dtype).name
+
+
+# -- the index in the item
+
+
+def write_part(item: epath.Path, process: int, index: Index) -> None:
+  """Writes a process's part of the index; a leaf of which it holds nothing is in it all the same."""
+  _part(item, process).write_text(json.dumps({name: _to_json(packed) for name, packed in index.items()}))
+
+
+def merge_parts(item: epath.Path, processes: int) -> None:
+  """Makes one index of the parts, if the step is packed."""
+  if not _part(item, 0).exists():
+    return
+  index: dict[str, Any] = {}
+  for process in range(processes):
+    for name, (dtype, shape, pieces) in json.loads(_part(item, process).read_text()).items():
+      index.setdefault(name, [dtype, shape, []])[2].extend(pieces)
+  (item / INDEX).write_text(json.dumps({"format": _FORMAT, "leaves": index}))
+  for process in range(processes):
+    _part(item, process).unlink()
+
+
+def write_index(item: epath.Path, index: Index) -> None:
+  """Writes the whole index."""
+  leaves = {name: _to_json(packed) for name, packed in index.items()}
+  (item / INDEX).write_text(json.dumps({"format": _FORMAT, "leaves": leaves}))
+
+
+def read_index(item: epath.Path) -> Index:
+  """The index of an item; empty if it is not packed.
+
+  Raises:
+    CorruptCheckpointError: if it is no index, or of a later version.
+  """
+  file = item / INDEX
+  try:
+    data = json.loads(file.read_text())
+    if data["format"] != _FORMAT:
+      raise CorruptCheckpointError(f"{file}: of format {data['format']}, which a later ckpt_jax wrote")
+    return {
+      name: Packed(dtype, tuple(shape), tuple(_piece(p) for p in pieces))
+      for name, (dtype, shape, pieces) in data["leaves"].items()
+    }
+  except FileNotFoundError:
+    return {}
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise CorruptCheckpointError(f"{file}: no index of a packed step ({type(e).__name__}: {e})") from e
+
+
+def _part(item: epath.Path, process: int) -> epath.Path:
+  return item / f"ckpt_jax_pack.process_{process}.json"
+
+
+def _to_json(packed: Packed) -> list[Any]:
+  pieces = [[p.process, p.offset, *([a, b] for a, b in p.box)] for p in packed.pieces]
+  return [packed.dtype, list(packed.shape), pieces]
+
+
+def _piece(data: Sequence[Any]) -> Piece:
+  process, offset, *box = data
+  return Piece(int(process), int(offset), tuple((int(a), int(b)) for a, b in box))
