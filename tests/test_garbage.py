@@ -10,6 +10,15 @@ import ckpt_jax as ckpt
 from ckpt_jax import garbage
 
 
+@pytest.fixture(autouse=True)
+def no_hold_of_others():
+  """A save whose commit nobody awaited holds collections for some seconds."""
+  deadline = time.monotonic() + 10
+  while not gc.isenabled():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
 def test_collections_come_back_when_the_last_hold_ends():
   with garbage.paused():
     release = garbage.hold(60)
