@@ -92,8 +92,6 @@ class Checkpointer:
     elif not isinstance(config, Config):
       config = load_config(config)
     self.config: Config = config
-    for line in config.unimplemented():
-      _log.warning("config: %s", line)
     connect(directory, config.storage)
     self.directory: epath.Path = run.run_directory(directory)
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())

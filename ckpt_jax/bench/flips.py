@@ -52,14 +52,14 @@ class Case:
     return {"layout": {"compression": self.compression, "pack": self.pack}}
 
 
-def cases(packed: bool) -> list[Case]:
-  """All combinations of storage, processes, compression, and packing if this version packs."""
+def cases() -> list[Case]:
+  """All combinations of storage, processes, compression and packing."""
   return [
     Case(storage, processes, compression, pack)
     for storage in ("local", "s3")
     for processes in (1, 4)
     for compression in ("off", "on")
-    for pack in (("off", "on") if packed else ("off",))
+    for pack in ("off", "on")
   ]
 
 
@@ -73,9 +73,8 @@ def run(flips: int, seed: int, say: Callable[[str], None], *, plain: bool = True
     plain: whether plain Orbax takes part.
   """
   from ckpt_jax.bench.buckets import s3_server
-  from ckpt_jax.config import NOT_YET
 
-  every = cases("layout.pack" not in NOT_YET)
+  every = cases()
   table = []
   logging.disable(logging.CRITICAL)  # each fallback is an error in the log
   try:

@@ -69,12 +69,8 @@ def python_of(variant: Variant) -> str:
 
 def left_out(variant: Variant, suite: Suite) -> str | None:
   """Why a variant cannot be measured here; None if it can."""
-  from ckpt_jax.config import NOT_YET
-
   if variant.kind == "orbax" and suite.storage == "s3":
     return "Orbax cannot write to s3:// (google/orbax#2739)"
-  if "layout.pack" in NOT_YET and variant.options.get("layout", {}).get("pack"):
-    return "layout.pack is not acted upon yet"
   if variant.package == "torch" and TORCH_PYTHON in os.environ:
     command = [python_of(variant), "-c", "import torch, numpy"]
     try:

@@ -21,7 +21,7 @@ from ckpt_jax.tuning.profile import HostProfile, StateProfile
 _WORTH = 0.9
 # ... or, where it saves this much space, cost no more than that in time.
 _SMALL_ENOUGH, _NO_SLOWER = 0.6, 1.1
-_PACK_WORTH, _PACK_LEAVES = 0.8, 200
+_PACK_LEAVES = 200
 _GB = 10**9
 # FACTS: W1 with 1 GB in flight committed in 1.18 s, unlimited in 1.56 s.
 _IN_FLIGHT = _GB
@@ -133,7 +133,7 @@ def _time(p: Prediction) -> float:
 
 def _pack(f: Facts, layout: Layout) -> Decision:
   off, on = (f.predict(dataclasses.replace(layout, pack=p)) for p in (False, True))
-  pays = f.state.small_leaves >= _PACK_LEAVES and _time(on) <= _PACK_WORTH * _time(off)
+  pays = f.state.small_leaves >= _PACK_LEAVES and _time(on) <= _WORTH * _time(off)
   mine = f.set_by_user("layout.pack")  # `off` unless the configuration says otherwise: plain Orbax should read it
   value = mine or ("on" if pays else "off")
   gain = f"commit {seconds_text(off.commit_s)} -> {seconds_text(on.commit_s)}, restore "

@@ -25,6 +25,7 @@ class CostModel:
     block_fixed_s, commit_fixed_s, restore_fixed_s: of a tiny state.
     block_leaf, commit_leaf, restore_leaf: asyncio tasks' worth of Python for a leaf.
     block_shard, commit_shard, restore_shard: the same for each piece that this process holds.
+    block_packed, commit_packed, restore_packed: the same for a leaf that lies in a slab, all in all.
     block_copies, commit_copies, restore_copies: what a byte costs beside zstd, in copies of it into fresh memory; of a
       commit it is the stored bytes that count.
     zstd_threads: how many threads' worth of compression runs at a time, at most the cores.
@@ -43,6 +44,9 @@ class CostModel:
   block_shard: float
   commit_shard: float
   restore_shard: float
+  block_packed: float
+  commit_packed: float
+  restore_packed: float
   block_copies: float
   commit_copies: float
   restore_copies: float
@@ -66,6 +70,9 @@ ORBAX = CostModel(
   block_shard=4,
   commit_shard=30,
   restore_shard=115,
+  block_packed=0,  # it does not pack
+  commit_packed=0,
+  restore_packed=0,
   block_copies=0.0,
   commit_copies=1.0,
   restore_copies=1.5,
@@ -83,11 +90,14 @@ OURS = CostModel(
   commit_fixed_s=0.03,
   restore_fixed_s=0.02,
   block_leaf=21,
-  commit_leaf=46,
-  restore_leaf=105,
+  commit_leaf=62,
+  restore_leaf=150,
   block_shard=15,
   commit_shard=14,
   restore_shard=7,
+  block_packed=34,
+  commit_packed=62,
+  restore_packed=140,
   block_copies=0.0,
   commit_copies=1.0,
   restore_copies=0.7,
@@ -145,12 +155,12 @@ def predict(
   divided among the job's processes.
   """
   model = model or OURS
-  leaves, shards = state.local_leaves or state.leaves, state.local_shards or state.leaves
+  leaves, shards, packed = state.local_leaves or state.leaves, state.local_shards or state.leaves, 0
   if layout.pack:
-    # Small leaves lie in slabs, which are few; unpacking is a device_put of all at once.
+    # Small leaves lie in slabs, which are few, but each is still an entry of the tree and of its fingerprints.
     packed = state.small_leaves * leaves // max(state.leaves, 1)
-    leaves = leaves - packed + len(state.dtypes)
-    shards = max(leaves, shards - packed * shards // max(state.local_shards, 1))
+    leaves -= packed
+    shards = max(leaves, shards - packed * shards // max(state.local_shards, 1)) + len(state.dtypes)
   task = host.task_s
   zstd = state.compressibility or host.zstd
   ratio = zstd.ratio if layout.compression else 1.0
@@ -163,7 +173,7 @@ def predict(
 
   blocking = (
     model.block_fixed_s
-    + (leaves * model.block_leaf + shards * model.block_shard) * task
+    + (leaves * model.block_leaf + shards * model.block_shard + packed * model.block_packed) * task
     + held * model.block_copies / host.copy_bytes_per_s
   )
   data_files = _data_files(written * ratio, layout, host)
@@ -176,7 +186,7 @@ def predict(
   commit = (
     blocking
     + model.commit_fixed_s
-    + (leaves * model.commit_leaf + shards * model.commit_shard) * task
+    + (leaves * model.commit_leaf + shards * model.commit_shard + packed * model.commit_packed) * task
     + _overlapped(cpu, io, model.overlap)
   )
 
@@ -187,7 +197,7 @@ def predict(
   io = _read_s(storage, read * ratio, pieces, sharing)
   restore = (
     model.restore_fixed_s
-    + (leaves * model.restore_leaf + shards * model.restore_shard) * task
+    + (leaves * model.restore_leaf + shards * model.restore_shard + packed * model.restore_packed) * task
     + _overlapped(cpu, io, model.overlap)
   )
   in_flight = min(held, layout.save_concurrency or (held if layout.compression else held / 8))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ckpt_jax.config import NOT_YET, Config
+from ckpt_jax.config import Config
 from ckpt_jax.tuning.choices import nbytes_text, seconds_text
 from ckpt_jax.tuning.costs import MIB
 from ckpt_jax.tuning.plan import Plan
@@ -93,7 +93,7 @@ def candidates(plan: Plan, user: Config, *, pack: bool = False) -> list[Candidat
   found = [Candidate(PLAN, {})]
   for key, value in wanted:
     section, name = key.split(".")
-    free = key not in NOT_YET and (getattr(getattr(user, section), name) == "auto" or key == "layout.pack")
+    free = getattr(getattr(user, section), name) == "auto" or key == "layout.pack"
     if free and value != values.get(key) and {key: value} not in [c.changes for c in found]:
       found.append(Candidate(f"{name} {_text(key, value)}", {key: value}))
   return found
@@ -203,7 +203,7 @@ def to_yaml(tuned: Tuned, plan: Plan, user: Config, header: list[str]) -> str:
       value, path = getattr(values, key), f"{section}.{key}"
       if path in tuned.best.changes:
         written += [f"  # measured: {seconds_text(tuned.best.score)} against the plan's", *_entry(path, value)]
-      elif path in plan.values and value != "auto" and (path not in NOT_YET or reasons[path].by_user):
+      elif path in plan.values and value != "auto":
         choice = reasons[path]
         written += [f"  # {'set by you; ' if choice.by_user else ''}{choice.reason}", *_entry(path, value)]
       elif key in getattr(user, section).model_fields_set:
