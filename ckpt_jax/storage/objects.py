@@ -26,6 +26,7 @@ from typing import Any
 import fsspec.asyn
 from etils import epath
 from etils.epath import backend as epath_backend
+from etils.epath import stat_utils
 
 from ckpt_jax.errors import ConfigError, StorageError
 from ckpt_jax.failures import without_secrets
@@ -94,12 +95,12 @@ class ObjectBackend(epath_backend.Backend):
   def isdir(self, path: Path) -> bool:
     return self._look(path)[1]
 
-  def stat(self, path: Path) -> epath.StatResult:
+  def stat(self, path: Path) -> stat_utils.StatResult:
     entry, is_directory = self._look(path, own_writes=False)
     if entry is not None:
-      return epath.StatResult(is_directory=False, length=entry.nbytes, mtime=int(entry.mtime))
+      return stat_utils.StatResult(is_directory=False, length=entry.nbytes, mtime=int(entry.mtime))
     if is_directory:
-      return epath.StatResult(is_directory=True, length=0, mtime=0)
+      return stat_utils.StatResult(is_directory=True, length=0, mtime=0)
     raise FileNotFoundError(f"{os.fspath(path)}: no such object")
 
   def listdir(self, path: Path) -> list[str]:
