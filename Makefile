@@ -45,8 +45,9 @@ test-latest: ## the tests on Python 3.13 with the newest jax, flax and Orbax
 	  $(LATEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]' && \
 	  $(LATEST)/bin/python -m pytest; fi
 
-bench: setup ## measure side by side with raw Orbax (25 minutes); writes docs/bench.json, bench.png
-	$(BIN)/python -m ckpt_jax bench suites -o docs/bench.json --plot docs/bench.png
+bench: setup ## measure side by side with raw Orbax (25 minutes); writes docs/bench.json, bench.png and the tables
+	$(BIN)/python -m ckpt_jax bench suites -o docs/bench.json --plot docs/bench.png \
+	  --fill docs/benchmarks.md --fill README.md
 
 clean: ## remove environments and caches
 	rm -rf $(VENV) $(LATEST) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

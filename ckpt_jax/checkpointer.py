@@ -13,7 +13,7 @@ import jax
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
-from ckpt_jax import orbax_private, run
+from ckpt_jax import garbage, orbax_private, run
 from ckpt_jax.config import BestConfig, Config, load_config
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.failures import storage_errors
@@ -44,6 +44,7 @@ from ckpt_jax.tuning.planner import Planner
 
 _log = logging.getLogger(__name__)
 PyTree = Any
+_NO_COLLECTION_S = 5.0  # a long write is no longer bound by Python, and training's own garbage should not pile up
 
 
 class Checkpointer:
@@ -196,7 +197,12 @@ class Checkpointer:
     preempted = self._preempted(step)
     if force and step in self._saver.manager.all_steps():
       raise CheckpointError(f"{self.directory}: step {step} is saved already; steps are never overwritten")
-    self._saver.save(step, state, metrics, extras, started)
+    collect_again = garbage.hold(_NO_COLLECTION_S)  # until the commit, since the write makes as many objects
+    try:
+      self._saver.save(step, state, metrics, extras, started, collect_again)
+    except BaseException:
+      collect_again()
+      raise
     if preempted:
       self._exit_preempted(step)
     return True

@@ -25,7 +25,7 @@ app = typer.Typer(
   no_args_is_help=True,
   add_completion=False,
   pretty_exceptions_enable=False,
-  help="Look at checkpoints of JAX and Flax trainers.",
+  help="Checkpoints of JAX and Flax trainers: look at them, check them, prune, tune, measure.",
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from ckpt_jax import run
+from ckpt_jax import garbage, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, NoCheckpointError
 from ckpt_jax.integrity import recovery
@@ -63,6 +63,12 @@ class Restorer:
 
   def restore(self, step: int | None, request: Request, strategy: str, *, healthy: bool) -> Restored:
     """See `Checkpointer.restore`."""
+    with garbage.paused():
+      return self._restore(step, request, strategy, healthy=healthy)
+
+  # -- inside
+
+  def _restore(self, step: int | None, request: Request, strategy: str, *, healthy: bool) -> Restored:
     together = self.together()
     steps = self._candidates(step, healthy, together)
     if step is not None:
@@ -81,8 +87,6 @@ class Restorer:
       return restored
     assert restored.report is not None
     return dataclasses.replace(restored, report=dataclasses.replace(restored.report, quarantined=failed))
-
-  # -- inside
 
   def _candidates(self, step: int | None, healthy: bool, together: Together) -> list[int]:
     """The steps to try, which process 0 looks up for all, so that a commit in between cannot split them."""

@@ -11,7 +11,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,6 +126,7 @@ class Saver:
     self._gate = gate
     self._writing: SaveRecord | None = None
     self._returned_at: float | None = None
+    self._committed: Callable[[], None] = lambda: None
     self._deadline = 0.0
     self._hung = 0  # writes that were left to themselves
     self._record_lock = threading.Lock()
@@ -143,12 +144,21 @@ class Saver:
       self._manager = self._open_manager(pytree_handler(self._config))
     return self._manager
 
-  def save(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
+  def save(
+    self,
+    step: int,
+    state: PyTree,
+    metrics: Mapping[str, Any] | None,
+    extras: Any,
+    started: float,
+    committed: Callable[[], None] = lambda: None,
+  ) -> None:
     """Starts a save and returns once the arrays may be overwritten; see `Checkpointer.save`.
 
     Args:
       step, state, metrics, extras: what to save.
       started: `time.perf_counter()` when training began to wait.
+      committed: called on process 0 once the step is committed.
     """
     computing = time.perf_counter()
     jax.block_until_ready((state, metrics))
@@ -176,7 +186,7 @@ class Saver:
     chunk_nbytes = self._chunk_nbytes(state)
     self._deadline = time.monotonic() + self._config.timeouts.save_s + _GRACE_S
     with self._record_lock:
-      self._writing, self._returned_at = record, None
+      self._writing, self._returned_at, self._committed = record, None, committed
     try:
       if chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=chunk_nbytes))
@@ -330,6 +340,7 @@ class Saver:
 
   def _note_commit(self, record: SaveRecord) -> None:
     assert record.background_s is not None
+    self._committed()
     # What a save waited for its predecessor is not its own cost.
     blocking = record.blocking_s - record.waited_s
     self._told_schedule("finished", blocking, record.background_s)

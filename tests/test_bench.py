@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from ckpt_jax.bench.runner import WorkerJob, run_suite
 from ckpt_jax.bench.variants import TORCH_PYTHON, VARIANTS, left_out, make_target
 from ckpt_jax.errors import CheckpointError, ConfigError
 
+ROOT = pathlib.Path(__file__).parent.parent
 MACHINE = {
   "date": "2026-01-01 00:00 UTC",
   "cores": 2,
@@ -230,3 +232,11 @@ def test_a_run_that_is_ended_leaves_nothing_behind(tmp_path):
   assert run.wait(60) == 143
   assert psutil.wait_procs(workers, timeout=30)[1] == []
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("page", ["docs/benchmarks.md", "README.md"])
+def test_docs_quote_the_committed_results(page):
+  text = (ROOT / page).read_text()
+  found = results.all_results(results.load(ROOT / "docs" / "bench.json"))
+  assert "<!-- bench:" in text
+  assert report.fill(text, found, page) == text, "run ckpt-jax bench tables docs/bench.json --fill " + page

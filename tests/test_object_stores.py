@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import ckpt_jax as ckpt
+from ckpt_jax import run
 from ckpt_jax.bench.buckets import gcs_server, request_kind, s3_server
 from ckpt_jax.config import RetryConfig, StorageConfig
 from ckpt_jax.multihost import launch, who_wrote
@@ -259,3 +260,11 @@ def test_mounted_bucket_is_seen_saved_to_and_warned_of(tmp_path, caplog):
       assert "bucket mounted as a file system; s3://" in caplog.text
     finally:
       subprocess.run(["umount", str(mount)], check=True, timeout=60)
+
+
+def test_size_of_a_step_of_plain_orbax_in_a_bucket_is_that_of_its_objects(bucket):
+  kvstore.connect(bucket.url)
+  with ocp.CheckpointManager(f"{bucket.url}/run") as manager:
+    manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.arange(1000.0)}))
+  (step,) = run.list_steps(f"{bucket.url}/run")
+  assert step.nbytes > 1000

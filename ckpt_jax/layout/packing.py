@@ -237,4 +237,4 @@ def _to_json(packed: Packed) -> list[Any]:
 
 def _piece(data: Sequence[Any]) -> Piece:
   process, offset, *box = data
-  return Piece(int(process), int(offset), tuple((int(a), int(b)) for a, b in box))
+  return Piece(int(process), int(offset), tuple([(int(a), int(b)) for a, b in box]))
