@@ -211,21 +211,26 @@ def predictions(
   """What plans predict beside what saves and restores then cost: w1 to w3 and a compressible state."""
   from ckpt_jax.bench import predictions as bench_predictions
 
+  before: dict[str, Any] = {}
+  if output and os.path.exists(output):
+    with open(output, encoding="utf-8") as file:
+      before = json.load(file)["results"]
+
+  def keep(found: dict[str, Any]) -> None:
+    if output:
+      names = [*before, *(n for n in found["results"] if n not in before)]
+      merged = {name: before.get(name, {}) | found["results"].get(name, {}) for name in names}
+      with open(output, "w", encoding="utf-8") as file:
+        file.write(json.dumps(found | {"results": merged}, indent=1) + "\n")
+
   found = bench_predictions.run(
     rounds,
     tuple(states or (*bench_predictions.STATES, bench_predictions.COMPRESSIBLE)),
     tuple(storage or ("disk", "50 MB/s")),
     directory,
     lambda what: typer.echo(what, err=True),
+    keep,
   )
-  if output:
-    if os.path.exists(output):
-      with open(output, encoding="utf-8") as file:
-        before = json.load(file)["results"]
-      for name, results in before.items():
-        found["results"][name] = results | found["results"].get(name, {})
-    with open(output, "w", encoding="utf-8") as file:
-      file.write(json.dumps(found, indent=1) + "\n")
   for name, results in found["results"].items():
     for state, settings in results.items():
       for setting, entry in settings.items():

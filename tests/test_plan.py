@@ -293,6 +293,18 @@ def test_sampled_ratio_is_that_of_the_whole_state():
   assert time.process_time() - started < 1
 
 
+@pytest.mark.parametrize("rows", [1, 24, 37, 100, 500])
+def test_pieces_of_unequal_size_do_not_flatter_the_ratio(rows):
+  rng = np.random.default_rng(0)
+  mesh = Mesh(np.array(jax.devices()), ("d",))
+  split = NamedSharding(mesh, PartitionSpec("d"))
+  state = {f"w{i}": rng.standard_normal((2 * rows, 768), dtype=np.float32) for i in range(20)}
+  state["embedding"] = rng.standard_normal((4096, 768), dtype=np.float32)
+  placed = jax.tree.map(lambda x: jax.device_put(x, split), state)
+  for s in (state, placed):
+    assert profile_state(s).compressibility.ratio == pytest.approx(0.925, abs=0.01)
+
+
 def test_host_is_measured_once_and_remembered(monkeypatch, tmp_path):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   first = profile_host()

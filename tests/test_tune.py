@@ -10,6 +10,7 @@ import pytest
 
 import ckpt_jax as ckpt
 from ckpt_jax import cli
+from ckpt_jax.bench.buckets import gcs_server
 from ckpt_jax.bench.predictions import summary
 from ckpt_jax.bench.trial import bounded, trials
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
@@ -126,6 +127,18 @@ def test_trials_measure_and_leave_nothing_even_when_interrupted(tmp_path):
   with pytest.raises(KeyboardInterrupt), trials(where, state):
     raise KeyboardInterrupt
   assert list(tmp_path.iterdir()) == []
+
+
+def test_trials_in_a_bucket_measure_and_leave_nothing(monkeypatch, tmp_path):
+  rng = np.random.default_rng(0)
+  state = {f"w{i}": jnp.asarray(rng.standard_normal((64, 1024), dtype=np.float32)) for i in range(4)}
+  with gcs_server(tmp_path / "objects") as bucket:
+    for key, text in bucket.env.items():
+      monkeypatch.setenv(key, text)
+    with trials(f"{bucket.url}/runs", state) as measure:
+      sample = measure(ckpt.Config(layout={"compression": "on"}))
+    assert sample.restore_s > 0 and 2**20 * 0.8 < sample.nbytes < 2**20 * 1.1
+    assert not [p for p in (tmp_path / "objects").rglob("*") if p.is_file() and p.name != "bucket.bucketMetadata"]
 
 
 # -- the command

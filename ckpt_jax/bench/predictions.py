@@ -36,6 +36,7 @@ def run(
   storages: tuple[str, ...] = ("disk", "50 MB/s"),
   directory: str | None = None,
   progress: Callable[[str], None] = lambda _: None,
+  done: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
   """All measurements, as JSON-able data.
 
@@ -45,6 +46,7 @@ def run(
     storages: `disk`, `50 MB/s`.
     directory: on the disk to measure; None: the temporary directory.
     progress: told what is measured now.
+    done: given all that there is so far after each state: a long run may be cut off.
 
   Raises:
     ConfigError: for a state or storage that there is not.
@@ -69,6 +71,7 @@ def run(
         count = rounds if storage == "disk" else min(rounds, 3)
         rows = _child(state, storage, where, count, env)
       found["results"].setdefault(storage, {})[state] = summary(rows)
+      done(found)
   return found
 
 

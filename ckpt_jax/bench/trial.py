@@ -65,8 +65,9 @@ class Trials:
     key = json.dumps(settings.to_dict(), sort_keys=True)
     if key not in self._open:
       c = self._open[key] = Checkpointer(self._directory / str(len(self._open)), settings)
-      # The first save of a run opens more than the later ones do.
-      c.save(0, {"warm": np.zeros((1,), np.float32)})
+      # The first save of a run opens more than the later ones do. Not a tiny one: the room that a compressed step needs
+      # is told from the step before it.
+      c.save(0, {"warm": np.random.default_rng(0).standard_normal(1 << 18, dtype=np.float32)})
       c.wait()
     return self._open[key]
 
