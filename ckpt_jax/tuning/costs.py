@@ -83,24 +83,24 @@ ORBAX = CostModel(
   process_files=4,
 )
 # This package on the same host: reads and writes are queued with little Python an array, and each region of a process
-# is read once, into memory that jax takes over. From the CPU seconds of w1 (604 arrays, 1.02 GB), w2 (5,000 arrays,
-# 0.2 GB) and w3 (w1 in 4,832 pieces): equations for what an array, a piece and a byte cost.
+# is read once, into memory that jax takes over. From w1 (604 arrays, 1.02 GB), w2 (5,000 arrays, 0.2 GB) and w3 (w1 in
+# 4,832 pieces): equations for what an array, a piece and a byte cost. docs/predictions.json has what came of them.
 OURS = CostModel(
   block_fixed_s=0.005,
   commit_fixed_s=0.03,
   restore_fixed_s=0.02,
-  block_leaf=21,
-  commit_leaf=62,
-  restore_leaf=150,
-  block_shard=15,
-  commit_shard=14,
-  restore_shard=7,
-  block_packed=34,
-  commit_packed=62,
-  restore_packed=140,
+  block_leaf=12,
+  commit_leaf=33,
+  restore_leaf=68,
+  block_shard=6,
+  commit_shard=10,
+  restore_shard=12,
+  block_packed=17,
+  commit_packed=36,
+  restore_packed=71,
   block_copies=0.0,
   commit_copies=1.0,
-  restore_copies=0.7,
+  restore_copies=0.5,
   zstd_threads=2.0,
   unzstd_threads=2.0,
   overlap=0.7,
