@@ -294,7 +294,9 @@ def who_wrote(run: str | os.PathLike[str], step: int) -> WriteReport:
   item = run_lib.item_directory(run_lib.step_directory(run_lib.run_directory(run), step))
   parts = sorted((p for p in item.iterdir() if p.name.startswith("ocdbt.process_")), key=lambda p: _process_of(p.name))
   if not parts:
-    raise NoCheckpointError(f"{item}: no ocdbt.process_* in it; this step was not saved through OCDBT")
+    raise NoCheckpointError(
+      f"{item}: no ocdbt.process_* in it: the step was saved without OCDBT, or was rewritten (repack, thinning)"
+    )
   writers: dict[str, list[int]] = collections.defaultdict(list)
   processes = []
   for part in parts:

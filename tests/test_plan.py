@@ -307,13 +307,10 @@ def test_pieces_of_unequal_size_do_not_flatter_the_ratio(rows):
 
 def test_host_is_measured_once_and_remembered(monkeypatch, tmp_path):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  started = time.process_time()  # the clock also counts what else runs on this machine
   first = profile_host()
-  assert time.process_time() - started < 1
   assert first.copy_bytes_per_s > 1e8 and 1e-7 < first.task_s < 1e-3 and 0.8 < first.zstd.ratio <= 1
-  started = time.process_time()
+  monkeypatch.setattr("ckpt_jax.tuning.profile._measure_host", lambda: pytest.fail("measured again"))
   assert profile_host() == first
-  assert time.process_time() - started < 0.05
 
 
 # -- the Checkpointer's own plan

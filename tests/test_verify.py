@@ -78,7 +78,7 @@ def test_large_leaves_are_read_in_blocks_and_small_ones_in_groups(tmp_path, monk
   monkeypatch.setattr(verification, "_GROUP_NBYTES", 3000)
   monkeypatch.setattr(verification, "_BLOCK_NBYTES", 5000)
   seen = []
-  damage.save(tmp_path, [1], layout={"compression": "on"})
+  damage.save(tmp_path, [1], layout={"compression": "on", "chunk_size": 20_000})
   (verdict,) = verification.verdicts(tmp_path, progress=lambda step, done, total: seen.append((done, total)))
   assert verdict.findings == () and seen[-1][0] == seen[-1][1] == verdict.nbytes and len(seen) >= 3
   with ckpt.Checkpointer(tmp_path) as c:
