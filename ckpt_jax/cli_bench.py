@@ -204,7 +204,7 @@ def faults(
 def predictions(
   states: Annotated[list[str] | None, typer.Argument(metavar="[STATE]...", help="Default: all.")] = None,
   output: Annotated[str | None, typer.Option("-o", "--output", help="Merge the results into this JSON file.")] = None,
-  rounds: Annotated[int, typer.Option(min=1, help="Of probe, plan, save and restore; 3 at most at 50 MB/s.")] = 5,
+  rounds: Annotated[int, typer.Option(min=1, help="Saves and restores; 3 at most at 50 MB/s.")] = 5,
   storage: Annotated[list[str] | None, typer.Option(help="disk or '50 MB/s'; default: both.")] = None,
   directory: Annotated[str | None, typer.Option("--dir", help="On the disk; default: the temporary directory.")] = None,
 ) -> None:

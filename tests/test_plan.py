@@ -54,7 +54,7 @@ SMALL_LEAVES = dataclasses.replace(big(200_000_000, 5000), small_leaves=5000, sm
 def disk(write=1e9, read=2e9):
   return dataclasses.replace(
     assumed_profile(StorageKind.LOCAL, "/data"),
-    seconds=1.0,
+    seconds=30.0,
     write=(Throughput(1, write / 2), Throughput(4, write)),
     read=(Throughput(1, read / 2), Throughput(4, read)),
     ranges=tuple(RangeRead(n, 1e-4 + n / read * 2) for n in (4096, 65536, 1 << 20, 16 << 20)),
@@ -102,6 +102,12 @@ def test_state_without_values_counts_as_incompressible_and_the_plan_says_so():
   state = jax.eval_shape(lambda: {"w": jnp.zeros((4096, 4096))})
   plan = ckpt.make_plan(state, disk(), HOST)
   assert value(plan, "layout.compression") == "off" and "no values to try" in plan.explain()
+
+
+def test_burst_of_a_disk_that_was_measured_quickly_is_not_taken_for_its_speed():
+  thorough = ckpt.make_plan(big(), disk(), HOST)
+  quick = ckpt.make_plan(big(), dataclasses.replace(disk(), seconds=0.5), HOST)
+  assert quick.commit_s > 1.2 * thorough.commit_s and quick.restore_s > 1.2 * thorough.restore_s
 
 
 # -- layout

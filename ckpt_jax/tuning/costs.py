@@ -30,7 +30,8 @@ class CostModel:
       commit it is the stored bytes that count.
     zstd_threads: how many threads' worth of compression runs at a time, at most the cores.
     unzstd_threads: the same for decompression.
-    overlap: the share of the shorter of CPU and storage time that is hidden behind the longer, 0 to 1.
+    overlap, restore_overlap: the share of the shorter of CPU and storage time that is hidden behind the longer, 0 to 1;
+      of a restore the interpreter's time is CPU time too.
     fixed_files: files of a step beside OCDBT's data files.
     process_files: the same for each process.
   """
@@ -53,6 +54,7 @@ class CostModel:
   zstd_threads: float
   unzstd_threads: float
   overlap: float
+  restore_overlap: float
   fixed_files: int
   process_files: int
 
@@ -79,31 +81,33 @@ ORBAX = CostModel(
   zstd_threads=0.7,
   unzstd_threads=1.0,
   overlap=0.7,
+  restore_overlap=0.3,
   fixed_files=11,
   process_files=4,
 )
 # This package on the same host: reads and writes are queued with little Python an array, and each region of a process
-# is read once, into memory that jax takes over. From the CPU seconds of w1 (604 arrays, 1.02 GB), w2 (5,000 arrays,
-# 0.2 GB) and w3 (w1 in 4,832 pieces): equations for what an array, a piece and a byte cost.
+# is read once, into memory that jax takes over. From w1 (604 arrays, 1.02 GB), w2 (5,000 arrays, 0.2 GB) and w3 (w1 in
+# 4,832 pieces): equations for what an array, a piece and a byte cost. docs/predictions.json has what came of them.
 OURS = CostModel(
   block_fixed_s=0.005,
   commit_fixed_s=0.03,
   restore_fixed_s=0.02,
-  block_leaf=21,
-  commit_leaf=62,
-  restore_leaf=150,
-  block_shard=15,
-  commit_shard=14,
-  restore_shard=7,
-  block_packed=34,
-  commit_packed=62,
-  restore_packed=140,
+  block_leaf=12,
+  commit_leaf=3,
+  restore_leaf=35,
+  block_shard=6,
+  commit_shard=40,
+  restore_shard=45,
+  block_packed=17,
+  commit_packed=36,
+  restore_packed=71,
   block_copies=0.0,
-  commit_copies=1.0,
-  restore_copies=0.7,
-  zstd_threads=2.0,
+  commit_copies=1.3,
+  restore_copies=0.4,
+  zstd_threads=1.5,
   unzstd_threads=2.0,
   overlap=0.7,
+  restore_overlap=1.0,
   fixed_files=11,
   process_files=4,
 )
@@ -181,7 +185,7 @@ def predict(
   cpu = stored * model.commit_copies / host.copy_bytes_per_s
   if layout.compression:
     cpu += written / (zstd.compress_bytes_per_s * min(model.zstd_threads, threads))
-  io = stored / _rate(storage.write_bytes_per_s, sharing)
+  io = stored / _rate(storage, storage.write_bytes_per_s, sharing)
   io += data_files * storage.latency.get("create", 0.0)
   commit = (
     blocking
@@ -195,11 +199,9 @@ def predict(
   if layout.compression:
     cpu += read / (zstd.decompress_bytes_per_s * min(model.unzstd_threads, threads))
   io = _read_s(storage, read * ratio, pieces, sharing)
-  restore = (
-    model.restore_fixed_s
-    + (leaves * model.restore_leaf + shards * model.restore_shard + packed * model.restore_packed) * task
-    + _overlapped(cpu, io, model.overlap)
-  )
+  # Python queues reads while others are under way.
+  cpu += (leaves * model.restore_leaf + shards * model.restore_shard + packed * model.restore_packed) * task
+  restore = model.restore_fixed_s + _overlapped(cpu, io, model.restore_overlap)
   in_flight = min(held, layout.save_concurrency or (held if layout.compression else held / 8))
   on_restore = min(read, layout.restore_concurrency or read)
   return Prediction(
@@ -213,8 +215,16 @@ def predict(
   )
 
 
-def _rate(bytes_per_s: float, sharing: int) -> float:
-  return max(bytes_per_s / sharing, 1.0)
+# A quick probe sees a disk's burst: W1's saves kept 0.35 to 1.2 GB/s where it said 2.5 GB/s, its restores 1.1 where it
+# said 1.5.
+_BURST = 0.7
+_QUICK_S = 2.0
+
+
+def _rate(storage: StorageProfile, bytes_per_s: float, sharing: int) -> float:
+  """What a measured rate is worth to one process over gigabytes."""
+  burst = 0 < storage.seconds < _QUICK_S and not storage.kind.traits.durable_on_close
+  return max(bytes_per_s * (_BURST if burst else 1.0) / sharing, 1.0)
 
 
 def _overlapped(a: float, b: float, overlap: float) -> float:
@@ -237,7 +247,7 @@ def _pieces(state: StateProfile, shards: int, layout: Layout) -> int:
 
 def _read_s(storage: StorageProfile, nbytes: float, pieces: int, sharing: int) -> float:
   """Storage time of reading `nbytes` in `pieces`: bound by the throughput, or by the requests if they are small."""
-  bound = nbytes / _rate(storage.read_bytes_per_s, sharing)
+  bound = nbytes / _rate(storage, storage.read_bytes_per_s, sharing)
   if not storage.ranges:
     return bound
   parallel = streams_of(storage, storage.read)
