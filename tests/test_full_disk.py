@@ -96,6 +96,16 @@ def test_deleting_works_on_a_disk_without_a_single_free_block(small_disk):
     assert c.restore(1).state["x"].tobytes() == np.asarray(numbers(1 << 20, 1)["x"]).tobytes()
 
 
+def test_a_tiny_step_does_not_make_a_large_one_look_larger(small_disk):
+  # 8 bytes of arrays in some kilobytes of metadata: a thousandfold, which 4 MB times it would never fit.
+  with ckpt.Checkpointer(small_disk, ckpt.Config(layout={"compression": "on"})) as c:
+    c.save(0, numbers(2))
+    c.wait()
+    c.save(1, numbers(1_000_000))
+    c.wait()
+    assert c.latest_step() == 1
+
+
 def test_buckets_have_no_limit_and_planned_bytes_follow_what_was_stored():
   assert free_bytes(epath.Path("/proc")) is None, "a file system that does not say how large it is"
   assert planned_bytes(10**9, 100, None) > 10**9

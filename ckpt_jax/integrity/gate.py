@@ -274,7 +274,9 @@ class Gate:
       return None
     try:
       nbytes = run.step_info(self._directory, steps[-1]).nbytes
-      return tree_nbytes(os.fspath(self._directory / str(steps[-1]))) / nbytes if nbytes else None
+      stored = tree_nbytes(os.fspath(self._directory / str(steps[-1])))
+      # Metadata outweighs the arrays of a tiny step, which says nothing about how far a large one shrinks.
+      return min(1.0, stored / nbytes) if nbytes else None
     except (CheckpointError, OSError):
       return None
 
