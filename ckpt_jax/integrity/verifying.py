@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class Verifier:
 
   def __init__(self, threads: int | None = None):
     self._pool = concurrent.futures.ThreadPoolExecutor(threads or min(2, os.cpu_count() or 1), "ckpt_jax_verify")
+    self._lock = threading.Lock()
     self._bunch: dict[str, Any] = {}
     self._bunch_nbytes = 0
     self._sums: list[concurrent.futures.Future[_Sums]] = []
@@ -49,14 +51,15 @@ class Verifier:
     return self
 
   def __call__(self, path: str, value: Any) -> None:
-    """Takes a leaf as it was saved: decoded, and not cast."""
-    if fingerprint.is_on_accelerator(value):
-      self._later[path] = value  # one dispatch for all of them
-      return
-    self._bunch[path] = value
-    self._bunch_nbytes += getattr(value, "nbytes", 0)
-    if self._bunch_nbytes >= _BUNCH_NBYTES:
-      self._submit()
+    """Takes a leaf as it was saved: decoded, and not cast. From any thread; if one comes twice the later counts."""
+    with self._lock:
+      if fingerprint.is_on_accelerator(value):
+        self._later[path] = value  # one dispatch for all of them
+        return
+      self._bunch[path] = value
+      self._bunch_nbytes += getattr(value, "nbytes", 0)
+      if self._bunch_nbytes >= _BUNCH_NBYTES:
+        self._submit()
 
   def _submit(self) -> None:
     if self._bunch:

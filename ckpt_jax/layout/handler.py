@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,21 +17,26 @@ from etils import epath
 from ckpt_jax import orbax_private
 from ckpt_jax.config import Config, LimitsConfig
 from ckpt_jax.layout import packing, reading, writing
-from ckpt_jax.layout.encoding import is_prng_key
+from ckpt_jax.layout.encoding import is_prng_key, path_name
 from ckpt_jax.layout.sharding import local_regions, whole_box
 
 # Reads in flight at a time. Enough for 10 GB/s at 100 ms a request; it bounds what TensorStore holds beside the arrays.
 _READ_WINDOW = 10**9
 _ParamInfos = Sequence[ocp.type_handlers.ParamInfo]
+Arrived = Callable[[str, Any], None]
 
 
-def pytree_handler(config: Config, *, chunk_nbytes: int | None = None) -> ocp.PyTreeCheckpointHandler:
+def pytree_handler(
+  config: Config, *, chunk_nbytes: int | None = None, arrived: Arrived | None = None
+) -> ocp.PyTreeCheckpointHandler:
   """The handler that writes and reads the state of a step.
 
   Args:
     config: the settings.
     chunk_nbytes: bytes that may be in host memory at a time while saving, at least the largest shard; None copies all
       at once.
+    arrived: told, while the others are still being read, of each array that has been: its path, and what the restore
+      will give. From the thread that reads.
   """
   layout, limits = config.layout, config.limits
   return PyTreeHandler(
@@ -43,7 +48,7 @@ def pytree_handler(config: Config, *, chunk_nbytes: int | None = None) -> ocp.Py
     save_concurrent_gb=_gigabytes(chunk_nbytes or limits.save_concurrency),
     restore_concurrent_gb=_gigabytes(limits.restore_concurrency),
     save_device_host_concurrent_gb=_gigabytes(chunk_nbytes or "auto"),
-    type_handler_registry=_registry(config),
+    type_handler_registry=_registry(config, arrived),
   )
 
 
@@ -59,10 +64,10 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
     super().finalize(directory)
 
 
-def _registry(config: Config) -> ocp.type_handlers.TypeHandlerRegistry:
+def _registry(config: Config, arrived: Arrived | None) -> ocp.type_handlers.TypeHandlerRegistry:
   ours: dict[Any, ocp.type_handlers.TypeHandler] = {
-    jax.Array: ArrayHandler(config),
-    np.ndarray: NumpyHandler(config.limits),
+    jax.Array: ArrayHandler(config, arrived),
+    np.ndarray: NumpyHandler(config.limits, arrived),
   }
   return ocp.type_handlers.create_type_handler_registry(
     *(
@@ -77,8 +82,9 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
   What few leaves ask for goes Orbax's way: PRNG keys, memory layouts, padding and truncating, shardings from the file.
   """
 
-  def __init__(self, config: Config):
+  def __init__(self, config: Config, arrived: Arrived | None = None):
     layout = config.layout
+    self._arrived = arrived
     self._limits = config.limits
     # Without one Orbax writes no array_metadatas, and forgets which arrays are PRNG keys.
     self._store = orbax_private.array_metadata_store()
@@ -179,6 +185,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
         dtype = np.dtype(args[i].dtype or parts[name][0].dtype)
         regions = dict(zip(boxes[name], (part.astype(dtype, copy=False) for part in parts.pop(name)), strict=True))
         found[i] = reading.to_jax(index[name].shape, shardings[i], regions, dtype)
+        _tell(self._arrived, infos[i], found[i])
     if plain:
       context = _context(self._limits, infos[0])
       stores = reading.open_stores([infos[i] for i in plain], [args[i].dtype for i in plain], context)
@@ -188,15 +195,15 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
         rows = [(i, store) for i, store in rows if infos[i].name not in keys]
       for i, store in rows:
         reading.check_shape(infos[i].name, tuple(store.shape), args[i].global_shape)
-      requests = [
-        reading.Request(infos[i].name, store, local_regions(shardings[i], tuple(store.shape))) for i, store in rows
-      ]
+      requests = {
+        reading.Request(infos[i].name, store, local_regions(shardings[i], tuple(store.shape))): i for i, store in rows
+      }
       staged = 0
-      for request, arrays, (i, store) in zip(
-        requests, reading.read(requests, _window(self._limits)), rows, strict=True
-      ):
+      for request, arrays in reading.read(list(requests), _window(self._limits)):
+        i, store = requests[request], request.store
         regions = dict(zip(request.boxes, arrays, strict=True))
         found[i] = reading.to_jax(tuple(store.shape), shardings[i], regions, store.dtype.numpy_dtype)
+        _tell(self._arrived, infos[i], found[i])
         staged += sum(array.nbytes for array in arrays)
         if staged > _window(self._limits):  # an accelerator copies behind our back, out of these arrays
           jax.block_until_ready(list(found.values()))
@@ -215,9 +222,10 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
 class NumpyHandler(ocp.type_handlers.NumpyHandler):
   """Orbax's handler of numpy arrays, with reads as in ArrayHandler."""
 
-  def __init__(self, limits: LimitsConfig):
+  def __init__(self, limits: LimitsConfig, arrived: Arrived | None = None):
     super().__init__()
     self._limits = limits
+    self._arrived = arrived
 
   async def deserialize(self, infos: _ParamInfos, args: Sequence[Any] | None = None) -> Sequence[np.ndarray]:
     """See Orbax's NumpyHandler. The arrays own their memory, aligned so that jax on CPU can take it over."""
@@ -228,16 +236,21 @@ class NumpyHandler(ocp.type_handlers.NumpyHandler):
     packed = reading.read_packed(infos[0], index, boxes, context, window)
     alone = [(info, dtype) for info, dtype in zip(infos, dtypes, strict=True) if info.name not in index]
     stores = reading.open_stores([i for i, _ in alone], [d for _, d in alone], context) if alone else []
-    requests = [
-      reading.Request(info.name, store, (whole_box(store.shape),))
+    requests = {
+      reading.Request(info.name, store, (whole_box(store.shape),)): info
       for (info, _), store in zip(alone, stores, strict=True)
-    ]
-    found = {info.name: arrays[0] for (info, _), arrays in zip(alone, reading.read(requests, window), strict=True)}
+    }
+    found = {}
+    for request, arrays in reading.read(list(requests), window):
+      info = requests[request]
+      found[info.name] = arrays[0]
+      _tell(self._arrived, info, arrays[0])
     for info, dtype in zip(infos, dtypes, strict=True):
       if info.name in packed:
         value = packed[info.name][0]
         # A copy, since a slab would stay in memory for as long as one of its leaves does.
         found[info.name] = value.copy() if dtype is None else value.astype(dtype)
+        _tell(self._arrived, info, found[info.name])
     return [found[info.name] for info in infos]
 
   async def metadata(self, infos: _ParamInfos) -> Sequence[ocp.metadata.ArrayMetadata]:
@@ -265,6 +278,11 @@ def _metadata(infos: _ParamInfos) -> list[ocp.metadata.ArrayMetadata]:
       )
     )
   return described
+
+
+def _tell(arrived: Arrived | None, info: ocp.type_handlers.ParamInfo, value: Any) -> None:
+  if arrived is not None:
+    arrived(path_name(info.keypath), value)
 
 
 def _sharding(arg: Any) -> jax.sharding.Sharding | None:

@@ -22,8 +22,11 @@ from ckpt_jax.layout import packing
 from ckpt_jax.layout.memory import aligned_empty
 from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, merge_boxes, split_box
 
+# How long to wait for the oldest read before looking at the others, which costs about 0.2 us each.
+_SWEEP_S, _SWEEP_S_A_READ = 0.003, 5e-6
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Request:
   """One array to read: its open store, and the boxes wanted of it."""
 
@@ -63,8 +66,8 @@ def open_stores(
   ]
 
 
-def read(requests: Sequence[Request], window: int) -> Iterator[list[np.ndarray]]:
-  """The boxes of each request in turn, as arrays in fresh aligned memory.
+def read(requests: Sequence[Request], window: int) -> Iterator[tuple[Request, list[np.ndarray]]]:
+  """The boxes of each request as arrays in fresh aligned memory; requests in the order in which they are complete.
 
   Args:
     requests: what to read.
@@ -73,33 +76,17 @@ def read(requests: Sequence[Request], window: int) -> Iterator[list[np.ndarray]]
   Raises:
     ValueError: naming the array that cannot be read.
   """
-  flying: collections.deque[tuple[int, Any, str]] = collections.deque()
-  in_flight = 0
-  done: collections.deque[tuple[list[np.ndarray], int]] = collections.deque()  # arrays, and the reads they wait for
-  finished = 0
-  started = 0
-
-  def land() -> None:
-    nonlocal in_flight, finished
-    nbytes, future, name = flying.popleft()
-    _result(future, name)
-    in_flight -= nbytes
-    finished += 1
-
+  flight = _Flight()
   for request in requests:
     store = request.store
     dtype = store.dtype.numpy_dtype
     chunk: tuple[int, ...] = tuple(c or n for c, n in zip(_chunk_shape(store), store.shape, strict=True))
-    arrays = []
-    for box in request.boxes:
-      array = aligned_empty(tuple(b - a for a, b in box), dtype)
-      arrays.append(array)
+    wanted = _Wanted(request, [aligned_empty(tuple(b - a for a, b in box), dtype) for box in request.boxes])
+    for box, array in zip(request.boxes, wanted.arrays, strict=True):
       for part in split_box(box, chunk, dtype.itemsize, window):
         nbytes = chunk_nbytes(part, chunk, dtype.itemsize)
-        while flying and in_flight + nbytes > window:
-          land()
-          while done and done[0][1] <= finished:
-            yield done.popleft()[0]
+        while flight and flight.nbytes + nbytes > window:
+          yield from flight.land()
         target = array[tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(part, box, strict=True))]
         if not part:  # TensorStore copies a 0-d array instead of referring to it
           target, source = array.reshape(1), store[ts.newaxis]
@@ -107,14 +94,72 @@ def read(requests: Sequence[Request], window: int) -> Iterator[list[np.ndarray]]
           source = store
         else:
           source = store[tuple(slice(a, b) for a, b in part)].translate_to[0]
-        flying.append((nbytes, ts.array(target).write(source), request.name))
-        in_flight += nbytes
-        started += 1
-    done.append((arrays, started))
-  while done:
-    while done[0][1] > finished:
-      land()
-    yield done.popleft()[0]
+        flight.start(nbytes, ts.array(target).write(source), wanted)
+    wanted.all_started = True
+    if not wanted.pending:
+      yield request, wanted.arrays
+    yield from flight.land(wait=False)
+  while flight:
+    yield from flight.land()
+
+
+@dataclasses.dataclass
+class _Wanted:
+  """A request under way: the memory that its boxes go into, and how many reads are to come."""
+
+  request: Request
+  arrays: list[np.ndarray]
+  pending: int = 0
+  all_started: bool = False
+
+
+class _Flight:
+  """Reads in flight. They end in any order: large ones, or those of a far server, late."""
+
+  def __init__(self) -> None:
+    self._flying: collections.deque[tuple[int, Any, _Wanted]] = collections.deque()
+    self.nbytes = 0
+
+  def __bool__(self) -> bool:
+    return bool(self._flying)
+
+  def start(self, nbytes: int, future: Any, wanted: _Wanted) -> None:
+    wanted.pending += 1
+    self.nbytes += nbytes
+    self._flying.append((nbytes, future, wanted))
+
+  def land(self, *, wait: bool = True) -> Iterator[tuple[Request, list[np.ndarray]]]:
+    """The requests that are complete; waits for one read at least if asked to."""
+    landed = 0
+    while self._flying and (self._flying[0][1].done() or (wait and not landed)):
+      if not self._is_done(self._flying[0][1]):
+        # Another one may be there; looked for once in a while, since thousands may be in flight.
+        flying = self._flying
+        self._flying = collections.deque()
+        for read in flying:
+          if read[1].done():
+            landed += 1
+            yield from self._land(read)
+          else:
+            self._flying.append(read)
+        continue
+      landed += 1
+      yield from self._land(self._flying.popleft())
+
+  def _is_done(self, future: Any) -> bool:
+    try:
+      future.exception(timeout=max(_SWEEP_S, len(self._flying) * _SWEEP_S_A_READ))
+    except TimeoutError:
+      return False
+    return True
+
+  def _land(self, read: tuple[int, Any, _Wanted]) -> Iterator[tuple[Request, list[np.ndarray]]]:
+    nbytes, future, wanted = read
+    _result(future, wanted.request.name)
+    self.nbytes -= nbytes
+    wanted.pending -= 1
+    if wanted.all_started and not wanted.pending:
+      yield wanted.request, wanted.arrays
 
 
 def read_packed(
@@ -148,10 +193,11 @@ def read_packed(
     touched = sorted({c for a, b in wanted[process] for c in range(a // chunk, -(-b // chunk))})
     runs = merge_boxes([((c * chunk, min((c + 1) * chunk, store.shape[0])),) for c in touched])
     requests.append(Request(name, store, runs))
-  slabs = {
-    process: packing.SlabBytes([(box[0][0], data) for box, data in zip(request.boxes, arrays, strict=True)])
-    for process, request, arrays in zip(wanted, requests, read(requests, window), strict=True)
+  found = {
+    request.name: packing.SlabBytes([(box[0][0], data) for box, data in zip(request.boxes, arrays, strict=True)])
+    for request, arrays in read(requests, window)
   }
+  slabs = {process: found[packing.slab_name(process)] for process in wanted}
   return {name: [packing.gather(index[name], box, slabs) for box in parts] for name, parts in boxes.items()}
 
 

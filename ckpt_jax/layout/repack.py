@@ -152,8 +152,7 @@ def _values(item: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     if alone:
       stores = reading.open_stores([info.replace(name=name) for name in alone], [None] * len(alone), info.ts_context)
       requests = [reading.Request(n, store, (whole_box(store.shape),)) for n, store in zip(alone, stores, strict=True)]
-      read = reading.read(requests, _BATCH_NBYTES)
-      values |= {name: arrays[0] for name, arrays in zip(alone, read, strict=True)}
+      values |= {request.name: arrays[0] for request, arrays in reading.read(requests, _BATCH_NBYTES)}
   except ValueError as e:
     raise CorruptCheckpointError(f"{item}: {e}") from e
   return values

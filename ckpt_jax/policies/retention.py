@@ -227,8 +227,8 @@ class Retention(ocp_policies.PreservationPolicy):
           seen.add(key)
           reasons[c.step].append(name)
         elif c.step == oldest:
+          # Steps with lower numbers may have been saved later: the periods left are theirs.
           reasons[c.step].append(f"oldest {name}")
-          break
     if timed:
       for c, time in zip(steps, times, strict=True):
         if time is None:

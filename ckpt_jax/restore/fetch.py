@@ -23,12 +23,13 @@ from ckpt_jax.restore.together import Together, Worker
 _log = logging.getLogger(__name__)
 _LEAST_PART = 16 * 2**20
 _PARTS = 8
+Arrived = Callable[[str, Any], None]
 
 
 class Reads(Protocol):
   """What `read.Reader` does: the stored values of leaves, each as its item and restore args say."""
 
-  def read(self, wanted: Mapping[str, Any]) -> dict[str, Any]: ...
+  def read(self, wanted: Mapping[str, Any], arrived: Arrived | None = None) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,12 @@ class Part:
 
 
 def fetch(
-  routes: Sequence[Route], reader: Reads, together: Together, bound: int, deliver: Callable[[LeafPlan, Any], None]
+  routes: Sequence[Route],
+  reader: Reads,
+  together: Together,
+  bound: int,
+  deliver: Callable[[LeafPlan, Any], None],
+  arrived: Arrived | None = None,
 ) -> float:
   """Reads all leaves, and returns the seconds until all processes had read. All processes call it alike.
 
@@ -54,13 +60,14 @@ def fetch(
     together: waits, and agrees on errors.
     bound: bytes of leaves that may be under way beside the state itself; one leaf that is larger goes alone.
     deliver: given each plan and its value, in the stored form and where the plan wants it.
+    arrived: told before, on the reading thread, of those leaves that are not exchanged: path and what was read.
   """
   started = time.perf_counter()
   read_s = 0.0
   parts = divide(routes, bound)
   reading, exchanging = Worker("ckpt_jax-read"), Worker("ckpt_jax-exchange")
   try:
-    ahead = reading.submit(functools.partial(_read, parts[0], reader)) if parts else None
+    ahead = reading.submit(functools.partial(_read, parts[0], reader, arrived)) if parts else None
     under_way: concurrent.futures.Future[list[tuple[LeafPlan, Any]]] | None = None
     if parts and parts[0].exchanges:
       exchanging.submit(functools.partial(_compile, parts[0]))
@@ -72,7 +79,7 @@ def fetch(
         _deliver(together.wait(f"the exchange of part {i} of {len(parts)}", under_way), deliver)
       if i + 1 < len(parts):
         # Not before the last part has arrived: two parts at a time are in memory, not three.
-        ahead = reading.submit(functools.partial(_read, parts[i + 1], reader))
+        ahead = reading.submit(functools.partial(_read, parts[i + 1], reader, arrived))
       if error is not None or part.exchanges or i + 1 == len(parts):
         together.meet(f"all processes to read {what}", error)
         together.step_done()
@@ -129,13 +136,13 @@ def _deliver(values: list[tuple[LeafPlan, Any]], deliver: Callable[[LeafPlan, An
 # -- on the reading thread
 
 
-def _read(part: Part, reader: Reads) -> dict[str, Any]:
+def _read(part: Part, reader: Reads, arrived: Arrived | None) -> dict[str, Any]:
   """What this process reads of a part."""
   wanted = {}
   for route in part.routes:
     if (where := _reads_into(route)) is not _NOT_HERE:
       wanted[route.plan.name] = route.plan.request(where)
-  values = reader.read(wanted)
+  values = reader.read(wanted, None if part.exchanges else arrived)
   for route in part.routes:
     value: Any = values.get(route.plan.name)
     if route.way != DIRECT and is_prng_key(value):

@@ -123,16 +123,24 @@ def read_state(
   assert planned is not None
   choice, routes = _choose(planned.plans, strategy, step_dir, config, together)
   values: dict[str, Any] = dict(planned.kept)
+  as_stored = {p.name for p in planned.plans if p.note is None and p.cast is None}
+  early: dict[str, Any] = {}
+
+  def arrived(name: str, value: Any) -> None:
+    # Most leaves are delivered as they are read: they are looked at beside the reading of the others.
+    if check is not None and name in as_stored:
+      check(name, value)
+      early[name] = value
 
   def deliver(plan: LeafPlan, value: Any) -> None:
     check_stored(plan, value)
-    values[plan.name] = plan.finish(value)
-    if check is not None:
-      check(plan.name, values[plan.name] if plan.cast is None else decode_leaf(value, plan.note))
+    delivered = values[plan.name] = plan.finish(value)
+    if check is not None and early.pop(plan.name, None) is not delivered:
+      check(plan.name, delivered if plan.cast is None else decode_leaf(value, plan.note))
 
   error = None
   try:
-    read_s = fetch(routes, Reader(step, config), together, _bound(config), deliver)
+    read_s = fetch(routes, Reader(step, config), together, _bound(config), deliver, arrived)
     if jax.process_index() == 0:
       see_readers(str(step_dir), jax.process_count(), totals(routes).read_nbytes, read_s)
   except Exception as e:
@@ -224,8 +232,14 @@ class Reader:
     self._step = step
     self._config = config
 
-  def read(self, wanted: Mapping[str, tuple[Any, ocp.RestoreArgs]]) -> dict[str, Any]:
+  def read(
+    self, wanted: Mapping[str, tuple[Any, ocp.RestoreArgs]], arrived: Callable[[str, Any], None] | None = None
+  ) -> dict[str, Any]:
     """The stored values of the leaves named, each as its item and restore args say.
+
+    Args:
+      wanted: by path.
+      arrived: told of arrays as they come, by path, before the others are there.
 
     Raises:
       StorageError: if storage does not answer.
@@ -239,7 +253,7 @@ class Reader:
     item = step.treedef.unflatten([item for item, _ in pairs])
     args = step.treedef.unflatten([args for _, args in pairs])
     try:
-      handler = pytree_handler(self._config)
+      handler = pytree_handler(self._config, arrived=arrived)
       read = handler.restore(step.item_dir, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
     except (MemoryError, CheckpointError):
       raise

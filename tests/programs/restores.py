@@ -108,7 +108,7 @@ elif mode == "slow_reader":
   with ckpt.Checkpointer(run, ckpt.Config(timeouts={"restore": 4})) as c:
     if me == 1:
       whole = read.Reader.read
-      read.Reader.read = lambda self, wanted: time.sleep(9) or whole(self, wanted)
+      read.Reader.read = lambda self, *args: time.sleep(9) or whole(self, *args)
     what = "storage to read" if me == 1 else "1"
     expect(ckpt.CheckpointError, what, lambda: c.restore(like=abstract(state()), strategy="gather"))
 elif mode == "stuck_exchange":
@@ -125,7 +125,7 @@ elif mode == "unreadable":
       if me == 1:
         whole = read.Reader.read
 
-        def fail(self, wanted):
+        def fail(self, *args):
           raise ckpt.CorruptCheckpointError(f"{run}: cannot be read: disk on fire")
 
         read.Reader.read = fail
