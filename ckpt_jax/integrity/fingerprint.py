@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from ckpt_jax.layout.encoding import is_prng_key, path_name
 
 PyTree = Any
 _TASK_NBYTES = 32 << 20  # a larger piece is cut, for the threads to share
+_BUNCH_NBYTES = 4 << 20  # of small leaves that make a task
 _SCALARS = {"bool": np.uint8, "int": np.int64, "float": np.float64, "complex": np.complex128}
 _KEEPS_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -46,6 +48,35 @@ class _Leaf:
   done: sums.Tally | None = None  # of what may be overwritten once `save` returns: numpy arrays
 
 
+@dataclasses.dataclass
+class _Task:
+  """What one thread sums up in one go: a part of a leaf at `start`, or whole small leaves of one shape and dtype."""
+
+  floats: np.dtype | None
+  shape: tuple[int, ...]
+  start: tuple[int, ...] | None = None
+  paths: list[str] = dataclasses.field(default_factory=list)
+  blocks: list[np.ndarray] = dataclasses.field(default_factory=list)
+  nbytes: int = 0
+
+  def add(self, path: str, bits: np.ndarray) -> None:
+    self.paths.append(path)
+    self.blocks.append(bits)
+    self.nbytes += bits.nbytes
+
+  def run(self, fingerprint: bool, health: bool) -> list[sums.Tally]:
+    """One tally a block."""
+    floats = self.floats if health else None
+    if self.start is None:
+      return sums.tally_alike(self.blocks, floats, fingerprint=fingerprint)
+    part = sums.Tally()
+    if fingerprint:
+      sums.add_block(part, self.blocks[0], self.start, self.shape, floats)
+    elif floats is not None:
+      sums.add_health(part, self.blocks[0], floats)
+    return [part]
+
+
 class Taken:
   """Views of a state, from which sums are made: cheap to take while training waits, to be summed up behind it.
 
@@ -58,23 +89,26 @@ class Taken:
 
   def tallies(self, threads: int, *, fingerprint: bool = True, health: bool = True) -> dict[str, sums.Tally]:
     """Sums and health, or one of them, by leaf path: of this process's part, or of all where it is on a device."""
-    tasks: list[tuple[_Leaf, Any, tuple[int, ...]]] = []
     out = {leaf.path: sums.Tally() for leaf in self._leaves}
+    tasks: list[_Task] = []
+    alike: dict[Any, _Task] = {}
     for leaf in self._leaves:
-      tasks += [(leaf, bits, start) for piece, at in leaf.pieces for bits, start in _cut(bits_of(piece), at)]
-
-    def tally(task: tuple[_Leaf, np.ndarray, tuple[int, ...]]) -> sums.Tally:
-      leaf, bits, start = task
-      part = sums.Tally()
-      floats = leaf.floats if health else None
-      if fingerprint:
-        sums.add_block(part, bits, start, leaf.bits_shape, floats)
-      elif floats is not None:
-        sums.add_health(part, bits, floats)
-      return part
-
-    for (leaf, *_), part in zip(tasks, _in_threads(tally, tasks, threads), strict=True):
-      out[leaf.path].add(part)
+      for piece, at in leaf.pieces:
+        bits = bits_of(piece)
+        if bits.shape == leaf.bits_shape and 0 < bits.nbytes <= sums.SMALL_NBYTES:
+          kind = (bits.shape, bits.dtype, leaf.floats)
+          task = alike.get(kind)
+          if task is None or task.nbytes > _BUNCH_NBYTES:
+            task = alike[kind] = _Task(leaf.floats, leaf.bits_shape)
+            tasks.append(task)
+          task.add(leaf.path, bits)
+        else:
+          for part, start in _cut(bits, at):
+            tasks.append(_Task(leaf.floats, leaf.bits_shape, start))
+            tasks[-1].add(leaf.path, part)
+    for task, parts in zip(tasks, _in_threads(lambda t: t.run(fingerprint, health), tasks, threads), strict=True):
+      for path, part in zip(task.paths, parts, strict=True):
+        out[path].add(part)
     for leaf in self._leaves:
       if leaf.done is not None:
         out[leaf.path].add(leaf.done)
@@ -144,7 +178,17 @@ def label(leaf: Any) -> str:
   """The name of a leaf's type: numpy's, Python's for its scalars, `key<impl>` for PRNG keys."""
   if isinstance(leaf, (bool, int, float, complex, str)) and not isinstance(leaf, np.generic):
     return type(leaf).__name__
-  return str(leaf.dtype) if is_prng_key(leaf) else np.dtype(leaf.dtype).name
+  return _name(leaf.dtype)
+
+
+@functools.cache  # numpy composes names anew each time: microseconds that add up over thousands of leaves
+def _name(dtype: Any) -> str:
+  return str(dtype) if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).name
+
+
+@functools.cache
+def _floats(dtype: Any) -> np.dtype | None:
+  return np.dtype(dtype) if sums.is_float(np.dtype(dtype)) else None
 
 
 def _as_saved(leaf: Any, dtype: str | None) -> Any:
@@ -167,15 +211,15 @@ def _view(path: str, leaf: Any, every_copy: bool) -> _Leaf:
     return _host_leaf(path, name, () if name != "str" else bits.shape, bits, floats, every_copy)
   shape = tuple(leaf.shape)
   array = jax.random.key_data(leaf) if is_prng_key(leaf) else leaf
-  dtype = np.dtype(array.dtype)
-  floats = dtype if sums.is_float(dtype) else None
+  dtype = array.dtype
+  floats = _floats(dtype)
   if not isinstance(array, jax.Array):
     return _host_leaf(path, name, shape, np.asarray(array), floats, every_copy)
-  bits_shape = tuple(array.shape) + ((2,) if dtype.itemsize == 16 else ())
+  bits_shape = array.shape + ((2,) if dtype.itemsize == 16 else ())
   out = _Leaf(path, name, shape, bits_shape, floats, [])
   if is_on_accelerator(array):
     return out
-  if len(array.sharding.device_set) == 1:
+  if _devices(array.sharding)[0] == 1:
     if array.is_fully_addressable:
       # A state that lives on one device of its own process: in a job of many each has one.
       if every_copy or jax.process_index() == 0 or processes == 1:
@@ -211,10 +255,15 @@ def is_on_accelerator(leaf: Any) -> bool:
   """Whether a leaf's bits lie in the memory of an accelerator."""
   if not isinstance(leaf, jax.Array) or leaf.size == 0:
     return False
-  if leaf.sharding.memory_kind in ("pinned_host", "unpinned_host"):
-    return False  # parked in host memory
-  one: jax.Device = next(iter(leaf.sharding.device_set))
-  return one.platform != "cpu"
+  return _devices(leaf.sharding)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _devices(sharding: jax.sharding.Sharding) -> tuple[int, bool]:
+  """How many devices there are, and whether what lies there lies in the memory of accelerators."""
+  one: jax.Device = next(iter(sharding.device_set))
+  parked = sharding.memory_kind in ("pinned_host", "unpinned_host")  # in host memory
+  return len(sharding.device_set), one.platform != "cpu" and not parked
 
 
 def _host_view(array: jax.Array) -> np.ndarray:
@@ -230,18 +279,19 @@ def _host_view(array: jax.Array) -> np.ndarray:
 
 def bits_of(array: np.ndarray) -> np.ndarray:
   """The bits of an array as unsigned integers, C-contiguous; the same memory wherever that is possible."""
-  dtype = array.dtype
+  dtype, shape = array.dtype, array.shape
   if not dtype.isnative:
     array = array.astype(dtype.newbyteorder("="))
-  shape = array.shape
-  array = np.ascontiguousarray(array).reshape(shape)
+  if not array.flags.c_contiguous:
+    array = np.ascontiguousarray(array).reshape(shape)
   if dtype.itemsize == 16:
     return array.reshape(*shape, 1).view(np.uint64)
-  bits = array.reshape(-1).view(_KEEPS_BITS[dtype.itemsize]).reshape(shape)
+  bits = (array if shape else array.reshape(1)).view(_KEEPS_BITS[dtype.itemsize]).reshape(shape)
   width = _width(dtype)
   return bits & np.uint8((1 << width) - 1) if width < 8 else bits
 
 
+@functools.cache
 def _width(dtype: np.dtype) -> int:
   if dtype.itemsize > 1 or dtype.name in ("bool", "int8", "uint8"):
     return 8

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ import numpy as np
 MASK = 2**64 - 1
 ROW_NBYTES = 512  # columns hold at least this much: shorter rows would cost more in overhead than in sums
 BLOCK = 8192  # words
+SMALL_NBYTES = 1 << 16  # of arrays that are summed up many at a time
 _CHUNK_NBYTES = 1 << 18  # so that the second pass finds the data in the cache
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 ROW_SEED, BLOCK_SEED, LOW_SEED, HIGH_SEED = 1, 2, 3, 4
@@ -121,6 +122,36 @@ def add_block(
     column = (offset * shape[cut] + start[cut]) * inner if cut < len(shape) else 0
     piece = block[(*[slice(None)] * first, *index)] if index else block
     _add_rows(tally, piece.reshape(len(rows), -1), column, rows, floats)
+
+
+def tally_alike(blocks: Sequence[np.ndarray], floats: np.dtype | None, *, fingerprint: bool = True) -> list[Tally]:
+  """The tallies of whole small arrays, all of one shape and dtype, in few calls of numpy: an array costs 5 us, not 70.
+
+  Args:
+    blocks: bits as for `add_block`, none of them empty; each at most SMALL_NBYTES.
+    floats: as for `add_block`.
+    fingerprint: whether to sum up the bits.
+  """
+  shape, itemsize = blocks[0].shape, blocks[0].itemsize
+  first = columns_from(shape, itemsize)
+  rows = row_weights(shape[:first], (0,) * first, shape[:first])
+  width = math.prod(shape[first:]) * itemsize
+  words = -(-width // 8)
+  together = max(1, _CHUNK_NBYTES // (len(rows) * words * 8))
+  out = []
+  for i in range(0, len(blocks), together):
+    bunch = blocks[i : i + together]
+    data = np.concatenate([block.reshape(-1) for block in bunch]).view(np.uint8).reshape(-1, width)
+    matrix = _words(data, 0, 0, words)
+    tallies = [Tally() for _ in bunch]
+    if fingerprint:
+      totals = _weighted(matrix, *word_weights(0, words)).reshape(len(bunch), -1) @ rows
+      for tally, total in zip(tallies, totals.tolist(), strict=True):
+        tally.total = total
+    if floats is not None:
+      _add_health_alike(tallies, matrix.reshape(len(bunch), -1), floats)
+    out += tallies
+  return out
 
 
 def _add_rows(tally: Tally, matrix: np.ndarray, column: int, rows: np.ndarray, floats: np.dtype | None) -> None:
@@ -219,6 +250,17 @@ def _add_health(tally: Tally, words: np.ndarray, dtype: np.dtype) -> None:
   large = values[finite].astype(np.float64)
   with np.errstate(over="ignore"):
     tally.squares += float(np.dot(large, large))
+
+
+def _add_health_alike(tallies: Sequence[Tally], words: np.ndarray, dtype: np.dtype) -> None:
+  values = _numbers(words, dtype).reshape(len(tallies), -1)
+  with np.errstate(over="ignore", invalid="ignore"):
+    squares = np.einsum("ij,ij->i", values, values).tolist()
+  for tally, found, row in zip(tallies, squares, words, strict=True):
+    if math.isfinite(found):
+      tally.squares = found
+    else:
+      _add_health(tally, row, dtype)
 
 
 def _numbers(words: np.ndarray, dtype: np.dtype) -> np.ndarray:

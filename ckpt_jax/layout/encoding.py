@@ -7,6 +7,7 @@ JSON says what it was. The stored form is exact: no bit of the value is lost.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -18,19 +19,30 @@ from ckpt_jax.errors import CheckpointError
 
 PyTree = Any
 # Orbax's zarr driver knows int2 and int4 but not their unsigned twins; uint8 holds every value of them.
-_WIDENED = {"uint2": np.uint8, "uint4": np.uint8}
+_WIDENED: dict[Any, Any] = {jnp.dtype("uint2"): np.uint8, jnp.dtype("uint4"): np.uint8}
 _NATIVE = (jax.Array, np.ndarray, bool, int, float, str)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
   """`params/layer_3/kernel` for a jax key path, the way that Orbax names the leaf."""
-  return "/".join(str(next(getattr(k, a) for a in ("key", "idx", "name") if hasattr(k, a))) for k in path)
+  return "/".join([_segment(key) for key in path])
+
+
+def _segment(key: Any) -> str:
+  if type(key) is jax.tree_util.DictKey:  # the most of them, in trees of thousands of leaves
+    return str(key.key)
+  return str(next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)))
 
 
 def is_prng_key(leaf: Any) -> bool:
   """True for typed PRNG keys (`jax.random.key`), concrete or abstract."""
   dtype = getattr(leaf, "dtype", None)
-  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+  return dtype is not None and _is_prng_dtype(dtype)
+
+
+@functools.cache
+def _is_prng_dtype(dtype: Any) -> bool:
+  return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
 def encode(state: PyTree) -> tuple[PyTree, dict[str, dict[str, Any]]]:
@@ -61,8 +73,11 @@ def _check_path(path: tuple[Any, ...]) -> None:
   if len(path) > untrusted.MAX_DEPTH:
     raise TypeError(f"nested {len(path)} deep; {untrusted.MAX_DEPTH} is the limit")
   for key in path:
-    if problem := untrusted.check_name(path_name((key,))):
+    if problem := _check_segment(_segment(key)):
       raise TypeError(problem)
+
+
+_check_segment = functools.lru_cache(maxsize=4096)(untrusted.check_name)
 
 
 def _encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any] | None]:
@@ -97,8 +112,8 @@ def _encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any] | None]:
         "shape": list(leaf.shape),
         "dtype": leaf.dtype.name,
       }
-    if leaf.dtype.name in _WIDENED:
-      return leaf.astype(_WIDENED[leaf.dtype.name]), {"kind": "widened", "dtype": leaf.dtype.name}
+    if leaf.dtype in _WIDENED:
+      return leaf.astype(_WIDENED[leaf.dtype]), {"kind": "widened", "dtype": leaf.dtype.name}
   return leaf, None
 
 

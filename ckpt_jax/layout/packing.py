@@ -31,6 +31,7 @@ _FORMAT = 1
 SMALL_NBYTES = 2**20
 # Read as a whole: small enough that a few leaves of a slab cost little, large enough to be worth a request.
 _CHUNK_NBYTES = 8 * 2**20
+_GAP = np.zeros(ALIGNMENT, np.uint8)  # between pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,17 +90,22 @@ class Slab:
     for start in range(0, self.nbytes, self.chunk_nbytes):
       stop = min(start + self.chunk_nbytes, self.nbytes)
       chunk = aligned_empty((stop - start,), np.dtype(np.uint8))
-      chunk[:] = 0
+      parts, end = [], start
       i = at
       while i < len(self.pieces) and self.pieces[i][0] < stop:
         offset, data = self.pieces[i]
         data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        first, last = max(offset, start), min(offset + data.nbytes, stop)
-        chunk[first - start : last - start] = data[first - offset : last - offset]
+        if offset > end:
+          parts.append(_GAP[: offset - end])
+        end = min(offset + data.nbytes, stop)
+        parts.append(data[max(start - offset, 0) : end - offset])
         if offset + data.nbytes > stop:
           break
         i += 1
       at = i
+      parts.append(_GAP[: stop - end])
+      # One call for all of them: a copy each would wait for Python's lock each time, beside whoever sums up the state.
+      np.concatenate(parts, out=chunk)
       yield start, chunk
 
 

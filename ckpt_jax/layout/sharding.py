@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import logging
 import math
@@ -22,40 +23,32 @@ def local_nbytes(state: PyTree) -> int:
 
   A shard replicated on several local devices counts once.
   """
-  total = 0
-  for leaf in jax.tree.leaves(state):
-    if isinstance(leaf, jax.Array):
-      shards = {_index_key(s.index): s for s in leaf.addressable_shards}
-      total += sum(_nbytes(s.data) for s in shards.values())
-    elif isinstance(leaf, (np.ndarray, np.generic)):
-      total += leaf.nbytes
-  return total
+  return sum(count * sum(pieces) for pieces, count in _pieces_here(state))
 
 
 def largest_shard_nbytes(state: PyTree) -> int:
   """Bytes of the largest piece of one array that this process holds; 0 without arrays."""
-  sizes = [0]
+  return max((max(pieces, default=0) for pieces, _ in _pieces_here(state)), default=0)
+
+
+def _pieces_here(state: PyTree) -> list[tuple[tuple[int, ...], int]]:
+  """Bytes of the distinct pieces that this process holds of an array, and how many arrays are alike."""
+  kinds: collections.Counter[Any] = collections.Counter()
+  found: list[tuple[tuple[int, ...], int]] = []
   for leaf in jax.tree.leaves(state):
     if isinstance(leaf, jax.Array):
-      sizes += [_nbytes(s.data) for s in leaf.addressable_shards]
+      kinds[leaf.shape, leaf.dtype, leaf.sharding] += 1  # thousands of leaves are of few kinds
     elif isinstance(leaf, (np.ndarray, np.generic)):
-      sizes.append(leaf.nbytes)
-  return max(sizes)
+      found.append(((leaf.nbytes,), 1))
+  for (shape, dtype, sharding), count in kinds.items():
+    boxes = {box_of(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()}
+    found.append((tuple(math.prod(shape_of(box)) * dtype.itemsize for box in boxes), count))
+  return found
 
 
 def global_nbytes(state: PyTree) -> int:
   """Bytes of all array leaves, each counted once however it is sharded."""
-  return sum(_nbytes(x) for x in jax.tree.leaves(state) if hasattr(x, "dtype"))
-
-
-def _nbytes(x: Any) -> int:
-  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize
-  return x.nbytes
-
-
-def _index_key(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
-  return tuple((s.start, s.stop) for s in index)
+  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state) if hasattr(x, "dtype"))
 
 
 def abstract_state(init_fn: Callable[[], PyTree]) -> PyTree:
