@@ -141,6 +141,16 @@ def forget_steps(manager: ocp.CheckpointManager, steps: Collection[int]) -> None
   manager._checkpoints.delete_if(lambda info: info.step in steps)  # pylint: disable=protected-access
 
 
+def is_empty_node(node: Any) -> bool:
+  """Whether Orbax keeps a node of a tree as an empty one: None, {}, a namedtuple or dataclass without fields.
+
+  Why private: what is empty must be what Orbax finds empty; jax's own function for it is private too.
+  """
+  from orbax.checkpoint._src.tree import utils
+
+  return utils.is_empty_node(node)
+
+
 def array_metadata_store() -> Any:
   """A store for the `array_metadatas` of a step, to give to an ArrayHandler.
 
@@ -183,7 +193,7 @@ async def write_array_metadatas(store: Any, item_dir: Any, arrays: Any, chunks: 
   await store.write(checkpoint_dir=item_dir, array_metadatas=notes, process_index=jax.process_index())
 
 
-def write_shardings(item_dir: Any, names: Any, shardings: Any) -> None:
+def write_shardings(item_dir: Any, shardings: Any) -> None:
   """Writes the item's `_sharding` file, from which plain Orbax restores without being told shardings.
 
   Why private: the text of a sharding is Orbax's own. Orbax writes the file array by array through TensorStore's json
@@ -193,7 +203,7 @@ def write_shardings(item_dir: Any, names: Any, shardings: Any) -> None:
 
   texts: dict[Any, str | None] = {}
   found = {}
-  for name, sharding in zip(names, shardings, strict=True):
+  for name, sharding in shardings.items():
     if sharding not in texts:
       described = metadata.from_jax_sharding(sharding)
       texts[sharding] = None if described is None else described.to_serialized_string()

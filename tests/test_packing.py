@@ -221,7 +221,7 @@ def test_repacking_that_fails_leaves_the_step_as_it_was(tmp_path, monkeypatch, a
   from ckpt_jax import cli
   from ckpt_jax.layout import repack as repacking
 
-  state = {"a": jnp.arange(8.0)}
+  state = {"a": jnp.arange(8.0), "b": jnp.arange(7.0)}
   with ckpt.Checkpointer(tmp_path, PACKED) as c:
     c.save(0, state)
   real = repacking._values
@@ -229,7 +229,7 @@ def test_repacking_that_fails_leaves_the_step_as_it_was(tmp_path, monkeypatch, a
     repacking, "_values", lambda item, names: {n: v + (".ckpt_jax" in str(item)) for n, v in real(item, names).items()}
   )
   result = CliRunner().invoke(cli.app, ["repack", str(tmp_path), "0", "--pack", "off"])
-  assert isinstance(result.exception, ckpt.CorruptCheckpointError) and "a reads back differently" in str(
+  assert isinstance(result.exception, ckpt.CorruptCheckpointError) and "b reads back differently" in str(
     result.exception
   )
   monkeypatch.undo()

@@ -18,6 +18,8 @@ import numpy as np
 
 from ckpt_jax.integrity import device, sums
 from ckpt_jax.layout.encoding import is_prng_key, path_name
+from ckpt_jax.layout.memory import host_view
+from ckpt_jax.layout.sharding import one_device
 
 PyTree = Any
 _TASK_NBYTES = 32 << 20  # a larger piece is cut, for the threads to share
@@ -219,17 +221,17 @@ def _view(path: str, leaf: Any, every_copy: bool) -> _Leaf:
   out = _Leaf(path, name, shape, bits_shape, floats, [])
   if is_on_accelerator(array):
     return out
-  if _devices(array.sharding)[0] == 1:
-    if array.is_fully_addressable:
+  if (place := one_device(array.sharding)) is not None:
+    if place == "here":
       # A state that lives on one device of its own process: in a job of many each has one.
       if every_copy or jax.process_index() == 0 or processes == 1:
-        out.pieces = [(_host_view(array), (0,) * array.ndim)]
+        out.pieces = [(host_view(array), (0,) * array.ndim)]
       out.copies = processes if every_copy else 1
     return out
   for shard in array.addressable_shards:
     if every_copy or shard.replica_id == 0:
       start = tuple(s.start or 0 for s in shard.index)
-      out.pieces.append((_host_view(shard.data), start))
+      out.pieces.append((host_view(shard.data), start))
   if every_copy:
     indices = array.sharding.devices_indices_map(array.shape).values()
     out.copies = len(indices) // len({tuple((s.start, s.stop) for s in index) for index in indices})
@@ -255,26 +257,15 @@ def is_on_accelerator(leaf: Any) -> bool:
   """Whether a leaf's bits lie in the memory of an accelerator."""
   if not isinstance(leaf, jax.Array) or leaf.size == 0:
     return False
-  return _devices(leaf.sharding)[1]
+  return _is_on_accelerator(leaf.sharding)
 
 
 @functools.lru_cache(maxsize=4096)
-def _devices(sharding: jax.sharding.Sharding) -> tuple[int, bool]:
-  """How many devices there are, and whether what lies there lies in the memory of accelerators."""
+def _is_on_accelerator(sharding: jax.sharding.Sharding) -> bool:
+  if sharding.memory_kind in ("pinned_host", "unpinned_host"):
+    return False  # parked in host memory
   one: jax.Device = next(iter(sharding.device_set))
-  parked = sharding.memory_kind in ("pinned_host", "unpinned_host")  # in host memory
-  return len(sharding.device_set), one.platform != "cpu" and not parked
-
-
-def _host_view(array: jax.Array) -> np.ndarray:
-  """A zero-copy view of an array on one CPU device, which keeps its buffer alive as long as the view lives.
-
-  np.asarray of the array itself would be kept by it, and the array could never be donated again.
-  """
-  try:
-    return np.asarray(memoryview(array))  # type: ignore[arg-type]
-  except (BufferError, TypeError):  # bfloat16, float8 and the like
-    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array]))
+  return one.platform != "cpu"
 
 
 def bits_of(array: np.ndarray) -> np.ndarray:

@@ -25,10 +25,11 @@ _NATIVE = (jax.Array, np.ndarray, bool, int, float, str)
 
 def path_name(path: tuple[Any, ...]) -> str:
   """`params/layer_3/kernel` for a jax key path, the way that Orbax names the leaf."""
-  return "/".join([_segment(key) for key in path])
+  return "/".join([segment(key) for key in path])
 
 
-def _segment(key: Any) -> str:
+def segment(key: Any) -> str:
+  """One key of a path as a name."""
   if type(key) is jax.tree_util.DictKey:  # the most of them, in trees of thousands of leaves
     return str(key.key)
   return str(next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)))
@@ -73,7 +74,7 @@ def _check_path(path: tuple[Any, ...]) -> None:
   if len(path) > untrusted.MAX_DEPTH:
     raise TypeError(f"nested {len(path)} deep; {untrusted.MAX_DEPTH} is the limit")
   for key in path:
-    if problem := _check_segment(_segment(key)):
+    if problem := _check_segment(segment(key)):
       raise TypeError(problem)
 
 

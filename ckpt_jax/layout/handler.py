@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from ckpt_jax.config import Config, LimitsConfig
 from ckpt_jax.layout import packing, reading, writing
 from ckpt_jax.layout.encoding import is_prng_key, path_name
 from ckpt_jax.layout.sharding import local_regions, whole_box
+from ckpt_jax.layout.splitting import Split, split
 
 # Reads in flight at a time. Enough for 10 GB/s at 100 ms a request; it bounds what TensorStore holds beside the arrays.
 _READ_WINDOW = 10**9
@@ -39,7 +40,10 @@ def pytree_handler(
       will give. From the thread that reads.
   """
   layout, limits = config.layout, config.limits
+  arrays = ArrayHandler(config, arrived)
   return PyTreeHandler(
+    # In chunks, Orbax writes by itself.
+    arrays if layout.pack == "on" and chunk_nbytes is None else None,
     # Trained weights shrink by 8% under zstd and the commit takes 2.3 times as long, so auto means off.
     use_compression=layout.compression == "on",
     # The target size of data files is honoured by zarr3 only.
@@ -48,25 +52,41 @@ def pytree_handler(
     save_concurrent_gb=_gigabytes(chunk_nbytes or limits.save_concurrency),
     restore_concurrent_gb=_gigabytes(limits.restore_concurrency),
     save_device_host_concurrent_gb=_gigabytes(chunk_nbytes or "auto"),
-    type_handler_registry=_registry(config, arrived),
+    type_handler_registry=_registry(config, arrays, arrived),
   )
 
 
 class PyTreeHandler(ocp.PyTreeCheckpointHandler):
-  """Orbax's handler of trees; makes one index of those that the processes of a packed step wrote."""
+  """Orbax's handler of trees, which leaves small arrays to `packer` if there is one."""
+
+  def __init__(self, packer: ArrayHandler | None, **options: Any):
+    super().__init__(**options)
+    self._packer = packer
+    self._split: Split | None = None
 
   @classmethod
   def typestr(cls) -> str:
     return ocp.PyTreeCheckpointHandler.typestr()  # what the step's metadata names: plain Orbax must know it
 
+  async def async_save(self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None) -> Any:
+    """See Orbax's."""
+    self._split = split(args.item) if self._packer is not None else None
+    if self._packer is not None and self._split is not None:
+      args = dataclasses.replace(args, item=self._split.rest)
+      self._packer.pack_next(self._split.small)
+    return await super().async_save(directory, item, save_args, args)
+
   def finalize(self, directory: epath.Path) -> None:
+    """See Orbax's; makes one index of those that the processes of a packed step wrote."""
     packing.merge_parts(directory, jax.process_count())
+    if self._split is not None:
+      self._split.complete(directory)
     super().finalize(directory)
 
 
-def _registry(config: Config, arrived: Arrived | None) -> ocp.type_handlers.TypeHandlerRegistry:
+def _registry(config: Config, arrays: ArrayHandler, arrived: Arrived | None) -> ocp.type_handlers.TypeHandlerRegistry:
   ours: dict[Any, ocp.type_handlers.TypeHandler] = {
-    jax.Array: ArrayHandler(config, arrived),
+    jax.Array: arrays,
     np.ndarray: NumpyHandler(config.limits, arrived),
   }
   return ocp.type_handlers.create_type_handler_registry(
@@ -93,15 +113,20 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       min_slice_bytes_for_replica_parallel=_number(layout.min_slice_for_replica_parallel),
       array_metadata_store=self._store,
     )
-    self._pack = layout.pack == "on"
+    self._to_pack: Mapping[str, jax.Array] = {}
     self._chunk_nbytes = _number(layout.chunk_size)
     self._slice_nbytes = _number(layout.min_slice_for_replica_parallel)
+
+  def pack_next(self, arrays: Mapping[str, jax.Array]) -> None:
+    """Has the next call of `serialize` put these arrays into a slab, beside those that it is given."""
+    self._to_pack = arrays
 
   async def serialize(
     self, values: Sequence[jax.Array], infos: _ParamInfos, args: Sequence[ocp.SaveArgs] | None = None
   ) -> Sequence[ocp.future.Future]:
     """See Orbax's ArrayHandler. Returns once nothing that happens to the values matters any more."""
     args = args or [ocp.SaveArgs()] * len(values)
+    small, self._to_pack = self._to_pack, {}
     ocp.type_handlers.check_input_arguments(values, infos, args)
     if self._chunk_nbytes is not None:
       args = [
@@ -109,25 +134,27 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       ]
     chunked = getattr(infos[0].device_host_byte_limiter, "max_bytes", None) is not None
     if chunked or not infos[0].is_ocdbt_checkpoint or any(arg.dtype is not None for arg in args):
+      assert not small
       return await super().serialize(values, infos, args)  # type: ignore[arg-type]
     impls = {info.name: str(jax.random.key_impl(v)) for v, info in zip(values, infos, strict=True) if is_prng_key(v)}
     arrays = [jax.random.key_data(v) if is_prng_key(v) else v for v in values]
-    pack = {
-      info.name
-      for array, info in zip(arrays, infos, strict=True)
-      if self._pack and packing.is_small(array.nbytes) and info.name not in impls
-    }
     written = writing.on_host(
-      arrays, infos, args, pack=pack, replica_parallel=self._use_replica_parallel, slice_nbytes=self._slice_nbytes
+      arrays, infos, args, replica_parallel=self._use_replica_parallel, slice_nbytes=self._slice_nbytes
     )
+    packed = writing.small_on_host(small)
     if jax.process_count() == 1:
       written = [writing.joined(array) for array in written]
-    shardings = [array.sharding for array in arrays]
-    save = self._write(written, shardings, impls)
+    shardings = {info.name: array.sharding for info, array in zip(infos, arrays, strict=True)}
+    shardings |= {name: array.sharding for name, array in small.items()}
+    save = self._write(written, packed, shardings, impls)
     return [ocp.future.CommitFutureAwaitingContractedSignals(save, name="ckpt_jax_arrays")]
 
   async def _write(
-    self, written: Sequence[writing.Written], shardings: Sequence[jax.sharding.Sharding], impls: dict[str, str]
+    self,
+    written: Sequence[writing.Written],
+    packed: Mapping[str, packing.Parts],
+    shardings: Mapping[str, jax.sharding.Sharding],
+    impls: dict[str, str],
   ) -> None:
     for array in written:
       await array.info.await_path_creation()
@@ -135,18 +162,11 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     item = first.parent_dir
     specs = writing.Specs(process)
     chunks = [writing.chunk_shape(array, specs) for array in written]
-    packed = [a for a in written if a.packed]
-    slab = None
-    if packed:
-      index, slab = packing.lay_out(process, {a.info.name: (a.dtype, a.shape, a.pieces) for a in packed})
-      packing.write_part(item, process, index)
-    if process == 0:
-      orbax_private.write_shardings(item, [a.info.name for a in written], shardings)
-    await orbax_private.write_array_metadatas(self._store, item, written, chunks, impls)
+    index, slab = packing.lay_out(process, packed) if packed else ({}, None)
     stop = threading.Event()
     work = asyncio.to_thread(
       writing.write,
-      [a for a in written if not a.packed],
+      written,
       slab,
       specs,
       compressed=bool(first.use_compression),
@@ -155,9 +175,16 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       window=getattr(first.byte_limiter, "max_bytes", None),
       stop=stop,
     )
+    bulk = asyncio.ensure_future(work)
     try:
-      await work
-    except asyncio.CancelledError:
+      await asyncio.sleep(0)  # it begins
+      if index:
+        packing.write_part(item, process, index)
+      if process == 0:
+        orbax_private.write_shardings(item, shardings)
+      await orbax_private.write_array_metadatas(self._store, item, written, chunks, impls)
+      await bulk
+    except BaseException:
       stop.set()
       raise
 

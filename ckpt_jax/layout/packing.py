@@ -58,6 +58,8 @@ class Packed:
 
 
 Index = dict[str, Packed]
+# Of an array before it is written: dtype, shape of the whole, and the parts that this process writes.
+Parts = tuple[Any, tuple[int, ...], Sequence[tuple[Box, np.ndarray]]]
 
 
 def is_small(nbytes: int) -> bool:
@@ -109,14 +111,12 @@ class Slab:
       yield start, chunk
 
 
-def lay_out(
-  process: int, arrays: Mapping[str, tuple[Any, tuple[int, ...], Sequence[tuple[Box, np.ndarray]]]]
-) -> tuple[Index, Slab]:
+def lay_out(process: int, arrays: Mapping[str, Parts]) -> tuple[Index, Slab]:
   """The index and the slab of what a process writes of some arrays.
 
   Args:
     process: its index.
-    arrays: by name: dtype, shape of the whole array, and the parts that this process writes.
+    arrays: by name.
   """
   index: Index = {}
   laid: list[tuple[int, np.ndarray]] = []
@@ -189,6 +189,9 @@ def _dtype_name(dtype: Any) -> str:
 
 def write_part(item: epath.Path, process: int, index: Index) -> None:
   """Writes a process's part of the index; a leaf of which it holds nothing is in it all the same."""
+  if jax.process_count() == 1:
+    write_index(item, index)
+    return
   _part(item, process).write_text(json.dumps({name: _to_json(packed) for name, packed in index.items()}))
 
 

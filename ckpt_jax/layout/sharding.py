@@ -162,6 +162,14 @@ def local_regions(sharding: Sharding, shape: tuple[int, ...]) -> tuple[Box, ...]
 
 
 @functools.lru_cache(maxsize=4096)
+def one_device(sharding: Sharding) -> str | None:
+  """`here` or `elsewhere` for an array that lies on one device, of this process or another; None for any other."""
+  if len(sharding.device_set) > 1:
+    return None
+  return "here" if sharding.is_fully_addressable else "elsewhere"
+
+
+@functools.lru_cache(maxsize=4096)
 def replicas(sharding: Sharding, shape: tuple[int, ...]) -> int:
   """How many devices hold each part of an array."""
   indices = sharding.devices_indices_map(shape).values()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,8 @@ import tensorstore as ts
 from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout import packing
-from ckpt_jax.layout.memory import aligned_empty
-from ckpt_jax.layout.sharding import Box, box_of, merge_boxes, replicas, shape_of, whole_box, within
+from ckpt_jax.layout.memory import aligned_empty, host_view
+from ckpt_jax.layout.sharding import Box, box_of, merge_boxes, one_device, replicas, shape_of, whole_box, within
 
 # Pieces of one array that make up a whole of at most this are stored as one chunk: one request instead of one a device.
 # Larger ones stay as they are, since a later restore on more hosts reads whole chunks.
@@ -38,7 +38,6 @@ class Written:
     shape, dtype: of the whole array.
     write_shape: of one piece; alike on all processes.
     pieces: what this process writes.
-    packed: into the process's slab, rather than as an array of its own.
   """
 
   info: ocp.type_handlers.ParamInfo
@@ -47,7 +46,6 @@ class Written:
   dtype: np.dtype
   write_shape: tuple[int, ...]
   pieces: tuple[tuple[Box, np.ndarray], ...]
-  packed: bool = False
 
   @property
   def nbytes(self) -> int:
@@ -60,7 +58,6 @@ def on_host(
   infos: Sequence[ocp.type_handlers.ParamInfo],
   args: Sequence[ocp.SaveArgs],
   *,
-  pack: Collection[str],
   replica_parallel: bool,
   slice_nbytes: int | None,
 ) -> list[Written]:
@@ -68,17 +65,13 @@ def on_host(
 
   Args:
     arrays, infos, args: as Orbax gives them.
-    pack: names of those that go into slabs. Their replicas are written whole, by one replica after the other.
-    replica_parallel: replicas of the others each write a part of what they hold.
+    replica_parallel: replicas each write a part of what they hold.
     slice_nbytes: the smallest such part.
   """
   chosen: dict[int, list[tuple[Box, jax.Array]]] = {}
-  for i, (array, info) in enumerate(zip(arrays, infos, strict=True)):
-    if len(array.sharding.device_set) == 1:
+  for i, array in enumerate(arrays):
+    if one_device(array.sharding) == "here":
       chosen[i] = [(whole_box(array.shape), array)]
-    elif info.name in pack:
-      turn = i % replicas(array.sharding, array.shape)
-      chosen[i] = [(box_of(s.index, array.shape), s.data) for s in array.addressable_shards if s.replica_id == turn]
   for pieces in chosen.values():
     for _, piece in pieces:
       piece.copy_to_host_async()
@@ -91,9 +84,33 @@ def on_host(
     shard = arrays[i].sharding.shard_shape(arrays[i].shape)
     found[i] = (shard, tuple((box, np.asarray(piece)) for box, piece in pieces))
   return [
-    Written(info, arg, array.shape, np.dtype(array.dtype), *found[i], info.name in pack)
+    Written(info, arg, array.shape, np.dtype(array.dtype), *found[i])
     for i, (array, info, arg) in enumerate(zip(arrays, infos, args, strict=True))
   ]
+
+
+def small_on_host(arrays: Mapping[str, jax.Array]) -> dict[str, packing.Parts]:
+  """What this process writes of arrays that go into slabs, in host memory, which may be jax's own.
+
+  Replicas are written whole, by one replica after the other.
+  """
+  chosen: dict[str, list[tuple[Box, jax.Array]]] = {}
+  for i, (name, array) in enumerate(arrays.items()):
+    if one_device(array.sharding) == "here":
+      chosen[name] = [(whole_box(array.shape), array)]
+      continue
+    turn = i % replicas(array.sharding, array.shape)
+    chosen[name] = [(box_of(s.index, array.shape), s.data) for s in array.addressable_shards if s.replica_id == turn]
+  on_host = jax.default_backend() == "cpu"
+  if not on_host:
+    for pieces in chosen.values():
+      for _, piece in pieces:
+        piece.copy_to_host_async()
+  fetched = host_view if on_host else np.asarray
+  return {
+    name: (array.dtype, array.shape, [(box, fetched(piece)) for box, piece in chosen[name]])
+    for name, array in arrays.items()
+  }
 
 
 def joined(array: Written) -> Written:
