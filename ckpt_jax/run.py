@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import datetime
+import math
 import os
 from typing import Any
 
@@ -329,7 +330,7 @@ def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
   import jax  # listing steps needs neither jax nor Orbax
   import numpy as np
 
-  from ckpt_jax.layout.encoding import path_name
+  from ckpt_jax.layout.encoding import dtype_name, path_name
 
   leaves = []
   for path, meta in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -340,8 +341,8 @@ def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
       leaves.append(LeafInfo(name, (), "str", 0, scalar=True))
       continue
     shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    label = dtype.name
+    nbytes = math.prod(shape) * dtype.itemsize
+    label = dtype_name(dtype)
     if kind == "ScalarMetadata":
       label = {"b": "bool", "i": "int", "f": "float"}.get(dtype.kind, label)
     if note.get("kind") == "empty":
@@ -356,18 +357,25 @@ def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
   return leaves
 
 
-def item_tree(item_dir: epath.Path) -> Any:
+def item_tree(item_dir: epath.Path, index: Any = None) -> Any:
   """Orbax's description of a saved tree: nested containers with ArrayMetadata, ScalarMetadata, StringMetadata leaves.
+
+  Args:
+    item_dir: RUN/STEP/default.
+    index: `packing.read_index` of it, if it has been read already.
 
   Raises:
     CorruptCheckpointError: if it cannot be read.
   """
   from ckpt_jax.config import Config
+  from ckpt_jax.layout import direct, packing
   from ckpt_jax.layout.handler import pytree_handler
 
   try:
-    untrusted.check_tree(untrusted.read_json(item_dir / ITEM_METADATA), str(item_dir / ITEM_METADATA))
-    tree = pytree_handler(Config()).metadata(item_dir).tree
+    data = untrusted.read_json(item_dir / ITEM_METADATA)
+    untrusted.check_tree(data, str(item_dir / ITEM_METADATA))
+    index = packing.read_index(item_dir) if index is None else index
+    tree = direct.describe(item_dir, data, index) if index else pytree_handler(Config()).metadata(item_dir).tree
     _check_claims(tree, item_dir)
     return tree
   except (CheckpointError, MemoryError):

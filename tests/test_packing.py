@@ -59,7 +59,9 @@ def test_any_arrays_in_any_pieces_come_back_bitwise(case):
     for name, packed in part.items():
       before = index[name].pieces if name in index else ()
       index[name] = packing.Packed(packed.dtype, packed.shape, before + packed.pieces)
-    slabs[process] = SlabBytes(list(slab.chunks()))
+    slabs[process] = SlabBytes()
+    for start, chunk in slab.chunks():
+      slabs[process].add(start, chunk)
     assert all(p.offset % 64 == 0 for packed in part.values() for p in packed.pieces)
   for name, value in arrays.items():
     whole = tuple((0, n) for n in value.shape)

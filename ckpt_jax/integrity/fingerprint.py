@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from ckpt_jax.integrity import device, sums
-from ckpt_jax.layout.encoding import is_prng_key, path_name
+from ckpt_jax.layout.encoding import dtype_name, is_prng_key, path_name
 from ckpt_jax.layout.memory import host_view
 from ckpt_jax.layout.sharding import one_device
 
@@ -180,12 +180,7 @@ def label(leaf: Any) -> str:
   """The name of a leaf's type: numpy's, Python's for its scalars, `key<impl>` for PRNG keys."""
   if isinstance(leaf, (bool, int, float, complex, str)) and not isinstance(leaf, np.generic):
     return type(leaf).__name__
-  return _name(leaf.dtype)
-
-
-@functools.cache  # numpy composes names anew each time: microseconds that add up over thousands of leaves
-def _name(dtype: Any) -> str:
-  return str(dtype) if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).name
+  return dtype_name(leaf.dtype)
 
 
 @functools.cache

@@ -40,10 +40,10 @@ def pytree_handler(
       will give. From the thread that reads.
   """
   layout, limits = config.layout, config.limits
-  arrays = ArrayHandler(config, arrived)
+  by_type = handlers(config, arrived)
   return PyTreeHandler(
     # In chunks, Orbax writes by itself.
-    arrays if layout.pack == "on" and chunk_nbytes is None else None,
+    by_type[jax.Array] if layout.pack == "on" and chunk_nbytes is None else None,
     # Trained weights shrink by 8% under zstd and the commit takes 2.3 times as long, so auto means off.
     use_compression=layout.compression == "on",
     # The target size of data files is honoured by zarr3 only.
@@ -52,16 +52,16 @@ def pytree_handler(
     save_concurrent_gb=_gigabytes(chunk_nbytes or limits.save_concurrency),
     restore_concurrent_gb=_gigabytes(limits.restore_concurrency),
     save_device_host_concurrent_gb=_gigabytes(chunk_nbytes or "auto"),
-    type_handler_registry=_registry(config, arrays, arrived),
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry(*by_type.items()),
   )
 
 
 class PyTreeHandler(ocp.PyTreeCheckpointHandler):
   """Orbax's handler of trees, which leaves small arrays to `packer` if there is one."""
 
-  def __init__(self, packer: ArrayHandler | None, **options: Any):
+  def __init__(self, packer: Any, **options: Any):
     super().__init__(**options)
-    self._packer = packer
+    self._packer: ArrayHandler | None = packer
     self._split: Split | None = None
 
   @classmethod
@@ -84,16 +84,21 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
     super().finalize(directory)
 
 
-def _registry(config: Config, arrays: ArrayHandler, arrived: Arrived | None) -> ocp.type_handlers.TypeHandlerRegistry:
+def handlers(
+  config: Config, arrived: Arrived | None = None, index: packing.Index | None = None
+) -> dict[Any, ocp.type_handlers.TypeHandler]:
+  """Handlers by the type of what they write and read: ours for arrays, Orbax's for the rest.
+
+  Args:
+    config, arrived: see `pytree_handler`.
+    index: of the one item that they are for; default: each reads what the item at hand has.
+  """
   ours: dict[Any, ocp.type_handlers.TypeHandler] = {
-    jax.Array: arrays,
-    np.ndarray: NumpyHandler(config.limits, arrived),
+    jax.Array: ArrayHandler(config, arrived, index),
+    np.ndarray: NumpyHandler(config.limits, arrived, index),
   }
-  return ocp.type_handlers.create_type_handler_registry(
-    *(
-      (kind, ours.get(kind) or ocp.type_handlers.get_type_handler(kind)) for kind in ocp.type_handlers.supported_types()
-    )
-  )
+  types = ocp.type_handlers
+  return {kind: ours.get(kind) or types.get_type_handler(kind) for kind in types.supported_types()}
 
 
 class ArrayHandler(ocp.type_handlers.ArrayHandler):
@@ -102,9 +107,10 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
   What few leaves ask for goes Orbax's way: PRNG keys, memory layouts, padding and truncating, shardings from the file.
   """
 
-  def __init__(self, config: Config, arrived: Arrived | None = None):
+  def __init__(self, config: Config, arrived: Arrived | None = None, index: packing.Index | None = None):
     layout = config.layout
     self._arrived = arrived
+    self._index = index
     self._limits = config.limits
     # Without one Orbax writes no array_metadatas, and forgets which arrays are PRNG keys.
     self._store = orbax_private.array_metadata_store()
@@ -196,7 +202,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     shardings = {i: s for i, arg in enumerate(args) if (s := _sharding(arg)) is not None}
     plain = list(shardings)
     found: dict[int, jax.Array] = {}
-    index = packing.read_index(infos[0].parent_dir)
+    index = _index(self._index, infos)
     if index:
       context = _context(self._limits, infos[0])
       where = [i for i in plain if infos[i].name in index]
@@ -206,11 +212,11 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
         shape = index[infos[i].name].shape
         reading.check_shape(infos[i].name, shape, args[i].global_shape)
         boxes[infos[i].name] = local_regions(shardings[i], shape)
-      parts = reading.read_packed(infos[0], index, boxes, context, _window(self._limits))
-      for i in where:
-        name = infos[i].name
-        dtype = np.dtype(args[i].dtype or parts[name][0].dtype)
-        regions = dict(zip(boxes[name], (part.astype(dtype, copy=False) for part in parts.pop(name)), strict=True))
+      place = {infos[i].name: i for i in where}
+      for name, parts in reading.read_packed(infos[0], index, boxes, context, _window(self._limits)):
+        i = place[name]
+        dtype = np.dtype(args[i].dtype or packing.dtype_of(index[name].dtype))
+        regions = dict(zip(boxes[name], (part.astype(dtype, copy=False) for part in parts), strict=True))
         found[i] = reading.to_jax(index[name].shape, shardings[i], regions, dtype)
         _tell(self._arrived, infos[i], found[i])
     if plain:
@@ -243,14 +249,15 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
 
   async def metadata(self, infos: _ParamInfos) -> Sequence[ocp.metadata.ArrayMetadata]:
     """Shapes, dtypes and chunks; the sharding that a leaf was saved with is left out."""
-    return _metadata(infos)
+    return _metadata(infos, _index(self._index, infos))
 
 
 class NumpyHandler(ocp.type_handlers.NumpyHandler):
   """Orbax's handler of numpy arrays, with reads as in ArrayHandler."""
 
-  def __init__(self, limits: LimitsConfig, arrived: Arrived | None = None):
+  def __init__(self, limits: LimitsConfig, arrived: Arrived | None = None, index: packing.Index | None = None):
     super().__init__()
+    self._index = index
     self._limits = limits
     self._arrived = arrived
 
@@ -258,9 +265,9 @@ class NumpyHandler(ocp.type_handlers.NumpyHandler):
     """See Orbax's NumpyHandler. The arrays own their memory, aligned so that jax on CPU can take it over."""
     dtypes = [getattr(arg, "dtype", None) for arg in args or [None] * len(infos)]
     context, window = _context(self._limits, infos[0]), _window(self._limits)
-    index = packing.read_index(infos[0].parent_dir)
+    index = _index(self._index, infos)
     boxes = {info.name: (whole_box(index[info.name].shape),) for info in infos if info.name in index}
-    packed = reading.read_packed(infos[0], index, boxes, context, window)
+    packed = dict(reading.read_packed(infos[0], index, boxes, context, window))
     alone = [(info, dtype) for info, dtype in zip(infos, dtypes, strict=True) if info.name not in index]
     stores = reading.open_stores([i for i, _ in alone], [d for _, d in alone], context) if alone else []
     requests = {
@@ -282,19 +289,23 @@ class NumpyHandler(ocp.type_handlers.NumpyHandler):
 
   async def metadata(self, infos: _ParamInfos) -> Sequence[ocp.metadata.ArrayMetadata]:
     """Shapes, dtypes and chunks."""
-    return _metadata(infos)
+    return _metadata(infos, _index(self._index, infos))
 
 
-def _metadata(infos: _ParamInfos) -> list[ocp.metadata.ArrayMetadata]:
-  index = packing.read_index(infos[0].parent_dir)
+def _index(known: packing.Index | None, infos: _ParamInfos) -> packing.Index:
+  return packing.read_index(infos[0].parent_dir) if known is None else known
+
+
+def _metadata(infos: _ParamInfos, index: packing.Index) -> list[ocp.metadata.ArrayMetadata]:
   alone = [info for info in infos if info.name not in index]
   stores = reading.open_stores(alone, [None] * len(alone), infos[0].ts_context) if alone else []
   found: dict[str, tuple[Any, Any, Any]] = {
     info.name: (store.shape, np.dtype(store.dtype.numpy_dtype), store.chunk_layout.read_chunk_template.shape)
     for info, store in zip(alone, stores, strict=True)
   }
-  for name, packed in index.items():
-    found[name] = (packed.shape, np.dtype(jax.numpy.dtype(packed.dtype)), packed.shape)
+  for info in infos:
+    if (packed := index.get(info.name)) is not None:
+      found[info.name] = (packed.shape, packing.dtype_of(packed.dtype), packed.shape)
   described = []
   for info in infos:
     shape, dtype, chunk = found[info.name]

@@ -10,6 +10,7 @@ Orbax does not find them. `ckpt-jax repack RUN STEP --pack off` makes an ordinar
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import json
@@ -54,7 +55,7 @@ class Packed:
   @property
   def nbytes(self) -> int:
     """Bytes of the array."""
-    return math.prod(self.shape) * _dtype(self.dtype).itemsize
+    return math.prod(self.shape) * dtype_of(self.dtype).itemsize
 
 
 Index = dict[str, Packed]
@@ -136,7 +137,7 @@ def lay_out(process: int, arrays: Mapping[str, Parts]) -> tuple[Index, Slab]:
 
 def gather(packed: Packed, box: Box, slabs: Mapping[int, SlabBytes]) -> np.ndarray:
   """Part `box` of an array, out of what was read of the slabs; a view if one piece holds just that."""
-  dtype = _dtype(packed.dtype)
+  dtype = dtype_of(packed.dtype)
   out = None
   for piece in packed.pieces:
     shared = intersection(piece.box, box)
@@ -155,27 +156,44 @@ def gather(packed: Packed, box: Box, slabs: Mapping[int, SlabBytes]) -> np.ndarr
 
 def needed(packed: Packed, boxes: Sequence[Box]) -> Iterator[tuple[int, int, int]]:
   """(process, first byte, end) of what must be read of the slabs for parts of an array."""
-  itemsize = _dtype(packed.dtype).itemsize
+  itemsize = dtype_of(packed.dtype).itemsize
   for piece in packed.pieces:
     if any(intersection(piece.box, box) is not None for box in boxes):
       yield piece.process, piece.offset, piece.offset + math.prod(shape_of(piece.box)) * itemsize
 
 
-@dataclasses.dataclass
 class SlabBytes:
   """What was read of a slab: runs of bytes by where they start."""
 
-  runs: list[tuple[int, np.ndarray]]
+  def __init__(self) -> None:
+    self._starts: list[int] = []
+    self._runs: list[np.ndarray] = []
+
+  def add(self, start: int, data: np.ndarray) -> None:
+    """Adds a run, which overlaps none that is there."""
+    i = bisect.bisect(self._starts, start)
+    self._starts.insert(i, start)
+    self._runs.insert(i, data)
 
   def bytes_at(self, offset: int, nbytes: int) -> np.ndarray:
-    for start, data in self.runs:
-      if start <= offset and offset + nbytes <= start + data.nbytes:
-        return data[offset - start : offset - start + nbytes]
-    raise AssertionError(f"bytes {offset} to {offset + nbytes} were not read")
+    """Some of the bytes: a view if one run holds them all."""
+    i = bisect.bisect(self._starts, offset) - 1
+    parts, end = [], offset
+    while end < offset + nbytes:
+      if not 0 <= i < len(self._runs) or not self._starts[i] <= end < self._starts[i] + self._runs[i].nbytes:
+        raise AssertionError(f"bytes {offset} to {offset + nbytes} were not read")
+      first = end - self._starts[i]
+      parts.append(self._runs[i][first : first + offset + nbytes - end])
+      end += parts[-1].nbytes
+      i += 1
+    if len(parts) == 1:
+      return parts[0]
+    return np.concatenate(parts, out=aligned_empty((nbytes,), np.dtype(np.uint8)))
 
 
 @functools.cache
-def _dtype(name: str) -> np.dtype:
+def dtype_of(name: str) -> np.dtype:
+  """numpy's dtype of a name in an index."""
   return np.dtype(jax.numpy.dtype(name))
 
 

@@ -20,7 +20,7 @@ import tensorstore as ts
 from ckpt_jax.errors import StructureMismatchError
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.memory import aligned_empty
-from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, merge_boxes, split_box
+from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, split_box
 
 # How long to wait for the oldest read before looking at the others, which costs about 0.2 us each.
 _SWEEP_S, _SWEEP_S_A_READ = 0.003, 5e-6
@@ -168,8 +168,8 @@ def read_packed(
   boxes: Mapping[str, tuple[Box, ...]],
   context: ts.Context,
   window: int,
-) -> dict[str, list[np.ndarray]]:
-  """Parts of arrays that lie in slabs; only chunks that hold some of them are read.
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+  """Parts of arrays that lie in slabs, in the order in which they come; only chunks that hold some of them are read.
 
   Args:
     info: Orbax's description of any array of the checkpoint.
@@ -177,28 +177,43 @@ def read_packed(
     boxes: the parts wanted, by array.
     context, window: as in `open_stores` and `read`.
   """
-  wanted: dict[int, list[tuple[int, int]]] = {}
+  wanted: dict[int, list[tuple[int, int, str]]] = {}
   for name, parts in boxes.items():
+    found = False
     for process, start, stop in packing.needed(index[name], parts):
-      wanted.setdefault(process, []).append((start, stop))
+      wanted.setdefault(process, []).append((start, stop, name))
+      found = True
+    if not found:  # this process holds no part of it
+      yield name, []
   if not wanted:
-    return {}
+    return
   names = [packing.slab_name(process) for process in wanted]
   # A slab is zarr 2 in every item.
   infos = [info.replace(name=name, use_zarr3=False, raise_array_data_missing_error=True) for name in names]
   stores = open_stores(infos, [None] * len(infos), context)
-  requests = []
+  requests: dict[Request, int] = {}
+  missing: collections.Counter[str] = collections.Counter()  # chunks that an array waits for
+  waiting: dict[tuple[int, int], list[str]] = {}
   for process, name, store in zip(wanted, names, stores, strict=True):
-    chunk = _chunk_shape(store)[0] or store.shape[0]
-    touched = sorted({c for a, b in wanted[process] for c in range(a // chunk, -(-b // chunk))})
-    runs = merge_boxes([((c * chunk, min((c + 1) * chunk, store.shape[0])),) for c in touched])
-    requests.append(Request(name, store, runs))
-  found = {
-    request.name: packing.SlabBytes([(box[0][0], data) for box, data in zip(request.boxes, arrays, strict=True)])
-    for request, arrays in read(requests, window)
-  }
-  slabs = {process: found[packing.slab_name(process)] for process in wanted}
-  return {name: [packing.gather(index[name], box, slabs) for box in parts] for name, parts in boxes.items()}
+    length = store.shape[0]
+    chunk = _chunk_shape(store)[0] or length
+    touched: dict[int, None] = {}
+    for start, stop, array in wanted[process]:
+      for c in range(start // chunk, -(-stop // chunk)):
+        touched[c] = None
+        waiting.setdefault((process, c * chunk), []).append(array)
+        missing[array] += 1
+    # A request each, in memory of its own: what comes first is used first, and given back once its arrays are gone.
+    for c in sorted(touched):
+      requests[Request(name, store, (((c * chunk, min((c + 1) * chunk, length)),),))] = process
+  slabs = {process: packing.SlabBytes() for process in wanted}
+  for request, (data,) in read(list(requests), window):
+    process, start = requests[request], request.boxes[0][0][0]
+    slabs[process].add(start, data)
+    for name in waiting.pop((process, start)):
+      missing[name] -= 1
+      if not missing[name]:
+        yield name, [packing.gather(index[name], box, slabs) for box in boxes[name]]
 
 
 def to_jax(

@@ -17,6 +17,7 @@ from etils import epath
 from ckpt_jax import orbax_private, run
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.layout import packing, reading, writing
+from ckpt_jax.layout.direct import item_info
 from ckpt_jax.layout.sharding import whole_box
 from ckpt_jax.layout.subset import copy_leaves, leaf_names
 
@@ -147,7 +148,7 @@ def _values(item: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
   try:
     boxes = {name: (whole_box(index[name].shape),) for name in names if name in index}
     found = reading.read_packed(info, index, boxes, info.ts_context, _BATCH_NBYTES)
-    values = {name: parts[0] for name, parts in found.items()}
+    values = {name: parts[0] for name, parts in found}
     alone = [name for name in names if name not in index]
     if alone:
       stores = reading.open_stores([info.replace(name=name) for name in alone], [None] * len(alone), info.ts_context)
@@ -160,12 +161,4 @@ def _values(item: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _info(item: epath.Path) -> ocp.type_handlers.ParamInfo:
   data = json.loads((item / run.ITEM_METADATA).read_text())
-  return ocp.type_handlers.ParamInfo(
-    name="",
-    parent_dir=item,
-    is_ocdbt_checkpoint=True,
-    use_zarr3=bool(data.get("use_zarr3")),
-    use_compression=False,
-    ts_context=ocp.type_handlers.get_ts_context(use_ocdbt=True),
-    value_typestr="jax.Array",
-  )
+  return item_info(item, data)

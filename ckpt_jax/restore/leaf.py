@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ class LeafPlan:
   @property
   def nbytes(self) -> int:
     """Bytes of the stored form."""
-    return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize if self.dtype is not None else 0
+    return math.prod(self.shape) * self.dtype.itemsize if self.dtype is not None else 0
 
   def request(self, sharding: Sharding | None) -> tuple[Any, ocp.RestoreArgs]:
     """Orbax's item and restore args: the stored form with a sharding, or as numpy without one."""

@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ckpt_jax.errors import ConfigError, StructureMismatchError
-from ckpt_jax.layout.encoding import is_prng_key
+from ckpt_jax.layout.encoding import dtype_name, is_prng_key
 from ckpt_jax.restore.hints import Leaf, brief, explain, nearest
 from ckpt_jax.restore.paths import matches, selected
 from ckpt_jax.run import LeafInfo
@@ -133,7 +132,7 @@ def _kind(leaf: Any) -> str:
   for kind in (bool, int, float, complex, str):
     if type(leaf) is kind:
       return kind.__name__
-  return str(leaf.dtype) if is_prng_key(leaf) else np.dtype(leaf.dtype).name
+  return dtype_name(leaf.dtype)
 
 
 _NUMBERS = {"bool": "b", "int": "i", "float": "f"}

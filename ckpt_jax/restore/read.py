@@ -16,11 +16,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from ckpt_jax import run
+from ckpt_jax import run, untrusted
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_unreachable, root_cause
-from ckpt_jax.layout.encoding import decode_leaf, path_name
+from ckpt_jax.layout import direct, packing
+from ckpt_jax.layout.encoding import decode_leaf, path_name, segment
 from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.rendezvous import Rendezvous
 from ckpt_jax.restore.choose import (
@@ -211,13 +212,15 @@ class Step:
   def __init__(self, step_dir: epath.Path):
     self.name = str(step_dir)
     self.item_dir = run.item_directory(step_dir)
-    self.tree = run.item_tree(self.item_dir)
+    self.index = packing.read_index(self.item_dir)
+    self.tree = run.item_tree(self.item_dir, self.index)
     ours = run.our_metadata(step_dir)
     self.notes: dict[str, Any] = ours.get("encoded", {})
     self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
     leaves, structure = jax.tree_util.tree_flatten_with_path(self.tree)
     self.treedef: Any = structure  # jax's stubs do not know its methods
-    self.meta: dict[str, Any] = {path_name(path): meta for path, meta in leaves}
+    self.paths = {path_name(path): path for path, _ in leaves}
+    self.meta: dict[str, Any] = dict(zip(self.paths, (meta for _, meta in leaves), strict=True))
     self.infos = {info.path: info for info in run.leaf_infos(self.tree, self.notes)}
 
 
@@ -248,13 +251,8 @@ class Reader:
     if not wanted:
       return {}
     step = self._step
-    nothing = (ocp.PLACEHOLDER, ocp.RestoreArgs())
-    pairs = [wanted.get(name, nothing) for name in step.meta]
-    item = step.treedef.unflatten([item for item, _ in pairs])
-    args = step.treedef.unflatten([args for _, args in pairs])
     try:
-      handler = pytree_handler(self._config, arrived=arrived)
-      read = handler.restore(step.item_dir, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
+      return self._read_directly(wanted, arrived) if step.index else self._read_tree(wanted, arrived)
     except (MemoryError, CheckpointError):
       raise
     except Exception as e:
@@ -263,6 +261,23 @@ class Reader:
       if is_unreachable(e):
         raise StorageError(f"{step.item_dir}: {root_cause(e)}") from e
       raise CorruptCheckpointError(f"{step.item_dir}: cannot be read: {root_cause(e)}") from e
+
+  def _read_directly(self, wanted: Mapping[str, tuple[Any, ocp.RestoreArgs]], arrived: Any) -> dict[str, Any]:
+    step = self._step
+    rows = [
+      (path := step.paths[name], ".".join([segment(k) for k in path]), args) for name, (_, args) in wanted.items()
+    ]
+    info = direct.item_info(step.item_dir, untrusted.read_json(step.item_dir / run.ITEM_METADATA))
+    return dict(zip(wanted, direct.read(info, rows, step.index, self._config, arrived), strict=True))
+
+  def _read_tree(self, wanted: Mapping[str, tuple[Any, ocp.RestoreArgs]], arrived: Any) -> dict[str, Any]:
+    step = self._step
+    nothing = (ocp.PLACEHOLDER, ocp.RestoreArgs())
+    pairs = [wanted.get(name, nothing) for name in step.meta]
+    item = step.treedef.unflatten([item for item, _ in pairs])
+    args = step.treedef.unflatten([args for _, args in pairs])
+    handler = pytree_handler(self._config, arrived=arrived)
+    read = handler.restore(step.item_dir, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
     values = step.treedef.flatten_up_to(read)
     return {name: value for name, value in zip(step.meta, values, strict=True) if name in wanted}
 
