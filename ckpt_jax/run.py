@@ -357,12 +357,26 @@ def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
   return leaves
 
 
-def item_tree(item_dir: epath.Path, index: Any = None) -> Any:
+def item_metadata(item_dir: epath.Path) -> dict[str, Any]:
+  """An item's `_METADATA`: a name and a type for each leaf.
+
+  Raises:
+    CorruptCheckpointError: if it cannot be read, or is none.
+  """
+  try:
+    data = untrusted.read_json(item_dir / ITEM_METADATA)
+  except OSError as e:
+    raise CorruptCheckpointError(f"{item_dir}: its metadata cannot be read: {e}") from e
+  untrusted.check_tree(data, str(item_dir / ITEM_METADATA))
+  return data
+
+
+def item_tree(item_dir: epath.Path, data: dict[str, Any] | None = None, index: Any = None) -> Any:
   """Orbax's description of a saved tree: nested containers with ArrayMetadata, ScalarMetadata, StringMetadata leaves.
 
   Args:
     item_dir: RUN/STEP/default.
-    index: `packing.read_index` of it, if it has been read already.
+    data, index: `item_metadata` and `packing.read_index` of it, if they have been read already.
 
   Raises:
     CorruptCheckpointError: if it cannot be read.
@@ -371,9 +385,8 @@ def item_tree(item_dir: epath.Path, index: Any = None) -> Any:
   from ckpt_jax.layout import direct, packing
   from ckpt_jax.layout.handler import pytree_handler
 
+  data = item_metadata(item_dir) if data is None else data
   try:
-    data = untrusted.read_json(item_dir / ITEM_METADATA)
-    untrusted.check_tree(data, str(item_dir / ITEM_METADATA))
     index = packing.read_index(item_dir) if index is None else index
     tree = direct.describe(item_dir, data, index) if index else pytree_handler(Config()).metadata(item_dir).tree
     _check_claims(tree, item_dir)

@@ -140,7 +140,7 @@ def gather(packed: Packed, box: Box, slabs: Mapping[int, SlabBytes]) -> np.ndarr
   dtype = dtype_of(packed.dtype)
   out = None
   for piece in packed.pieces:
-    shared = intersection(piece.box, box)
+    shared = box if piece.box == box else intersection(piece.box, box)
     if shared is None:
       continue
     shape = shape_of(piece.box)
@@ -158,7 +158,7 @@ def needed(packed: Packed, boxes: Sequence[Box]) -> Iterator[tuple[int, int, int
   """(process, first byte, end) of what must be read of the slabs for parts of an array."""
   itemsize = dtype_of(packed.dtype).itemsize
   for piece in packed.pieces:
-    if any(intersection(piece.box, box) is not None for box in boxes):
+    if piece.box in boxes or any(intersection(piece.box, box) is not None for box in boxes):
       yield piece.process, piece.offset, piece.offset + math.prod(shape_of(piece.box)) * itemsize
 
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from ckpt_jax import run, untrusted
+from ckpt_jax import run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_unreachable, root_cause
@@ -212,8 +212,9 @@ class Step:
   def __init__(self, step_dir: epath.Path):
     self.name = str(step_dir)
     self.item_dir = run.item_directory(step_dir)
+    self.data = run.item_metadata(self.item_dir)
     self.index = packing.read_index(self.item_dir)
-    self.tree = run.item_tree(self.item_dir, self.index)
+    self.tree = run.item_tree(self.item_dir, self.data, self.index)
     ours = run.our_metadata(step_dir)
     self.notes: dict[str, Any] = ours.get("encoded", {})
     self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
@@ -267,7 +268,7 @@ class Reader:
     rows = [
       (path := step.paths[name], ".".join([segment(k) for k in path]), args) for name, (_, args) in wanted.items()
     ]
-    info = direct.item_info(step.item_dir, untrusted.read_json(step.item_dir / run.ITEM_METADATA))
+    info = direct.item_info(step.item_dir, step.data)
     return dict(zip(wanted, direct.read(info, rows, step.index, self._config, arrived), strict=True))
 
   def _read_tree(self, wanted: Mapping[str, tuple[Any, ocp.RestoreArgs]], arrived: Any) -> dict[str, Any]:
