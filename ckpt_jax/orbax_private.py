@@ -16,6 +16,7 @@ from jax._src import distributed
 from orbax.checkpoint._src.futures import future
 
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.layout.memory import host_view
 
 
 def background_error(manager: ocp.CheckpointManager) -> BaseException | None:
@@ -221,16 +222,27 @@ def replica_slices_on_host(
   Why private: all processes must divide replicas alike, and as Orbax does where it writes itself; its ArrayHandler
   has no method that says how.
   """
+  import jax
   from orbax.checkpoint._src.serialization import replica_slices
 
-  found = replica_slices.transfer_arrays_to_host(
-    arrays, 0, replica_parallel, enable_pinned_host_transfer=pinned, min_slice_bytes_for_replica_parallel=slice_nbytes
-  )
+  if jax.default_backend() == "cpu":  # there is nothing to copy, and a slice on the "device" costs a compiled call
+    found = [replica_slices.get_replica_slices(a, 0, replica_parallel, slice_nbytes) for a in arrays]
+  else:
+    found = replica_slices.transfer_arrays_to_host(
+      arrays, 0, replica_parallel, enable_pinned_host_transfer=pinned, min_slice_bytes_for_replica_parallel=slice_nbytes
+    )
+
+  def value(piece: Any) -> Any:
+    if piece.is_on_host:
+      return piece.data()
+    view, cut = host_view(piece.unsliced_data), piece.slice_args
+    return view if cut is None else view[(slice(None),) * cut.axis + (slice(cut.start_index, cut.limit_index),)]
+
   return [
     (
       tuple(slices.local_shape),
       tuple(
-        (tuple(s.indices(n)[:2] for s, n in zip(piece.index, slices.global_shape, strict=True)), piece.data())
+        (tuple(s.indices(n)[:2] for s, n in zip(piece.index, slices.global_shape, strict=True)), value(piece))
         for piece in slices.replica_slices
       ),
     )
