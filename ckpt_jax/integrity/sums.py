@@ -75,10 +75,18 @@ def columns_from(shape: tuple[int, ...], itemsize: int) -> int:
 
 def row_weights(lead: tuple[int, ...], start: tuple[int, ...], local: tuple[int, ...]) -> np.ndarray:
   """Weights of the rows of a block at `start` with size `local`, of an array whose row axes have the sizes `lead`."""
+  return (_cached_rows if math.prod(local) <= _CACHED_ROWS else _rows)(lead, start, local)
+
+
+def _rows(lead: tuple[int, ...], start: tuple[int, ...], local: tuple[int, ...]) -> np.ndarray:
   rows = np.zeros((), np.int64)
   for size, begin, count in zip(lead, start, local, strict=True):
     rows = rows[..., None] * size + np.arange(begin, begin + count)
   return mix(rows.reshape(-1), ROW_SEED)
+
+
+_CACHED_ROWS = 4096
+_cached_rows = functools.lru_cache(maxsize=256)(_rows)  # shards of many arrays lie alike
 
 
 class Tally:
@@ -263,9 +271,12 @@ def _add_health_alike(tallies: Sequence[Tally], words: np.ndarray, dtype: np.dty
       _add_health(tally, row, dtype)
 
 
+_name = functools.cache(lambda dtype: dtype.name)  # numpy composes it anew each time
+
+
 def _numbers(words: np.ndarray, dtype: np.dtype) -> np.ndarray:
   flat: Any = np.ascontiguousarray(words).reshape(-1)
-  name = dtype.name
+  name = _name(dtype)
   if name in ("float32", "complex64"):
     return flat.view(np.float32)
   if name in ("float64", "complex128"):

@@ -73,7 +73,7 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
     self._split = split(args.item) if self._packer is not None else None
     if self._packer is not None and self._split is not None:
       args = dataclasses.replace(args, item=self._split.rest)
-      self._packer.pack_next(self._split.small)
+      self._packer.pack_next(self._split)
     return await super().async_save(directory, item, save_args, args)
 
   def finalize(self, directory: epath.Path) -> None:
@@ -119,20 +119,21 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       min_slice_bytes_for_replica_parallel=_number(layout.min_slice_for_replica_parallel),
       array_metadata_store=self._store,
     )
-    self._to_pack: Mapping[str, jax.Array] = {}
+    self._to_pack: Split | None = None
     self._chunk_nbytes = _number(layout.chunk_size)
     self._slice_nbytes = _number(layout.min_slice_for_replica_parallel)
 
-  def pack_next(self, arrays: Mapping[str, jax.Array]) -> None:
-    """Has the next call of `serialize` put these arrays into a slab, beside those that it is given."""
-    self._to_pack = arrays
+  def pack_next(self, tree: Split) -> None:
+    """Has the next call of `serialize` put the small arrays of a tree into a slab, beside those that it is given."""
+    self._to_pack = tree
 
   async def serialize(
     self, values: Sequence[jax.Array], infos: _ParamInfos, args: Sequence[ocp.SaveArgs] | None = None
   ) -> Sequence[ocp.future.Future]:
     """See Orbax's ArrayHandler. Returns once nothing that happens to the values matters any more."""
     args = args or [ocp.SaveArgs()] * len(values)
-    small, self._to_pack = self._to_pack, {}
+    tree, self._to_pack = self._to_pack, None
+    small = tree.small if tree is not None else {}
     ocp.type_handlers.check_input_arguments(values, infos, args)
     if self._chunk_nbytes is not None:
       args = [
@@ -152,7 +153,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       written = [writing.joined(array) for array in written]
     shardings = {info.name: array.sharding for info, array in zip(infos, arrays, strict=True)}
     shardings |= {name: array.sharding for name, array in small.items()}
-    save = self._write(written, packed, shardings, impls)
+    save = self._write(written, packed, shardings, impls, tree)
     return [ocp.future.CommitFutureAwaitingContractedSignals(save, name="ckpt_jax_arrays")]
 
   async def _write(
@@ -161,6 +162,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     packed: Mapping[str, packing.Parts],
     shardings: Mapping[str, jax.sharding.Sharding],
     impls: dict[str, str],
+    tree: Split | None,
   ) -> None:
     for array in written:
       await array.info.await_path_creation()
@@ -189,6 +191,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       if process == 0:
         orbax_private.write_shardings(item, shardings)
       await orbax_private.write_array_metadatas(self._store, item, written, chunks, impls)
+      if tree is not None:
+        _ = tree.entries  # made here, where nobody waits for them
       await bulk
     except BaseException:
       stop.set()

@@ -8,6 +8,7 @@ the same whether or not a step is packed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -45,21 +46,28 @@ class Split:
   small: dict[str, jax.Array]
   leaves: tuple[Leaf, ...]
 
+  @functools.cached_property
+  def entries(self) -> list[str]:
+    """The JSON of each leaf in `_METADATA`, up to the value of those that are not small."""
+    out = []
+    for leaf in self.leaves:
+      keys = [{"key": name, "key_type": kind} for name, kind in zip(leaf.names, leaf.kinds, strict=True)]
+      head = f'{json.dumps(str(leaf.names))}: {{"key_metadata": {json.dumps(keys)}, "value_metadata": '
+      shape = None if leaf.packed is None else list(leaf.packed)
+      value = f'{{"value_type": "jax.Array", "skip_deserialize": false, "write_shape": {shape}}}}}'
+      out.append(head if leaf.packed is None else head + value)
+    return out
+
   def complete(self, item: epath.Path) -> None:
     """Describes the whole tree in the item's `_METADATA`."""
     file = item / run.ITEM_METADATA
     data = json.loads(file.read_text())
-    known = data["tree_metadata"]
-    tree = {}
-    for leaf in self.leaves:
-      key = str(leaf.names)
-      keys = [{"key": name, "key_type": kind} for name, kind in zip(leaf.names, leaf.kinds, strict=True)]
-      value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": leaf.packed}
-      tree[key] = {
-        "key_metadata": keys,
-        "value_metadata": known[key]["value_metadata"] if leaf.packed is None else value,
-      }
-    file.write_text(json.dumps(data | {"tree_metadata": tree}))
+    known = data.pop("tree_metadata")
+    tree = [
+      entry if leaf.packed is not None else f"{entry}{json.dumps(known[str(leaf.names)]['value_metadata'])}}}"
+      for leaf, entry in zip(self.leaves, self.entries, strict=True)
+    ]
+    file.write_text(f'{{"tree_metadata": {{{", ".join(tree)}}}, {json.dumps(data)[1:]}')
 
 
 def split(tree: PyTree) -> Split | None:
