@@ -18,6 +18,8 @@ import numpy as np
 
 import ckpt_jax as ckpt
 from ckpt_jax import saving
+from ckpt_jax.bench.runner import drop_caches
+from ckpt_jax.bench.worker import give_memory_back
 from ckpt_jax.integrity import fingerprint, health, record
 from ckpt_jax.layout.sharding import global_nbytes
 
@@ -43,7 +45,7 @@ def adam_state() -> Any:
 
 
 def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[str, Any]:
-  """Medians over `rounds`, with and without taking turns; restores are warm.
+  """Medians over `rounds`, with and without taking turns; restores cold, where the page cache can be dropped, and warm.
 
   Args:
     rounds: turns of each.
@@ -71,7 +73,7 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
   found["blocking_s"]["per 100 leaves"] = found["blocking_s"]["views"] / leaves * 100
   commits: dict[str, list[float]] = {"with": [], "without": []}
   blocked: dict[str, list[float]] = {"with": [], "without": []}
-  restores: dict[str, list[float]] = {"with": [], "without": []}
+  restores: dict[str, dict[str, list[float]]] = {}
   with tempfile.TemporaryDirectory(dir=directory) as work:
     place = pathlib.Path(work)
     for turn in range(rounds + 1):
@@ -85,16 +87,21 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
         if turn:
           blocked[side].append(c.saves[0].blocking_s)
           commits[side].append(c.saves[0].blocking_s + (c.saves[0].background_s or 0.0))
-      for side in ("with", "without"):
+      order = ("with", "without") if turn % 2 else ("without", "with")
+      for side, kind in ((side, kind) for kind in ("cold_restore_s", "warm_restore_s") for side in order):
         with ckpt.Checkpointer(place / "with", {"restore": {"verify": side == "with"}}) as c:
           like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+          give_memory_back()
+          if kind == "cold_restore_s" and not drop_caches():
+            continue
           started = time.perf_counter()
           got = c.restore(like=like)
           if turn:
-            restores[side].append(time.perf_counter() - started)
+            sides = restores.setdefault(kind, {"with": [], "without": []})
+            sides[side].append(time.perf_counter() - started)
           assert got.report is not None and got.report.verified == (leaves if side == "with" else 0)
           del got
-  for name, sides in (("save_blocking_s", blocked), ("commit_s", commits), ("restore_s", restores)):
+  for name, sides in {"save_blocking_s": blocked, "commit_s": commits, **restores}.items():
     medians = {side: statistics.median(values) for side, values in sides.items()}
     found[name] = medians | {"share": medians["with"] / medians["without"] - 1, "all": sides}
   return found

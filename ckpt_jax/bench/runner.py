@@ -210,7 +210,7 @@ def _turn(job: WorkerJob, step: int, place: str | None) -> dict[str, Any]:
   found["stored_nbytes"], found["files"] = _stored(f"{place}/{step}") if place else (None, None)
   found["cold_s"] = None
   # An emulated bucket has caches of its own that nobody can drop.
-  if place and _drop_caches():
+  if place and drop_caches():
     found["cold_s"] = _most(job.ask("restore", step=step, check=False), "seconds")
   restores = job.ask("restore", step=step, check=True)
   found["warm_s"] = _most(restores, "seconds")
@@ -251,7 +251,8 @@ def _stored(directory: str) -> tuple[int, int]:
   return sum(p.stat().st_size for p in files), len(files)
 
 
-def _drop_caches() -> bool:
+def drop_caches() -> bool:
+  """Empties the page cache; False without the right to."""
   os.sync()
   try:
     _DROP_CACHES.write_text("3")

@@ -48,6 +48,13 @@ def _status(key: str) -> int | None:
   return int(found[0].split()[1]) * 1024 if found else None
 
 
+def give_memory_back() -> None:
+  """Frees what is garbage, and hands what is free to the system."""
+  gc.collect()
+  with contextlib.suppress(OSError, AttributeError):  # not glibc
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class Worker:
   """Answers commands about one target.
 
@@ -101,9 +108,7 @@ class Worker:
 
   def rest(self) -> None:
     """Gives freed memory back to the system, outside of the timings: the other variants wait beside this one."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-      ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_memory_back()
 
   def _extra(self) -> int | None:
     peak = peak_rss()

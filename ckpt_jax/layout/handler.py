@@ -19,7 +19,7 @@ from ckpt_jax.config import Config, LimitsConfig
 from ckpt_jax.layout import packing, reading, writing
 from ckpt_jax.layout.encoding import is_prng_key, path_name
 from ckpt_jax.layout.sharding import local_regions, whole_box
-from ckpt_jax.layout.splitting import Split, split
+from ckpt_jax.layout.splitting import Description, split
 
 # Reads in flight at a time. Enough for 10 GB/s at 100 ms a request; it bounds what TensorStore holds beside the arrays.
 _READ_WINDOW = 10**9
@@ -62,7 +62,7 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
   def __init__(self, packer: Any, **options: Any):
     super().__init__(**options)
     self._packer: ArrayHandler | None = packer
-    self._split: Split | None = None
+    self._description: Description | None = None
 
   @classmethod
   def typestr(cls) -> str:
@@ -70,17 +70,18 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
 
   async def async_save(self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None) -> Any:
     """See Orbax's."""
-    self._split = split(args.item) if self._packer is not None else None
-    if self._packer is not None and self._split is not None:
-      args = dataclasses.replace(args, item=self._split.rest)
-      self._packer.pack_next(self._split)
+    self._description = None
+    if self._packer is not None and (parts := split(args.item)) is not None:
+      rest, small, self._description = parts
+      args = dataclasses.replace(args, item=rest)
+      self._packer.pack_next(small, self._description)
     return await super().async_save(directory, item, save_args, args)
 
   def finalize(self, directory: epath.Path) -> None:
     """See Orbax's; makes one index of those that the processes of a packed step wrote."""
     packing.merge_parts(directory, jax.process_count())
-    if self._split is not None:
-      self._split.complete(directory)
+    if self._description is not None:
+      self._description.complete(directory)
     super().finalize(directory)
 
 
@@ -119,21 +120,21 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       min_slice_bytes_for_replica_parallel=_number(layout.min_slice_for_replica_parallel),
       array_metadata_store=self._store,
     )
-    self._to_pack: Split | None = None
+    self._to_pack: tuple[dict[str, jax.Array], Description] | None = None
     self._chunk_nbytes = _number(layout.chunk_size)
     self._slice_nbytes = _number(layout.min_slice_for_replica_parallel)
 
-  def pack_next(self, tree: Split) -> None:
+  def pack_next(self, small: dict[str, jax.Array], description: Description) -> None:
     """Has the next call of `serialize` put the small arrays of a tree into a slab, beside those that it is given."""
-    self._to_pack = tree
+    self._to_pack = small, description
 
   async def serialize(
     self, values: Sequence[jax.Array], infos: _ParamInfos, args: Sequence[ocp.SaveArgs] | None = None
   ) -> Sequence[ocp.future.Future]:
     """See Orbax's ArrayHandler. Returns once nothing that happens to the values matters any more."""
     args = args or [ocp.SaveArgs()] * len(values)
-    tree, self._to_pack = self._to_pack, None
-    small = tree.small if tree is not None else {}
+    small, description = self._to_pack or ({}, None)
+    self._to_pack = None
     ocp.type_handlers.check_input_arguments(values, infos, args)
     if self._chunk_nbytes is not None:
       args = [
@@ -153,7 +154,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       written = [writing.joined(array) for array in written]
     shardings = {info.name: array.sharding for info, array in zip(infos, arrays, strict=True)}
     shardings |= {name: array.sharding for name, array in small.items()}
-    save = self._write(written, packed, shardings, impls, tree)
+    save = self._write(written, packed, shardings, impls, description)
     return [ocp.future.CommitFutureAwaitingContractedSignals(save, name="ckpt_jax_arrays")]
 
   async def _write(
@@ -162,7 +163,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     packed: Mapping[str, packing.Parts],
     shardings: Mapping[str, jax.sharding.Sharding],
     impls: dict[str, str],
-    tree: Split | None,
+    description: Description | None,
   ) -> None:
     for array in written:
       await array.info.await_path_creation()
@@ -191,8 +192,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       if process == 0:
         orbax_private.write_shardings(item, shardings)
       await orbax_private.write_array_metadatas(self._store, item, written, chunks, impls)
-      if tree is not None:
-        _ = tree.entries  # made here, where nobody waits for them
+      if description is not None:
+        _ = description.entries  # made here, where nobody waits for them
       await bulk
     except BaseException:
       stop.set()

@@ -33,17 +33,9 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-  """A tree in two parts.
+class Description:
+  """The leaves of a whole tree, in its order, with none of their values."""
 
-  Attributes:
-    rest: what Orbax saves, as dicts of dicts.
-    small: the arrays that go into slabs, by the names that Orbax would give them.
-    leaves: those of the whole tree, in its order.
-  """
-
-  rest: dict[str, Any]
-  small: dict[str, jax.Array]
   leaves: tuple[Leaf, ...]
 
   @functools.cached_property
@@ -70,24 +62,30 @@ class Split:
     file.write_text(f'{{"tree_metadata": {{{", ".join(tree)}}}, {json.dumps(data)[1:]}')
 
 
-def split(tree: PyTree) -> Split | None:
-  """The two parts of a tree; None if nothing of it is small. All processes of a job cut alike."""
+def split(tree: PyTree) -> tuple[dict[str, Any], dict[str, jax.Array], Description] | None:
+  """Cuts a tree in two. All processes of a job cut alike.
+
+  Returns:
+    What Orbax is to save, as dicts of dicts; the small arrays, by the names that Orbax would give them; and the
+    description of both. None if there is nothing to cut off.
+  """
   paths = jax.tree_util.tree_flatten_with_path(
     tree, is_leaf=lambda x: not isinstance(x, jax.Array) and orbax_private.is_empty_node(x)
   )[0]
   small = [isinstance(leaf, jax.Array) and packing.is_small(leaf.nbytes) and not is_prng_key(leaf) for _, leaf in paths]
-  if not any(isinstance(leaf, jax.Array) and not is_small for (_, leaf), is_small in zip(paths, small, strict=True)):
-    # Orbax saves no tree without leaves, and the slabs are written together with its arrays: one stays.
-    small[small.index(True) if True in small else 0] = False
-  if True not in small or not paths[0][0]:
+  if True in small and not any(
+    isinstance(leaf, jax.Array) and not cut for (_, leaf), cut in zip(paths, small, strict=True)
+  ):
+    small[small.index(True)] = False  # Orbax saves no tree without leaves, and slabs are written together with arrays
+  if True not in small:
     return None
   rest: dict[str, Any] = {}
   arrays: dict[str, jax.Array] = {}
   leaves = []
-  for (path, leaf), is_small in zip(paths, small, strict=True):
+  for (path, leaf), cut in zip(paths, small, strict=True):
     names = tuple([segment(key) for key in path])
     kinds = tuple([_kind(key) for key in path])
-    if is_small:
+    if cut:
       arrays[".".join(names)] = leaf
       leaves.append(Leaf(names, kinds, tuple(leaf.sharding.shard_shape(leaf.shape))))
       continue
@@ -96,7 +94,7 @@ def split(tree: PyTree) -> Split | None:
     for name in names[:-1]:
       node = node.setdefault(name, {})
     node[names[-1]] = leaf
-  return Split(rest, arrays, tuple(leaves))
+  return rest, arrays, Description(tuple(leaves))
 
 
 def _kind(key: Any) -> int:
