@@ -21,6 +21,7 @@ STEP_METADATA = "_CHECKPOINT_METADATA"
 ITEM_METADATA = "_METADATA"
 DEFAULT_ITEM = "default"
 COMMIT_MARKER = "commit_success.txt"
+RECORD = "ckpt_jax.json"  # beside ITEM_METADATA: fingerprints and health, see integrity/record.py
 OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
 # What ckpt_jax notes about a run: RUN/.ckpt_jax/pins/STEP, RUN/.ckpt_jax/deleting/STEP and more. Plain small files,
 # each written in one go, since a bucket has neither rename nor append.
@@ -388,7 +389,8 @@ def item_tree(item_dir: epath.Path, data: dict[str, Any] | None = None, index: A
   data = item_metadata(item_dir) if data is None else data
   try:
     index = packing.read_index(item_dir) if index is None else index
-    tree = direct.describe(item_dir, data, index) if index else pytree_handler(Config()).metadata(item_dir).tree
+    known = bool(index) or direct.is_known(item_dir, data)
+    tree = direct.describe(item_dir, data, index) if known else pytree_handler(Config()).metadata(item_dir).tree
     _check_claims(tree, item_dir)
     return tree
   except (CheckpointError, MemoryError):

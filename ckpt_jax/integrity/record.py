@@ -29,7 +29,7 @@ from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.layout import packing
 
 _log = logging.getLogger(__name__)
-FILE = "ckpt_jax.json"
+FILE = run.RECORD
 _FORMAT = 1
 _PAST = 5  # steps that a norm is compared with
 

@@ -1,6 +1,7 @@
-"""Describes and reads the leaves of a packed item through Orbax's type handlers, without its handler of trees.
+"""Describes and reads the leaves of our items through Orbax's type handlers, past its handler of trees.
 
-That one takes some 80 us a leaf for passes over trees, which for thousands of small leaves is most of a restore.
+That one takes some 80 us a leaf for passes over trees: a tenth of a restore of 600 leaves, most of one of 5,000. What
+plain Orbax saved goes its way, since only Orbax knows in how many forms it has saved trees.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ckpt_jax import run
 from ckpt_jax.config import Config
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.handler import Arrived, handlers
@@ -20,6 +22,14 @@ from ckpt_jax.layout.handler import Arrived, handlers
 PyTree = Any
 _SEQUENCE = 1  # Orbax's KeyType
 _EMPTY: dict[str, Any] = {"Dict": dict, "List": list, "Tuple": tuple, "None": lambda: None, "NamedTuple": lambda: None}
+
+
+def is_known(item: epath.Path, data: Mapping[str, Any]) -> bool:
+  """Whether an item is one of ours, with nothing in it that only Orbax knows; `data` is its `_METADATA`."""
+  if not data.get("use_ocdbt") or "value_metadata_tree" in data or not (item / run.RECORD).exists():
+    return False
+  found = {entry["value_metadata"].get("value_type") for entry in data.get("tree_metadata", {}).values()}
+  return found <= {*_EMPTY, *(handler.typestr() for handler in handlers(Config()).values())}
 
 
 def item_info(item: epath.Path, data: Mapping[str, Any]) -> ocp.type_handlers.ParamInfo:
@@ -36,12 +46,12 @@ def item_info(item: epath.Path, data: Mapping[str, Any]) -> ocp.type_handlers.Pa
 
 
 def describe(item: epath.Path, data: Mapping[str, Any], index: packing.Index) -> PyTree:
-  """The tree of a packed item, as Orbax's handler describes it: containers, with metadata for leaves.
+  """The tree of an item, as Orbax's handler describes it: containers, with metadata for leaves.
 
   Args:
     item: the item.
     data: its `_METADATA`, checked.
-    index: where its small arrays lie.
+    index: where its small arrays lie, if it is packed.
 
   Raises:
     ValueError, KeyError, TypeError: if the description is none of a tree.
@@ -49,18 +59,17 @@ def describe(item: epath.Path, data: Mapping[str, Any], index: packing.Index) ->
   info = item_info(item, data)
   by_type = {handler.typestr(): handler for handler in handlers(Config(), index=index).values()}
   flat: list[tuple[tuple[str, ...], tuple[int, ...], Any]] = []
-  others: dict[str, list[tuple[int, str]]] = {}
+  others: dict[str, list[tuple[int, str, Any]]] = {}
   for entry in data["tree_metadata"].values():
     keys = entry["key_metadata"]
     names, kinds = tuple([str(key["key"]) for key in keys]), tuple([key["key_type"] for key in keys])
     kind, name = entry["value_metadata"]["value_type"], ".".join(names)
     packed = index.get(name)
     leaf: Any = None
+    written = entry["value_metadata"].get("write_shape")
+    written = tuple(written) if written is not None else None
     if packed is not None:
-      written = entry["value_metadata"].get("write_shape")
-      storage = ocp.metadata.StorageMetadata(
-        chunk_shape=packed.shape, write_shape=tuple(written) if written is not None else None
-      )
+      storage = ocp.metadata.StorageMetadata(chunk_shape=packed.shape, write_shape=written)
       dtype = packing.dtype_of(packed.dtype)
       leaf = ocp.metadata.ArrayMetadata(
         name=name, directory=item, shape=packed.shape, dtype=dtype, sharding=None, storage=storage
@@ -68,11 +77,11 @@ def describe(item: epath.Path, data: Mapping[str, Any], index: packing.Index) ->
     elif kind in _EMPTY:
       leaf = _EMPTY[kind]()
     else:
-      others.setdefault(kind, []).append((len(flat), name))
+      others.setdefault(kind, []).append((len(flat), name, written))
     flat.append((names, kinds, leaf))
   for kind, rows in others.items():
-    found = run_sync(by_type[kind].metadata([info.replace(name=name) for _, name in rows]))
-    for (i, _), meta in zip(rows, found, strict=True):
+    infos = [info.replace(name=name, write_shape=written) for _, name, written in rows]
+    for (i, *_), meta in zip(rows, run_sync(by_type[kind].metadata(infos)), strict=True):
       flat[i] = (*flat[i][:2], meta)
   return _nested(flat)
 

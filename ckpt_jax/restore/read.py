@@ -215,6 +215,7 @@ class Step:
     self.data = run.item_metadata(self.item_dir)
     self.index = packing.read_index(self.item_dir)
     self.tree = run.item_tree(self.item_dir, self.data, self.index)
+    self.is_known = bool(self.index) or direct.is_known(self.item_dir, self.data)
     ours = run.our_metadata(step_dir)
     self.notes: dict[str, Any] = ours.get("encoded", {})
     self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
@@ -253,7 +254,7 @@ class Reader:
       return {}
     step = self._step
     try:
-      return self._read_directly(wanted, arrived) if step.index else self._read_tree(wanted, arrived)
+      return self._read_directly(wanted, arrived) if step.is_known else self._read_tree(wanted, arrived)
     except (MemoryError, CheckpointError):
       raise
     except Exception as e:
