@@ -133,14 +133,14 @@ def read(
     index: where the item's small arrays lie.
     config, arrived: see `pytree_handler`.
   """
-  by_type = handlers(config, arrived, index)
+  by_type = ocp.type_handlers.create_type_handler_registry(*handlers(config, arrived, index).items())
   rows: dict[Any, list[int]] = {}
   for i, (_, _, args) in enumerate(wanted):
     rows.setdefault(args.restore_type, []).append(i)
   out: list[Any] = [None] * len(wanted)
   for kind, where in rows.items():
     infos = [info.replace(name=wanted[i][1], keypath=wanted[i][0]) for i in where]
-    found = run_sync(by_type[kind].deserialize(infos, [wanted[i][2] for i in where]))
+    found = run_sync(by_type.get(kind).deserialize(infos, [wanted[i][2] for i in where]))
     for i, value in zip(where, found, strict=True):
       out[i] = value
   return out
@@ -148,9 +148,12 @@ def read(
 
 def run_sync(work: Coroutine[Any, Any, Any]) -> Any:
   """The result of a coroutine, also inside of a loop that runs already (a notebook's)."""
+  running = True
   try:
     asyncio.get_running_loop()
   except RuntimeError:
+    running = False
+  if not running:  # not in the except clause: what the work raises would have that error for a cause
     return asyncio.run(work)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     return pool.submit(asyncio.run, work).result()
