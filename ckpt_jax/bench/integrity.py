@@ -18,7 +18,7 @@ import numpy as np
 
 import ckpt_jax as ckpt
 from ckpt_jax import saving
-from ckpt_jax.bench.runner import drop_caches
+from ckpt_jax.bench.runner import drop_caches, touch_free_memory
 from ckpt_jax.bench.worker import give_memory_back
 from ckpt_jax.integrity import fingerprint, health, record
 from ckpt_jax.layout.sharding import global_nbytes
@@ -81,6 +81,7 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
       for side in ("with", "without"):
         shutil.rmtree(place / side, ignore_errors=True)
         os.sync()
+        touch_free_memory(nbytes)
         with _recording(side == "with"), ckpt.Checkpointer(place / side) as c:
           c.save(0, state)
           c.wait()
@@ -94,6 +95,7 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
           give_memory_back()
           if kind == "cold_restore_s" and not drop_caches():
             continue
+          touch_free_memory(nbytes)
           started = time.perf_counter()
           got = c.restore(like=like)
           if turn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import mmap
 import os
 import pathlib
 import platform
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, Listener
 from typing import Any
 
+import numpy as np
 import psutil
 
 import ckpt_jax
@@ -164,7 +166,8 @@ def run_suite(
     started = [job.receive("make its state", _START_TIMEOUT)[0] for job in jobs.values()]
     if suite.storage == "disk":
       _check_space(work, 3 * max((s["nbytes"] for s in started), default=0))
-    found = _rounds(suite, jobs, rounds, url, progress)
+    nbytes = max((s["nbytes"] for s in started), default=0)
+    found = _rounds(suite, jobs, rounds, url, nbytes, progress)
   versions: dict[str, str] = {}
   for s in started:
     versions |= s["versions"]
@@ -180,7 +183,7 @@ def run_suite(
 
 
 def _rounds(
-  suite: Suite, jobs: Mapping[str, WorkerJob], rounds: int, url: str, progress: Callable[[str], None]
+  suite: Suite, jobs: Mapping[str, WorkerJob], rounds: int, url: str, nbytes: int, progress: Callable[[str], None]
 ) -> dict[str, Any]:
   """Lists by metric, and what it chose, for each variant."""
   names = list(jobs)
@@ -191,7 +194,7 @@ def _rounds(
     shift = turn % max(1, len(names))
     for name in names[shift:] + names[:shift]:
       title = VARIANTS[name].title
-      found = _turn(jobs[name], turn, f"{url}/{name}" if suite.storage == "disk" else None)
+      found = _turn(jobs[name], turn, f"{url}/{name}" if suite.storage == "disk" else None, nbytes)
       progress(f"{suite.name} {turn}/{rounds} {title}: {_brief(found)}")
       if not found.pop("bitwise"):
         raise CheckpointError(f"bench: {suite.name}, {title}: restored other bits than were saved")
@@ -203,15 +206,18 @@ def _rounds(
   return results
 
 
-def _turn(job: WorkerJob, step: int, place: str | None) -> dict[str, Any]:
+def _turn(job: WorkerJob, step: int, place: str | None, nbytes: int) -> dict[str, Any]:
   os.sync()
+  touch_free_memory(nbytes)
   saves = job.ask("save", step=step)
   found = {key: _most(saves, key) for key in ("blocking_s", "commit_s", "synced_s", "save_rss")}
   found["stored_nbytes"], found["files"] = _stored(f"{place}/{step}") if place else (None, None)
   found["cold_s"] = None
   # An emulated bucket has caches of its own that nobody can drop.
   if place and drop_caches():
+    touch_free_memory(nbytes)
     found["cold_s"] = _most(job.ask("restore", step=step, check=False), "seconds")
+  touch_free_memory(nbytes)
   restores = job.ask("restore", step=step, check=True)
   found["warm_s"] = _most(restores, "seconds")
   found["restore_rss"] = _most(restores, "restore_rss")
@@ -249,6 +255,20 @@ def _brief(found: dict[str, Any]) -> str:
 def _stored(directory: str) -> tuple[int, int]:
   files = [p for p in pathlib.Path(directory).rglob("*") if p.is_file()]
   return sum(p.stat().st_size for p in files), len(files)
+
+
+def touch_free_memory(nbytes: int) -> None:
+  """Makes the next `nbytes` that anybody is given ones that were in use a moment ago.
+
+  The host of a virtual machine may take free memory back (free page reporting). The next to use it, be it for an array
+  or for the page cache, waits for the host: 2 s a GB were seen, in whichever turn happened to come to it. The host also
+  takes memory back while much of it is free at once, so no more is touched than a turn is likely to need first.
+  """
+  nbytes = min(int(1.2 * nbytes), psutil.virtual_memory().available // 2)
+  with mmap.mmap(-1, max(nbytes, mmap.PAGESIZE)) as memory:
+    pages = np.frombuffer(memory, np.uint8)
+    pages[:: mmap.PAGESIZE] = 1
+    del pages
 
 
 def drop_caches() -> bool:
