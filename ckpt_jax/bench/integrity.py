@@ -18,7 +18,7 @@ import numpy as np
 
 import ckpt_jax as ckpt
 from ckpt_jax import saving
-from ckpt_jax.bench.runner import drop_caches, touch_free_memory
+from ckpt_jax.bench.runner import fill_free_memory, forget_files
 from ckpt_jax.bench.worker import give_memory_back
 from ckpt_jax.integrity import fingerprint, health, record
 from ckpt_jax.layout.sharding import global_nbytes
@@ -81,7 +81,7 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
       for side in ("with", "without"):
         shutil.rmtree(place / side, ignore_errors=True)
         os.sync()
-        touch_free_memory(nbytes)
+        fill_free_memory()
         with _recording(side == "with"), ckpt.Checkpointer(place / side) as c:
           c.save(0, state)
           c.wait()
@@ -93,9 +93,9 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
         with ckpt.Checkpointer(place / "with", {"restore": {"verify": side == "with"}}) as c:
           like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
           give_memory_back()
-          if kind == "cold_restore_s" and not drop_caches():
+          if kind == "cold_restore_s" and not forget_files(str(place / "with")):
             continue
-          touch_free_memory(nbytes)
+          fill_free_memory()
           started = time.perf_counter()
           got = c.restore(like=like)
           if turn:

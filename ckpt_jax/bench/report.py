@@ -110,7 +110,7 @@ def machine_lines(suite: SuiteResults) -> list[str]:
   """Where and how a suite was measured."""
   m = suite.machine
   versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
-  caches = "dropped before cold restores" if m["page_cache_dropped"] else "not dropped (not root): no cold restores"
+  caches = "dropped before cold restores" if m["page_cache_dropped"] else "cannot be dropped here: no cold restores"
   lines = [
     f"{suite.name}: {suite.what}; {suite.leaves:,} leaves, {suite.nbytes / 1e6:,.1f} MB; {suite.rounds} rounds",
     f"{m['date']}; {m['cores']} cores ({m['cpu']}), {m['memory_nbytes'] / 2**30:.0f} GiB, kernel {m['kernel']}, "

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
-import mmap
 import os
 import pathlib
 import platform
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, Listener
 from typing import Any
 
-import numpy as np
 import psutil
 
 import ckpt_jax
@@ -33,7 +32,6 @@ from ckpt_jax.multihost import Job
 
 _START_TIMEOUT = 300.0
 _TURN_TIMEOUT = 600.0
-_DROP_CACHES = pathlib.Path("/proc/sys/vm/drop_caches")
 
 
 class WorkerJob:
@@ -166,8 +164,8 @@ def run_suite(
     started = [job.receive("make its state", _START_TIMEOUT)[0] for job in jobs.values()]
     if suite.storage == "disk":
       _check_space(work, 3 * max((s["nbytes"] for s in started), default=0))
-    nbytes = max((s["nbytes"] for s in started), default=0)
-    found = _rounds(suite, jobs, rounds, url, nbytes, progress)
+    large = any(s["nbytes"] >= _WORTH_FILLING_NBYTES for s in started)
+    found = _rounds(suite, jobs, rounds, url, progress, large=large)
   versions: dict[str, str] = {}
   for s in started:
     versions |= s["versions"]
@@ -183,7 +181,7 @@ def run_suite(
 
 
 def _rounds(
-  suite: Suite, jobs: Mapping[str, WorkerJob], rounds: int, url: str, nbytes: int, progress: Callable[[str], None]
+  suite: Suite, jobs: Mapping[str, WorkerJob], rounds: int, url: str, progress: Callable[[str], None], *, large: bool
 ) -> dict[str, Any]:
   """Lists by metric, and what it chose, for each variant."""
   names = list(jobs)
@@ -194,7 +192,8 @@ def _rounds(
     shift = turn % max(1, len(names))
     for name in names[shift:] + names[:shift]:
       title = VARIANTS[name].title
-      found = _turn(jobs[name], turn, f"{url}/{name}" if suite.storage == "disk" else None, nbytes)
+      place = f"{url}/{name}" if suite.storage == "disk" else None
+      found = _turn(jobs[name], turn, place, fill_free_memory if large else os.sync)
       progress(f"{suite.name} {turn}/{rounds} {title}: {_brief(found)}")
       if not found.pop("bitwise"):
         raise CheckpointError(f"bench: {suite.name}, {title}: restored other bits than were saved")
@@ -206,18 +205,18 @@ def _rounds(
   return results
 
 
-def _turn(job: WorkerJob, step: int, place: str | None, nbytes: int) -> dict[str, Any]:
+def _turn(job: WorkerJob, step: int, place: str | None, settle: Callable[[], None]) -> dict[str, Any]:
   os.sync()
-  touch_free_memory(nbytes)
+  settle()
   saves = job.ask("save", step=step)
   found = {key: _most(saves, key) for key in ("blocking_s", "commit_s", "synced_s", "save_rss")}
   found["stored_nbytes"], found["files"] = _stored(f"{place}/{step}") if place else (None, None)
   found["cold_s"] = None
   # An emulated bucket has caches of its own that nobody can drop.
-  if place and drop_caches():
-    touch_free_memory(nbytes)
+  if place and forget_files(f"{place}/{step}"):
+    settle()
     found["cold_s"] = _most(job.ask("restore", step=step, check=False), "seconds")
-  touch_free_memory(nbytes)
+  settle()
   restores = job.ask("restore", step=step, check=True)
   found["warm_s"] = _most(restores, "seconds")
   found["restore_rss"] = _most(restores, "restore_rss")
@@ -257,27 +256,47 @@ def _stored(directory: str) -> tuple[int, int]:
   return sum(p.stat().st_size for p in files), len(files)
 
 
-def touch_free_memory(nbytes: int) -> None:
-  """Makes the next `nbytes` that anybody is given ones that were in use a moment ago.
+_MIB = 2**20
+_WORTH_FILLING_NBYTES = 100 * _MIB
+_FREE_MIB = 400  # left free, so that nothing waits for memory
+_filler_at = 0
 
-  The host of a virtual machine may take free memory back (free page reporting). The next to use it, be it for an array
-  or for the page cache, waits for the host: 2 s a GB were seen, in whichever turn happened to come to it. The host also
-  takes memory back while much of it is free at once, so no more is touched than a turn is likely to need first.
+
+@functools.cache
+def _filler() -> int:
+  """A file of holes, larger than memory, that takes no room on the disk and goes with the process."""
+  descriptor, path = tempfile.mkstemp(prefix="ckpt-bench-")
+  os.unlink(path)
+  os.truncate(descriptor, psutil.virtual_memory().total)
+  return descriptor
+
+
+def fill_free_memory() -> None:
+  """Fills free memory with page cache that the next one to need memory gets at once.
+
+  The host of a virtual machine takes free memory back (free page reporting), and whoever uses it next, for an array or
+  for the page cache, waits for the host: 2 to 8 s a GB were seen, in whichever turn happened to come to it. Reading a
+  file of holes takes that wait beforehand. Nothing happens where the kernel does not say how much is free.
   """
-  nbytes = min(int(1.2 * nbytes), psutil.virtual_memory().available // 2)
-  with mmap.mmap(-1, max(nbytes, mmap.PAGESIZE)) as memory:
-    pages = np.frombuffer(memory, np.uint8)
-    pages[:: mmap.PAGESIZE] = 1
-    del pages
+  global _filler_at
+  buffer = bytearray(4 * _MIB)
+  size = psutil.virtual_memory().total
+  for _ in range(2 * size // len(buffer)):
+    if psutil.virtual_memory().free < _FREE_MIB * _MIB or not hasattr(os, "preadv"):
+      return
+    os.preadv(_filler(), [buffer], _filler_at)
+    _filler_at = (_filler_at + len(buffer)) % (size - size % len(buffer))
 
 
-def drop_caches() -> bool:
-  """Empties the page cache; False without the right to."""
-  os.sync()
-  try:
-    _DROP_CACHES.write_text("3")
-  except OSError:
+def forget_files(directory: str) -> bool:
+  """Drops the files below a directory from the page cache; False where the system cannot be told to."""
+  if not hasattr(os, "posix_fadvise"):
     return False
+  os.sync()
+  for path in pathlib.Path(directory).rglob("*"):
+    if path.is_file():
+      with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
   return True
 
 
@@ -310,7 +329,7 @@ def _machine(work: str) -> dict[str, Any]:
     "memory_nbytes": psutil.virtual_memory().total,
     "kernel": platform.release(),
     "disk": _mount(work),
-    "page_cache_dropped": _DROP_CACHES.exists() and os.access(_DROP_CACHES, os.W_OK),
+    "page_cache_dropped": hasattr(os, "posix_fadvise"),
     "load_before": round(os.getloadavg()[0], 2),
   }
 
