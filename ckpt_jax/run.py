@@ -323,11 +323,11 @@ def describe(path: str | os.PathLike[str], step: int | None = None) -> StepDescr
 
 def saved_leaves(step_dir: epath.Path) -> list[LeafInfo]:
   """The leaves of a step as its trainer saw them, sorted as in the saved tree."""
-  return leaf_infos(item_tree(item_directory(step_dir)), our_metadata(step_dir).get("encoded", {}))
+  return leaf_infos(describe_item(item_directory(step_dir)).tree, our_metadata(step_dir).get("encoded", {}))
 
 
 def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
-  """The leaves that `item_tree` describes, as their trainer saw them; `encoded` is what `layout.encoding` noted."""
+  """The leaves that `describe_item` finds, as their trainer saw them; `encoded` is what `layout.encoding` noted."""
   import jax  # listing steps needs neither jax nor Orbax
   import numpy as np
 
@@ -358,26 +358,25 @@ def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
   return leaves
 
 
-def item_metadata(item_dir: epath.Path) -> dict[str, Any]:
-  """An item's `_METADATA`: a name and a type for each leaf.
+@dataclasses.dataclass(frozen=True)
+class ItemDescription:
+  """What an item says of itself.
 
-  Raises:
-    CorruptCheckpointError: if it cannot be read, or is none.
+  Attributes:
+    data: its `_METADATA`: a name and a type for each leaf.
+    index: where its small arrays lie; empty if it is not packed.
+    is_known: whether it can be read past Orbax's handler of trees, see `layout.direct`.
+    tree: as Orbax describes it: nested containers with ArrayMetadata, ScalarMetadata, StringMetadata leaves.
   """
-  try:
-    data = untrusted.read_json(item_dir / ITEM_METADATA)
-  except OSError as e:
-    raise CorruptCheckpointError(f"{item_dir}: its metadata cannot be read: {e}") from e
-  untrusted.check_tree(data, str(item_dir / ITEM_METADATA))
-  return data
+
+  data: dict[str, Any]
+  index: dict[str, Any]
+  is_known: bool
+  tree: Any
 
 
-def item_tree(item_dir: epath.Path, data: dict[str, Any] | None = None, index: Any = None) -> Any:
-  """Orbax's description of a saved tree: nested containers with ArrayMetadata, ScalarMetadata, StringMetadata leaves.
-
-  Args:
-    item_dir: RUN/STEP/default.
-    data, index: `item_metadata` and `packing.read_index` of it, if they have been read already.
+def describe_item(item_dir: epath.Path) -> ItemDescription:
+  """Reads what an item, RUN/STEP/default, says of itself.
 
   Raises:
     CorruptCheckpointError: if it cannot be read.
@@ -386,13 +385,14 @@ def item_tree(item_dir: epath.Path, data: dict[str, Any] | None = None, index: A
   from ckpt_jax.layout import direct, packing
   from ckpt_jax.layout.handler import pytree_handler
 
-  data = item_metadata(item_dir) if data is None else data
   try:
-    index = packing.read_index(item_dir) if index is None else index
+    data = untrusted.read_json(item_dir / ITEM_METADATA)
+    untrusted.check_tree(data, str(item_dir / ITEM_METADATA))
+    index = packing.read_index(item_dir)
     known = bool(index) or direct.is_known(item_dir, data)
     tree = direct.describe(item_dir, data, index) if known else pytree_handler(Config()).metadata(item_dir).tree
     _check_claims(tree, item_dir)
-    return tree
+    return ItemDescription(data, index, known, tree)
   except (CheckpointError, MemoryError):
     raise
   except Exception as e:

@@ -18,8 +18,8 @@ import numpy as np
 
 import ckpt_jax as ckpt
 from ckpt_jax import saving
-from ckpt_jax.bench.runner import fill_free_memory, forget_files
-from ckpt_jax.bench.worker import give_memory_back
+from ckpt_jax.bench.runner import fill_free_memory
+from ckpt_jax.bench.worker import drop_cache, give_memory_back
 from ckpt_jax.integrity import fingerprint, health, record
 from ckpt_jax.layout.sharding import global_nbytes
 
@@ -93,7 +93,7 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
         with ckpt.Checkpointer(place / "with", {"restore": {"verify": side == "with"}}) as c:
           like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
           give_memory_back()
-          if kind == "cold_restore_s" and not forget_files(str(place / "with")):
+          if kind == "cold_restore_s" and not drop_cache(str(place / "with")):
             continue
           fill_free_memory()
           started = time.perf_counter()

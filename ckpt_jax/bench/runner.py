@@ -27,6 +27,7 @@ import ckpt_jax
 from ckpt_jax.bench.buckets import gcs_server, s3_server
 from ckpt_jax.bench.suites import Suite
 from ckpt_jax.bench.variants import VARIANTS, Variant, left_out, python_of
+from ckpt_jax.bench.worker import drop_cache
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.multihost import Job
 
@@ -193,7 +194,7 @@ def _rounds(
     for name in names[shift:] + names[:shift]:
       title = VARIANTS[name].title
       place = f"{url}/{name}" if suite.storage == "disk" else None
-      found = _turn(jobs[name], turn, place, fill_free_memory if large else os.sync)
+      found = _turn(jobs[name], turn, place, fill_free_memory if large else lambda: None)
       progress(f"{suite.name} {turn}/{rounds} {title}: {_brief(found)}")
       if not found.pop("bitwise"):
         raise CheckpointError(f"bench: {suite.name}, {title}: restored other bits than were saved")
@@ -213,7 +214,7 @@ def _turn(job: WorkerJob, step: int, place: str | None, settle: Callable[[], Non
   found["stored_nbytes"], found["files"] = _stored(f"{place}/{step}") if place else (None, None)
   found["cold_s"] = None
   # An emulated bucket has caches of its own that nobody can drop.
-  if place and forget_files(f"{place}/{step}"):
+  if place and drop_cache(f"{place}/{step}"):
     settle()
     found["cold_s"] = _most(job.ask("restore", step=step, check=False), "seconds")
   settle()
@@ -286,18 +287,6 @@ def fill_free_memory() -> None:
       return
     os.preadv(_filler(), [buffer], _filler_at)
     _filler_at = (_filler_at + len(buffer)) % (size - size % len(buffer))
-
-
-def forget_files(directory: str) -> bool:
-  """Drops the files below a directory from the page cache; False where the system cannot be told to."""
-  if not hasattr(os, "posix_fadvise"):
-    return False
-  os.sync()
-  for path in pathlib.Path(directory).rglob("*"):
-    if path.is_file():
-      with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-  return True
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from ckpt_jax import run
+from ckpt_jax.bench.worker import drop_cache
 from ckpt_jax.checkpointer import Checkpointer
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError
@@ -48,7 +49,8 @@ class Trials:
     committed = time.perf_counter()
     step = c.directory / str(self._step)
     nbytes = _stored(step)
-    drop_cache(step)
+    if not run.is_object_store(step):
+      drop_cache(os.fspath(step))
     reading = time.perf_counter()
     jax.block_until_ready(c.restore(self._step, like=self._like).state)
     return Sample(returned - started, committed - started, time.perf_counter() - reading, nbytes)
@@ -119,20 +121,6 @@ def bounded(state: PyTree, limit: int) -> PyTree:
     rows = max(1, math.floor(x.shape[0] * limit / x.nbytes))
     kept[jax.tree_util.keystr(path)] = x if len(getattr(x, "devices", tuple)()) > 1 else x[:rows]
   return kept
-
-
-def drop_cache(step: epath.Path) -> None:
-  """Makes the next reads of a step's files come from storage; nothing to do for objects."""
-  if run.is_object_store(step) or not hasattr(os, "posix_fadvise"):
-    return
-  for root, _, names in os.walk(os.fspath(step)):
-    for name in names:
-      fd = os.open(os.path.join(root, name), os.O_RDONLY)
-      try:
-        os.fsync(fd)  # dirty pages are not dropped
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-      finally:
-        os.close(fd)
 
 
 def _abstract(x: Any) -> Any:

@@ -55,6 +55,21 @@ def give_memory_back() -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def drop_cache(directory: str) -> bool:
+  """Makes the next reads of the files below a directory come from storage; False where the system cannot be told to."""
+  if not hasattr(os, "posix_fadvise"):
+    return False
+  for root, _, names in os.walk(directory):
+    for name in names:
+      fd = os.open(os.path.join(root, name), os.O_RDONLY)
+      try:
+        os.fsync(fd)  # dirty pages are not dropped
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+      finally:
+        os.close(fd)
+  return True
+
+
 class Worker:
   """Answers commands about one target.
 

@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_jax.layout.encoding import dtype_name
+
 MASK = 2**64 - 1
 ROW_NBYTES = 512  # columns hold at least this much: shorter rows would cost more in overhead than in sums
 BLOCK = 8192  # words
@@ -271,12 +273,9 @@ def _add_health_alike(tallies: Sequence[Tally], words: np.ndarray, dtype: np.dty
       _add_health(tally, row, dtype)
 
 
-_name = functools.cache(lambda dtype: dtype.name)  # numpy composes it anew each time
-
-
 def _numbers(words: np.ndarray, dtype: np.dtype) -> np.ndarray:
   flat: Any = np.ascontiguousarray(words).reshape(-1)
-  name = _name(dtype)
+  name = dtype_name(dtype)
   if name in ("float32", "complex64"):
     return flat.view(np.float32)
   if name in ("float64", "complex128"):

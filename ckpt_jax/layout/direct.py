@@ -18,9 +18,9 @@ from ckpt_jax import run
 from ckpt_jax.config import Config
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.handler import Arrived, handlers
+from ckpt_jax.layout.splitting import SEQUENCE
 
 PyTree = Any
-_SEQUENCE = 1  # Orbax's KeyType
 _EMPTY: dict[str, Any] = {"Dict": dict, "List": list, "Tuple": tuple, "None": lambda: None, "NamedTuple": lambda: None}
 
 
@@ -92,7 +92,7 @@ def _nested(flat: Sequence[tuple[tuple[str, ...], tuple[int, ...], Any]]) -> PyT
   for names, kinds, leaf in flat:
     node = top
     for i, name in enumerate(names):
-      if sequences.setdefault(names[:i], kinds[i] == _SEQUENCE) != (kinds[i] == _SEQUENCE):
+      if sequences.setdefault(names[:i], kinds[i] == SEQUENCE) != (kinds[i] == SEQUENCE):
         raise ValueError(f"{'/'.join(names[:i])} is both a list and a dict")
       if i + 1 == len(names):
         if name in node:

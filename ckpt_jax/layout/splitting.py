@@ -20,7 +20,7 @@ from ckpt_jax.layout import packing
 from ckpt_jax.layout.encoding import is_prng_key, segment
 
 PyTree = Any
-_SEQUENCE, _NAMES = 1, 2  # Orbax's KeyType
+SEQUENCE, NAMES = 1, 2  # Orbax's KeyType
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,4 +98,4 @@ def split(tree: PyTree) -> tuple[dict[str, Any], dict[str, jax.Array], Descripti
 
 
 def _kind(key: Any) -> int:
-  return _SEQUENCE if isinstance(key, (jax.tree_util.SequenceKey, jax.tree_util.FlattenedIndexKey)) else _NAMES
+  return SEQUENCE if isinstance(key, (jax.tree_util.SequenceKey, jax.tree_util.FlattenedIndexKey)) else NAMES

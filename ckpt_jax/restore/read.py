@@ -20,7 +20,7 @@ from ckpt_jax import run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_unreachable, root_cause
-from ckpt_jax.layout import direct, packing
+from ckpt_jax.layout import direct
 from ckpt_jax.layout.encoding import decode_leaf, path_name, segment
 from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.rendezvous import Rendezvous
@@ -212,10 +212,8 @@ class Step:
   def __init__(self, step_dir: epath.Path):
     self.name = str(step_dir)
     self.item_dir = run.item_directory(step_dir)
-    self.data = run.item_metadata(self.item_dir)
-    self.index = packing.read_index(self.item_dir)
-    self.tree = run.item_tree(self.item_dir, self.data, self.index)
-    self.is_known = bool(self.index) or direct.is_known(self.item_dir, self.data)
+    item = run.describe_item(self.item_dir)
+    self.data, self.index, self.is_known, self.tree = item.data, item.index, item.is_known, item.tree
     ours = run.our_metadata(step_dir)
     self.notes: dict[str, Any] = ours.get("encoded", {})
     self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
