@@ -363,20 +363,20 @@ class ItemDescription:
   """What an item says of itself.
 
   Attributes:
-    data: its `_METADATA`: a name and a type for each leaf.
-    index: where its small arrays lie; empty if it is not packed.
-    is_known: whether it can be read past Orbax's handler of trees, see `layout.direct`.
     tree: as Orbax describes it: nested containers with ArrayMetadata, ScalarMetadata, StringMetadata leaves.
+    info: Orbax's description of an array, without a name; None if only Orbax knows the item, see `layout.direct`.
+    index: where its small arrays lie; empty if it is not packed.
+    stores: its other arrays, open, by their names in the database.
   """
 
-  data: dict[str, Any]
-  index: dict[str, Any]
-  is_known: bool
   tree: Any
+  info: Any = None
+  index: dict[str, Any] = dataclasses.field(default_factory=dict)
+  stores: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def describe_item(item_dir: epath.Path) -> ItemDescription:
-  """Reads what an item, RUN/STEP/default, says of itself.
+def describe_item(item_dir: epath.Path, config: Any = None) -> ItemDescription:
+  """Reads what an item, RUN/STEP/default, says of itself, and opens its arrays within the limits of `config`.
 
   Raises:
     CorruptCheckpointError: if it cannot be read.
@@ -390,9 +390,14 @@ def describe_item(item_dir: epath.Path) -> ItemDescription:
     untrusted.check_tree(data, str(item_dir / ITEM_METADATA))
     index = packing.read_index(item_dir)
     known = bool(index) or direct.is_known(item_dir, data)
-    tree = direct.describe(item_dir, data, index) if known else pytree_handler(Config()).metadata(item_dir).tree
+    if not known:
+      tree = pytree_handler(Config()).metadata(item_dir).tree
+      _check_claims(tree, item_dir)
+      return ItemDescription(tree)
+    info = direct.item_info(item_dir, data, (config or Config()).limits)
+    tree, stores = direct.describe(info, data, index)
     _check_claims(tree, item_dir)
-    return ItemDescription(data, index, known, tree)
+    return ItemDescription(tree, info, index, stores)
   except (CheckpointError, MemoryError):
     raise
   except Exception as e:

@@ -130,7 +130,7 @@ class _Check:
 
   def verdict(self) -> Verdict:
     try:
-      described = Step(self._step_dir)
+      described = Step(self._step_dir, Config())
       item = described.item_dir
     except CorruptCheckpointError as e:
       self._found("metadata", str(e))
@@ -196,7 +196,7 @@ class _Check:
 
   def _read_group(self, reader: Reader, plans: Sequence[Any], known: record.Record | None, item: epath.Path) -> None:
     try:
-      values = reader.read({p.name: p.request(None) for p in plans})
+      values = reader.read([(p, None) for p in plans])
       leaves = {p.name: p.finish(values[p.name]) for p in plans}
     except StorageError:
       raise
@@ -212,8 +212,9 @@ class _Check:
       saved_as = {path: leaf.dtype for path, leaf in known.leaves.items()}
       taken = fingerprint.take(leaves, every_copy=True, saved_as=saved_as)
       tallies = taken.tallies(min(4, os.cpu_count() or 1), health=False)
+      types, copies = taken.types, taken.copies
       for path, tally in tallies.items():
-        self._compare(path, known, *taken.types[path], tally.total * pow(taken.copies[path], -1, 1 << 64), item)
+        self._compare(path, known, *types[path], tally.total * pow(copies[path], -1, 1 << 64), item)
     self._advance(sum(p.nbytes for p in plans))
 
   def _compare(

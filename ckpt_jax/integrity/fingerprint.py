@@ -250,9 +250,14 @@ def _host_leaf(
 
 def is_on_accelerator(leaf: Any) -> bool:
   """Whether a leaf's bits lie in the memory of an accelerator."""
-  if not isinstance(leaf, jax.Array) or leaf.size == 0:
+  if _has_cpu_alone() or not isinstance(leaf, jax.Array) or leaf.size == 0:
     return False
   return _is_on_accelerator(leaf.sharding)
+
+
+@functools.cache
+def _has_cpu_alone() -> bool:
+  return jax.default_backend() == "cpu"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,13 +15,14 @@ from jax.experimental import multihost_utils
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.integrity import fingerprint
 from ckpt_jax.integrity.record import Record
-from ckpt_jax.integrity.sums import MASK
+from ckpt_jax.integrity.sums import MASK, SMALL_NBYTES
 
 if TYPE_CHECKING:  # a room below
   from ckpt_jax.restore.together import Together
 
 _MAX_NAMED = 10
-_BUNCH_NBYTES = 16 << 20  # a task for each leaf would cost more than its sum
+_BUNCH_NBYTES = 4 << 20  # a task for each leaf would cost more than its sum
+_SMALL_BUNCH = 256  # leaves
 _Sums = dict[str, tuple[str, tuple[int, ...], int, int]]
 
 
@@ -36,6 +37,8 @@ class Verifier:
     self._lock = threading.Lock()
     self._bunch: dict[str, Any] = {}
     self._bunch_nbytes = 0
+    self._small: dict[str, Any] = {}
+    self._found: _Sums = {}
     self._sums: list[concurrent.futures.Future[_Sums]] = []
     self._later: dict[str, Any] = {}
     self._dtypes: Mapping[str, str] = {}
@@ -52,14 +55,27 @@ class Verifier:
 
   def __call__(self, path: str, value: Any) -> None:
     """Takes a leaf as it was saved: decoded, and not cast. From any thread; if one comes twice the later counts."""
+    small: dict[str, Any] = {}
     with self._lock:
+      nbytes = getattr(value, "nbytes", 0)
       if fingerprint.is_on_accelerator(value):
         self._later[path] = value  # one dispatch for all of them
-        return
-      self._bunch[path] = value
-      self._bunch_nbytes += getattr(value, "nbytes", 0)
-      if self._bunch_nbytes >= _BUNCH_NBYTES:
-        self._submit()
+      elif nbytes <= SMALL_NBYTES:
+        self._small[path] = value
+        if len(self._small) >= _SMALL_BUNCH:
+          small, self._small = self._small, {}
+      else:
+        self._bunch[path] = value
+        self._bunch_nbytes += nbytes
+        if self._bunch_nbytes >= _BUNCH_NBYTES:
+          self._submit()
+    if small:
+      # Here, not in a thread: it is Python for the most part, and two threads of it took three times as long as one.
+      self._add(self._sum(small))
+
+  def _add(self, sums: _Sums) -> None:
+    with self._lock:
+      self._found |= sums
 
   def _submit(self) -> None:
     if self._bunch:
@@ -70,7 +86,8 @@ class Verifier:
     """Dtype, shape, sum and number of copies of each leaf."""
     taken = fingerprint.take(leaves, every_copy=True, saved_as=self._dtypes)
     tallies = taken.tallies(1, health=False)
-    return {path: (*taken.types[path], tally.total, taken.copies[path]) for path, tally in tallies.items()}
+    types, copies = taken.types, taken.copies
+    return {path: (*types[path], tally.total, copies[path]) for path, tally in tallies.items()}
 
   def finish(self, where: str, together: Together) -> int:
     """Waits for the sums and compares them.
@@ -85,10 +102,11 @@ class Verifier:
     if record is None:
       return 0
     error: Exception | None = None
-    found: _Sums = {}
+    found = self._found
     shared: set[str] = set()
     try:
       self._submit()
+      found |= self._sum(self._small)
       for future in self._sums:
         found |= future.result()
       if self._later:

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Coroutine, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from ckpt_jax import run
-from ckpt_jax.config import Config
-from ckpt_jax.layout import packing
-from ckpt_jax.layout.handler import Arrived, handlers
+from ckpt_jax.config import Config, LimitsConfig
+from ckpt_jax.layout import packing, reading
+from ckpt_jax.layout.handler import (
+  ArrayHandler,
+  Arrived,
+  NumpyHandler,
+  describe_array,
+  handlers,
+  limited_context,
+  read_limit,
+)
 from ckpt_jax.layout.splitting import SEQUENCE
 
 PyTree = Any
@@ -32,9 +43,9 @@ def is_known(item: epath.Path, data: Mapping[str, Any]) -> bool:
   return found <= {*_EMPTY, *(handler.typestr() for handler in handlers(Config()).values())}
 
 
-def item_info(item: epath.Path, data: Mapping[str, Any]) -> ocp.type_handlers.ParamInfo:
+def item_info(item: epath.Path, data: Mapping[str, Any], limits: LimitsConfig) -> ocp.type_handlers.ParamInfo:
   """Orbax's description of an array of an item, whose name is to be filled in; `data` is the item's `_METADATA`."""
-  return ocp.type_handlers.ParamInfo(
+  info = ocp.type_handlers.ParamInfo(
     name="",
     parent_dir=item,
     is_ocdbt_checkpoint=True,
@@ -43,20 +54,23 @@ def item_info(item: epath.Path, data: Mapping[str, Any]) -> ocp.type_handlers.Pa
     ts_context=ocp.type_handlers.get_ts_context(use_ocdbt=True),
     value_typestr="jax.Array",
   )
+  return info.replace(ts_context=limited_context(limits, info))
 
 
-def describe(item: epath.Path, data: Mapping[str, Any], index: packing.Index) -> PyTree:
-  """The tree of an item, as Orbax's handler describes it: containers, with metadata for leaves.
+def describe(
+  info: ocp.type_handlers.ParamInfo, data: Mapping[str, Any], index: packing.Index
+) -> tuple[PyTree, dict[str, ts.TensorStore]]:
+  """The tree of an item, as Orbax's handler describes it, containers with metadata for leaves; and its open arrays.
 
   Args:
-    item: the item.
-    data: its `_METADATA`, checked.
+    info: see `item_info`.
+    data: the item's `_METADATA`, checked.
     index: where its small arrays lie, if it is packed.
 
   Raises:
     ValueError, KeyError, TypeError: if the description is none of a tree.
   """
-  info = item_info(item, data)
+  item = info.parent_dir
   by_type = {handler.typestr(): handler for handler in handlers(Config(), index=index).values()}
   flat: list[tuple[tuple[str, ...], tuple[int, ...], Any]] = []
   others: dict[str, list[tuple[int, str, Any]]] = {}
@@ -64,26 +78,29 @@ def describe(item: epath.Path, data: Mapping[str, Any], index: packing.Index) ->
     keys = entry["key_metadata"]
     names, kinds = tuple([str(key["key"]) for key in keys]), tuple([key["key_type"] for key in keys])
     kind, name = entry["value_metadata"]["value_type"], ".".join(names)
-    packed = index.get(name)
     leaf: Any = None
     written = entry["value_metadata"].get("write_shape")
     written = tuple(written) if written is not None else None
-    if packed is not None:
-      storage = ocp.metadata.StorageMetadata(chunk_shape=packed.shape, write_shape=written)
-      dtype = packing.dtype_of(packed.dtype)
-      leaf = ocp.metadata.ArrayMetadata(
-        name=name, directory=item, shape=packed.shape, dtype=dtype, sharding=None, storage=storage
-      )
+    if (packed := index.get(name)) is not None:
+      leaf = describe_array(name, item, packed, written)
     elif kind in _EMPTY:
       leaf = _EMPTY[kind]()
     else:
       others.setdefault(kind, []).append((len(flat), name, written))
     flat.append((names, kinds, leaf))
+  stores: dict[str, ts.TensorStore] = {}
   for kind, rows in others.items():
-    infos = [info.replace(name=name, write_shape=written) for _, name, written in rows]
-    for (i, *_), meta in zip(rows, run_sync(by_type[kind].metadata(infos)), strict=True):
+    infos = [info.replace(name=name) for _, name, _ in rows]
+    described: Sequence[Any]
+    if isinstance(by_type[kind], (ArrayHandler, NumpyHandler)):
+      opened = reading.open_stores(infos, info.ts_context)
+      stores |= {name: store for (_, name, _), store in zip(rows, opened, strict=True)}
+      described = [describe_array(name, item, stores[name], written) for _, name, written in rows]
+    else:
+      described = run_sync(by_type[kind].metadata(infos))
+    for (i, *_), meta in zip(rows, described, strict=True):
       flat[i] = (*flat[i][:2], meta)
-  return _nested(flat)
+  return _nested(flat), stores
 
 
 def _nested(flat: Sequence[tuple[tuple[str, ...], tuple[int, ...], Any]]) -> PyTree:
@@ -118,31 +135,50 @@ def _list(node: Mapping[str, Any], path: tuple[str, ...]) -> list[Any]:
   return [items[i] for i in range(len(items))]
 
 
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+  """A leaf to read: its path, as a name and as jax has it, the sharding of a jax array, and Orbax's arguments."""
+
+  name: str
+  keys: tuple[Any, ...]
+  sharding: jax.sharding.Sharding | None
+  args: Callable[[], ocp.RestoreArgs]
+
+
 def read(
   info: ocp.type_handlers.ParamInfo,
-  wanted: Sequence[tuple[tuple[Any, ...], str, ocp.RestoreArgs]],
+  wanted: Mapping[str, Wanted],
   index: packing.Index,
+  stores: Mapping[str, ts.TensorStore],
   config: Config,
   arrived: Arrived | None,
-) -> list[Any]:
-  """The values of leaves.
+) -> dict[str, Any]:
+  """The values of leaves, by their names in the database.
 
   Args:
     info: see `item_info`.
-    wanted: of each leaf its jax key path, its name in the database, and how it is to be restored.
+    wanted: by name.
     index: where the item's small arrays lie.
+    stores: its other arrays, as `describe` opened them.
     config, arrived: see `pytree_handler`.
   """
-  by_type = ocp.type_handlers.create_type_handler_registry(*handlers(config, arrived, index).items())
-  rows: dict[Any, list[int]] = {}
-  for i, (_, _, args) in enumerate(wanted):
-    rows.setdefault(args.restore_type, []).append(i)
-  out: list[Any] = [None] * len(wanted)
-  for kind, where in rows.items():
-    infos = [info.replace(name=wanted[i][1], keypath=wanted[i][0]) for i in where]
-    found = run_sync(by_type.get(kind).deserialize(infos, [wanted[i][2] for i in where]))
-    for i, value in zip(where, found, strict=True):
-      out[i] = value
+  small = {name: leaf.sharding for name, leaf in wanted.items() if leaf.sharding is not None and name in index}
+  out: dict[str, Any] = {}
+  window = reading.window_of(info.parent_dir, read_limit(config.limits))
+  for name, array in reading.read_small(info, index, small, {}, info.ts_context, window):
+    out[name] = array
+    if arrived is not None:
+      arrived(wanted[name].name, array)
+  by_type = ocp.type_handlers.create_type_handler_registry(*handlers(config, arrived, index, stores).items())
+  rows: dict[Any, list[tuple[str, ocp.RestoreArgs]]] = {}
+  for name, leaf in wanted.items():
+    if name not in small:
+      args = leaf.args()
+      rows.setdefault(args.restore_type, []).append((name, args))
+  for kind, row in rows.items():
+    infos = [info.replace(name=name, keypath=wanted[name].keys) for name, _ in row]
+    found = run_sync(by_type.get(kind).deserialize(infos, [args for _, args in row]))
+    out |= dict(zip([name for name, _ in row], found, strict=True))
   return out
 
 

@@ -86,17 +86,21 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
 
 
 def handlers(
-  config: Config, arrived: Arrived | None = None, index: packing.Index | None = None
+  config: Config,
+  arrived: Arrived | None = None,
+  index: packing.Index | None = None,
+  stores: Mapping[str, ts.TensorStore] | None = None,
 ) -> dict[Any, ocp.type_handlers.TypeHandler]:
   """Handlers by the type of what they write and read: ours for arrays, Orbax's for the rest.
 
   Args:
     config, arrived: see `pytree_handler`.
     index: of the one item that they are for; default: each reads what the item at hand has.
+    stores: that item's arrays by name, if they are open already.
   """
   ours: dict[Any, ocp.type_handlers.TypeHandler] = {
-    jax.Array: ArrayHandler(config, arrived, index),
-    np.ndarray: NumpyHandler(config.limits, arrived, index),
+    jax.Array: ArrayHandler(config, arrived, index, stores),
+    np.ndarray: NumpyHandler(config.limits, arrived, index, stores),
   }
   types = ocp.type_handlers
   return {kind: ours.get(kind) or types.get_type_handler(kind) for kind in types.supported_types()}
@@ -108,10 +112,17 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
   What few leaves ask for goes Orbax's way: PRNG keys, memory layouts, padding and truncating, shardings from the file.
   """
 
-  def __init__(self, config: Config, arrived: Arrived | None = None, index: packing.Index | None = None):
+  def __init__(
+    self,
+    config: Config,
+    arrived: Arrived | None = None,
+    index: packing.Index | None = None,
+    stores: Mapping[str, ts.TensorStore] | None = None,
+  ):
     layout = config.layout
     self._arrived = arrived
     self._index = index
+    self._stores = stores or {}
     self._limits = config.limits
     # Without one Orbax writes no array_metadatas, and forgets which arrays are PRNG keys.
     self._store = orbax_private.array_metadata_store()
@@ -207,26 +218,19 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     shardings = {i: s for i, arg in enumerate(args) if (s := _sharding(arg)) is not None}
     plain = list(shardings)
     found: dict[int, jax.Array] = {}
-    index = _index(self._index, infos)
-    if index:
-      context = _context(self._limits, infos[0])
-      where = [i for i in plain if infos[i].name in index]
+    index, window = _index(self._index, infos), reading.window_of(infos[0].parent_dir, read_limit(self._limits))
+    if small := {infos[i].name: i for i in plain if infos[i].name in index}:
       plain = [i for i in plain if infos[i].name not in index]
-      boxes = {}
-      for i in where:
-        shape = index[infos[i].name].shape
-        reading.check_shape(infos[i].name, shape, args[i].global_shape)
-        boxes[infos[i].name] = local_regions(shardings[i], shape)
-      place = {infos[i].name: i for i in where}
-      for name, parts in reading.read_packed(infos[0], index, boxes, context, _window(self._limits)):
-        i = place[name]
-        dtype = np.dtype(args[i].dtype or packing.dtype_of(index[name].dtype))
-        regions = dict(zip(boxes[name], (part.astype(dtype, copy=False) for part in parts), strict=True))
-        found[i] = reading.to_jax(index[name].shape, shardings[i], regions, dtype)
-        _tell(self._arrived, infos[i], found[i])
+      for name, i in small.items():
+        reading.check_shape(name, index[name].shape, args[i].global_shape)
+      places, dtypes = {name: shardings[i] for name, i in small.items()}, {n: args[i].dtype for n, i in small.items()}
+      context = limited_context(self._limits, infos[0])
+      for name, array in reading.read_small(infos[0], index, places, dtypes, context, window):
+        found[small[name]] = array
+        _tell(self._arrived, infos[small[name]], array)
     if plain:
-      context = _context(self._limits, infos[0])
-      stores = reading.open_stores([infos[i] for i in plain], [args[i].dtype for i in plain], context)
+      stores = _open(self._stores, [infos[i] for i in plain], self._limits)
+      stores = [reading.as_dtype(store, args[i].dtype) for store, i in zip(stores, plain, strict=True)]
       rows = list(zip(plain, stores, strict=True))
       if any(store.dtype.name == "uint32" for store in stores):  # the words of a PRNG key are asked for as words too
         keys = await orbax_private.prng_key_names(self._store, infos[0].parent_dir)
@@ -237,13 +241,13 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
         reading.Request(infos[i].name, store, local_regions(shardings[i], tuple(store.shape))): i for i, store in rows
       }
       staged = 0
-      for request, arrays in reading.read(list(requests), _window(self._limits)):
+      for request, arrays in reading.read(list(requests), window):
         i, store = requests[request], request.store
         regions = dict(zip(request.boxes, arrays, strict=True))
         found[i] = reading.to_jax(tuple(store.shape), shardings[i], regions, store.dtype.numpy_dtype)
         _tell(self._arrived, infos[i], found[i])
         staged += sum(array.nbytes for array in arrays)
-        if staged > _window(self._limits):  # an accelerator copies behind our back, out of these arrays
+        if staged > window.most:  # an accelerator copies behind our back, out of these arrays
           jax.block_until_ready(list(found.values()))
           staged = 0
     rest = [i for i in range(len(args)) if i not in found]
@@ -260,24 +264,31 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
 class NumpyHandler(ocp.type_handlers.NumpyHandler):
   """Orbax's handler of numpy arrays, with reads as in ArrayHandler."""
 
-  def __init__(self, limits: LimitsConfig, arrived: Arrived | None = None, index: packing.Index | None = None):
+  def __init__(
+    self,
+    limits: LimitsConfig,
+    arrived: Arrived | None = None,
+    index: packing.Index | None = None,
+    stores: Mapping[str, ts.TensorStore] | None = None,
+  ):
     super().__init__()
     self._index = index
+    self._stores = stores or {}
     self._limits = limits
     self._arrived = arrived
 
   async def deserialize(self, infos: _ParamInfos, args: Sequence[Any] | None = None) -> Sequence[np.ndarray]:
     """See Orbax's NumpyHandler. The arrays own their memory, aligned so that jax on CPU can take it over."""
     dtypes = [getattr(arg, "dtype", None) for arg in args or [None] * len(infos)]
-    context, window = _context(self._limits, infos[0]), _window(self._limits)
-    index = _index(self._index, infos)
+    index, window = _index(self._index, infos), reading.window_of(infos[0].parent_dir, read_limit(self._limits))
     boxes = {info.name: (whole_box(index[info.name].shape),) for info in infos if info.name in index}
+    context = limited_context(self._limits, infos[0])
     packed = dict(reading.read_packed(infos[0], index, boxes, context, window))
     alone = [(info, dtype) for info, dtype in zip(infos, dtypes, strict=True) if info.name not in index]
-    stores = reading.open_stores([i for i, _ in alone], [d for _, d in alone], context) if alone else []
+    stores = _open(self._stores, [info for info, _ in alone], self._limits)
     requests = {
-      reading.Request(info.name, store, (whole_box(store.shape),)): info
-      for (info, _), store in zip(alone, stores, strict=True)
+      reading.Request(info.name, reading.as_dtype(store, dtype), (whole_box(store.shape),)): info
+      for (info, dtype), store in zip(alone, stores, strict=True)
     }
     found = {}
     for request, arrays in reading.read(list(requests), window):
@@ -301,26 +312,40 @@ def _index(known: packing.Index | None, infos: _ParamInfos) -> packing.Index:
   return packing.read_index(infos[0].parent_dir) if known is None else known
 
 
+def _open(known: Mapping[str, ts.TensorStore], infos: _ParamInfos, limits: LimitsConfig) -> Sequence[ts.TensorStore]:
+  missing = [info for info in infos if info.name not in known]
+  opened = reading.open_stores(missing, limited_context(limits, missing[0])) if missing else []
+  stores = {**known, **{info.name: store for info, store in zip(missing, opened, strict=True)}}
+  return [stores[info.name] for info in infos]
+
+
 def _metadata(infos: _ParamInfos, index: packing.Index) -> list[ocp.metadata.ArrayMetadata]:
   alone = [info for info in infos if info.name not in index]
-  stores = reading.open_stores(alone, [None] * len(alone), infos[0].ts_context) if alone else []
-  found: dict[str, tuple[Any, Any, Any]] = {
-    info.name: (store.shape, np.dtype(store.dtype.numpy_dtype), store.chunk_layout.read_chunk_template.shape)
-    for info, store in zip(alone, stores, strict=True)
-  }
-  for info in infos:
-    if (packed := index.get(info.name)) is not None:
-      found[info.name] = (packed.shape, packing.dtype_of(packed.dtype), packed.shape)
-  described = []
-  for info in infos:
-    shape, dtype, chunk = found[info.name]
-    storage = ocp.metadata.StorageMetadata(chunk_shape=chunk, write_shape=info.write_shape)
-    described.append(
-      ocp.metadata.ArrayMetadata(
-        name=info.name, directory=info.parent_dir, shape=shape, dtype=dtype, sharding=None, storage=storage
-      )
-    )
-  return described
+  stores = reading.open_stores(alone, infos[0].ts_context) if alone else []
+  by_name = {info.name: store for info, store in zip(alone, stores, strict=True)}
+  return [
+    describe_array(info.name, info, index.get(info.name) or by_name[info.name], info.write_shape) for info in infos
+  ]
+
+
+def describe_array(
+  name: str, item: epath.Path, found: packing.Packed | ts.TensorStore, write_shape: Any
+) -> ocp.metadata.ArrayMetadata:
+  """Orbax's description of an array.
+
+  Args:
+    name: its name in the database.
+    item: the directory of its item.
+    found: where it lies in slabs, or its open store.
+    write_shape: of the pieces in which it was written, if that is known.
+  """
+  if isinstance(found, packing.Packed):
+    shape, dtype, chunk = found.shape, packing.dtype_of(found.dtype), found.shape
+  else:
+    shape, dtype = found.shape, np.dtype(found.dtype.numpy_dtype)
+    chunk = found.chunk_layout.read_chunk_template.shape
+  storage = ocp.metadata.StorageMetadata(chunk_shape=chunk, write_shape=write_shape)
+  return ocp.metadata.ArrayMetadata(name=name, directory=item, shape=shape, dtype=dtype, sharding=None, storage=storage)
 
 
 def _tell(arrived: Arrived | None, info: ocp.type_handlers.ParamInfo, value: Any) -> None:
@@ -337,7 +362,8 @@ def _sharding(arg: Any) -> jax.sharding.Sharding | None:
   return arg.sharding if isinstance(arg.sharding, jax.sharding.Sharding) else None
 
 
-def _context(limits: LimitsConfig, info: ocp.type_handlers.ParamInfo) -> ts.Context:
+def limited_context(limits: LimitsConfig, info: ocp.type_handlers.ParamInfo) -> ts.Context:
+  """TensorStore's resources for an item, as `limits` say."""
   if limits.file_io_concurrency == "auto" and limits.data_copy_concurrency == "auto":
     return info.ts_context  # Orbax makes one for each save and restore
   # Fresh each time: one that outlives a step has answered NOT_FOUND for the step that replaced it.
@@ -348,11 +374,10 @@ def _context(limits: LimitsConfig, info: ocp.type_handlers.ParamInfo) -> ts.Cont
   )
 
 
-def _window(limits: LimitsConfig) -> int:
-  """Bytes of reads in flight at a time."""
-  return min(
-    n for n in (_READ_WINDOW, _number(limits.restore_concurrency), _number(limits.host_memory)) if n is not None
-  )
+def read_limit(limits: LimitsConfig) -> int:
+  """Bytes of reads that may be in flight at a time."""
+  given = (_READ_WINDOW, _number(limits.restore_concurrency), _number(limits.host_memory))
+  return min(n for n in given if n is not None)
 
 
 def _number(value: int | str) -> int | None:

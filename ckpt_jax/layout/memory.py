@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+
 import jax
 import numpy as np
 
 # XLA's CPU client takes over host memory without a copy if it is aligned so.
 ALIGNMENT = 64
+# Fresh memory is given out page by page, and a page of 4 KiB costs more than it takes to fill it: reading 1 GB into
+# arrays of 2 to 25 MB took 0.52 s, of which huge pages saved 0.11. (numpy asks for them too, but from 4 MiB on.)
+_HUGE_PAGE = 2 * 2**20 if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """Memory that nothing else refers to, aligned so that jax on CPU need not copy it."""
   nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-  memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-  start = -memory.ctypes.data % ALIGNMENT
+  if _HUGE_PAGE is not None and nbytes >= _HUGE_PAGE:
+    pages = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = np.frombuffer(pages, np.uint8)
+    start = -memory.ctypes.data % _HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without them
+      # Whole ones alone: what the last of them held beyond the array would be lost.
+      pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE_PAGE * _HUGE_PAGE)
+  else:
+    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
   return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 

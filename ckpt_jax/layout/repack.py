@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ckpt_jax import orbax_private, run
+from ckpt_jax.config import LimitsConfig
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.layout import packing, reading, writing
 from ckpt_jax.layout.direct import item_info
@@ -45,7 +46,7 @@ def moving_leaves(item: epath.Path, *, pack: bool) -> dict[str, int]:
     return {}
   info = _info(item)
   infos = [info.replace(name=name) for name in names]
-  stores = reading.open_stores(infos, [None] * len(infos), infos[0].ts_context)
+  stores = reading.open_stores(infos, infos[0].ts_context)
   sizes = {name: store.size * store.dtype.numpy_dtype.itemsize for name, store in zip(names, stores, strict=True)}
   return {name: nbytes for name, nbytes in sizes.items() if packing.is_small(nbytes)}
 
@@ -144,16 +145,16 @@ def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:
 
 def _values(item: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
   index = packing.read_index(item)
-  info = _info(item)
+  info, window = _info(item), reading.window_of(item, _BATCH_NBYTES)
   try:
     boxes = {name: (whole_box(index[name].shape),) for name in names if name in index}
-    found = reading.read_packed(info, index, boxes, info.ts_context, _BATCH_NBYTES)
+    found = reading.read_packed(info, index, boxes, info.ts_context, window)
     values = {name: parts[0] for name, parts in found}
     alone = [name for name in names if name not in index]
     if alone:
-      stores = reading.open_stores([info.replace(name=name) for name in alone], [None] * len(alone), info.ts_context)
+      stores = reading.open_stores([info.replace(name=name) for name in alone], info.ts_context)
       requests = [reading.Request(n, store, (whole_box(store.shape),)) for n, store in zip(alone, stores, strict=True)]
-      values |= {request.name: arrays[0] for request, arrays in reading.read(requests, _BATCH_NBYTES)}
+      values |= {request.name: arrays[0] for request, arrays in reading.read(requests, window)}
   except ValueError as e:
     raise CorruptCheckpointError(f"{item}: {e}") from e
   return values
@@ -161,4 +162,4 @@ def _values(item: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _info(item: epath.Path) -> ocp.type_handlers.ParamInfo:
   data = json.loads((item / run.ITEM_METADATA).read_text())
-  return item_info(item, data)
+  return item_info(item, data, LimitsConfig())

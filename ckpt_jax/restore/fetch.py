@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -27,9 +27,11 @@ Arrived = Callable[[str, Any], None]
 
 
 class Reads(Protocol):
-  """What `read.Reader` does: the stored values of leaves, each as its item and restore args say."""
+  """What `read.Reader` does: the stored values of leaves, each where it shall lie, by path."""
 
-  def read(self, wanted: Mapping[str, Any], arrived: Arrived | None = None) -> dict[str, Any]: ...
+  def read(
+    self, wanted: Sequence[tuple[LeafPlan, Sharding | None]], arrived: Arrived | None = None
+  ) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +140,7 @@ def _deliver(values: list[tuple[LeafPlan, Any]], deliver: Callable[[LeafPlan, An
 
 def _read(part: Part, reader: Reads, arrived: Arrived | None) -> dict[str, Any]:
   """What this process reads of a part."""
-  wanted = {}
-  for route in part.routes:
-    if (where := _reads_into(route)) is not _NOT_HERE:
-      wanted[route.plan.name] = route.plan.request(where)
+  wanted = [(route.plan, where) for route in part.routes if (where := _reads_into(route)) is not _NOT_HERE]
   values = reader.read(wanted, None if part.exchanges else arrived)
   for route in part.routes:
     value: Any = values.get(route.plan.name)

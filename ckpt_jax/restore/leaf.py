@@ -61,15 +61,22 @@ class LeafPlan:
 
   def request(self, sharding: Sharding | None) -> tuple[Any, ocp.RestoreArgs]:
     """Orbax's item and restore args: the stored form with a sharding, or as numpy without one."""
+    args = self.restore_args(sharding)
     if self.scalar is not None:
-      return self.scalar(), ocp.RestoreArgs(restore_type=self.scalar)
+      return self.scalar(), args
     if sharding is None:
-      return np.zeros((), np.uint8), ocp.RestoreArgs(restore_type=np.ndarray)
-    item = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding)
-    args = ocp.ArrayRestoreArgs(
+      return np.zeros((), np.uint8), args
+    return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding), args
+
+  def restore_args(self, sharding: Sharding | None) -> ocp.RestoreArgs:
+    """The second part of `request`."""
+    if self.scalar is not None:
+      return ocp.RestoreArgs(restore_type=self.scalar)
+    if sharding is None:
+      return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(
       restore_type=jax.Array, sharding=sharding, global_shape=self.shape, dtype=np.dtype(self.dtype)
     )
-    return item, args
 
   def finish(self, value: Any) -> Any:
     """What was read, with the type of `like`."""

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 
 from ckpt_jax import run
 from ckpt_jax.config import Config
@@ -116,7 +117,7 @@ def read_state(
   error: BaseException | None = None
   planned: _Planned | None = None
   try:
-    step = Step(step_dir)
+    step = Step(step_dir, config)
     planned = _plan(step, request)
   except Exception as e:
     error = e
@@ -207,21 +208,20 @@ def _compile_seconds(routes: list[Route]) -> float:
 
 
 class Step:
-  """A step's item, as Orbax describes it."""
+  """A step's item, as Orbax describes it, with its arrays open for a restore within the limits of `config`."""
 
-  def __init__(self, step_dir: epath.Path):
+  def __init__(self, step_dir: epath.Path, config: Config):
     self.name = str(step_dir)
     self.item_dir = run.item_directory(step_dir)
-    item = run.describe_item(self.item_dir)
-    self.data, self.index, self.is_known, self.tree = item.data, item.index, item.is_known, item.tree
+    self.item = run.describe_item(self.item_dir, config)
     ours = run.our_metadata(step_dir)
     self.notes: dict[str, Any] = ours.get("encoded", {})
     self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
-    leaves, structure = jax.tree_util.tree_flatten_with_path(self.tree)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(self.item.tree)
     self.treedef: Any = structure  # jax's stubs do not know its methods
     self.paths = {path_name(path): path for path, _ in leaves}
     self.meta: dict[str, Any] = dict(zip(self.paths, (meta for _, meta in leaves), strict=True))
-    self.infos = {info.path: info for info in run.leaf_infos(self.tree, self.notes)}
+    self.infos = {info.path: info for info in run.leaf_infos(self.item.tree, self.notes)}
 
 
 class Reader:
@@ -236,12 +236,12 @@ class Reader:
     self._config = config
 
   def read(
-    self, wanted: Mapping[str, tuple[Any, ocp.RestoreArgs]], arrived: Callable[[str, Any], None] | None = None
+    self, wanted: Sequence[tuple[LeafPlan, Sharding | None]], arrived: Callable[[str, Any], None] | None = None
   ) -> dict[str, Any]:
-    """The stored values of the leaves named, each as its item and restore args say.
+    """The stored values of leaves, by path.
 
     Args:
-      wanted: by path.
+      wanted: which, and where each shall lie: see `LeafPlan.request`.
       arrived: told of arrays as they come, by path, before the others are there.
 
     Raises:
@@ -252,7 +252,7 @@ class Reader:
       return {}
     step = self._step
     try:
-      return self._read_directly(wanted, arrived) if step.is_known else self._read_tree(wanted, arrived)
+      return self._read_tree(wanted, arrived) if step.item.info is None else self._read_directly(wanted, arrived)
     except (MemoryError, CheckpointError):
       raise
     except Exception as e:
@@ -262,24 +262,29 @@ class Reader:
         raise StorageError(f"{step.item_dir}: {root_cause(e)}") from e
       raise CorruptCheckpointError(f"{step.item_dir}: cannot be read: {root_cause(e)}") from e
 
-  def _read_directly(self, wanted: Mapping[str, tuple[Any, ocp.RestoreArgs]], arrived: Any) -> dict[str, Any]:
-    step = self._step
-    rows = [
-      (path := step.paths[name], ".".join([segment(k) for k in path]), args) for name, (_, args) in wanted.items()
-    ]
-    info = direct.item_info(step.item_dir, step.data)
-    return dict(zip(wanted, direct.read(info, rows, step.index, self._config, arrived), strict=True))
+  def _read_directly(self, wanted: Sequence[tuple[LeafPlan, Sharding | None]], arrived: Any) -> dict[str, Any]:
+    step, item = self._step, self._step.item
+    rows = {}
+    for plan, sharding in wanted:
+      keys = step.paths[plan.name]
+      args = functools.partial(plan.restore_args, sharding)
+      rows[".".join([segment(k) for k in keys])] = direct.Wanted(
+        plan.name, keys, None if plan.scalar else sharding, args
+      )
+    found = direct.read(item.info, rows, item.index, item.stores, self._config, arrived)
+    return {plan.name: found[name] for (plan, _), name in zip(wanted, rows, strict=True)}
 
-  def _read_tree(self, wanted: Mapping[str, tuple[Any, ocp.RestoreArgs]], arrived: Any) -> dict[str, Any]:
+  def _read_tree(self, wanted: Sequence[tuple[LeafPlan, Sharding | None]], arrived: Any) -> dict[str, Any]:
     step = self._step
     nothing = (ocp.PLACEHOLDER, ocp.RestoreArgs())
-    pairs = [wanted.get(name, nothing) for name in step.meta]
+    requests = {plan.name: plan.request(sharding) for plan, sharding in wanted}
+    pairs = [requests.get(name, nothing) for name in step.meta]
     item = step.treedef.unflatten([item for item, _ in pairs])
     args = step.treedef.unflatten([args for _, args in pairs])
     handler = pytree_handler(self._config, arrived=arrived)
     read = handler.restore(step.item_dir, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
     values = step.treedef.flatten_up_to(read)
-    return {name: value for name, value in zip(step.meta, values, strict=True) if name in wanted}
+    return {name: value for name, value in zip(step.meta, values, strict=True) if name in requests}
 
 
 # -- what is wanted
@@ -302,7 +307,7 @@ def _plan(step: Step, request: Request) -> _Planned:
       make_plan(name, step.meta[name], step.notes.get(name), AS_SAVED, casts[name][1] if name in casts else None)
       for name in infos
     ]
-    return _Planned(plans, {}, casts, lambda values: rebuild(step.tree, values))
+    return _Planned(plans, {}, casts, lambda values: rebuild(step.item.tree, values))
   initialise, patterns = _initialisers(request.init_missing)
   like, prefix = _by_path(request.like, only, infos)
   chosen = like
