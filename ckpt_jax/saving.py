@@ -405,9 +405,9 @@ class Saver:
     free = available_memory()
     free = free if limit == "auto" else min(free, limit)
     needed = int(local_nbytes(state) * _COPY_HEADROOM)
-    chunk = max(int(largest_shard_nbytes(state) * _COPY_HEADROOM), min(10**9, free // 4))
     if _all_processes(needed <= free):
       return None
+    chunk = max(int(largest_shard_nbytes(state) * _COPY_HEADROOM), min(10**9, free // 4))
     _log.log(
       logging.WARNING if needed > free else logging.INFO,  # another process's shortage is its own to warn of
       "%s: a copy of this process's shards needs %s of host memory and %s are free: saving in chunks, and "

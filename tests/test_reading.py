@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
+from ckpt_jax.layout import reading
+from ckpt_jax.layout.memory import aligned_empty
 from ckpt_jax.layout.sharding import chunk_nbytes, local_regions, merge_boxes, split_box
 from ckpt_jax.multihost import launch
 
@@ -121,6 +123,41 @@ def test_an_array_that_two_devices_share_is_read_once(tmp_path):
       before = bytes_read()
       c.restore(like=like)
       assert bytes_read() - before < 1.05 * one.nbytes  # Orbax reads the chunk once for each shard
+
+
+def test_each_array_is_opened_once_in_a_restore(tmp_path, monkeypatch):
+  state = {"w": jnp.arange(1000.0), "n": np.arange(7), "half": jnp.ones((3, 5), jnp.bfloat16)}
+  opened = []
+  real = reading.open_stores
+  monkeypatch.setattr(reading, "open_stores", lambda infos, c: opened.extend(i.name for i in infos) or real(infos, c))
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(1, state)
+    c.wait()
+    restored = c.restore(like=state).state
+  assert sorted(opened) == ["half", "n", "w"]
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_what_is_in_flight_is_bounded(is_local):
+  window = reading.Window(most=1000, is_local=is_local)
+  assert not window.is_full(0, 0, 5000, enough=100)  # larger than the window: read alone
+  assert window.is_full(1, 900, 200, enough=100)
+  assert not window.is_full(2, 90, 20, enough=100)  # two large chunks at a time
+  assert window.is_full(4, 90, 20, enough=100) == is_local  # a bucket is asked for more while it is thinking
+  assert window.is_full(4, 990, 20, enough=10**9)
+  assert window.part(100) == (25 if is_local else 1000)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (1 << 19,), (600_001,), (2 << 20,)])
+def test_jax_takes_fresh_memory_over_as_it_is(shape):
+  array = aligned_empty(shape, np.dtype(np.float32))
+  array[...] = 7
+  assert (array.shape, array.dtype, array.flags.writeable) == (shape, np.float32, True)
+  taken = jax.make_array_from_callback(shape, jax.sharding.SingleDeviceSharding(jax.devices()[0]), lambda _: array)
+  if array.size > 1:  # jax copies single numbers
+    assert taken.unsafe_buffer_pointer() == array.ctypes.data
+  assert (np.asarray(taken) == 7).all()
 
 
 def test_replicas_of_a_restored_array_may_be_overwritten_in_place(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -23,8 +23,7 @@ PyTree = Any
 SEQUENCE, NAMES = 1, 2  # Orbax's KeyType
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
+class Leaf(NamedTuple):
   """A leaf: the names on the way to it, the kind of node that each is in, and of a small one its shard shape."""
 
   names: tuple[str, ...]
