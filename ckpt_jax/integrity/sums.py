@@ -31,7 +31,9 @@ MASK = 2**64 - 1
 ROW_NBYTES = 512  # columns hold at least this much: shorter rows would cost more in overhead than in sums
 BLOCK = 8192  # words
 SMALL_NBYTES = 1 << 16  # of arrays that are summed up many at a time
-_CHUNK_NBYTES = 1 << 18  # so that the second pass finds the data in the cache
+# Small enough that the second pass finds the data in a cache, large enough that two threads do not spend their time on
+# handing Python's lock to each other: 256 KiB made 5.0 GB/s in one thread and 4.2 in two, 1 MiB makes 6.5 and 8.4.
+_CHUNK_NBYTES = 1 << 20
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 ROW_SEED, BLOCK_SEED, LOW_SEED, HIGH_SEED = 1, 2, 3, 4
 

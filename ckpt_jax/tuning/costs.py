@@ -92,18 +92,18 @@ OURS = CostModel(
   block_fixed_s=0.005,
   commit_fixed_s=0.03,
   restore_fixed_s=0.02,
-  block_leaf=12,
-  commit_leaf=23,
-  restore_leaf=55,
+  block_leaf=9,
+  commit_leaf=21,
+  restore_leaf=34,
   block_shard=6,
   commit_shard=2,
-  restore_shard=13,
+  restore_shard=12,
   block_packed=8,
   commit_packed=5,
-  restore_packed=35,
+  restore_packed=16,
   block_copies=0.0,
-  commit_copies=1.0,
-  restore_copies=0.4,
+  commit_copies=0.75,
+  restore_copies=0.75,
   zstd_threads=1.5,
   unzstd_threads=2.0,
   overlap=0.7,
@@ -250,7 +250,8 @@ def _read_s(storage: StorageProfile, nbytes: float, pieces: int, sharing: int) -
   bound = nbytes / _rate(storage, storage.read_bytes_per_s, sharing)
   if not storage.ranges:
     return bound
-  parallel = streams_of(storage, storage.read)
+  # What fills the storage with large reads is too few for small ones: those wait rather than transfer.
+  parallel = max(streams_of(storage, storage.read), storage.kind.traits.parallelism)
   return max(bound, pieces * request_s(storage, nbytes / pieces) / parallel * sharing)
 
 
