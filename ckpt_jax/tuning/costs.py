@@ -250,8 +250,10 @@ def _read_s(storage: StorageProfile, nbytes: float, pieces: int, sharing: int) -
   bound = nbytes / _rate(storage, storage.read_bytes_per_s, sharing)
   if not storage.ranges:
     return bound
-  # What fills the storage with large reads is too few for small ones: those wait rather than transfer.
-  parallel = max(streams_of(storage, storage.read), storage.kind.traits.parallelism)
+  parallel = streams_of(storage, storage.read)
+  if storage.kind.traits.overwrite_in_place:
+    # One large read fills a disk, which still serves small ones side by side; of a bucket this said 4.4 s for 7.1.
+    parallel = max(parallel, storage.kind.traits.parallelism)
   return max(bound, pieces * request_s(storage, nbytes / pieces) / parallel * sharing)
 
 
