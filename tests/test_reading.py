@@ -8,13 +8,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
+from ckpt_jax import run
 from ckpt_jax.layout import reading
+from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.layout.memory import aligned_empty
 from ckpt_jax.layout.sharding import chunk_nbytes, local_regions, merge_boxes, split_box
 from ckpt_jax.multihost import launch
@@ -136,6 +139,17 @@ def test_each_array_is_opened_once_in_a_restore(tmp_path, monkeypatch):
     restored = c.restore(like=state).state
   assert sorted(opened) == ["half", "n", "w"]
   jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_an_item_is_described_as_orbax_handler_of_trees_does(tmp_path):
+  state = {"w": jnp.arange(12.0).reshape(3, 4), "n": np.arange(7), "deep": [{"half": jnp.ones((3, 5), jnp.bfloat16)}]}
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(1, state)
+  item = epath.Path(tmp_path) / "1" / "default"
+  ours = run.describe_item(item)
+  assert ours.info is not None
+  assert ours.tree == pytree_handler(ckpt.Config()).metadata(item).tree
+  assert {leaf.directory for leaf in jax.tree.leaves(ours.tree)} == {item}
 
 
 @pytest.mark.parametrize("is_local", [True, False])

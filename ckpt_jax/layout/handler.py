@@ -324,7 +324,8 @@ def _metadata(infos: _ParamInfos, index: packing.Index) -> list[ocp.metadata.Arr
   stores = reading.open_stores(alone, infos[0].ts_context) if alone else []
   by_name = {info.name: store for info, store in zip(alone, stores, strict=True)}
   return [
-    describe_array(info.name, info, index.get(info.name) or by_name[info.name], info.write_shape) for info in infos
+    describe_array(info.name, info.parent_dir, index.get(info.name) or by_name[info.name], info.write_shape)
+    for info in infos
   ]
 
 
