@@ -71,11 +71,9 @@ class Verifier:
           self._submit()
     if small:
       # Here, not in a thread: it is Python for the most part, and two threads of it took three times as long as one.
-      self._add(self._sum(small))
-
-  def _add(self, sums: _Sums) -> None:
-    with self._lock:
-      self._found |= sums
+      sums = self._sum(small)
+      with self._lock:
+        self._found |= sums
 
   def _submit(self) -> None:
     if self._bunch:

@@ -24,10 +24,10 @@ from ckpt_jax.layout.handler import (
   ArrayHandler,
   Arrived,
   NumpyHandler,
+  Reads,
   describe_array,
   handlers,
   limited_context,
-  read_limit,
 )
 from ckpt_jax.layout.splitting import SEQUENCE
 
@@ -71,7 +71,7 @@ def describe(
     ValueError, KeyError, TypeError: if the description is none of a tree.
   """
   item = info.parent_dir
-  by_type = {handler.typestr(): handler for handler in handlers(Config(), index=index).values()}
+  by_type = {handler.typestr(): handler for handler in handlers(Config()).values()}
   flat: list[tuple[tuple[str, ...], tuple[int, ...], Any]] = []
   others: dict[str, list[tuple[int, str, Any]]] = {}
   for entry in data["tree_metadata"].values():
@@ -162,14 +162,14 @@ def read(
     stores: its other arrays, as `describe` opened them.
     config, arrived: see `pytree_handler`.
   """
-  small = {name: leaf.sharding for name, leaf in wanted.items() if leaf.sharding is not None and name in index}
+  reads = Reads(config.limits, arrived, stores)
+  small = {name: leaf.sharding for name, leaf in wanted.items() if name in index}
   out: dict[str, Any] = {}
-  window = reading.window_of(info.parent_dir, read_limit(config.limits))
-  for name, array in reading.read_small(info, index, small, {}, info.ts_context, window):
+  for name, array in reading.read_small(info, index, small, info.ts_context, reads.window(info)):
     out[name] = array
     if arrived is not None:
       arrived(wanted[name].name, array)
-  by_type = ocp.type_handlers.create_type_handler_registry(*handlers(config, arrived, index, stores).items())
+  by_type = ocp.type_handlers.create_type_handler_registry(*handlers(config, reads).items())
   rows: dict[Any, list[tuple[str, ocp.RestoreArgs]]] = {}
   for name, leaf in wanted.items():
     if name not in small:

@@ -15,7 +15,7 @@ import tensorstore as ts
 from etils import epath
 
 from ckpt_jax import orbax_private
-from ckpt_jax.config import Config, LimitsConfig
+from ckpt_jax.config import Config, LayoutConfig, LimitsConfig
 from ckpt_jax.layout import packing, reading, writing
 from ckpt_jax.layout.encoding import is_prng_key, path_name
 from ckpt_jax.layout.sharding import local_regions, whole_box
@@ -40,7 +40,7 @@ def pytree_handler(
       will give. From the thread that reads.
   """
   layout, limits = config.layout, config.limits
-  by_type = handlers(config, arrived)
+  by_type = handlers(config, Reads(config.limits, arrived))
   return PyTreeHandler(
     # In chunks, Orbax writes by itself.
     by_type[jax.Array] if layout.pack == "on" and chunk_nbytes is None else None,
@@ -85,22 +85,47 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
     super().finalize(directory)
 
 
-def handlers(
-  config: Config,
-  arrived: Arrived | None = None,
-  index: packing.Index | None = None,
-  stores: Mapping[str, ts.TensorStore] | None = None,
-) -> dict[Any, ocp.type_handlers.TypeHandler]:
+@dataclasses.dataclass(frozen=True)
+class Reads:
+  """What the handlers of arrays share when they read.
+
+  Attributes:
+    limits: the settings.
+    arrived: see `pytree_handler`.
+    stores: arrays of the item, by name, that are open already.
+  """
+
+  limits: LimitsConfig
+  arrived: Arrived | None = None
+  stores: Mapping[str, ts.TensorStore] = dataclasses.field(default_factory=dict)
+
+  def window(self, info: ocp.type_handlers.ParamInfo) -> reading.Window:
+    """How much of an item is read at a time."""
+    given = (_READ_WINDOW, _number(self.limits.restore_concurrency), _number(self.limits.host_memory))
+    return reading.window_of(info.parent_dir, min(n for n in given if n is not None))
+
+  def open(self, infos: _ParamInfos) -> list[ts.TensorStore]:
+    """The arrays' stores."""
+    missing = [info for info in infos if info.name not in self.stores]
+    opened = reading.open_stores(missing, limited_context(self.limits, missing[0])) if missing else []
+    stores = {**self.stores, **{info.name: store for info, store in zip(missing, opened, strict=True)}}
+    return [stores[info.name] for info in infos]
+
+  def tell(self, info: ocp.type_handlers.ParamInfo, value: Any) -> None:
+    """Says that an array is there."""
+    if self.arrived is not None:
+      self.arrived(path_name(info.keypath), value)
+
+
+def handlers(config: Config, reads: Reads | None = None) -> dict[Any, ocp.type_handlers.TypeHandler]:
   """Handlers by the type of what they write and read: ours for arrays, Orbax's for the rest.
 
-  Args:
-    config, arrived: see `pytree_handler`.
-    index: of the one item that they are for; default: each reads what the item at hand has.
-    stores: that item's arrays by name, if they are open already.
+  Ours describe arrays that lie in slabs, and leave it to `layout.direct` to read them.
   """
+  reads = reads or Reads(config.limits)
   ours: dict[Any, ocp.type_handlers.TypeHandler] = {
-    jax.Array: ArrayHandler(config, arrived, index, stores),
-    np.ndarray: NumpyHandler(config.limits, arrived, index, stores),
+    jax.Array: ArrayHandler(config.layout, reads),
+    np.ndarray: NumpyHandler(reads),
   }
   types = ocp.type_handlers
   return {kind: ours.get(kind) or types.get_type_handler(kind) for kind in types.supported_types()}
@@ -112,18 +137,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
   What few leaves ask for goes Orbax's way: PRNG keys, memory layouts, padding and truncating, shardings from the file.
   """
 
-  def __init__(
-    self,
-    config: Config,
-    arrived: Arrived | None = None,
-    index: packing.Index | None = None,
-    stores: Mapping[str, ts.TensorStore] | None = None,
-  ):
-    layout = config.layout
-    self._arrived = arrived
-    self._index = index
-    self._stores = stores or {}
-    self._limits = config.limits
+  def __init__(self, layout: LayoutConfig, reads: Reads):
+    self._reads = reads
     # Without one Orbax writes no array_metadatas, and forgets which arrays are PRNG keys.
     self._store = orbax_private.array_metadata_store()
     super().__init__(
@@ -218,19 +233,10 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     shardings = {i: s for i, arg in enumerate(args) if (s := _sharding(arg)) is not None}
     plain = list(shardings)
     found: dict[int, jax.Array] = {}
-    index, window = _index(self._index, infos), reading.window_of(infos[0].parent_dir, read_limit(self._limits))
-    if small := {infos[i].name: i for i in plain if infos[i].name in index}:
-      plain = [i for i in plain if infos[i].name not in index]
-      for name, i in small.items():
-        reading.check_shape(name, index[name].shape, args[i].global_shape)
-      places, dtypes = {name: shardings[i] for name, i in small.items()}, {n: args[i].dtype for n, i in small.items()}
-      context = limited_context(self._limits, infos[0])
-      for name, array in reading.read_small(infos[0], index, places, dtypes, context, window):
-        found[small[name]] = array
-        _tell(self._arrived, infos[small[name]], array)
     if plain:
-      stores = _open(self._stores, [infos[i] for i in plain], self._limits)
-      stores = [reading.as_dtype(store, args[i].dtype) for store, i in zip(stores, plain, strict=True)]
+      window = self._reads.window(infos[0])
+      opened = self._reads.open([infos[i] for i in plain])
+      stores = [reading.as_dtype(store, args[i].dtype) for store, i in zip(opened, plain, strict=True)]
       rows = list(zip(plain, stores, strict=True))
       if any(store.dtype.name == "uint32" for store in stores):  # the words of a PRNG key are asked for as words too
         keys = await orbax_private.prng_key_names(self._store, infos[0].parent_dir)
@@ -245,7 +251,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
         i, store = requests[request], request.store
         regions = dict(zip(request.boxes, arrays, strict=True))
         found[i] = reading.to_jax(tuple(store.shape), shardings[i], regions, store.dtype.numpy_dtype)
-        _tell(self._arrived, infos[i], found[i])
+        self._reads.tell(infos[i], found[i])
         staged += sum(array.nbytes for array in arrays)
         if staged > window.most:  # an accelerator copies behind our back, out of these arrays
           jax.block_until_ready(list(found.values()))
@@ -258,68 +264,37 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
 
   async def metadata(self, infos: _ParamInfos) -> Sequence[ocp.metadata.ArrayMetadata]:
     """Shapes, dtypes and chunks; the sharding that a leaf was saved with is left out."""
-    return _metadata(infos, _index(self._index, infos))
+    return _metadata(infos)
 
 
 class NumpyHandler(ocp.type_handlers.NumpyHandler):
   """Orbax's handler of numpy arrays, with reads as in ArrayHandler."""
 
-  def __init__(
-    self,
-    limits: LimitsConfig,
-    arrived: Arrived | None = None,
-    index: packing.Index | None = None,
-    stores: Mapping[str, ts.TensorStore] | None = None,
-  ):
+  def __init__(self, reads: Reads):
     super().__init__()
-    self._index = index
-    self._stores = stores or {}
-    self._limits = limits
-    self._arrived = arrived
+    self._reads = reads
 
   async def deserialize(self, infos: _ParamInfos, args: Sequence[Any] | None = None) -> Sequence[np.ndarray]:
     """See Orbax's NumpyHandler. The arrays own their memory, aligned so that jax on CPU can take it over."""
     dtypes = [getattr(arg, "dtype", None) for arg in args or [None] * len(infos)]
-    index, window = _index(self._index, infos), reading.window_of(infos[0].parent_dir, read_limit(self._limits))
-    boxes = {info.name: (whole_box(index[info.name].shape),) for info in infos if info.name in index}
-    context = limited_context(self._limits, infos[0])
-    packed = dict(reading.read_packed(infos[0], index, boxes, context, window))
-    alone = [(info, dtype) for info, dtype in zip(infos, dtypes, strict=True) if info.name not in index]
-    stores = _open(self._stores, [info for info, _ in alone], self._limits)
     requests = {
       reading.Request(info.name, reading.as_dtype(store, dtype), (whole_box(store.shape),)): info
-      for (info, dtype), store in zip(alone, stores, strict=True)
+      for info, dtype, store in zip(infos, dtypes, self._reads.open(infos), strict=True)
     }
     found = {}
-    for request, arrays in reading.read(list(requests), window):
+    for request, arrays in reading.read(list(requests), self._reads.window(infos[0])):
       info = requests[request]
       found[info.name] = arrays[0]
-      _tell(self._arrived, info, arrays[0])
-    for info, dtype in zip(infos, dtypes, strict=True):
-      if info.name in packed:
-        value = packed[info.name][0]
-        # A copy, since a slab would stay in memory for as long as one of its leaves does.
-        found[info.name] = value.copy() if dtype is None else value.astype(dtype)
-        _tell(self._arrived, info, found[info.name])
+      self._reads.tell(info, arrays[0])
     return [found[info.name] for info in infos]
 
   async def metadata(self, infos: _ParamInfos) -> Sequence[ocp.metadata.ArrayMetadata]:
     """Shapes, dtypes and chunks."""
-    return _metadata(infos, _index(self._index, infos))
+    return _metadata(infos)
 
 
-def _index(known: packing.Index | None, infos: _ParamInfos) -> packing.Index:
-  return packing.read_index(infos[0].parent_dir) if known is None else known
-
-
-def _open(known: Mapping[str, ts.TensorStore], infos: _ParamInfos, limits: LimitsConfig) -> Sequence[ts.TensorStore]:
-  missing = [info for info in infos if info.name not in known]
-  opened = reading.open_stores(missing, limited_context(limits, missing[0])) if missing else []
-  stores = {**known, **{info.name: store for info, store in zip(missing, opened, strict=True)}}
-  return [stores[info.name] for info in infos]
-
-
-def _metadata(infos: _ParamInfos, index: packing.Index) -> list[ocp.metadata.ArrayMetadata]:
+def _metadata(infos: _ParamInfos) -> list[ocp.metadata.ArrayMetadata]:
+  index = packing.read_index(infos[0].parent_dir)
   alone = [info for info in infos if info.name not in index]
   stores = reading.open_stores(alone, infos[0].ts_context) if alone else []
   by_name = {info.name: store for info, store in zip(alone, stores, strict=True)}
@@ -349,11 +324,6 @@ def describe_array(
   return ocp.metadata.ArrayMetadata(name=name, directory=item, shape=shape, dtype=dtype, sharding=None, storage=storage)
 
 
-def _tell(arrived: Arrived | None, info: ocp.type_handlers.ParamInfo, value: Any) -> None:
-  if arrived is not None:
-    arrived(path_name(info.keypath), value)
-
-
 def _sharding(arg: Any) -> jax.sharding.Sharding | None:
   """The sharding that is asked for, if the leaf asks for nothing that only Orbax's own way of reading has."""
   if type(arg) is not ocp.ArrayRestoreArgs or not arg.strict or is_prng_key(arg):
@@ -373,12 +343,6 @@ def limited_context(limits: LimitsConfig, info: ocp.type_handlers.ParamInfo) -> 
     file_io_concurrency_limit=_number(limits.file_io_concurrency),
     data_copy_concurrency_limit=_number(limits.data_copy_concurrency),
   )
-
-
-def read_limit(limits: LimitsConfig) -> int:
-  """Bytes of reads that may be in flight at a time."""
-  given = (_READ_WINDOW, _number(limits.restore_concurrency), _number(limits.host_memory))
-  return min(n for n in given if n is not None)
 
 
 def _number(value: int | str) -> int | None:

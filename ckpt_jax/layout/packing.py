@@ -23,6 +23,7 @@ import numpy as np
 from etils import epath
 
 from ckpt_jax.errors import CorruptCheckpointError
+from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.memory import ALIGNMENT, aligned_empty
 from ckpt_jax.layout.sharding import Box, intersection, shape_of, within
 
@@ -128,7 +129,7 @@ def lay_out(process: int, arrays: Mapping[str, Parts]) -> tuple[Index, Slab]:
       pieces.append(Piece(process, end, box))
       laid.append((end, data))
       end += -(-data.nbytes // ALIGNMENT) * ALIGNMENT  # jax on CPU takes over aligned memory as it is
-    index[name] = Packed(_dtype_name(dtype), tuple(shape), tuple(pieces))
+    index[name] = Packed(dtype_name(dtype), tuple(shape), tuple(pieces))
   # Chunks of equal size: zarr fills the last one up.
   count = max(1, -(-end // _CHUNK_NBYTES))
   chunk = max(ALIGNMENT, -(-end // (count * ALIGNMENT)) * ALIGNMENT)
@@ -195,11 +196,6 @@ class SlabBytes:
 def dtype_of(name: str) -> np.dtype:
   """numpy's dtype of a name in an index."""
   return np.dtype(jax.numpy.dtype(name))
-
-
-@functools.cache  # numpy composes the name anew each time, for microseconds that add up over thousands
-def _dtype_name(dtype: Any) -> str:
-  return np.dtype(dtype).name
 
 
 # -- the index in the item

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,8 @@ from ckpt_jax.errors import StructureMismatchError
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.memory import aligned_empty
-from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, local_regions, one_device, split_box
+from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, local_regions, one_device, split_box, whole_box
+from ckpt_jax.storage.kvstore import is_object_store
 
 # How long to wait for the oldest read before looking at the others, which costs about 0.2 us each.
 _SWEEP_S, _SWEEP_S_A_READ = 0.003, 5e-6
@@ -97,7 +97,7 @@ class Window:
 
 def window_of(directory: epath.Path, most: int) -> Window:
   """The window for an item, given a limit in bytes."""
-  return Window(most, "://" not in os.fspath(directory))
+  return Window(most, not is_object_store(directory))
 
 
 def read(
@@ -256,25 +256,26 @@ def read_packed(
 def read_small(
   info: ocp.type_handlers.ParamInfo,
   index: packing.Index,
-  shardings: Mapping[str, jax.sharding.Sharding],
-  dtypes: Mapping[str, Any],
+  shardings: Mapping[str, jax.sharding.Sharding | None],
   context: ts.Context,
   window: Window,
-) -> Iterator[tuple[str, jax.Array]]:
-  """Arrays that lie in slabs, as jax arrays, in the order in which they come.
+) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
+  """Arrays that lie in slabs, in the order in which they come.
 
   Args:
     info, index, context, window: as for `read_packed`.
-    shardings: where each goes.
-    dtypes: what some of them are cast to.
+    shardings: where each goes; None for a numpy array.
   """
-  boxes = {name: local_regions(sharding, index[name].shape) for name, sharding in shardings.items()}
+  boxes = {
+    name: (whole_box(index[name].shape),) if sharding is None else local_regions(sharding, index[name].shape)
+    for name, sharding in shardings.items()
+  }
   for name, parts in read_packed(info, index, boxes, context, window):
-    dtype = packing.dtype_of(index[name].dtype)
-    if (wanted := dtypes.get(name)) is not None and np.dtype(wanted) != dtype:
-      dtype = np.dtype(wanted)
-      parts = [part.astype(dtype) for part in parts]
-    yield name, to_jax(index[name].shape, shardings[name], dict(zip(boxes[name], parts, strict=True)), dtype)
+    if (sharding := shardings[name]) is None:
+      yield name, parts[0].copy()  # since a slab would stay in memory for as long as one of its leaves does
+      continue
+    regions = dict(zip(boxes[name], parts, strict=True))
+    yield name, to_jax(index[name].shape, sharding, regions, packing.dtype_of(index[name].dtype))
 
 
 def to_jax(

@@ -268,9 +268,7 @@ class Reader:
     for plan, sharding in wanted:
       keys = step.paths[plan.name]
       args = functools.partial(plan.restore_args, sharding)
-      rows[".".join([segment(k) for k in keys])] = direct.Wanted(
-        plan.name, keys, None if plan.scalar else sharding, args
-      )
+      rows[".".join([segment(k) for k in keys])] = direct.Wanted(plan.name, keys, sharding, args)
     found = direct.read(item.info, rows, item.index, item.stores, self._config, arrived)
     return {plan.name: found[name] for (plan, _), name in zip(wanted, rows, strict=True)}
 
