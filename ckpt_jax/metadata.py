@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.layout.structure import look
 
 FORMAT = 1
 
@@ -31,19 +32,23 @@ def _versions() -> dict[str, str]:
 
 def run_metadata(config: Config, state: Any, nbytes: int) -> dict[str, Any]:
   """What made a step: package versions, processes, devices, mesh, configuration and sizes."""
-  leaves = jax.tree.leaves(state)
-  meshes = {x.sharding.mesh for x in leaves if isinstance(getattr(x, "sharding", None), jax.sharding.NamedSharding)}
+  structure, leaves = look(state)
   return {
     "format": FORMAT,
     "versions": _versions(),
     "processes": jax.process_count(),
     "devices": jax.device_count(),
     "platform": jax.default_backend(),
-    "meshes": [dict(mesh.shape) for mesh in meshes],
+    "meshes": structure.once(_meshes, leaves),
     "config": config.to_dict(),
     "leaves": len(leaves),
     "nbytes": nbytes,
   }
+
+
+def _meshes(leaves: Sequence[Any]) -> list[dict[str, int]]:
+  shardings = (getattr(x, "sharding", None) for x in leaves)
+  return [dict(mesh.shape) for mesh in {s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding)}]
 
 
 def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | int]:

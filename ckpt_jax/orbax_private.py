@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -194,11 +194,14 @@ async def write_array_metadatas(store: Any, item_dir: Any, arrays: Any, chunks: 
   await store.write(checkpoint_dir=item_dir, array_metadatas=notes, process_index=jax.process_index())
 
 
-def write_shardings(item_dir: Any, shardings: Any) -> None:
-  """Writes the item's `_sharding` file, from which plain Orbax restores without being told shardings.
+def shardings_json(shardings: Mapping[str, Any]) -> str:
+  """The content of an item's `_sharding` file, from which plain Orbax restores without being told shardings.
 
   Why private: the text of a sharding is Orbax's own. Orbax writes the file array by array through TensorStore's json
   driver, half a millisecond each.
+
+  Args:
+    shardings: by the names of the arrays in the database.
   """
   from orbax.checkpoint._src.metadata import sharding as metadata
 
@@ -210,8 +213,7 @@ def write_shardings(item_dir: Any, shardings: Any) -> None:
       texts[sharding] = None if described is None else described.to_serialized_string()
     if texts[sharding] is not None:
       found[base64.urlsafe_b64encode(name.encode()).decode()] = texts[sharding]
-  if found:
-    (item_dir / "_sharding").write_text(json.dumps(found))
+  return json.dumps(found)
 
 
 def replica_slices_on_host(

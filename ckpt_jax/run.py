@@ -331,7 +331,8 @@ def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
   import jax  # listing steps needs neither jax nor Orbax
   import numpy as np
 
-  from ckpt_jax.layout.encoding import dtype_name, path_name
+  from ckpt_jax.layout.encoding import dtype_name
+  from ckpt_jax.layout.structure import path_name
 
   leaves = []
   for path, meta in jax.tree_util.tree_flatten_with_path(tree)[0]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from etils import epath
@@ -26,8 +26,12 @@ FREE_CLAIM = 1 << 30  # what any file may claim: too little to harm
 _LAST_NS = 253402300799 * 10**9  # the end of the year 9999, where datetime ends
 
 
-def read_json(file: epath.Path) -> Any:
+def read_json(file: epath.Path, is_intact: Callable[[bytes], bool] = lambda text: True) -> Any:
   """The content of a JSON file.
+
+  Args:
+    file: where it is.
+    is_intact: whether a text is as it was written.
 
   Raises:
     FileNotFoundError: if it is not there.
@@ -36,7 +40,11 @@ def read_json(file: epath.Path) -> Any:
   if not is_object_store(file) and (size := file.stat().length) > MAX_JSON_BYTES:
     raise CorruptCheckpointError(f"{file}: {size / 1e9:.1f} GB of JSON; no checkpoint has as much")
   try:
-    return json.loads(file.read_bytes())
+    text = file.read_bytes()
+    data = json.loads(text)
+    if not is_intact(text):
+      raise CorruptCheckpointError(f"{file}: its bits are not those that were written")
+    return data
   except RecursionError:
     raise CorruptCheckpointError(f"{file}: not JSON of a checkpoint: nested too deep") from None
   except ValueError as e:  # UnicodeDecodeError and integers of thousands of digits among them

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 import ckpt_jax as ckpt
 from ckpt_jax.integrity import verifying
 from ckpt_jax.multihost import launch
+from ckpt_jax.verification import verify
 
 
 def state(seed):
@@ -111,6 +112,38 @@ def damage_params(run, step):
   data = bytearray(file.read_bytes())
   data[at + 5] ^= 4
   file.write_bytes(data)
+
+
+def test_damage_is_found_where_leaves_are_hashed_and_where_they_are_summed_up(tmp_path):
+  save(tmp_path)
+  damage_params(tmp_path, 1)
+  likes = [state(1), state(1)]
+  likes[1]["params"]["w"] = jnp.asarray(np.asarray(likes[1]["params"]["w"]))  # in one part: two were saved
+  with ckpt.Checkpointer(tmp_path) as c:
+    for like in likes:
+      with pytest.raises(ckpt.CorruptCheckpointError, match="1 leaves are not what was saved: params/w"):
+        c.restore(1, like=like)
+      assert c.restore(0, like=like).report.verified == 8
+
+
+def test_a_changed_record_is_found_by_its_seal_and_one_of_an_older_version_needs_none(tmp_path):
+  save(tmp_path)
+  record = tmp_path / "1" / "default" / "ckpt_jax.json"
+  whole = record.read_bytes()
+  data = json.loads(whole)
+  with ckpt.Checkpointer(tmp_path) as c:
+    part, number = data["hashes"]["params/w"]
+    other = f"{int(number, 16) ^ 1:016x}"
+    record.write_bytes(whole.replace(number.encode(), other.encode()))
+    with pytest.raises(ckpt.CorruptCheckpointError, match=r"ckpt_jax\.json: its bits are not those"):
+      c.restore(1, like=state(1))
+    assert part == [32, 300] and any("ckpt_jax.json" in str(finding) for finding in verify(tmp_path, 1))
+    older = {key: value for key, value in data.items() if key not in ("seal", "hashes")}
+    record.write_text(json.dumps(older))
+    assert c.restore(1, like=state(1)).report.verified == 8
+    damage_params(tmp_path, 1)
+    with pytest.raises(ckpt.CorruptCheckpointError, match="params/w"):
+      c.restore(1, like=state(1))
 
 
 def test_a_step_asked_for_by_number_is_never_replaced_and_the_leaf_is_named(tmp_path):

@@ -55,14 +55,15 @@ def test_any_arrays_in_any_pieces_come_back_bitwise(case):
         box = (tuple(cut), *((0, n) for n in value.shape[1:]))
         parts = [(box, value[cut[0] : cut[1]])] if cut[0] < cut[1] else []
       mine[name] = (value.dtype, value.shape, parts)
-    part, slab = lay_out(process, mine)
-    for name, packed in part.items():
+    slab = lay_out(process, {n: (dtype, shape, [box for box, _ in p]) for n, (dtype, shape, p) in mine.items()})
+    pieces = [data for _, _, parts in mine.values() for _, data in parts]
+    for name, packed in slab.index.items():
       before = index[name].pieces if name in index else ()
       index[name] = packing.Packed(packed.dtype, packed.shape, before + packed.pieces)
     slabs[process] = SlabBytes()
-    for start, chunk in slab.chunks():
+    for start, chunk in slab.chunks(pieces, lambda nbytes: np.empty(nbytes, np.uint8)):
       slabs[process].add(start, chunk)
-    assert all(p.offset % 64 == 0 for packed in part.values() for p in packed.pieces)
+    assert all(p.offset % 64 == 0 for packed in slab.index.values() for p in packed.pieces)
   for name, value in arrays.items():
     whole = tuple((0, n) for n in value.shape)
     assert list(needed(index[name], [whole]))

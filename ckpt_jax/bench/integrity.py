@@ -57,10 +57,11 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
   say(f"{nbytes / 1e9:.2f} GB in {leaves} leaves")
   found: dict[str, Any] = {"nbytes": nbytes, "leaves": leaves, "cpus": os.cpu_count(), "rounds": rounds}
   taken = fingerprint.take(state, every_copy=True)
-  speeds = {
-    "fingerprint": dict(health=False),
-    "fingerprint and health": dict(health=True),
-    "health alone": dict(fingerprint=False),
+  speeds: dict[str, dict[str, Any]] = {
+    "sum": dict(health=False, hashed=()),
+    "hash": dict(health=False, hashed=taken.leaves),
+    "sum, hash and health": {},
+    "health": dict(fingerprint=False),
   }
   for name, options in speeds.items():
     for threads in (1, 2):

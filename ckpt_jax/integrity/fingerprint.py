@@ -3,6 +3,10 @@
 A fingerprint says path, dtype, shape and all bits of a leaf. It is the same however the leaf is sharded, on how many
 processes, and in whatever form a checkpoint stores it (packed, compressed, re-encoded), since it is taken of the state
 and not of files. Bits, not values: -0.0 differs from 0.0, and NaNs with other payloads differ.
+
+There are two of them. The sum (see `sums`) can be had of any cut of an array, at some 6 GB/s a core. The hash is XXH3
+(https://github.com/Cyan4973/xxHash) of each part that one device held, seeded with the part's number and added up: at
+the speed of memory, but comparable only where a restore delivers the same parts, as it does on the mesh of the save.
 """
 
 from __future__ import annotations
@@ -10,16 +14,17 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from ckpt_jax.integrity import device, sums
-from ckpt_jax.layout.encoding import dtype_name, is_prng_key, path_name
+from ckpt_jax.layout.encoding import dtype_name, is_prng_key
 from ckpt_jax.layout.memory import host_view
-from ckpt_jax.layout.sharding import one_device
+from ckpt_jax.layout.sharding import one_device, replicas
+from ckpt_jax.layout.structure import Structure, look, path_name
 
 PyTree = Any
 _TASK_NBYTES = 32 << 20  # a larger piece is cut, for the threads to share
@@ -30,22 +35,59 @@ _KEEPS_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 @dataclasses.dataclass(frozen=True)
 class LeafPrint:
-  """One leaf: `dtype` is numpy's name, Python's for its scalars, `key<impl>` for PRNG keys; `total` the sum of bits."""
+  """One leaf.
+
+  Attributes:
+    dtype: numpy's name, Python's for its scalars, `key<impl>` for PRNG keys.
+    shape: the leaf's.
+    total: the sum of its bits (see `sums`).
+    hash: the shape of its parts as it was saved, and the sum of their hashes; None if it was saved from an accelerator,
+      or by a version that did not hash.
+  """
 
   dtype: str
   shape: tuple[int, ...]
   total: int
+  hash: tuple[tuple[int, ...], int] | None = None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Leaf:
+  """A leaf apart from its values.
+
+  Attributes:
+    path, dtype, shape: as in a LeafPrint.
+    bits_shape: of its unsigned integers: that of the key data, or with the two halves of a complex128.
+    part: shape of the parts, in terms of `bits_shape`, of which there are hashes; None where the bits lie on a device.
+    floats: the dtype, if health is to be tallied.
+    place: `whole` in host memory; on `one` device of this process, or `elsewhere` on one of another; in `shards`; `far`
+      on an accelerator.
+    copies: how often it is there, over all processes, where every copy counts.
+    plain: its bytes are its bits, and Python can hand them on.
+  """
+
   path: str
   dtype: str
   shape: tuple[int, ...]
-  bits_shape: tuple[int, ...]  # of the unsigned integers: that of the key data, or with the two halves of a complex128
+  bits_shape: tuple[int, ...]
+  part: tuple[int, ...] | None
   floats: np.dtype | None
-  pieces: list[tuple[np.ndarray, tuple[int, ...]]]  # views, and where in the array they lie
-  copies: int = 1  # how often the leaf is there, over all processes
+  place: str
+  copies: int
+  plain: bool
+
+  @functools.cached_property
+  def origin(self) -> tuple[int, ...]:
+    """The first index of its values."""
+    return (0,) * len(self.bits_shape)
+
+
+@dataclasses.dataclass(slots=True)
+class _Held:
+  """What this process is to go through of a leaf: views and where in the array they lie, or sums on their way."""
+
+  leaf: _Leaf
+  pieces: Sequence[tuple[np.ndarray, tuple[int, ...]]] = ()
   on_device: tuple[jax.Array, ...] | None = None
   done: sums.Tally | None = None  # of what may be overwritten once `save` returns: numpy arrays
 
@@ -56,6 +98,8 @@ class _Task:
 
   floats: np.dtype | None
   shape: tuple[int, ...]
+  sum: bool
+  hash: bool = False
   start: tuple[int, ...] | None = None
   paths: list[str] = dataclasses.field(default_factory=list)
   blocks: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -66,13 +110,13 @@ class _Task:
     self.blocks.append(bits)
     self.nbytes += bits.nbytes
 
-  def run(self, fingerprint: bool, health: bool) -> list[sums.Tally]:
+  def run(self, health: bool) -> list[sums.Tally]:
     """One tally a block."""
     floats = self.floats if health else None
     if self.start is None:
-      return sums.tally_alike(self.blocks, floats, fingerprint=fingerprint)
+      return sums.tally_alike(self.blocks, floats, fingerprint=self.sum, hashed=self.hash)
     part = sums.Tally()
-    if fingerprint:
+    if self.sum:
       sums.add_block(part, self.blocks[0], self.start, self.shape, floats)
     elif floats is not None:
       sums.add_health(part, self.blocks[0], floats)
@@ -86,73 +130,111 @@ class Taken:
   On accelerators the sums are on their way when `take` returns.
   """
 
-  def __init__(self, leaves: list[_Leaf]):
-    self._leaves = leaves
+  def __init__(self, held: list[_Held], every_copy: bool):
+    self._held = held
+    self._every_copy = every_copy
 
-  def tallies(self, threads: int, *, fingerprint: bool = True, health: bool = True) -> dict[str, sums.Tally]:
-    """Sums and health, or one of them, by leaf path: of this process's part, or of all where it is on a device."""
-    out = {leaf.path: sums.Tally() for leaf in self._leaves}
+  def tallies(
+    self,
+    threads: int,
+    *,
+    fingerprint: bool = True,
+    health: bool = True,
+    hashed: Collection[str] | None = None,
+  ) -> dict[str, sums.Tally]:
+    """Sums, hashes and health, or some of them, by leaf path: of this process's part, or of all that is on a device.
+
+    Args:
+      threads: how many share the work.
+      fingerprint, health: what is asked for.
+      hashed: paths of leaves to be hashed and not summed up, while the others are summed up and not hashed; None does
+        both with all.
+    """
+    out = {held.leaf.path: sums.Tally() for held in self._held}
     tasks: list[_Task] = []
     alike: dict[Any, _Task] = {}
-    for leaf in self._leaves:
-      for piece, at in leaf.pieces:
-        bits = bits_of(piece)
-        if bits.shape == leaf.bits_shape and 0 < bits.nbytes <= sums.SMALL_NBYTES:
-          kind = (bits.shape, bits.dtype, leaf.floats)
+    to_hash: list[tuple[_Leaf, np.ndarray, tuple[int, ...]]] = []
+    for held in self._held:
+      leaf = held.leaf
+      hash_it = fingerprint and (hashed is None or leaf.path in hashed)
+      sum_it = fingerprint and (hashed is None or not hash_it)
+      tally_it = sum_it or (health and leaf.floats is not None)
+      for piece, at in held.pieces:
+        bits = piece if leaf.plain and piece.flags.c_contiguous else bits_of(piece)
+        if tally_it and 0 < bits.nbytes <= sums.SMALL_NBYTES and bits.shape == leaf.bits_shape:
+          kind = (bits.shape, bits.dtype, leaf.floats, sum_it, hash_it)
           task = alike.get(kind)
           if task is None or task.nbytes > _BUNCH_NBYTES:
-            task = alike[kind] = _Task(leaf.floats, leaf.bits_shape)
+            task = alike[kind] = _Task(leaf.floats, leaf.bits_shape, sum_it, hash_it)
             tasks.append(task)
           task.add(leaf.path, bits)
-        else:
-          for part, start in _cut(bits, at):
-            tasks.append(_Task(leaf.floats, leaf.bits_shape, start))
+          continue
+        if hash_it:
+          to_hash.append((leaf, bits, at))
+        if tally_it:
+          for part, start in _cut(bits_of(bits), at):
+            tasks.append(_Task(leaf.floats, leaf.bits_shape, sum_it, start=start))
             tasks[-1].add(leaf.path, part)
-    for task, parts in zip(tasks, _in_threads(lambda t: t.run(fingerprint, health), tasks, threads), strict=True):
+    for task, parts in zip(tasks, _in_threads(lambda t: t.run(health), tasks, threads), strict=True):
       for path, part in zip(task.paths, parts, strict=True):
         out[path].add(part)
-    for leaf in self._leaves:
-      if leaf.done is not None:
-        out[leaf.path].add(leaf.done)
-      if leaf.on_device is not None:
-        found = device.result(leaf.on_device)
-        if leaf.floats is None or not health:
-          found.nonfinite, found.squares = 0, 0.0
-        out[leaf.path].add(found)
+    for (leaf, _, _), found in zip(to_hash, _in_threads(lambda p: _hash(*p), to_hash, threads), strict=True):
+      out[leaf.path].hash = out[leaf.path].hash + found & sums.MASK
+    for held in self._held:
+      if held.done is not None:
+        out[held.leaf.path].add(held.done)
+      if held.on_device is not None:
+        tally = device.result(held.on_device)
+        if held.leaf.floats is None or not health:
+          tally.nonfinite, tally.squares = 0, 0.0
+        out[held.leaf.path].add(tally)
     return out
 
   def release(self) -> None:
     """Lets go of the state's buffers, once they are summed up."""
-    for leaf in self._leaves:
-      leaf.pieces = []
+    for held in self._held:
+      held.pieces = ()
 
   @property
   def counted_by_all(self) -> set[str]:
     """Leaves whose tally is already the total of all processes."""
-    return {leaf.path for leaf in self._leaves if leaf.on_device is not None}
+    return {held.leaf.path for held in self._held if held.on_device is not None}
 
-  def prints(self, totals: Mapping[str, int]) -> dict[str, LeafPrint]:
+  def prints(self, totals: Mapping[str, int], hashes: Mapping[str, int]) -> dict[str, LeafPrint]:
     """The fingerprints, given the sums over all processes."""
-    return {leaf.path: LeafPrint(leaf.dtype, leaf.shape, totals[leaf.path] & sums.MASK) for leaf in self._leaves}
+    found = {}
+    for held in self._held:
+      leaf = held.leaf
+      hash_ = None if leaf.part is None else (leaf.part, hashes[leaf.path] & sums.MASK)
+      found[leaf.path] = LeafPrint(leaf.dtype, leaf.shape, totals[leaf.path] & sums.MASK, hash_)
+    return found
 
   @property
-  def types(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape by path."""
-    return {leaf.path: (leaf.dtype, leaf.shape) for leaf in self._leaves}
+  def leaves(self) -> dict[str, _Leaf]:
+    """What is known of each leaf, by path."""
+    return {held.leaf.path: held.leaf for held in self._held}
+
+  def in_parts_of(self, saved: Mapping[str, LeafPrint]) -> set[str]:
+    """Paths of the leaves that lie in those parts of which `saved` has hashes."""
+    return {
+      h.leaf.path
+      for h in self._held
+      if (known := saved.get(h.leaf.path)) is not None and known.hash is not None and known.hash[0] == h.leaf.part
+    }
 
   @property
   def on_accelerator(self) -> bool:
-    return any(leaf.on_device is not None for leaf in self._leaves)
+    return any(held.on_device is not None for held in self._held)
 
   @property
   def host_nbytes(self) -> int:
     """Bytes that this process has yet to go through."""
-    return sum(piece.nbytes for leaf in self._leaves for piece, _ in leaf.pieces)
+    return sum(piece.nbytes for held in self._held for piece, _ in held.pieces)
 
   @property
   def copies(self) -> dict[str, int]:
     """How often each leaf was counted, over all processes."""
-    return {leaf.path: leaf.copies for leaf in self._leaves}
+    return {held.leaf.path: held.leaf.copies if self._every_copy else 1 for held in self._held}
 
 
 def take(state: PyTree, *, every_copy: bool = False, saved_as: Mapping[str, str] | None = None) -> Taken:
@@ -163,17 +245,40 @@ def take(state: PyTree, *, every_copy: bool = False, saved_as: Mapping[str, str]
     every_copy: count replicas too, each of which could be the wrong one; otherwise each element counts once.
     saved_as: dtypes by path, for leaves that may have come back as another type of number (a Python int as int32).
   """
-  names, leaves = [], []
-  for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-    name = path_name(path)
-    names.append(name)
-    leaves.append(_as_saved(leaf, (saved_as or {}).get(name)))
-  out = [_view(name, leaf, every_copy) for name, leaf in zip(names, leaves, strict=True)]
-  on_device = [i for i, x in enumerate(leaves) if is_on_accelerator(x)]
-  arrays = [jax.random.key_data(leaves[i]) if is_prng_key(leaves[i]) else leaves[i] for i in on_device]
-  for i, found in zip(on_device, device.dispatch(arrays), strict=True):
-    out[i].on_device, out[i].pieces = found, []
-  return Taken(out)
+  if saved_as is None:
+    structure, leaves = look(state)
+    described = structure.once(_describe_arrays, structure, leaves)
+    names: Sequence[str] = structure.names
+  else:  # a few leaves of a step: the next ones are others
+    paths, leaves = _flatten(state)
+    names = [path_name(path) for path in paths]
+    leaves = [_as_saved(leaf, saved_as.get(name)) for name, leaf in zip(names, leaves, strict=True)]
+    described = [None] * len(leaves)
+  mine = every_copy or jax.process_index() == 0
+  held = [
+    _Held(d, [(host_view(leaf), d.origin)] if mine else ())
+    if d is not None and d.place == "one"  # thousands of them
+    else _hold(name, leaf, d, every_copy, mine)
+    for name, leaf, d in zip(names, leaves, described, strict=True)
+  ]
+  far = [i for i, h in enumerate(held) if h.leaf.place == "far"]
+  arrays = [jax.random.key_data(leaves[i]) if is_prng_key(leaves[i]) else leaves[i] for i in far]
+  for i, found in zip(far, device.dispatch(arrays), strict=True):
+    held[i].on_device = found
+  return Taken(held, every_copy)
+
+
+def _flatten(tree: PyTree) -> tuple[list[tuple[Any, ...]], list[Any]]:
+  found = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return [path for path, _ in found], [leaf for _, leaf in found]
+
+
+def _describe_arrays(structure: Structure, leaves: Sequence[Any]) -> list[_Leaf | None]:
+  """Those leaves that say nothing new at the next save: jax arrays."""
+  return [
+    _describe(name, leaf, leaf) if isinstance(leaf, jax.Array) and not is_prng_key(leaf) else None
+    for name, leaf in zip(structure.names, leaves, strict=True)
+  ]
 
 
 def label(leaf: Any) -> str:
@@ -199,53 +304,72 @@ def _as_saved(leaf: Any, dtype: str | None) -> Any:
   return plain(value) if plain else np.asarray(value).astype(jax.numpy.dtype(dtype))
 
 
-def _view(path: str, leaf: Any, every_copy: bool) -> _Leaf:
-  name = label(leaf)
-  processes = jax.process_count()
-  if not hasattr(leaf, "dtype"):
-    bits = np.frombuffer(leaf.encode(), np.uint8) if name == "str" else np.asarray(leaf, _SCALARS[name])
-    floats = bits.dtype if name in ("float", "complex") else None
-    return _host_leaf(path, name, () if name != "str" else bits.shape, bits, floats, every_copy)
-  shape = tuple(leaf.shape)
-  array = jax.random.key_data(leaf) if is_prng_key(leaf) else leaf
-  dtype = array.dtype
-  floats = _floats(dtype)
-  if not isinstance(array, jax.Array):
-    return _host_leaf(path, name, shape, np.asarray(array), floats, every_copy)
-  bits_shape = array.shape + ((2,) if dtype.itemsize == 16 else ())
-  out = _Leaf(path, name, shape, bits_shape, floats, [])
-  if is_on_accelerator(array):
-    return out
-  if (place := one_device(array.sharding)) is not None:
-    if place == "here":
-      # A state that lives on one device of its own process: in a job of many each has one.
-      if every_copy or jax.process_index() == 0 or processes == 1:
-        out.pieces = [(host_view(array), (0,) * array.ndim)]
-      out.copies = processes if every_copy else 1
-    return out
-  for shard in array.addressable_shards:
-    if every_copy or shard.replica_id == 0:
-      start = tuple(s.start or 0 for s in shard.index)
-      out.pieces.append((host_view(shard.data), start))
-  if every_copy:
-    indices = array.sharding.devices_indices_map(array.shape).values()
-    out.copies = len(indices) // len({tuple((s.start, s.stop) for s in index) for index in indices})
-  return out
+def _hold(path: str, leaf: Any, described: _Leaf | None, every_copy: bool, mine: bool) -> _Held:
+  values = leaf
+  if described is None:
+    if not hasattr(leaf, "dtype"):
+      name = label(leaf)
+      values = np.frombuffer(leaf.encode(), np.uint8) if name == "str" else np.asarray(leaf, _SCALARS[name])
+    elif is_prng_key(leaf):
+      values = jax.random.key_data(leaf)
+    elif not isinstance(leaf, jax.Array):
+      values = np.asarray(leaf)
+    described = _describe(path, leaf, values)
+  held = _Held(described)
+  if described.place == "shards":
+    shards = [s for s in values.addressable_shards if every_copy or s.replica_id == 0]
+    held.pieces = [(host_view(s.data), tuple([i.start or 0 for i in s.index])) for s in shards]
+  elif described.place == "one" and mine:
+    # A state that lives on one device of its own process: in a job of many each has one.
+    held.pieces = [(host_view(values), described.origin)]
+  elif described.place == "whole" and every_copy:
+    held.pieces = [(values, described.origin)]
+  elif described.place == "whole" and mine:
+    # Every process holds a numpy leaf; process 0 is whose copy is saved. Now: to sum up is faster than a copy.
+    bits = bits_of(values)
+    held.done = sums.Tally()
+    sums.add_block(held.done, bits, (0,) * bits.ndim, described.bits_shape, described.floats)
+    held.done.hash = _hash(described, bits, described.origin)
+  return held
 
 
-def _host_leaf(
-  path: str, name: str, shape: tuple[int, ...], value: np.ndarray, floats: np.dtype | None, every_copy: bool
-) -> _Leaf:
-  # Every process holds a numpy leaf; process 0 is whose copy is saved.
-  mine = every_copy or jax.process_index() == 0
-  bits_shape = value.shape + ((2,) if value.dtype.itemsize == 16 else ())
-  out = _Leaf(path, name, shape, bits_shape, floats, [], jax.process_count() if every_copy else 1)
-  if every_copy:
-    out.pieces = [(value, (0,) * value.ndim)]
-  elif mine:  # summing up is faster than a copy
-    out.done = sums.Tally()
-    sums.add_block(out.done, bits_of(value), (0,) * len(bits_shape), bits_shape, floats)
-  return out
+def _describe(path: str, leaf: Any, values: Any) -> _Leaf:
+  """What is known of a leaf, given its values as an array of numbers."""
+  name, dtype = label(leaf), values.dtype
+  shape = tuple(leaf.shape if hasattr(leaf, "dtype") else values.shape)  # of text: its bytes
+  halves = (2,) if dtype.itemsize == 16 else ()
+  bits_shape = (*values.shape, *halves)
+  part: tuple[int, ...] | None = bits_shape
+  copies = jax.process_count()
+  if not isinstance(values, jax.Array):
+    place = "whole"
+  elif is_on_accelerator(values):
+    place, part, copies = "far", None, 1
+  elif (on := one_device(values.sharding)) is not None:
+    place = "one" if on == "here" else on
+  else:
+    place, copies = "shards", replicas(values.sharding, values.shape)
+    part = (*values.sharding.shard_shape(values.shape), *halves)
+  return _Leaf(path, name, shape, bits_shape, part, _floats(dtype), place, copies, _is_plain(dtype))
+
+
+@functools.cache
+def _is_plain(dtype: np.dtype) -> bool:
+  try:
+    memoryview(np.empty(0, dtype))  # type: ignore[arg-type]
+  except ValueError:  # bfloat16, float8 and the like
+    return False
+  return dtype.isnative and dtype.itemsize <= 8 and _width(dtype) == 8
+
+
+def _hash(leaf: _Leaf, bits: np.ndarray, start: tuple[int, ...]) -> int:
+  """The hash of one part, which is another one at another place."""
+  number = 0
+  if leaf.part != leaf.bits_shape:
+    assert leaf.part is not None
+    for begin, size, part in zip(start, leaf.bits_shape, leaf.part, strict=False):  # complex halves are not cut
+      number = number * (size // max(1, part)) + begin // max(1, part)
+  return sums.hash_bits(bits, number)
 
 
 def is_on_accelerator(leaf: Any) -> bool:

@@ -1,6 +1,6 @@
 """The fingerprints inside a step: written beside Orbax's data before the commit, read again by whoever restores.
 
-`default/ckpt_jax.json` holds, for each leaf, dtype, shape and fingerprint, for each small file of the item a digest,
+`default/ckpt_jax.json` holds, for each leaf, dtype, shape and fingerprints, for each small file of the item a digest,
 and what is known of the state's health. Each process sums its own shards behind the write, into a file of its own;
 the process that commits adds them up.
 """
@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -27,10 +27,12 @@ from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.layout import packing
+from ckpt_jax.layout.handler import PyTreeHandler
 
 _log = logging.getLogger(__name__)
 FILE = run.RECORD
 _FORMAT = 1
+_SEAL = b', "seal": '  # the last entry of the file: a digest of the text before it
 _PAST = 5  # steps that a norm is compared with
 
 
@@ -46,6 +48,7 @@ class Recording:
     where: run and step, for messages.
     health_told: what `steps()` says of the step's health once it is committed.
     tallies: what was found; None until then.
+    prints_json: the fingerprints as they are written; empty until all processes are known to have summed up.
   """
 
   step: int
@@ -55,6 +58,7 @@ class Recording:
   where: str
   health_told: dict[str, bool]
   tallies: dict[str, Tally] | None = None
+  prints_json: str = ""
 
   def sum_up(self) -> None:
     """Goes through the state; takes as long as reading it from memory a few times.
@@ -64,15 +68,35 @@ class Recording:
     """
     self.tallies = self.taken.tallies(1, health=self.health is None)
     self.taken.release()
-    if self.health is None and jax.process_count() == 1:
+    if jax.process_count() > 1:
+      return
+    if self.health is None:
       self.health = health_checks.from_tallies(self.tallies)
       if self.refuse and not self.health.healthy:
         raise self.health.error(self.where)
+    self.complete([])  # here, where the arrays are being written still
 
-  def to_json(self) -> dict[str, int]:
+  def complete(self, others: Iterable[dict[str, dict[str, int]]]) -> None:
+    """Makes `prints_json`, given what the other processes have found."""
+    if self.prints_json:
+      return
+    mine = self.to_json()
+    totals, hashes = collections.Counter(mine["totals"]), collections.Counter(mine["hashes"])
+    for theirs in others:
+      totals.update(theirs["totals"])
+      hashes.update(theirs["hashes"])
+    prints = self.taken.prints(totals, hashes)
+    leaves = {path: [leaf.dtype, leaf.shape, f"{leaf.total:016x}"] for path, leaf in prints.items()}
+    # Apart from the leaves: versions that did not hash read those.
+    hashed = {path: [leaf.hash[0], f"{leaf.hash[1]:016x}"] for path, leaf in prints.items() if leaf.hash}
+    self.prints_json = f'"leaves": {json.dumps(leaves)}, "hashes": {json.dumps(hashed)}'
+
+  def to_json(self) -> dict[str, dict[str, int]]:
+    """Sums and hashes of what this process holds, by path."""
     assert self.tallies is not None
     shared = self.taken.counted_by_all if jax.process_index() > 0 else set()
-    return {path: t.total for path, t in self.tallies.items() if path not in shared}
+    mine = {path: tally for path, tally in self.tallies.items() if path not in shared}
+    return {"totals": {path: t.total for path, t in mine.items()}, "hashes": {path: t.hash for path, t in mine.items()}}
 
 
 def record_of(step: int, state: Any, nbytes: int, nonfinite: str, where: str) -> Recording:
@@ -129,15 +153,21 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     self._recording = args.recording
     futures = await self._inner.async_save(directory, args=args.args)
     write = ocp.future.CommitFutureAwaitingContractedSignals(
-      _write_part(args.recording, directory), name="ckpt_jax_record"
+      self._sum_up(args.recording, directory), name="ckpt_jax_record"
     )
     return [*(futures or []), write]
+
+  async def _sum_up(self, recording: Recording, directory: epath.Path) -> None:
+    if isinstance(self._inner, PyTreeHandler):
+      self._inner.wait_until_queued()
+    recording.sum_up()
+    _write_part(recording, directory)
 
   def save(self, directory: epath.Path, args: RecordedSave) -> None:  # type: ignore[override]
     self._recording = args.recording
     self._inner.save(directory, args=args.args)
     args.recording.sum_up()
-    _write_part_now(args.recording, directory)
+    _write_part(args.recording, directory)
 
   def restore(self, directory: epath.Path, args: RecordedRestore | None = None) -> Any:  # type: ignore[override]
     return self._inner.restore(directory, args=args.args if args else None)
@@ -159,35 +189,20 @@ ocp.args.register_with_handler(RecordingHandler, for_save=True)(RecordedSave)
 ocp.args.register_with_handler(RecordingHandler, for_restore=True)(RecordedRestore)
 
 
-async def _write_part(recording: Recording, directory: epath.Path) -> None:
-  recording.sum_up()
-  _write_part_now(recording, directory)
-
-
 def _part(directory: epath.Path, process: int) -> epath.Path:
   return directory / f"ckpt_jax.process_{process}.json"
 
 
-def _write_part_now(recording: Recording, directory: epath.Path) -> None:
+def _write_part(recording: Recording, directory: epath.Path) -> None:
   if jax.process_index() > 0:  # process 0 commits, and has its own in memory
     _part(directory, jax.process_index()).write_text(json.dumps(recording.to_json()))
 
 
 def _write_record(recording: Recording, directory: epath.Path, past: collections.deque[Mapping[str, float]]) -> None:
-  totals = collections.Counter(recording.to_json())
   parts = [_part(directory, i) for i in range(1, jax.process_count())]
-  if parts:
-    with concurrent.futures.ThreadPoolExecutor(min(16, len(parts))) as pool:
-      for text in pool.map(lambda p: p.read_text(), parts):
-        totals.update(json.loads(text))
-  found: dict[str, Any] = {
-    "format": _FORMAT,
-    "leaves": {
-      path: [leaf.dtype, list(leaf.shape), f"{leaf.total:016x}"]
-      for path, leaf in recording.taken.prints(totals).items()
-    },
-    "files": file_digests(directory),
-  }
+  with concurrent.futures.ThreadPoolExecutor(min(16, len(parts) or 1)) as pool:
+    recording.complete(json.loads(text) for text in pool.map(lambda p: p.read_text(), parts))
+  found: dict[str, Any] = {"files": file_digests(directory)}
   if recording.health is not None:
     norms = recording.health.norms
     found["health"] = recording.health.to_json() | {"jumps": health_checks.jumps(norms, past)}
@@ -195,9 +210,24 @@ def _write_record(recording: Recording, directory: epath.Path, past: collections
       if ratio > health_checks.JUMP:
         _log.warning("%s: the norm of %s is %.3g times that of the steps before", recording.where, group, ratio)
     past.append(norms)
-  (directory / FILE).write_text(json.dumps(found))
+  _write(directory / FILE, f'{{"format": {_FORMAT}, {recording.prints_json}, {json.dumps(found)[1:]}')
   for part in parts:
     part.unlink()
+
+
+def _write(file: epath.Path, text: str) -> None:
+  body = text[:-1].encode()
+  file.write_bytes(body + _SEAL + _seal(body))
+
+
+def _is_intact(text: bytes) -> bool:
+  """Whether a record is as it was written; one without a seal counts as intact (older versions wrote none)."""
+  body, found, seal = text.rpartition(_SEAL)
+  return not found or seal == _seal(body)
+
+
+def _seal(body: bytes) -> bytes:
+  return f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"}}'.encode()
 
 
 def history() -> collections.deque[Mapping[str, float]]:
@@ -254,7 +284,7 @@ def read_record(step_dir: epath.Path) -> Record | None:
   item_dir = run.item_directory(step_dir)
   file = item_dir / FILE
   try:
-    data = untrusted.read_json(file)
+    data = untrusted.read_json(file, _is_intact)
   except FileNotFoundError:
     if "fingerprints" not in ours:
       return None
@@ -262,7 +292,10 @@ def read_record(step_dir: epath.Path) -> Record | None:
   if not ours:
     raise CorruptCheckpointError(f"{step_dir / run.STEP_METADATA}: what ckpt_jax wrote there is missing")
   try:
-    leaves = {path: LeafPrint(_dtype(d), _shape(s), int(h, 16)) for path, (d, s, h) in data["leaves"].items()}
+    hashes = {path: (_shape(part), int(h, 16)) for path, (part, h) in data.get("hashes", {}).items()}
+    leaves = {
+      path: LeafPrint(_dtype(d), _shape(s), int(h, 16), hashes.get(path)) for path, (d, s, h) in data["leaves"].items()
+    }
     record = Record(leaves, dict(data["files"]), dict(data.get("health") or {}))
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     raise CorruptCheckpointError(f"{file}: damaged ({type(e).__name__}: {e})") from e
@@ -303,9 +336,11 @@ def carry_record(old: epath.Path, new: epath.Path) -> None:
   except FileNotFoundError:
     return
   there = {leaf.path for leaf in run.saved_leaves(new)}
-  data["leaves"] = {path: leaf for path, leaf in data["leaves"].items() if path in there}
+  for key in ("leaves", "hashes"):
+    data[key] = {path: found for path, found in data.get(key, {}).items() if path in there}
   data["files"] = file_digests(new / item.name)
-  (new / item.name / FILE).write_text(json.dumps(data))
+  data.pop("seal", None)
+  _write(new / item.name / FILE, json.dumps(data))
 
 
 def is_unhealthy(error: BaseException | None) -> UnhealthyStateError | None:

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from ckpt_jax.layout.encoding import dtype_name
 
@@ -94,15 +95,16 @@ _cached_rows = functools.lru_cache(maxsize=256)(_rows)  # shards of many arrays 
 
 
 class Tally:
-  """A sum under way, and of floats the count of non-finite values and the sum of squares of the finite ones."""
+  """A sum and a hash under way, and of floats the count of non-finite values and the sum of squares of the others."""
 
-  __slots__ = ("nonfinite", "squares", "total")
+  __slots__ = ("hash", "nonfinite", "squares", "total")
 
   def __init__(self) -> None:
-    self.total, self.nonfinite, self.squares = 0, 0, 0.0
+    self.total, self.hash, self.nonfinite, self.squares = 0, 0, 0, 0.0
 
   def add(self, other: Tally) -> None:
     self.total = (self.total + other.total) & MASK
+    self.hash = (self.hash + other.hash) & MASK
     self.nonfinite += other.nonfinite
     self.squares += other.squares
 
@@ -136,26 +138,35 @@ def add_block(
     _add_rows(tally, piece.reshape(len(rows), -1), column, rows, floats)
 
 
-def tally_alike(blocks: Sequence[np.ndarray], floats: np.dtype | None, *, fingerprint: bool = True) -> list[Tally]:
-  """The tallies of whole small arrays, all of one shape and dtype, in few calls of numpy: an array costs 5 us, not 70.
+def tally_alike(
+  blocks: Sequence[np.ndarray], floats: np.dtype | None, *, fingerprint: bool = True, hashed: bool = False
+) -> list[Tally]:
+  """The tallies of whole small arrays, all of one shape and dtype, in few calls of numpy: an array costs 2 us, not 70.
 
   Args:
-    blocks: bits as for `add_block`, none of them empty; each at most SMALL_NBYTES.
+    blocks: numbers of any kind whose bytes are the bits to sum up, none of them empty; each at most SMALL_NBYTES.
     floats: as for `add_block`.
     fingerprint: whether to sum up the bits.
+    hashed: whether to hash them too.
   """
   shape, itemsize = blocks[0].shape, blocks[0].itemsize
   first = columns_from(shape, itemsize)
   rows = row_weights(shape[:first], (0,) * first, shape[:first])
   width = math.prod(shape[first:]) * itemsize
   words = -(-width // 8)
+  nbytes = len(rows) * width
   together = max(1, _CHUNK_NBYTES // (len(rows) * words * 8))
+  if not shape:
+    blocks = [block.reshape(1) for block in blocks]
   out = []
   for i in range(0, len(blocks), together):
     bunch = blocks[i : i + together]
-    data = np.concatenate([block.reshape(-1) for block in bunch]).view(np.uint8).reshape(-1, width)
-    matrix = _words(data, 0, 0, words)
+    data = np.concatenate(bunch).reshape(-1).view(np.uint8)
+    matrix = _words(data.reshape(-1, width), 0, 0, words)
     tallies = [Tally() for _ in bunch]
+    if hashed:
+      for k, tally in enumerate(tallies):
+        tally.hash = hash_bits(data[k * nbytes : (k + 1) * nbytes])
     if fingerprint:
       totals = _weighted(matrix, *word_weights(0, words)).reshape(len(bunch), -1) @ rows
       for tally, total in zip(tallies, totals.tolist(), strict=True):
@@ -164,6 +175,11 @@ def tally_alike(blocks: Sequence[np.ndarray], floats: np.dtype | None, *, finger
       _add_health_alike(tallies, matrix.reshape(len(bunch), -1), floats)
     out += tallies
   return out
+
+
+def hash_bits(bits: np.ndarray, number: int = 0) -> int:
+  """XXH3 of a block's bytes, C-contiguous, seeded with its number."""
+  return int(xxhash.xxh3_64_intdigest(bits.data, seed=number))
 
 
 def _add_rows(tally: Tally, matrix: np.ndarray, column: int, rows: np.ndarray, floats: np.dtype | None) -> None:

@@ -6,7 +6,7 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,19 @@ if TYPE_CHECKING:  # a room below
 _MAX_NAMED = 10
 _BUNCH_NBYTES = 4 << 20  # a task for each leaf would cost more than its sum
 _SMALL_BUNCH = 256  # leaves
-_Sums = dict[str, tuple[str, tuple[int, ...], int, int]]
+
+
+class _Found(NamedTuple):
+  """What was found of a leaf: its sum, or its hash where it lies in the parts that were hashed when it was saved."""
+
+  dtype: str
+  shape: tuple[int, ...]
+  number: int
+  copies: int
+  is_hash: bool
+
+
+_Sums = dict[str, _Found]
 
 
 class Verifier:
@@ -81,11 +93,14 @@ class Verifier:
     self._bunch, self._bunch_nbytes = {}, 0
 
   def _sum(self, leaves: dict[str, Any]) -> _Sums:
-    """Dtype, shape, sum and number of copies of each leaf."""
+    assert self._record is not None
     taken = fingerprint.take(leaves, every_copy=True, saved_as=self._dtypes)
-    tallies = taken.tallies(1, health=False)
-    types, copies = taken.types, taken.copies
-    return {path: (*types[path], tally.total, copies[path]) for path, tally in tallies.items()}
+    hashed, copies, out = taken.in_parts_of(self._record.leaves), taken.copies, {}
+    tallies = taken.tallies(1, health=False, hashed=hashed)
+    for path, leaf in taken.leaves.items():
+      is_hash, tally = path in hashed, tallies[path]
+      out[path] = _Found(leaf.dtype, leaf.shape, tally.hash if is_hash else tally.total, copies[path], is_hash)
+    return out
 
   def finish(self, where: str, together: Together) -> int:
     """Waits for the sums and compares them.
@@ -114,12 +129,8 @@ class Verifier:
       error = e
     together.meet("all processes to verify what they read", error)
     names = sorted(found)
-    totals = _over_all_processes([0 if n in shared and jax.process_index() else found[n][2] for n in names])
-    bad = []
-    for name, total in zip(names, totals, strict=True):
-      dtype, shape, _, copies = found[name]
-      if not _matches(record, name, dtype, shape, total, copies):
-        bad.append(name)
+    totals = _over_all_processes([0 if n in shared and jax.process_index() else found[n].number for n in names])
+    bad = [name for name, total in zip(names, totals, strict=True) if not _matches(record, name, found[name], total)]
     # All found the same, unless one of them has a damaged copy of the record.
     wrong = CorruptCheckpointError(f"{where}: {len(bad)} leaves are not what was saved: {_named(bad)}") if bad else None
     together.meet("all processes to compare what they read with what was saved", wrong)
@@ -130,9 +141,12 @@ class Verifier:
     self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _matches(record: Record, name: str, dtype: str, shape: tuple[int, ...], total: int, copies: int) -> bool:
+def _matches(record: Record, name: str, found: _Found, total: int) -> bool:
   saved = record.leaves.get(name)
-  return saved is not None and (saved.dtype, saved.shape, saved.total * copies & MASK) == (dtype, shape, total)
+  if saved is None or (saved.dtype, saved.shape) != (found.dtype, found.shape):
+    return False
+  want = saved.hash[1] if found.is_hash and saved.hash else saved.total
+  return want * found.copies & MASK == total
 
 
 def _over_all_processes(sums: Sequence[int]) -> list[int]:

@@ -8,6 +8,7 @@ JSON says what it was. The stored form is exact: no bit of the value is lost.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,23 +17,12 @@ import numpy as np
 
 from ckpt_jax import untrusted
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.layout.structure import Structure, look, segment
 
 PyTree = Any
 # Orbax's zarr driver knows int2 and int4 but not their unsigned twins; uint8 holds every value of them.
 _WIDENED: dict[Any, Any] = {jnp.dtype("uint2"): np.uint8, jnp.dtype("uint4"): np.uint8}
 _NATIVE = (jax.Array, np.ndarray, bool, int, float, str)
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-  """`params/layer_3/kernel` for a jax key path, the way that Orbax names the leaf."""
-  return "/".join([segment(key) for key in path])
-
-
-def segment(key: Any) -> str:
-  """One key of a path as a name."""
-  if type(key) is jax.tree_util.DictKey:  # the most of them, in trees of thousands of leaves
-    return str(key.key)
-  return str(next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)))
 
 
 def is_prng_key(leaf: Any) -> bool:
@@ -58,21 +48,39 @@ def encode(state: PyTree) -> tuple[PyTree, dict[str, dict[str, Any]]]:
   Raises:
     CheckpointError: naming the leaves that no checkpoint can hold, before anything is written.
   """
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
-  out, notes, refused = [], {}, []
-  for path, leaf in leaves:
+  structure, leaves = look(state)
+  unchanged = structure.once(_unchanged, structure, leaves)
+  if False not in unchanged:
+    return state, {}
+  out, notes, refused = list(leaves), {}, []
+  for i, name in enumerate(structure.names):
+    if unchanged[i]:
+      continue
+    try:
+      _check_path(structure.paths[i])
+      out[i], note = _encode_leaf(leaves[i])
+    except TypeError as e:
+      refused.append(f"{name or '(the state itself)'}: {e}")
+      continue
+    if note:
+      notes[name] = note
+  if refused:
+    raise CheckpointError("cannot save this state; nothing was written:\n  " + "\n  ".join(refused))
+  return jax.tree.unflatten(structure.treedef, out), notes
+
+
+def _unchanged(structure: Structure, leaves: Sequence[Any]) -> list[bool]:
+  """Which leaves are stored as they are whatever their values."""
+
+  def unchanged(path: tuple[Any, ...], leaf: Any) -> bool:
     try:
       _check_path(path)
       stored, note = _encode_leaf(leaf)
-    except TypeError as e:
-      refused.append(f"{path_name(path) or '(the state itself)'}: {e}")
-      continue
-    out.append(stored)
-    if note:
-      notes[path_name(path)] = note
-  if refused:
-    raise CheckpointError("cannot save this state; nothing was written:\n  " + "\n  ".join(refused))
-  return jax.tree_util.tree_unflatten(treedef, out), notes
+    except TypeError:
+      return False
+    return stored is leaf and note is None and isinstance(leaf, (jax.Array, np.ndarray))
+
+  return [unchanged(path, leaf) for path, leaf in zip(structure.paths, leaves, strict=True)]
 
 
 def _check_path(path: tuple[Any, ...]) -> None:

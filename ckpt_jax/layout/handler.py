@@ -17,12 +17,14 @@ from etils import epath
 from ckpt_jax import orbax_private
 from ckpt_jax.config import Config, LayoutConfig, LimitsConfig
 from ckpt_jax.layout import packing, reading, writing
-from ckpt_jax.layout.encoding import is_prng_key, path_name
+from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.sharding import local_regions, whole_box
-from ckpt_jax.layout.splitting import Description, split
+from ckpt_jax.layout.splitting import Small, split
+from ckpt_jax.layout.structure import path_name
 
 # Reads in flight at a time. Enough for 10 GB/s at 100 ms a request; it bounds what TensorStore holds beside the arrays.
 _READ_WINDOW = 10**9
+_QUEUE_S = 10.0  # for a courtesy: storage that hangs is told of elsewhere
 _ParamInfos = Sequence[ocp.type_handlers.ParamInfo]
 Arrived = Callable[[str, Any], None]
 
@@ -42,8 +44,8 @@ def pytree_handler(
   layout, limits = config.layout, config.limits
   by_type = handlers(config, Reads(config.limits, arrived))
   return PyTreeHandler(
-    # In chunks, Orbax writes by itself.
-    by_type[jax.Array] if layout.pack == "on" and chunk_nbytes is None else None,
+    by_type[jax.Array],
+    pack=layout.pack == "on" and chunk_nbytes is None,  # in chunks, Orbax writes by itself
     # Trained weights shrink by 8% under zstd and the commit takes 2.3 times as long, so auto means off.
     use_compression=layout.compression == "on",
     # The target size of data files is honoured by zarr3 only.
@@ -57,12 +59,13 @@ def pytree_handler(
 
 
 class PyTreeHandler(ocp.PyTreeCheckpointHandler):
-  """Orbax's handler of trees, which leaves small arrays to `packer` if there is one."""
+  """Orbax's handler of trees, which leaves small arrays to our handler of arrays if it is to pack them."""
 
-  def __init__(self, packer: Any, **options: Any):
+  def __init__(self, arrays: Any, *, pack: bool, **options: Any):
     super().__init__(**options)
-    self._packer: ArrayHandler | None = packer
-    self._description: Description | None = None
+    self._arrays: ArrayHandler = arrays
+    self._pack = pack
+    self._small: Small | None = None
 
   @classmethod
   def typestr(cls) -> str:
@@ -70,18 +73,25 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
 
   async def async_save(self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None) -> Any:
     """See Orbax's."""
-    self._description = None
-    if self._packer is not None and (parts := split(args.item)) is not None:
-      rest, small, self._description = parts
+    self._small = None
+    if self._pack and (parts := split(args.item)) is not None:
+      rest, arrays, self._small = parts
       args = dataclasses.replace(args, item=rest)
-      self._packer.pack_next(small, self._description)
+      self._arrays.pack_next(arrays, self._small)
     return await super().async_save(directory, item, save_args, args)
+
+  def wait_until_queued(self) -> None:
+    """Waits, in the background of a save, until enough of the arrays is on its way to keep the storage busy.
+
+    Whatever takes Python's lock before that makes the save longer; what does after it, hardly.
+    """
+    self._arrays.queued.wait(_QUEUE_S)
 
   def finalize(self, directory: epath.Path) -> None:
     """See Orbax's; makes one index of those that the processes of a packed step wrote."""
     packing.merge_parts(directory, jax.process_count())
-    if self._description is not None:
-      self._description.complete(directory)
+    if self._small is not None:
+      self._small.description.complete(directory)
     super().finalize(directory)
 
 
@@ -146,20 +156,22 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       min_slice_bytes_for_replica_parallel=_number(layout.min_slice_for_replica_parallel),
       array_metadata_store=self._store,
     )
-    self._to_pack: tuple[dict[str, jax.Array], Description] | None = None
+    self._to_pack: tuple[Sequence[jax.Array], Small] | None = None
+    self.queued = threading.Event()
+    self.queued.set()
     self._chunk_nbytes = _number(layout.chunk_size)
     self._slice_nbytes = _number(layout.min_slice_for_replica_parallel)
 
-  def pack_next(self, small: dict[str, jax.Array], description: Description) -> None:
+  def pack_next(self, arrays: Sequence[jax.Array], small: Small) -> None:
     """Has the next call of `serialize` put the small arrays of a tree into a slab, beside those that it is given."""
-    self._to_pack = small, description
+    self._to_pack = arrays, small
 
   async def serialize(
     self, values: Sequence[jax.Array], infos: _ParamInfos, args: Sequence[ocp.SaveArgs] | None = None
   ) -> Sequence[ocp.future.Future]:
     """See Orbax's ArrayHandler. Returns once nothing that happens to the values matters any more."""
     args = args or [ocp.SaveArgs()] * len(values)
-    small, description = self._to_pack or ({}, None)
+    packed, small = self._to_pack or ([], None)
     self._to_pack = None
     ocp.type_handlers.check_input_arguments(values, infos, args)
     if self._chunk_nbytes is not None:
@@ -168,28 +180,28 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       ]
     chunked = getattr(infos[0].device_host_byte_limiter, "max_bytes", None) is not None
     if chunked or not infos[0].is_ocdbt_checkpoint or any(arg.dtype is not None for arg in args):
-      assert not small
+      assert small is None
       return await super().serialize(values, infos, args)  # type: ignore[arg-type]
     impls = {info.name: str(jax.random.key_impl(v)) for v, info in zip(values, infos, strict=True) if is_prng_key(v)}
     arrays = [jax.random.key_data(v) if is_prng_key(v) else v for v in values]
     written = writing.on_host(
       arrays, infos, args, replica_parallel=self._use_replica_parallel, slice_nbytes=self._slice_nbytes
     )
-    packed = writing.small_on_host(small)
+    pieces = writing.small_on_host(packed)
     if jax.process_count() == 1:
       written = [writing.joined(array) for array in written]
+    self.queued = threading.Event()
     shardings = {info.name: array.sharding for info, array in zip(infos, arrays, strict=True)}
-    shardings |= {name: array.sharding for name, array in small.items()}
-    save = self._write(written, packed, shardings, impls, description)
+    save = self._write(written, pieces, small, shardings, impls)
     return [ocp.future.CommitFutureAwaitingContractedSignals(save, name="ckpt_jax_arrays")]
 
   async def _write(
     self,
     written: Sequence[writing.Written],
-    packed: Mapping[str, packing.Parts],
+    pieces: Sequence[np.ndarray],
+    small: Small | None,
     shardings: Mapping[str, jax.sharding.Sharding],
     impls: dict[str, str],
-    description: Description | None,
   ) -> None:
     for array in written:
       await array.info.await_path_creation()
@@ -197,29 +209,35 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     item = first.parent_dir
     specs = writing.Specs(process)
     chunks = [writing.chunk_shape(array, specs) for array in written]
-    index, slab = packing.lay_out(process, packed) if packed else ({}, None)
-    stop = threading.Event()
-    work = asyncio.to_thread(
-      writing.write,
-      written,
-      slab,
-      specs,
-      compressed=bool(first.use_compression),
-      context=first.ts_context,  # two contexts would be two databases that do not know of each other
-      process=process,
-      window=getattr(first.byte_limiter, "max_bytes", None),
-      stop=stop,
-    )
-    bulk = asyncio.ensure_future(work)
+    stop, queued = threading.Event(), self.queued
+
+    def write() -> None:
+      try:
+        writing.write(
+          written,
+          small.slab if small else None,
+          pieces,
+          specs,
+          compressed=bool(first.use_compression),
+          context=first.ts_context,  # two contexts would be two databases that do not know of each other
+          process=process,
+          window=getattr(first.byte_limiter, "max_bytes", None),
+          stop=stop,
+          queued=queued,
+        )
+      finally:
+        queued.set()
+
+    bulk = asyncio.ensure_future(asyncio.to_thread(write))
     try:
-      await asyncio.sleep(0)  # it begins
-      if index:
-        packing.write_part(item, process, index)
+      await asyncio.to_thread(queued.wait, _QUEUE_S)  # see PyTreeHandler.wait_until_queued
+      if small is not None:
+        packing.write_part(item, process, small.slab)
       if process == 0:
-        orbax_private.write_shardings(item, shardings)
+        _write_shardings(item, orbax_private.shardings_json(shardings), small.shardings_json if small else "{}")
       await orbax_private.write_array_metadatas(self._store, item, written, chunks, impls)
-      if description is not None:
-        _ = description.entries  # made here, where nobody waits for them
+      if small is not None:
+        _ = small.description.entries  # made here, where nobody waits for them
       await bulk
     except BaseException:
       stop.set()
@@ -291,6 +309,12 @@ class NumpyHandler(ocp.type_handlers.NumpyHandler):
   async def metadata(self, infos: _ParamInfos) -> Sequence[ocp.metadata.ArrayMetadata]:
     """Shapes, dtypes and chunks."""
     return _metadata(infos)
+
+
+def _write_shardings(item: epath.Path, *objects: str) -> None:
+  entries = ", ".join(text[1:-1] for text in objects if text != "{}")
+  if entries:
+    (item / "_sharding").write_text(f"{{{entries}}}")
 
 
 def _metadata(infos: _ParamInfos) -> list[ocp.metadata.ArrayMetadata]:

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,8 +60,8 @@ class Packed:
 
 
 Index = dict[str, Packed]
-# Of an array before it is written: dtype, shape of the whole, and the parts that this process writes.
-Parts = tuple[Any, tuple[int, ...], Sequence[tuple[Box, np.ndarray]]]
+# Of an array before it is written: dtype, shape of the whole, and the boxes of it that this process writes.
+Parts = tuple[Any, tuple[int, ...], Sequence[Box]]
 
 
 def is_small(nbytes: int) -> bool:
@@ -76,29 +76,37 @@ def slab_name(process: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Slab:
-  """The slab of one process before it is written.
+  """Where a process puts what it writes of small arrays: the same for all steps of a run.
 
   Attributes:
-    nbytes: its length, with the gaps that align the pieces.
+    index: where the pieces of each array lie.
+    offsets: of each piece, in order.
+    nbytes: the slab's length, with the gaps that align the pieces.
     chunk_nbytes: what of it is stored, and read, as one.
-    pieces: offset and bytes of each piece, in order.
   """
 
+  index: Index
+  offsets: tuple[int, ...]
   nbytes: int
   chunk_nbytes: int
-  pieces: tuple[tuple[int, np.ndarray], ...]
 
-  def chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-    """Offset and bytes of one chunk after the other, each in memory of its own."""
-    at = 0
+  @functools.cached_property
+  def leaves_json(self) -> str:
+    """The index as it is written."""
+    return json.dumps({name: _to_json(packed) for name, packed in self.index.items()})
+
+  def chunks(
+    self, pieces: Sequence[np.ndarray], memory: Callable[[int], np.ndarray]
+  ) -> Iterator[tuple[int, np.ndarray]]:
+    """Offset and bytes of one chunk after the other, given the pieces in order and what gives memory for a chunk."""
+    i = 0
     for start in range(0, self.nbytes, self.chunk_nbytes):
       stop = min(start + self.chunk_nbytes, self.nbytes)
-      chunk = aligned_empty((stop - start,), np.dtype(np.uint8))
+      chunk = memory(stop - start)
       parts, end = [], start
-      i = at
-      while i < len(self.pieces) and self.pieces[i][0] < stop:
-        offset, data = self.pieces[i]
-        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+      while i < len(pieces) and self.offsets[i] < stop:
+        offset = self.offsets[i]
+        data = np.ascontiguousarray(pieces[i]).reshape(-1).view(np.uint8)
         if offset > end:
           parts.append(_GAP[: offset - end])
         end = min(offset + data.nbytes, stop)
@@ -106,34 +114,34 @@ class Slab:
         if offset + data.nbytes > stop:
           break
         i += 1
-      at = i
       parts.append(_GAP[: stop - end])
       # One call for all of them: a copy each would wait for Python's lock each time, beside whoever sums up the state.
       np.concatenate(parts, out=chunk)
       yield start, chunk
 
 
-def lay_out(process: int, arrays: Mapping[str, Parts]) -> tuple[Index, Slab]:
-  """The index and the slab of what a process writes of some arrays.
+def lay_out(process: int, arrays: Mapping[str, Parts]) -> Slab:
+  """The slab of what a process writes of some arrays.
 
   Args:
     process: its index.
     arrays: by name.
   """
   index: Index = {}
-  laid: list[tuple[int, np.ndarray]] = []
+  offsets: list[int] = []
   end = 0
-  for name, (dtype, shape, parts) in arrays.items():
+  for name, (dtype, shape, boxes) in arrays.items():
     pieces = []
-    for box, data in parts:
+    itemsize = np.dtype(dtype).itemsize
+    for box in boxes:
       pieces.append(Piece(process, end, box))
-      laid.append((end, data))
-      end += -(-data.nbytes // ALIGNMENT) * ALIGNMENT  # jax on CPU takes over aligned memory as it is
+      offsets.append(end)
+      end += -(-math.prod(shape_of(box)) * itemsize // ALIGNMENT) * ALIGNMENT  # jax on CPU takes over aligned memory
     index[name] = Packed(dtype_name(dtype), tuple(shape), tuple(pieces))
   # Chunks of equal size: zarr fills the last one up.
   count = max(1, -(-end // _CHUNK_NBYTES))
   chunk = max(ALIGNMENT, -(-end // (count * ALIGNMENT)) * ALIGNMENT)
-  return index, Slab(end, chunk, tuple(laid))
+  return Slab(index, tuple(offsets), end, chunk)
 
 
 def gather(packed: Packed, box: Box, slabs: Mapping[int, SlabBytes]) -> np.ndarray:
@@ -201,12 +209,12 @@ def dtype_of(name: str) -> np.dtype:
 # -- the index in the item
 
 
-def write_part(item: epath.Path, process: int, index: Index) -> None:
+def write_part(item: epath.Path, process: int, slab: Slab) -> None:
   """Writes a process's part of the index; a leaf of which it holds nothing is in it all the same."""
   if jax.process_count() == 1:
-    write_index(item, index)
-    return
-  _part(item, process).write_text(json.dumps({name: _to_json(packed) for name, packed in index.items()}))
+    _write_index(item, slab.leaves_json)
+  else:
+    _part(item, process).write_text(slab.leaves_json)
 
 
 def merge_parts(item: epath.Path, processes: int) -> None:
@@ -217,15 +225,18 @@ def merge_parts(item: epath.Path, processes: int) -> None:
   for process in range(processes):
     for name, (dtype, shape, pieces) in json.loads(_part(item, process).read_text()).items():
       index.setdefault(name, [dtype, shape, []])[2].extend(pieces)
-  (item / INDEX).write_text(json.dumps({"format": _FORMAT, "leaves": index}))
+  _write_index(item, json.dumps(index))
   for process in range(processes):
     _part(item, process).unlink()
 
 
 def write_index(item: epath.Path, index: Index) -> None:
   """Writes the whole index."""
-  leaves = {name: _to_json(packed) for name, packed in index.items()}
-  (item / INDEX).write_text(json.dumps({"format": _FORMAT, "leaves": leaves}))
+  _write_index(item, json.dumps({name: _to_json(packed) for name, packed in index.items()}))
+
+
+def _write_index(item: epath.Path, leaves: str) -> None:
+  (item / INDEX).write_text(f'{{"format": {_FORMAT}, "leaves": {leaves}}}')
 
 
 def read_index(item: epath.Path) -> Index:

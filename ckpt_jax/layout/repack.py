@@ -113,11 +113,12 @@ def _move(source: epath.Path, target: epath.Path, moving: dict[str, int], *, pac
       specs.of(array)
     slab = None
     if pack:
-      part, slab = packing.lay_out(number, {a.info.name: (a.dtype, a.shape, a.pieces) for a in arrays})
-      index |= part
+      slab = packing.lay_out(number, {a.info.name: (a.dtype, a.shape, [box for box, _ in a.pieces]) for a in arrays})
+      index |= slab.index
     writing.write(
       [] if pack else arrays,
       slab,
+      list(values.values()),
       specs,
       compressed=False,
       context=arrays[0].info.ts_context,

@@ -14,6 +14,8 @@ import numpy as np
 from jax.extend import core as jex_core
 from jax.sharding import Sharding
 
+from ckpt_jax.layout.structure import look
+
 _log = logging.getLogger(__name__)
 PyTree = Any
 
@@ -23,32 +25,42 @@ def local_nbytes(state: PyTree) -> int:
 
   A shard replicated on several local devices counts once.
   """
-  return sum(count * sum(pieces) for pieces, count in _pieces_here(state))
+  return _sizes_of(state)[1]
 
 
 def largest_shard_nbytes(state: PyTree) -> int:
   """Bytes of the largest piece of one array that this process holds; 0 without arrays."""
-  return max((max(pieces, default=0) for pieces, _ in _pieces_here(state)), default=0)
-
-
-def _pieces_here(state: PyTree) -> list[tuple[tuple[int, ...], int]]:
-  """Bytes of the distinct pieces that this process holds of an array, and how many arrays are alike."""
-  kinds: collections.Counter[Any] = collections.Counter()
-  found: list[tuple[tuple[int, ...], int]] = []
-  for leaf in jax.tree.leaves(state):
-    if isinstance(leaf, jax.Array):
-      kinds[leaf.shape, leaf.dtype, leaf.sharding] += 1  # thousands of leaves are of few kinds
-    elif isinstance(leaf, (np.ndarray, np.generic)):
-      found.append(((leaf.nbytes,), 1))
-  for (shape, dtype, sharding), count in kinds.items():
-    boxes = {box_of(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()}
-    found.append((tuple(math.prod(shape_of(box)) * dtype.itemsize for box in boxes), count))
-  return found
+  return _sizes_of(state)[2]
 
 
 def global_nbytes(state: PyTree) -> int:
   """Bytes of all array leaves, each counted once however it is sharded."""
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state) if hasattr(x, "dtype"))
+  return _sizes_of(state)[0]
+
+
+def _sizes_of(state: PyTree) -> tuple[int, int, int]:
+  structure, leaves = look(state)
+  return structure.once(_sizes, leaves)
+
+
+def _sizes(leaves: Sequence[Any]) -> tuple[int, int, int]:
+  """Bytes of all arrays, of the distinct pieces that this process holds, and of the largest of those."""
+  kinds: collections.Counter[Any] = collections.Counter()
+  whole = local = largest = 0
+  for leaf in leaves:
+    if hasattr(leaf, "dtype"):
+      whole += math.prod(leaf.shape) * leaf.dtype.itemsize
+    if isinstance(leaf, jax.Array):
+      kinds[leaf.shape, leaf.dtype, leaf.sharding] += 1  # thousands of leaves are of few kinds
+    elif isinstance(leaf, (np.ndarray, np.generic)):
+      local += leaf.nbytes
+      largest = max(largest, leaf.nbytes)
+  for (shape, dtype, sharding), count in kinds.items():
+    boxes = {box_of(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()}
+    pieces = [math.prod(shape_of(box)) * dtype.itemsize for box in boxes]
+    local += count * sum(pieces)
+    largest = max(largest, *pieces, 0)
+  return whole, local, largest
 
 
 def abstract_state(init_fn: Callable[[], PyTree]) -> PyTree:

@@ -7,17 +7,20 @@ the same whether or not a step is packed.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
 from ckpt_jax import orbax_private, run
-from ckpt_jax.layout import packing
-from ckpt_jax.layout.encoding import is_prng_key, segment
+from ckpt_jax.layout import packing, writing
+from ckpt_jax.layout.encoding import is_prng_key
+from ckpt_jax.layout.structure import look, segment
 
 PyTree = Any
 SEQUENCE, NAMES = 1, 2  # Orbax's KeyType
@@ -61,13 +64,54 @@ class Description:
     file.write_text(f'{{"tree_metadata": {{{", ".join(tree)}}}, {json.dumps(data)[1:]}')
 
 
-def split(tree: PyTree) -> tuple[dict[str, Any], dict[str, jax.Array], Description] | None:
+@dataclasses.dataclass(frozen=True)
+class Small:
+  """The small arrays of a tree apart from their values.
+
+  Attributes:
+    slab: where this process puts what it writes of them.
+    shardings: by the names that Orbax would give them.
+    description: of the whole tree.
+  """
+
+  slab: packing.Slab
+  shardings: Mapping[str, jax.sharding.Sharding]
+  description: Description
+
+  @functools.cached_property
+  def shardings_json(self) -> str:
+    """The shardings as Orbax writes them."""
+    return orbax_private.shardings_json(self.shardings)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+  small: Small
+  numbers: Sequence[int]  # of the small arrays among the leaves
+  rest: Sequence[tuple[tuple[str, ...], int | None, Any]]  # names, and the leaf's number or the empty node that it is
+
+
+def split(tree: PyTree) -> tuple[dict[str, Any], list[jax.Array], Small] | None:
   """Cuts a tree in two. All processes of a job cut alike.
 
   Returns:
-    What Orbax is to save, as dicts of dicts; the small arrays, by the names that Orbax would give them; and the
-    description of both. None if there is nothing to cut off.
+    What Orbax is to save, as dicts of dicts; the small arrays; and what is known of them. None if there is nothing to
+    cut off.
   """
+  structure, leaves = look(tree)
+  cut = structure.once(_cut, tree)
+  if cut is None:
+    return None
+  rest: dict[str, Any] = {}
+  for names, number, empty in cut.rest:
+    node = rest
+    for name in names[:-1]:
+      node = node.setdefault(name, {})
+    node[names[-1]] = empty if number is None else leaves[number]
+  return rest, [leaves[i] for i in cut.numbers], cut.small
+
+
+def _cut(tree: PyTree) -> _Cut | None:
   paths = jax.tree_util.tree_flatten_with_path(
     tree, is_leaf=lambda x: not isinstance(x, jax.Array) and orbax_private.is_empty_node(x)
   )[0]
@@ -78,22 +122,26 @@ def split(tree: PyTree) -> tuple[dict[str, Any], dict[str, jax.Array], Descripti
     small[small.index(True)] = False  # Orbax saves no tree without leaves, and slabs are written together with arrays
   if True not in small:
     return None
-  rest: dict[str, Any] = {}
+  rest: list[tuple[tuple[str, ...], int | None, Any]] = []
   arrays: dict[str, jax.Array] = {}
-  leaves = []
+  numbers, leaves = [], []
+  number = 0
   for (path, leaf), cut in zip(paths, small, strict=True):
     names = tuple([segment(key) for key in path])
     kinds = tuple([_kind(key) for key in path])
     if cut:
       arrays[".".join(names)] = leaf
+      numbers.append(number)
       leaves.append(Leaf(names, kinds, tuple(leaf.sharding.shard_shape(leaf.shape))))
-      continue
-    leaves.append(Leaf(names, kinds))
-    node = rest
-    for name in names[:-1]:
-      node = node.setdefault(name, {})
-    node[names[-1]] = leaf
-  return rest, arrays, Description(tuple(leaves))
+    else:
+      is_leaf = jax.tree_util.all_leaves([leaf])
+      rest.append((names, number, None) if is_leaf else (names, None, copy.copy(leaf)))
+      leaves.append(Leaf(names, kinds))
+    number += jax.tree_util.all_leaves([leaf])
+  parts = {name: (a.dtype, a.shape, writing.small_boxes(a, i)) for i, (name, a) in enumerate(arrays.items())}
+  slab = packing.lay_out(jax.process_index(), parts)
+  shardings = {name: array.sharding for name, array in arrays.items()}
+  return _Cut(Small(slab, shardings, Description(tuple(leaves))), numbers, rest)
 
 
 def _kind(key: Any) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,9 @@ from ckpt_jax.layout.sharding import Box, box_of, merge_boxes, one_device, repli
 # Pieces of one array that make up a whole of at most this are stored as one chunk: one request instead of one a device.
 # Larger ones stay as they are, since a later restore on more hosts reads whole chunks.
 _JOINED_NBYTES = 32 * 2**20
+# What is in flight before others may have Python: it keeps a disk of 1 GB/s busy for 50 ms.
+_AHEAD_NBYTES = 48 * 2**20
+_SLAB_NBYTES = 64 * 2**20  # of a slab in flight at a time
 _ZSTD = {"id": "zstd", "level": 1}
 
 
@@ -89,28 +93,28 @@ def on_host(
   ]
 
 
-def small_on_host(arrays: Mapping[str, jax.Array]) -> dict[str, packing.Parts]:
-  """What this process writes of arrays that go into slabs, in host memory, which may be jax's own.
+def small_boxes(array: jax.Array, number: int) -> list[Box]:
+  """What this process writes of an array that goes into slabs, the `number`th: replicas take turns, each whole ones."""
+  if one_device(array.sharding) == "here":
+    return [whole_box(array.shape)]
+  turn = number % replicas(array.sharding, array.shape)
+  return [box_of(s.index, array.shape) for s in array.addressable_shards if s.replica_id == turn]
 
-  Replicas are written whole, by one replica after the other.
-  """
-  chosen: dict[str, list[tuple[Box, jax.Array]]] = {}
-  for i, (name, array) in enumerate(arrays.items()):
+
+def small_on_host(arrays: Sequence[jax.Array]) -> list[np.ndarray]:
+  """The values in the boxes of `small_boxes`, array by array, in host memory, which may be jax's own."""
+  chosen: list[jax.Array] = []
+  for i, array in enumerate(arrays):
     if one_device(array.sharding) == "here":
-      chosen[name] = [(whole_box(array.shape), array)]
+      chosen.append(array)
       continue
     turn = i % replicas(array.sharding, array.shape)
-    chosen[name] = [(box_of(s.index, array.shape), s.data) for s in array.addressable_shards if s.replica_id == turn]
-  on_host = jax.default_backend() == "cpu"
-  if not on_host:
-    for pieces in chosen.values():
-      for _, piece in pieces:
-        piece.copy_to_host_async()
-  fetched = host_view if on_host else np.asarray
-  return {
-    name: (array.dtype, array.shape, [(box, fetched(piece)) for box, piece in chosen[name]])
-    for name, array in arrays.items()
-  }
+    chosen += [s.data for s in array.addressable_shards if s.replica_id == turn]
+  if jax.default_backend() == "cpu":
+    return [host_view(piece) for piece in chosen]
+  for piece in chosen:
+    piece.copy_to_host_async()
+  return [np.asarray(piece) for piece in chosen]
 
 
 def joined(array: Written) -> Written:
@@ -161,6 +165,7 @@ class Specs:
 def write(
   arrays: Sequence[Written],
   slab: packing.Slab | None,
+  pieces: Sequence[np.ndarray],
   specs: Specs,
   *,
   compressed: bool,
@@ -168,19 +173,21 @@ def write(
   process: int,
   window: int | None,
   stop: threading.Event,
+  queued: threading.Event | None = None,
   slab_number: int | None = None,
 ) -> None:
   """Writes arrays and, if there is one, a slab; returns when everything is committed to the process's database.
 
   Args:
     arrays: those that are stored as arrays of their own.
-    slab: those that are not.
+    slab, pieces: those that are not.
     specs: Orbax's specs of all of them, asked for at least once.
     compressed: whether the slab is; the arrays' specs say so themselves.
     context: TensorStore's resources.
     process: this process; 0 writes the arrays' metadata.
     window: bytes in flight at a time; None hands over everything at once, in one transaction.
     stop: set by whoever gives up.
+    queued: set once TensorStore has enough to be busy with while Python is.
     slab_number: what names the slab, if not the process.
 
   Raises:
@@ -200,19 +207,21 @@ def write(
     )
     for array in arrays
   ]
-  flight = _Flight(window, stop)
+  flight = _Flight(window, stop, queued or threading.Event())
   for array, future in zip(arrays, opened, strict=True):
     store = _result(future, array.info.name)
     for box, data in _pieces(array):
       target = store if shape_of(box) == array.shape else store[tuple(slice(a, b) for a, b in box)].translate_to[0]
       if not box:
         target, data = store[ts.newaxis], data.reshape(1)
-      flight.start(data.nbytes, lambda t=target, d=data: _start(t, d), array.info.name)
+      flight.start(data.nbytes, functools.partial(_start, target, data), array.info.name)
   if slab is not None and slab.nbytes:
     name = packing.slab_name(process if slab_number is None else slab_number)
     store = _slab_store(slab, name, compressed, root, context, transaction)
-    for offset, chunk in slab.chunks():
-      flight.start(chunk.nbytes, lambda o=offset, c=chunk: _start(store[o : o + c.size].translate_to[0], c), name)
+    memory = _Memory(flight, slab.chunk_nbytes, None if window is None else _SLAB_NBYTES)
+    for offset, chunk in slab.chunks(pieces, memory.take):
+      target = store[offset : offset + chunk.size].translate_to[0]
+      flight.start(chunk.nbytes, functools.partial(_start, target, chunk), name, functools.partial(memory.give, chunk))
   flight.land_all()
   if transaction is not None:
     transaction.commit_async().result()
@@ -221,28 +230,59 @@ def write(
 class _Flight:
   """Writes in flight, under a limit of bytes."""
 
-  def __init__(self, window: int | None, stop: threading.Event):
+  def __init__(self, window: int | None, stop: threading.Event, ahead: threading.Event):
     self._window = window
     self._stop = stop
-    self._flying: collections.deque[tuple[int, Any, str]] = collections.deque()
+    self._ahead = ahead
+    self._flying: collections.deque[tuple[int, Any, str, Callable[[], None] | None]] = collections.deque()
     self._nbytes = 0
 
-  def start(self, nbytes: int, begin: Any, name: str) -> None:
+  def start(self, nbytes: int, begin: Callable[[], Any], name: str, landed: Callable[[], None] | None = None) -> None:
     while self._window is not None and self._flying and self._nbytes + nbytes > self._window:
-      self._land()
+      self.land()
     if self._stop.is_set():
       raise CheckpointError("the save was given up")
-    self._flying.append((nbytes, begin(), name))
+    self._flying.append((nbytes, begin(), name, landed))
     self._nbytes += nbytes
+    if self._nbytes >= _AHEAD_NBYTES:
+      self._ahead.set()
 
   def land_all(self) -> None:
+    self._ahead.set()
     while self._flying:
-      self._land()
+      self.land()
 
-  def _land(self) -> None:
-    nbytes, future, name = self._flying.popleft()
+  def land(self) -> None:
+    """Waits for the write that was started first."""
+    self._ahead.set()
+    nbytes, future, name, landed = self._flying.popleft()
     _result(future, name)
     self._nbytes -= nbytes
+    if landed is not None:
+      landed()
+
+
+class _Memory:
+  """Memory of a slab's chunks, used again once a chunk is written: fresh memory costs as much as filling it."""
+
+  def __init__(self, flight: _Flight, chunk_nbytes: int, most: int | None):
+    self._flight = flight
+    self._chunk_nbytes = chunk_nbytes
+    self._left = None if most is None else max(1, most // chunk_nbytes)
+    self._free: list[np.ndarray] = []
+
+  def take(self, nbytes: int) -> np.ndarray:
+    while self._left == 0 and not self._free:
+      self._flight.land()
+    if self._free:
+      return self._free.pop()[:nbytes]
+    if self._left is not None:
+      self._left -= 1
+    return aligned_empty((self._chunk_nbytes,), np.dtype(np.uint8))[:nbytes]
+
+  def give(self, chunk: np.ndarray) -> None:
+    if chunk.nbytes == self._chunk_nbytes:  # the last one may be shorter, and none comes behind it
+      self._free.append(chunk)
 
 
 def _start(store: ts.TensorStore, data: np.ndarray) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from ckpt_jax.errors import ConfigError, StructureMismatchError
-from ckpt_jax.layout.encoding import path_name
+from ckpt_jax.layout.structure import path_name
 
 PyTree = Any
 

@@ -22,8 +22,9 @@ from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.layout import direct
-from ckpt_jax.layout.encoding import decode_leaf, path_name, segment
+from ckpt_jax.layout.encoding import decode_leaf
 from ckpt_jax.layout.handler import pytree_handler
+from ckpt_jax.layout.structure import path_name, segment
 from ckpt_jax.rendezvous import Rendezvous
 from ckpt_jax.restore.choose import (
   STRATEGIES,

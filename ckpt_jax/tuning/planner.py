@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from ckpt_jax.config import Config
+from ckpt_jax.layout.structure import look
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import StorageProfile, quick_probe
 from ckpt_jax.tuning.assumed import is_assumed
@@ -154,8 +155,13 @@ class Planner:
 
 
 def _signature(state: PyTree) -> tuple[Any, ...]:
-  """What a plan depends on, of a state's structure: cheap enough for every save."""
-  leaves = [x for x in jax.tree.leaves(state) if hasattr(x, "dtype") and hasattr(x, "shape")]
-  stride = max(1, len(leaves) // _COMPARED_LEAVES)
-  shardings = tuple((x.shape, getattr(x, "sharding", None)) for x in leaves[::stride])
-  return len(leaves), sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves), shardings
+  """What a plan depends on, of a state's structure."""
+  structure, leaves = look(state)
+  return structure.once(_signature_of, leaves)
+
+
+def _signature_of(leaves: Sequence[Any]) -> tuple[Any, ...]:
+  arrays = [x for x in leaves if hasattr(x, "dtype") and hasattr(x, "shape")]
+  stride = max(1, len(arrays) // _COMPARED_LEAVES)
+  shardings = tuple((x.shape, getattr(x, "sharding", None)) for x in arrays[::stride])
+  return len(arrays), sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays), shardings

@@ -1,0 +1,89 @@
+"""What a tree is apart from its values, found again for the next tree that is alike.
+
+A training loop saves leaves of the same names, shapes and shardings at every step, and Python takes some microseconds
+for each question about a leaf: its name, its size, whether it can be stored, who writes it. For 5,000 arrays that was
+most of what a save kept training. Answers that do not depend on values are asked for once.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+PyTree = Any
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
+_REMEMBERED = 8  # what is saved, and what it is encoded to, of a few checkpointers
+
+_lock = threading.Lock()
+_known: list[Structure] = []  # the last one used first
+
+
+class Structure:
+  """The leaves of a tree without their values. Compared by identity; it holds no array.
+
+  Attributes:
+    treedef: of the tree.
+    paths: the key path of each leaf.
+    kinds: of each leaf `(aval, sharding)` if it is a jax array, else its type and what it has of a shape, a dtype and
+      a sharding.
+  """
+
+  def __init__(self, treedef: Any, paths: Sequence[tuple[Any, ...]], kinds: Sequence[tuple[Any, ...]]):
+    self.treedef = treedef
+    self.paths = paths
+    self.kinds = kinds
+    self._answers: dict[Any, Any] = {}
+
+  @functools.cached_property
+  def names(self) -> list[str]:
+    """The name of each leaf."""
+    return [path_name(path) for path in self.paths]
+
+  def once(self, question: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """`question(*args)`, asked the first time only; what it makes of its arguments must follow from the structure."""
+    if question not in self._answers:
+      self._answers[question] = question(*args, **kwargs)
+    return self._answers[question]
+
+
+def look(tree: PyTree) -> tuple[Structure, list[Any]]:
+  """The structure of a tree, the same object for trees that are alike, and its leaves."""
+  leaves, treedef = jax.tree.flatten(tree)
+  kinds = list(map(_kind, leaves))
+  with _lock:
+    for i, known in enumerate(_known):
+      if known.treedef == treedef and known.kinds == kinds:
+        _known.insert(0, _known.pop(i))
+        return known, leaves
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    _known.insert(0, Structure(treedef, paths, kinds))
+    del _known[_REMEMBERED:]
+    return _known[0], leaves
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """`params/layer_3/kernel` for a jax key path, the way that Orbax names the leaf."""
+  return "/".join([segment(key) for key in path])
+
+
+def segment(key: Any) -> str:
+  """One key of a path as a name."""
+  if type(key) is jax.tree_util.DictKey:  # the most of them, in trees of thousands of leaves
+    return str(key.key)
+  return str(next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)))
+
+
+_array_kind = operator.attrgetter("aval", "sharding")
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+  try:
+    return _array_kind(leaf)
+  except AttributeError:
+    return type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None), getattr(leaf, "sharding", None)
