@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -311,6 +312,7 @@ def read_record(step_dir: epath.Path) -> Record | None:
   return record
 
 
+@functools.lru_cache(maxsize=256)
 def _dtype(name: Any) -> str:
   if not isinstance(name, str):
     raise TypeError(f"{name!r:.40} is no dtype")

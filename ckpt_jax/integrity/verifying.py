@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a room below
   from ckpt_jax.restore.together import Together
 
 _MAX_NAMED = 10
-_BUNCH_NBYTES = 4 << 20  # a task for each leaf would cost more than its sum
+_BUNCH_NBYTES = 16 << 20  # a task for each leaf would cost more than its sum, and the reading thread Python's lock
 _SMALL_BUNCH = 256  # leaves
 
 

@@ -72,21 +72,15 @@ def on_host(
     replica_parallel: replicas each write a part of what they hold.
     slice_nbytes: the smallest such part.
   """
-  chosen: dict[int, list[tuple[Box, jax.Array]]] = {}
-  for i, array in enumerate(arrays):
-    if one_device(array.sharding) == "here":
-      chosen[i] = [(whole_box(array.shape), array)]
-  for pieces in chosen.values():
-    for _, piece in pieces:
-      piece.copy_to_host_async()
-  rest = [i for i in range(len(arrays)) if i not in chosen]
+  alone = [i for i, array in enumerate(arrays) if one_device(array.sharding) == "here"]
+  rest = sorted({*range(len(arrays))} - {*alone})
+  values = _on_their_way([arrays[i] for i in alone])
   divided = orbax_private.replica_slices_on_host(
     [arrays[i] for i in rest], replica_parallel, slice_nbytes, infos[0].enable_pinned_host_transfer
   )
-  found: dict[int, tuple[tuple[int, ...], tuple[tuple[Box, np.ndarray], ...]]] = dict(zip(rest, divided, strict=True))
-  for i, pieces in chosen.items():
-    shard = arrays[i].sharding.shard_shape(arrays[i].shape)
-    found[i] = (shard, tuple((box, np.asarray(piece)) for box, piece in pieces))
+  found = dict(zip(rest, divided, strict=True))
+  for i, value in zip(alone, values, strict=True):
+    found[i] = arrays[i].sharding.shard_shape(arrays[i].shape), ((whole_box(arrays[i].shape), value()),)
   return [
     Written(info, arg, array.shape, np.dtype(array.dtype), *found[i])
     for i, (array, info, arg) in enumerate(zip(arrays, infos, args, strict=True))
@@ -110,11 +104,16 @@ def small_on_host(arrays: Sequence[jax.Array]) -> list[np.ndarray]:
       continue
     turn = i % replicas(array.sharding, array.shape)
     chosen += [s.data for s in array.addressable_shards if s.replica_id == turn]
-  if jax.default_backend() == "cpu":
-    return [host_view(piece) for piece in chosen]
-  for piece in chosen:
-    piece.copy_to_host_async()
-  return [np.asarray(piece) for piece in chosen]
+  return [value() for value in _on_their_way(chosen)]
+
+
+def _on_their_way(arrays: Sequence[jax.Array]) -> list[Callable[[], np.ndarray]]:
+  """What gives the values of arrays that lie on one device each, the copies of which from an accelerator have begun."""
+  on_host = jax.default_backend() == "cpu"
+  if not on_host:
+    for array in arrays:
+      array.copy_to_host_async()
+  return [functools.partial(host_view if on_host else np.asarray, array) for array in arrays]
 
 
 def joined(array: Written) -> Written:
