@@ -35,7 +35,7 @@ from ckpt_jax.integrity.record import (
 )
 from ckpt_jax.layout.encoding import encode
 from ckpt_jax.layout.handler import pytree_handler, target_file_size
-from ckpt_jax.layout.memory import views_kept
+from ckpt_jax.layout.keeping import keeping
 from ckpt_jax.layout.sharding import global_nbytes, largest_shard_nbytes, local_nbytes
 from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
 from ckpt_jax.policies.agree import from_process_zero
@@ -145,7 +145,7 @@ class Saver:
       self._manager = self._open_manager(pytree_handler(self._config))
     return self._manager
 
-  @views_kept()
+  @keeping()
   def save(
     self,
     step: int,

@@ -61,8 +61,8 @@ def test_any_arrays_in_any_pieces_come_back_bitwise(case):
       before = index[name].pieces if name in index else ()
       index[name] = packing.Packed(packed.dtype, packed.shape, before + packed.pieces)
     slabs[process] = SlabBytes()
-    for start, chunk in slab.chunks(pieces, lambda nbytes: np.empty(nbytes, np.uint8)):
-      slabs[process].add(start, chunk)
+    for start, nbytes, chunk in slab.chunks(pieces, lambda n=slab.chunk_nbytes: np.empty(n, np.uint8)):
+      slabs[process].add(start, chunk[:nbytes])
     assert all(p.offset % 64 == 0 for packed in slab.index.values() for p in packed.pieces)
   for name, value in arrays.items():
     whole = tuple((0, n) for n in value.shape)

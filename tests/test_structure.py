@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
 from ckpt_jax.layout import memory
+from ckpt_jax.layout.keeping import keeping
 from ckpt_jax.layout.sharding import global_nbytes, largest_shard_nbytes, local_nbytes
 from ckpt_jax.layout.structure import look
 
@@ -86,10 +87,10 @@ def test_sizes_are_those_of_the_state_at_hand():
     assert largest_shard_nbytes(held) == 8 * n
 
 
-def test_views_are_made_once_within_a_save_and_afresh_without():
+def test_what_is_kept_is_found_once_within_a_save_by_its_thread_and_afresh_without():
   x = jnp.arange(5.0)
   elsewhere = []
-  with memory.views_kept():
+  with keeping():
     first = memory.host_view(x)
     assert memory.host_view(x) is first
     thread = threading.Thread(target=lambda: elsewhere.append(memory.host_view(x)))

@@ -157,6 +157,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       array_metadata_store=self._store,
     )
     self._to_pack: tuple[Sequence[jax.Array], Small] | None = None
+    self._memory = writing.SlabMemory()
     self.queued = threading.Event()
     self.queued.set()
     self._chunk_nbytes = _number(layout.chunk_size)
@@ -187,7 +188,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     written = writing.on_host(
       arrays, infos, args, replica_parallel=self._use_replica_parallel, slice_nbytes=self._slice_nbytes
     )
-    pieces = writing.small_on_host(packed)
+    pieces = writing.small_on_host(packed, small.turns) if small else []
     if jax.process_count() == 1:
       written = [writing.joined(array) for array in written]
     self.queued = threading.Event()
@@ -224,6 +225,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
           window=getattr(first.byte_limiter, "max_bytes", None),
           stop=stop,
           queued=queued,
+          memory=self._memory,
         )
       finally:
         queued.set()

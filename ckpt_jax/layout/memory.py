@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import threading
-from collections.abc import Iterator
 
 import jax
 import numpy as np
+
+from ckpt_jax.layout.keeping import kept
 
 # XLA's CPU client takes over host memory without a copy if it is aligned so.
 ALIGNMENT = 64
 # Fresh memory is given out page by page, and a page of 4 KiB costs more than it takes to fill it: reading 1 GB into
 # arrays of 2 to 25 MB took 0.52 s, of which huge pages saved 0.11. (numpy asks for them too, but from 4 MiB on.)
 _HUGE_PAGE = 2 * 2**20 if hasattr(mmap, "MADV_HUGEPAGE") else None
-_kept = threading.local()
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -34,30 +33,12 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
-@contextlib.contextmanager
-def views_kept() -> Iterator[None]:
-  """Within it, this thread makes one view of an array however often it asks: it takes 2 us, and a save asks twice."""
-  _kept.views = {}
-  try:
-    yield
-  finally:
-    _kept.views = None
-
-
+@kept  # a view takes 2 us, and a save asks twice
 def host_view(array: jax.Array) -> np.ndarray:
   """The values of an array on one CPU device: a view of its memory, which keeps the buffer alive as long as it lives.
 
   np.asarray of the array itself would be kept by it, and the array could never be donated again.
   """
-  views: dict[int, tuple[jax.Array, np.ndarray]] | None = getattr(_kept, "views", None)
-  if views is None:
-    return _host_view(array)
-  if (known := views.get(id(array))) is None:
-    known = views[id(array)] = array, _host_view(array)  # the array too, lest its id be another's
-  return known[1]
-
-
-def _host_view(array: jax.Array) -> np.ndarray:
   try:
     return np.asarray(memoryview(array))  # type: ignore[arg-type]
   except (BufferError, TypeError):  # bfloat16, float8 and the like

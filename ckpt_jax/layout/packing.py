@@ -96,13 +96,13 @@ class Slab:
     return json.dumps({name: _to_json(packed) for name, packed in self.index.items()})
 
   def chunks(
-    self, pieces: Sequence[np.ndarray], memory: Callable[[int], np.ndarray]
-  ) -> Iterator[tuple[int, np.ndarray]]:
-    """Offset and bytes of one chunk after the other, given the pieces in order and what gives memory for a chunk."""
+    self, pieces: Sequence[np.ndarray], memory: Callable[[], np.ndarray]
+  ) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Offset, length and memory of one chunk after the other, given the pieces in order and where memory comes from."""
     i = 0
     for start in range(0, self.nbytes, self.chunk_nbytes):
       stop = min(start + self.chunk_nbytes, self.nbytes)
-      chunk = memory(stop - start)
+      chunk = memory()
       parts, end = [], start
       while i < len(pieces) and self.offsets[i] < stop:
         offset = self.offsets[i]
@@ -116,8 +116,8 @@ class Slab:
         i += 1
       parts.append(_GAP[: stop - end])
       # One call for all of them: a copy each would wait for Python's lock each time, beside whoever sums up the state.
-      np.concatenate(parts, out=chunk)
-      yield start, chunk
+      np.concatenate(parts, out=chunk[: stop - start])
+      yield start, stop - start, chunk
 
 
 def lay_out(process: int, arrays: Mapping[str, Parts]) -> Slab:

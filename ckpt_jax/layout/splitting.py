@@ -70,11 +70,13 @@ class Small:
 
   Attributes:
     slab: where this process puts what it writes of them.
+    turns: see `writing.turn_of`.
     shardings: by the names that Orbax would give them.
     description: of the whole tree.
   """
 
   slab: packing.Slab
+  turns: Sequence[int | None]
   shardings: Mapping[str, jax.sharding.Sharding]
   description: Description
 
@@ -138,10 +140,11 @@ def _cut(tree: PyTree) -> _Cut | None:
       rest.append((names, number, None) if is_leaf else (names, None, copy.copy(leaf)))
       leaves.append(Leaf(names, kinds))
     number += jax.tree_util.all_leaves([leaf])
-  parts = {name: (a.dtype, a.shape, writing.small_boxes(a, i)) for i, (name, a) in enumerate(arrays.items())}
+  turns = [writing.turn_of(array, i) for i, array in enumerate(arrays.values())]
+  parts = {n: (a.dtype, a.shape, writing.small_boxes(a, t)) for (n, a), t in zip(arrays.items(), turns, strict=True)}
   slab = packing.lay_out(jax.process_index(), parts)
   shardings = {name: array.sharding for name, array in arrays.items()}
-  return _Cut(Small(slab, shardings, Description(tuple(leaves))), numbers, rest)
+  return _Cut(Small(slab, turns, shardings, Description(tuple(leaves))), numbers, rest)
 
 
 def _kind(key: Any) -> int:

@@ -15,6 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
+from ckpt_jax.layout.keeping import kept
+
 PyTree = Any
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -52,6 +54,7 @@ class Structure:
     return self._answers[question]
 
 
+@kept
 def look(tree: PyTree) -> tuple[Structure, list[Any]]:
   """The structure of a tree, the same object for trees that are alike, and its leaves."""
   leaves, treedef = jax.tree.flatten(tree)

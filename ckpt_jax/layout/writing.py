@@ -29,7 +29,7 @@ from ckpt_jax.layout.sharding import Box, box_of, merge_boxes, one_device, repli
 _JOINED_NBYTES = 32 * 2**20
 # What is in flight before others may have Python: it keeps a disk of 1 GB/s busy for 50 ms.
 _AHEAD_NBYTES = 48 * 2**20
-_SLAB_NBYTES = 64 * 2**20  # of a slab in flight at a time
+_SLAB_NBYTES = 64 * 2**20  # of a slab in flight at a time, and kept for the next save
 _ZSTD = {"id": "zstd", "level": 1}
 
 
@@ -87,23 +87,29 @@ def on_host(
   ]
 
 
-def small_boxes(array: jax.Array, number: int) -> list[Box]:
-  """What this process writes of an array that goes into slabs, the `number`th: replicas take turns, each whole ones."""
-  if one_device(array.sharding) == "here":
+def turn_of(array: jax.Array, number: int) -> int | None:
+  """Which replica's shards are written of an array that goes into slabs, the `number`th: replicas take turns.
+
+  None if the whole array lies on one device of this process.
+  """
+  return None if one_device(array.sharding) == "here" else number % replicas(array.sharding, array.shape)
+
+
+def small_boxes(array: jax.Array, turn: int | None) -> list[Box]:
+  """What this process writes of an array that goes into slabs."""
+  if turn is None:
     return [whole_box(array.shape)]
-  turn = number % replicas(array.sharding, array.shape)
   return [box_of(s.index, array.shape) for s in array.addressable_shards if s.replica_id == turn]
 
 
-def small_on_host(arrays: Sequence[jax.Array]) -> list[np.ndarray]:
+def small_on_host(arrays: Sequence[jax.Array], turns: Sequence[int | None]) -> list[np.ndarray]:
   """The values in the boxes of `small_boxes`, array by array, in host memory, which may be jax's own."""
   chosen: list[jax.Array] = []
-  for i, array in enumerate(arrays):
-    if one_device(array.sharding) == "here":
+  for array, turn in zip(arrays, turns, strict=True):
+    if turn is None:
       chosen.append(array)
-      continue
-    turn = i % replicas(array.sharding, array.shape)
-    chosen += [s.data for s in array.addressable_shards if s.replica_id == turn]
+    else:
+      chosen += [s.data for s in array.addressable_shards if s.replica_id == turn]
   return [value() for value in _on_their_way(chosen)]
 
 
@@ -173,6 +179,7 @@ def write(
   window: int | None,
   stop: threading.Event,
   queued: threading.Event | None = None,
+  memory: SlabMemory | None = None,
   slab_number: int | None = None,
 ) -> None:
   """Writes arrays and, if there is one, a slab; returns when everything is committed to the process's database.
@@ -187,6 +194,7 @@ def write(
     window: bytes in flight at a time; None hands over everything at once, in one transaction.
     stop: set by whoever gives up.
     queued: set once TensorStore has enough to be busy with while Python is.
+    memory: where the slab's chunks pass through.
     slab_number: what names the slab, if not the process.
 
   Raises:
@@ -217,10 +225,15 @@ def write(
   if slab is not None and slab.nbytes:
     name = packing.slab_name(process if slab_number is None else slab_number)
     store = _slab_store(slab, name, compressed, root, context, transaction)
-    memory = _Memory(flight, slab.chunk_nbytes, None if window is None else _SLAB_NBYTES)
-    for offset, chunk in slab.chunks(pieces, memory.take):
-      target = store[offset : offset + chunk.size].translate_to[0]
-      flight.start(chunk.nbytes, functools.partial(_start, target, chunk), name, functools.partial(memory.give, chunk))
+    take, give = functools.partial(_fresh, slab.chunk_nbytes), None
+    if transaction is None:  # which would keep every chunk until the commit
+      memory = memory or SlabMemory()
+      memory.begin(slab.chunk_nbytes)
+      take, give = functools.partial(memory.take, flight), memory.give
+    for offset, nbytes, chunk in slab.chunks(pieces, take):
+      target = store[offset : offset + nbytes].translate_to[0]
+      landed = give and functools.partial(give, chunk)
+      flight.start(nbytes, functools.partial(_start, target, chunk[:nbytes]), name, landed)
   flight.land_all()
   if transaction is not None:
     transaction.commit_async().result()
@@ -261,27 +274,40 @@ class _Flight:
       landed()
 
 
-class _Memory:
-  """Memory of a slab's chunks, used again once a chunk is written: fresh memory costs as much as filling it."""
+class SlabMemory:
+  """Memory of a slab's chunks, used again once a chunk is written, and by the next save.
 
-  def __init__(self, flight: _Flight, chunk_nbytes: int, most: int | None):
-    self._flight = flight
-    self._chunk_nbytes = chunk_nbytes
-    self._left = None if most is None else max(1, most // chunk_nbytes)
+  Fresh memory costs as much as filling it, and now and then ten times that, where the kernel has to move pages for it.
+  """
+
+  def __init__(self) -> None:
+    self._chunk_nbytes = 0
     self._free: list[np.ndarray] = []
+    self._left = 0
 
-  def take(self, nbytes: int) -> np.ndarray:
-    while self._left == 0 and not self._free:
-      self._flight.land()
+  def begin(self, chunk_nbytes: int) -> None:
+    """Takes chunks of that size from now on."""
+    most = max(1, _SLAB_NBYTES // chunk_nbytes)
+    self._free = self._free[:most] if self._chunk_nbytes == chunk_nbytes else []
+    self._chunk_nbytes = chunk_nbytes
+    self._left = most - len(self._free)
+
+  def take(self, flight: _Flight) -> np.ndarray:
+    """Memory for a chunk; waits for those that are in flight if there is none."""
+    while not self._left and not self._free:
+      flight.land()
     if self._free:
-      return self._free.pop()[:nbytes]
-    if self._left is not None:
-      self._left -= 1
-    return aligned_empty((self._chunk_nbytes,), np.dtype(np.uint8))[:nbytes]
+      return self._free.pop()
+    self._left -= 1
+    return _fresh(self._chunk_nbytes)
 
   def give(self, chunk: np.ndarray) -> None:
-    if chunk.nbytes == self._chunk_nbytes:  # the last one may be shorter, and none comes behind it
-      self._free.append(chunk)
+    """Gives the memory of a chunk back."""
+    self._free.append(chunk)
+
+
+def _fresh(nbytes: int) -> np.ndarray:
+  return aligned_empty((nbytes,), np.dtype(np.uint8))
 
 
 def _start(store: ts.TensorStore, data: np.ndarray) -> Any:
