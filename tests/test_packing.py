@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
 from ckpt_jax import run as runs
-from ckpt_jax.layout import packing
+from ckpt_jax.layout import packing, writing
 from ckpt_jax.layout.packing import SlabBytes, gather, lay_out, needed
 from ckpt_jax.multihost import launch, who_wrote
 
@@ -133,6 +133,26 @@ def test_packed_leaves_are_shown_as_they_are(tmp_path):
       c.save(0, mixed_state(mesh))
   plain, packed = (runs.describe(tmp_path / name).leaves for name in ("plain", "packed"))
   assert plain == packed
+
+
+def test_chunks_go_through_the_same_memory_within_a_save_and_from_one_to_the_next(tmp_path, monkeypatch):
+  made = []
+  fresh = writing._fresh
+  monkeypatch.setattr(packing, "_CHUNK_NBYTES", 4096)
+  monkeypatch.setattr(writing, "_SLAB_NBYTES", 3 * 4096)
+  monkeypatch.setattr(writing, "_fresh", lambda nbytes: made.append(nbytes) or fresh(nbytes))
+
+  def state(step):
+    return {f"x{i}": np.random.default_rng((step, i)).standard_normal((7, 30), np.float32) for i in range(100)}
+
+  with ckpt.Checkpointer(tmp_path, {"layout": {"pack": "on"}, "limits": {"save_concurrency": "1GB"}}) as c:
+    for step in range(3):
+      c.save(step, jax.tree.map(jnp.asarray, state(step)))
+      c.wait()
+    assert 1 <= len(made) <= 3  # for 3 times 21 chunks
+    for step in range(3):
+      got = c.restore(step).state
+      assert all(got[name].tobytes() == value.tobytes() for name, value in state(step).items())
 
 
 def test_reading_one_packed_leaf_reads_a_part_of_the_slab(tmp_path):

@@ -24,7 +24,7 @@ from ckpt_jax.layout.structure import path_name
 
 # Reads in flight at a time. Enough for 10 GB/s at 100 ms a request; it bounds what TensorStore holds beside the arrays.
 _READ_WINDOW = 10**9
-_QUEUE_S = 10.0  # for a courtesy: storage that hangs is told of elsewhere
+_QUEUE_S = 2.0  # for a courtesy: storage that hangs is told of elsewhere
 _ParamInfos = Sequence[ocp.type_handlers.ParamInfo]
 Arrived = Callable[[str, Any], None]
 
