@@ -187,8 +187,8 @@ class LayoutConfig(_Section):
     compression: zstd on the chunks. Trained float32 weights hardly shrink (8%) and the commit takes 2.3x as long.
     target_file_size: bytes of an OCDBT data file.
     chunk_size: bytes of the pieces that each shard is stored in; a read fetches whole chunks, and several in parallel.
-    pack: concatenate small leaves into few arrays. A packed checkpoint cannot be read by plain Orbax. A process keeps 64
-      MiB of memory for it from save to save.
+    pack: concatenate small leaves into few arrays. A packed checkpoint cannot be read by plain Orbax. A process keeps
+      64 MiB of memory for it from save to save.
     replica_parallel: replicas of a leaf each write a part of it, rather than one replica all of it.
     min_slice_for_replica_parallel: bytes below which such a part is not worth a request of its own.
   """
