@@ -34,7 +34,7 @@ from ckpt_jax.integrity.record import (
   record_of,
 )
 from ckpt_jax.layout.encoding import encode
-from ckpt_jax.layout.handler import pytree_handler, target_file_size
+from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_size
 from ckpt_jax.layout.keeping import keeping
 from ckpt_jax.layout.sharding import global_nbytes, largest_shard_nbytes, local_nbytes
 from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
@@ -274,7 +274,7 @@ class Saver:
 
   # -- inside
 
-  def _open_manager(self, handler: ocp.PyTreeCheckpointHandler) -> ocp.CheckpointManager:
+  def _open_manager(self, handler: PyTreeHandler) -> ocp.CheckpointManager:
     best = self._config.retention.best
     with self._deleter.paused():
       self._deleter.resume()
@@ -299,7 +299,7 @@ class Saver:
     self._retention.read_ahead(manager.all_steps())
     return manager
 
-  def _replace_manager(self, handler: ocp.PyTreeCheckpointHandler) -> None:
+  def _replace_manager(self, handler: PyTreeHandler) -> None:
     self._known = self.manager.all_steps()
     self.manager.close()
     self._manager = self._open_manager(handler)

@@ -1,4 +1,4 @@
-"""A checksum over our part of a step's JSON: Orbax's metadata files carry none."""
+"""Checksums in the JSON that we write: over our part of a step's metadata, which Orbax writes, and over whole files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 _KEY = "digest"
+FILE_KEY = "seal"
+_FILE_SEAL = f', "{FILE_KEY}": '.encode()
 
 
 def sealed(data: dict[str, Any]) -> dict[str, Any]:
@@ -19,7 +21,26 @@ def is_intact(data: dict[str, Any]) -> bool:
   return _KEY not in data or data[_KEY] == _digest(data)
 
 
+def sealed_file(text: str) -> bytes:
+  """The text of a JSON object, with a digest of it for its last entry: there is no need to write a large one twice."""
+  body = text[:-1].encode()
+  return body + _FILE_SEAL + _file_digest(body)
+
+
+def is_intact_file(content: bytes) -> bool:
+  """Whether a sealed file is as it was written; one without a seal counts as intact (older versions wrote none)."""
+  body, found, digest = content.rpartition(_FILE_SEAL)
+  return not found or digest == _file_digest(body)
+
+
 def _digest(data: dict[str, Any]) -> str:
   rest = {k: v for k, v in data.items() if k != _KEY}
-  text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+  return _of(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _file_digest(body: bytes) -> bytes:
+  return f'"{_of(body)}"}}'.encode()
+
+
+def _of(content: bytes) -> str:
+  return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -250,9 +250,9 @@ def take(state: PyTree, *, every_copy: bool = False, saved_as: Mapping[str, str]
     described = structure.once(_describe_arrays, structure, leaves)
     names: Sequence[str] = structure.names
   else:  # a few leaves of a step: the next ones are others
-    paths, leaves = _flatten(state)
-    names = [path_name(path) for path in paths]
-    leaves = [_as_saved(leaf, saved_as.get(name)) for name, leaf in zip(names, leaves, strict=True)]
+    found = jax.tree_util.tree_flatten_with_path(state)[0]
+    names = [path_name(path) for path, _ in found]
+    leaves = [_as_saved(leaf, saved_as.get(name)) for name, (_, leaf) in zip(names, found, strict=True)]
     described = [None] * len(leaves)
   mine = every_copy or jax.process_index() == 0
   held = [
@@ -263,14 +263,9 @@ def take(state: PyTree, *, every_copy: bool = False, saved_as: Mapping[str, str]
   ]
   far = [i for i, h in enumerate(held) if h.leaf.place == "far"]
   arrays = [jax.random.key_data(leaves[i]) if is_prng_key(leaves[i]) else leaves[i] for i in far]
-  for i, found in zip(far, device.dispatch(arrays), strict=True):
-    held[i].on_device = found
+  for i, sums_ahead in zip(far, device.dispatch(arrays), strict=True):
+    held[i].on_device = sums_ahead
   return Taken(held, every_copy)
-
-
-def _flatten(tree: PyTree) -> tuple[list[tuple[Any, ...]], list[Any]]:
-  found = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return [path for path, _ in found], [leaf for _, leaf in found]
 
 
 def _describe_arrays(structure: Structure, leaves: Sequence[Any]) -> list[_Leaf | None]:

@@ -29,11 +29,11 @@ from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.handler import PyTreeHandler
+from ckpt_jax.seal import FILE_KEY, is_intact_file, sealed_file
 
 _log = logging.getLogger(__name__)
 FILE = run.RECORD
 _FORMAT = 1
-_SEAL = b', "seal": '  # the last entry of the file: a digest of the text before it
 _PAST = 5  # steps that a norm is compared with
 
 
@@ -142,7 +142,7 @@ class RecordedRestore(ocp.args.CheckpointArgs):
 class RecordingHandler(ocp.AsyncCheckpointHandler):
   """Orbax's PyTree handler, with a record beside each state that it writes."""
 
-  def __init__(self, inner: ocp.PyTreeCheckpointHandler, past: collections.deque[Mapping[str, float]]):
+  def __init__(self, inner: PyTreeHandler, past: collections.deque[Mapping[str, float]]):
     """Wraps `inner`; `past` remembers norms from one save to the next, also when the handler is replaced."""
     self._inner = inner
     self._past = past
@@ -159,8 +159,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     return [*(futures or []), write]
 
   async def _sum_up(self, recording: Recording, directory: epath.Path) -> None:
-    if isinstance(self._inner, PyTreeHandler):
-      self._inner.wait_until_queued()
+    self._inner.wait_until_queued()
     recording.sum_up()
     _write_part(recording, directory)
 
@@ -211,24 +210,10 @@ def _write_record(recording: Recording, directory: epath.Path, past: collections
       if ratio > health_checks.JUMP:
         _log.warning("%s: the norm of %s is %.3g times that of the steps before", recording.where, group, ratio)
     past.append(norms)
-  _write(directory / FILE, f'{{"format": {_FORMAT}, {recording.prints_json}, {json.dumps(found)[1:]}')
+  text = f'{{"format": {_FORMAT}, {recording.prints_json}, {json.dumps(found)[1:]}'
+  (directory / FILE).write_bytes(sealed_file(text))
   for part in parts:
     part.unlink()
-
-
-def _write(file: epath.Path, text: str) -> None:
-  body = text[:-1].encode()
-  file.write_bytes(body + _SEAL + _seal(body))
-
-
-def _is_intact(text: bytes) -> bool:
-  """Whether a record is as it was written; one without a seal counts as intact (older versions wrote none)."""
-  body, found, seal = text.rpartition(_SEAL)
-  return not found or seal == _seal(body)
-
-
-def _seal(body: bytes) -> bytes:
-  return f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"}}'.encode()
 
 
 def history() -> collections.deque[Mapping[str, float]]:
@@ -285,7 +270,7 @@ def read_record(step_dir: epath.Path) -> Record | None:
   item_dir = run.item_directory(step_dir)
   file = item_dir / FILE
   try:
-    data = untrusted.read_json(file, _is_intact)
+    data = untrusted.read_json(file, is_intact_file)
   except FileNotFoundError:
     if "fingerprints" not in ours:
       return None
@@ -341,8 +326,8 @@ def carry_record(old: epath.Path, new: epath.Path) -> None:
   for key in ("leaves", "hashes"):
     data[key] = {path: found for path, found in data.get(key, {}).items() if path in there}
   data["files"] = file_digests(new / item.name)
-  data.pop("seal", None)
-  _write(new / item.name / FILE, json.dumps(data))
+  data.pop(FILE_KEY, None)
+  (new / item.name / FILE).write_bytes(sealed_file(json.dumps(data)))
 
 
 def is_unhealthy(error: BaseException | None) -> UnhealthyStateError | None:

@@ -81,33 +81,31 @@ class Verifier:
         if self._bunch_nbytes >= _BUNCH_NBYTES:
           due, self._bunch, self._bunch_nbytes = self._bunch, {}, 0
     if due:
-      self._begin(due)
+      self._begin(due, small=nbytes <= SMALL_NBYTES)
 
-  def _begin(self, leaves: dict[str, Any]) -> None:
+  def _begin(self, leaves: dict[str, Any], *, small: bool) -> None:
     """Hashes leaves here, and sums up in the pool what cannot be hashed.
 
     To hash is faster than to hand over: 1 GB read from a disk and hashed took 0.55 s here, 0.60 in two threads, which
     take turns with the reading one at Python's lock. So do sums of small leaves, which are Python for the most part.
     """
-    taken = self._take(leaves)
-    assert self._record is not None
+    taken, hashed = self._take(leaves)
     found: _Sums | concurrent.futures.Future[_Sums]
-    if leaves.keys() <= taken.in_parts_of(self._record.leaves) or self._are_small(leaves):
-      found = self._sum(taken)
+    if small or leaves.keys() <= hashed:
+      found = self._sum(taken, hashed)
     else:
-      found = self._pool.submit(self._sum, taken)
+      found = self._pool.submit(self._sum, taken, hashed)
     self._sums.append(found)
 
-  @staticmethod
-  def _are_small(leaves: dict[str, Any]) -> bool:
-    return all(getattr(value, "nbytes", 0) <= SMALL_NBYTES for value in leaves.values())
-
-  def _take(self, leaves: dict[str, Any]) -> fingerprint.Taken:
-    return fingerprint.take(leaves, every_copy=True, saved_as=self._dtypes)
-
-  def _sum(self, taken: fingerprint.Taken) -> _Sums:
+  def _take(self, leaves: dict[str, Any]) -> tuple[fingerprint.Taken, set[str]]:
+    """Views of leaves, and which of them can be hashed."""
     assert self._record is not None
-    hashed, copies, out = taken.in_parts_of(self._record.leaves), taken.copies, {}
+    taken = fingerprint.take(leaves, every_copy=True, saved_as=self._dtypes)
+    return taken, taken.in_parts_of(self._record.leaves)
+
+  @staticmethod
+  def _sum(taken: fingerprint.Taken, hashed: set[str]) -> _Sums:
+    copies, out = taken.copies, {}
     tallies = taken.tallies(1, health=False, hashed=hashed)
     for path, leaf in taken.leaves.items():
       is_hash, tally = path in hashed, tallies[path]
@@ -130,12 +128,12 @@ class Verifier:
     found: _Sums = {}
     shared: set[str] = set()
     try:
-      for rest in (self._bunch, self._small):
-        self._begin(rest)
+      self._begin(self._bunch, small=False)
+      self._begin(self._small, small=True)
       for part in self._sums:
         found |= part if isinstance(part, dict) else part.result()
       if self._later:
-        found |= self._sum(self._take(self._later))
+        found |= self._sum(*self._take(self._later))
         shared = set(self._later)
     except Exception as e:
       error = e

@@ -29,9 +29,7 @@ _ParamInfos = Sequence[ocp.type_handlers.ParamInfo]
 Arrived = Callable[[str, Any], None]
 
 
-def pytree_handler(
-  config: Config, *, chunk_nbytes: int | None = None, arrived: Arrived | None = None
-) -> ocp.PyTreeCheckpointHandler:
+def pytree_handler(config: Config, *, chunk_nbytes: int | None = None, arrived: Arrived | None = None) -> PyTreeHandler:
   """The handler that writes and reads the state of a step.
 
   Args:

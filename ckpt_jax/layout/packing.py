@@ -93,7 +93,7 @@ class Slab:
   @functools.cached_property
   def leaves_json(self) -> str:
     """The index as it is written."""
-    return json.dumps({name: _to_json(packed) for name, packed in self.index.items()})
+    return _leaves_json(self.index)
 
   def chunks(
     self, pieces: Sequence[np.ndarray], memory: Callable[[], np.ndarray]
@@ -232,7 +232,7 @@ def merge_parts(item: epath.Path, processes: int) -> None:
 
 def write_index(item: epath.Path, index: Index) -> None:
   """Writes the whole index."""
-  _write_index(item, json.dumps({name: _to_json(packed) for name, packed in index.items()}))
+  _write_index(item, _leaves_json(index))
 
 
 def _write_index(item: epath.Path, leaves: str) -> None:
@@ -262,6 +262,10 @@ def read_index(item: epath.Path) -> Index:
 
 def _part(item: epath.Path, process: int) -> epath.Path:
   return item / f"ckpt_jax_pack.process_{process}.json"
+
+
+def _leaves_json(index: Index) -> str:
+  return json.dumps({name: _to_json(packed) for name, packed in index.items()})
 
 
 def _to_json(packed: Packed) -> list[Any]:
