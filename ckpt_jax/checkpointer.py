@@ -122,6 +122,7 @@ class Checkpointer:
     self._notice: PreemptionNotice | None = None
     preempted = OnPreemption(lambda: self._notice is not None and self._notice.received)
     with storage_errors(f"{self.directory}: cannot open the run"), snapshot(self.directory):
+      run.naming(self.directory, opening=True)
       if first:
         finish_rewrites(self.directory)
       from_process_zero([])  # nobody lists steps before that

@@ -76,7 +76,7 @@ def show(
   as_json: Json = False,
 ) -> None:
   """Show what a step holds: run metadata, metrics, extras, and every leaf with shape, dtype and size."""
-  from ckpt_jax.run import describe
+  from ckpt_jax.contents import describe
 
   found = describe(run, step)
   if as_json:

@@ -23,13 +23,14 @@ def repack(
   pack: Annotated[Pack, typer.Option(help="off: an ordinary Orbax checkpoint; on: small arrays side by side.")],
 ) -> None:
   """Rewrite a step as an ordinary Orbax checkpoint, or packed: a new copy, compared bit by bit, then swapped."""
+  from ckpt_jax import contents
   from ckpt_jax import run as runs
   from ckpt_jax.layout.repack import check_moved, moving_leaves, repack_item
   from ckpt_jax.rewrite import finish_rewrites, rewrite_step
 
   directory = runs.run_directory(run)
   on = pack is Pack.ON
-  item = runs.item_directory(runs.step_directory(directory, step))
+  item = contents.item_directory(runs.step_directory(directory, step))
   moving = moving_leaves(item, pack=on)
   if not moving:
     what = "has no small arrays that are not packed" if on else "is an ordinary Orbax checkpoint"
@@ -37,10 +38,10 @@ def repack(
     return
 
   def write(old: Any, new: Any) -> dict[str, Any]:
-    item = runs.item_directory(old)
+    item = contents.item_directory(old)
     repack_item(item, new / item.name, pack=on)
     ours = runs.our_metadata(old)
-    leaves = runs.saved_leaves(old)
+    leaves = contents.saved_leaves(old)
     known = {
       "metrics": runs.step_info(directory, step).metrics,
       "nbytes": sum(leaf.nbytes for leaf in leaves),
@@ -49,7 +50,7 @@ def repack(
     return known | ours
 
   def check(old: Any, new: Any) -> None:
-    item = runs.item_directory(old)
+    item = contents.item_directory(old)
     check_moved(item, new / item.name, pack=on)
 
   finish_rewrites(directory)

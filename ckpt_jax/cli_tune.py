@@ -139,14 +139,14 @@ def _state(like: str | None, function: str | None, limit: int) -> tuple[Any, str
 
 
 def _saved(like: str, limit: int) -> Any:
-  from ckpt_jax import run
+  from ckpt_jax import contents, run
   from ckpt_jax.restore.read import Request, read_state
 
   where, at, step = like.rpartition("@")
   if not at or not where or not step.isdigit():
     raise ConfigError(f"--like {like}: expected RUN@STEP, e.g. ~/runs/a@1000")
   step_dir = run.step_directory(run.run_directory(where), int(step))
-  leaves = run.saved_leaves(step_dir)
+  leaves = contents.saved_leaves(step_dir)
   total = sum(leaf.nbytes for leaf in leaves)
   names: list[str] | None = None
   if total > limit:  # a part, spread evenly over the bytes

@@ -27,6 +27,10 @@ class NoCheckpointError(CheckpointError, FileNotFoundError):
   """The run, or the step asked for, has no committed checkpoint."""
 
 
+class NotARunError(CheckpointError):
+  """A directory holds checkpoints that are no steps of a run. The message says what there is and how to open it."""
+
+
 class StructureMismatchError(CheckpointError, ValueError):
   """`like` and the checkpoint differ. The message lists every difference by leaf path."""
 

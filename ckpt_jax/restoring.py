@@ -106,7 +106,7 @@ class Restorer:
 
   def _read(self, step: int, request: Request, strategy: str, together: Together) -> Restored:
     started = time.perf_counter()
-    step_dir = self._directory / str(step)
+    step_dir = run.step_path(self._directory, step)
     self._restoring.add(step)
     verifier = Verifier() if self._config.restore.verify else None
     try:

@@ -105,7 +105,7 @@ def finish_rewrites(directory: epath.Path) -> list[int]:
     except ValueError:  # cut short: nothing was swapped yet
       note.unlink(missing_ok=True)
       continue
-    if _is_same(directory, step, commit) or not run.is_step(directory / str(step)):
+    if _is_same(directory, step, commit) or not run.is_step(run.step_path(directory, step)):
       _swap(directory, step)
       finished.append(step)
     else:
@@ -136,7 +136,7 @@ def _is_same(directory: epath.Path, step: int, commit: Any) -> bool:
 
 
 def _swap(directory: epath.Path, step: int) -> None:
-  step_dir, place = directory / str(step), directory / run.NOTES / REWRITING / str(step)
+  step_dir, place = run.step_path(directory, step), directory / run.NOTES / REWRITING / str(step)
   new, old = place / "new", place / "old"
   if is_object_store(directory):
     if new.exists():

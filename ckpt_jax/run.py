@@ -1,18 +1,19 @@
-"""What lies in a run directory, read without a CheckpointManager: committed steps, their metadata, their leaves."""
+"""What lies in a run directory, read without a CheckpointManager: committed steps and their metadata."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
 import datetime
-import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from ckpt_jax import untrusted
-from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.errors import CorruptCheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.naming import PLAIN, Naming, naming_of
 from ckpt_jax.seal import is_intact
 from ckpt_jax.storage.kvstore import connect, is_object_store
 from ckpt_jax.storage.objects import snapshot
@@ -55,36 +56,6 @@ class StepInfo:
   resumable: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class LeafInfo:
-  """One leaf as it was saved.
-
-  Attributes:
-    path: names with slashes between, as Orbax names the leaf.
-    shape: () for scalars.
-    dtype: numpy's name; `int`, `float`, `bool`, `str`, `complex` for Python's own; `key<impl>` for PRNG keys.
-    nbytes: bytes of the value.
-    scalar: whether it was a Python number or text rather than an array.
-  """
-
-  path: str
-  shape: tuple[int, ...]
-  dtype: str
-  nbytes: int
-  scalar: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class StepDescription:
-  """A committed step with everything but its values."""
-
-  step: int
-  metadata: dict[str, Any]
-  metrics: dict[str, Any]
-  extras: Any
-  leaves: list[LeafInfo]
-
-
 def run_directory(path: str | os.PathLike[str]) -> epath.Path:
   """An absolute path, with `~` expanded; URLs stay as they are (plain Orbax refuses relative paths)."""
   text = os.fspath(path)
@@ -100,15 +71,54 @@ def committed_steps(run: epath.Path) -> list[int]:
   """Step numbers in ascending order.
 
   Leftovers of unfinished saves, steps marked for deletion, and empty or foreign directories are not steps.
+
+  Raises:
+    NotARunError: if steps are called in several ways.
   """
   with snapshot(run):
-    if not run.exists():
+    names = _names(run)
+    if not names:
       return []
     doomed = uncounted_steps(run)
-    names = [p.name for p in run.iterdir() if p.name.isdigit() and int(p.name) not in doomed]
+    called = naming(run, names)
+    steps = [step for name in names if (step := called.step(name)) is not None and step not in doomed]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-      good = list(pool.map(lambda name: is_step(run / name), names))
-  return sorted(int(name) for name, ok in zip(names, good, strict=True) if ok)
+      good = list(pool.map(lambda step: is_step(run / called.name(step)), steps))
+  return sorted(step for step, ok in zip(steps, good, strict=True) if ok)
+
+
+_namings: dict[str, Naming] = {}
+
+
+def naming(run: epath.Path, names: Sequence[str] | None = None, *, opening: bool = False) -> Naming:
+  """How the steps of a run are called: as those that were there when it was last listed.
+
+  Args:
+    run: the run.
+    names: what its directory holds, if that was looked up just now.
+    opening: forget what was known of a run whose steps are all gone.
+
+  Raises:
+    NotARunError: if they are called in several ways.
+  """
+  key = os.fspath(run)
+  if names is not None or opening or key not in _namings:
+    names = _names(run) if names is None else names
+    found = naming_of(names, lambda n: is_step(run / n), lambda n: not _names(run / n), key)
+    _namings[key] = found or (PLAIN if opening else _namings.get(key, PLAIN))
+  return _namings[key]
+
+
+def step_path(run: epath.Path, step: int) -> epath.Path:
+  """The directory of a step, whether it is there or not."""
+  return run / naming(run).name(step)
+
+
+def _names(directory: epath.Path) -> list[str]:
+  try:
+    return [p.name for p in directory.iterdir()]
+  except (FileNotFoundError, NotADirectoryError):
+    return []
 
 
 def noted_steps(run: epath.Path, kind: str) -> set[int]:
@@ -139,7 +149,7 @@ def step_directory(run: epath.Path, step: int) -> epath.Path:
   Raises:
     NoCheckpointError: naming the steps that there are.
   """
-  directory = run / str(step)
+  directory = step_path(run, step)
   if not is_step(directory) or step in uncounted_steps(run):
     steps = committed_steps(run)
     there = f"; committed steps: {_brief(steps)}" if steps else "; no step is committed there"
@@ -169,7 +179,7 @@ def newest_to_restore(run: epath.Path) -> int | None:
   steps = committed_steps(run)
   for step in reversed(steps):
     try:
-      if thinned_to(run / str(step)) is None:
+      if thinned_to(step_path(run, step)) is None:
         return step
     except CorruptCheckpointError:
       return step  # reading it tells what is wrong
@@ -180,7 +190,7 @@ def newest_resumable(run: epath.Path) -> int | None:
   """The newest committed step that training can go on from: whole, and not known to be unhealthy. None without one."""
   for step in reversed(committed_steps(run)):
     try:
-      info = _info(run / str(step), step)
+      info = _info(step_path(run, step), step)
     except CorruptCheckpointError:
       continue
     if info.resumable and info.healthy is not False:
@@ -191,24 +201,6 @@ def newest_resumable(run: epath.Path) -> int | None:
 def thinned_to(step_dir: epath.Path) -> list[str] | None:
   """The paths that a thinned step still holds, e.g. `["params"]`; None for a whole one."""
   return (our_metadata(step_dir).get(THINNED) or {}).get("keep")
-
-
-def item_directory(step_dir: epath.Path) -> epath.Path:
-  """The directory of the training state inside a step, ours or plain Orbax's.
-
-  Raises:
-    CorruptCheckpointError: if the step holds no state.
-    CheckpointError: if it holds several and none is called `default` or `state`.
-  """
-  items = sorted(p.name for p in step_dir.iterdir() if (p / ITEM_METADATA).exists())
-  for name in (DEFAULT_ITEM, "state"):
-    if name in items:
-      return step_dir / name
-  if len(items) == 1:
-    return step_dir / items[0]
-  if not items:
-    raise CorruptCheckpointError(f"{step_dir}: no item with a {ITEM_METADATA}; the step holds no state")
-  raise CheckpointError(f"{step_dir}: several items ({', '.join(items)}) and none is called default or state")
 
 
 def step_metadata(step_dir: epath.Path) -> dict[str, Any]:
@@ -262,7 +254,7 @@ def step_info(run: epath.Path, step: int) -> StepInfo:
   Raises:
     CorruptCheckpointError: if its metadata cannot be read.
   """
-  return _info(run / str(step), step)
+  return _info(step_path(run, step), step)
 
 
 def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], dict[int, CorruptCheckpointError]]:
@@ -272,7 +264,7 @@ def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], d
 
   def info(step: int) -> StepInfo | None:
     try:
-      return _info(run / str(step), step)
+      return _info(step_path(run, step), step)
     except CorruptCheckpointError as e:
       damaged[step] = e
       return None
@@ -298,123 +290,12 @@ def _info(step_dir: epath.Path, step: int) -> StepInfo:
     untrusted.check_metrics(metrics, str(metrics_file))
   except (KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError) as e:
     raise CorruptCheckpointError(f"{step_dir}: its metadata is damaged ({type(e).__name__}: {e})") from e
-  return StepInfo(step, time, _tree_nbytes(step_dir), metrics)
+  return StepInfo(step, time, tree_nbytes(step_dir), metrics)
 
 
-def _tree_nbytes(directory: epath.Path) -> int:
+def tree_nbytes(directory: epath.Path) -> int:
   # epath refuses a recursive glob
-  return sum(_tree_nbytes(p) if p.is_dir() else p.stat().length for p in directory.iterdir())
-
-
-def describe(path: str | os.PathLike[str], step: int | None = None) -> StepDescription:
-  """Everything about a step (default: the newest) but its values; reads metadata only.
-
-  Raises:
-    NoCheckpointError: if there is no such step.
-    CorruptCheckpointError: if its metadata cannot be read.
-  """
-  run = run_directory(path)
-  step = latest_committed(run) if step is None else step
-  step_dir = step_directory(run, step)
-  ours = our_metadata(step_dir)
-  shown = {k: v for k, v in ours.items() if k not in ("metrics", "extras", "encoded")}
-  return StepDescription(step, shown, _info(step_dir, step).metrics, ours.get("extras"), saved_leaves(step_dir))
-
-
-def saved_leaves(step_dir: epath.Path) -> list[LeafInfo]:
-  """The leaves of a step as its trainer saw them, sorted as in the saved tree."""
-  return leaf_infos(describe_item(item_directory(step_dir)).tree, our_metadata(step_dir).get("encoded", {}))
-
-
-def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
-  """The leaves that `describe_item` finds, as their trainer saw them; `encoded` is what `layout.encoding` noted."""
-  import jax  # listing steps needs neither jax nor Orbax
-  import numpy as np
-
-  from ckpt_jax.layout.encoding import dtype_name
-  from ckpt_jax.layout.structure import path_name
-
-  leaves = []
-  for path, meta in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    name = path_name(path)
-    note = encoded.get(name, {})
-    kind = type(meta).__name__
-    if kind == "StringMetadata":
-      leaves.append(LeafInfo(name, (), "str", 0, scalar=True))
-      continue
-    shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
-    nbytes = math.prod(shape) * dtype.itemsize
-    label = dtype_name(dtype)
-    if kind == "ScalarMetadata":
-      label = {"b": "bool", "i": "int", "f": "float"}.get(dtype.kind, label)
-    if note.get("kind") == "empty":
-      shape, label, nbytes = tuple(note["shape"]), note["dtype"], 0
-    elif note.get("kind") == "prng_key":
-      shape, label = shape[:-1], note["dtype"]
-    elif note.get("kind") == "complex":
-      label = "complex"
-    elif "dtype" in note:
-      label = note["dtype"]
-    leaves.append(LeafInfo(name, shape, label, nbytes, scalar=kind == "ScalarMetadata"))
-  return leaves
-
-
-@dataclasses.dataclass(frozen=True)
-class ItemDescription:
-  """What an item says of itself.
-
-  Attributes:
-    tree: as Orbax describes it: nested containers with ArrayMetadata, ScalarMetadata, StringMetadata leaves.
-    info: Orbax's description of an array, without a name; None if only Orbax knows the item, see `layout.direct`.
-    index: where its small arrays lie; empty if it is not packed.
-    stores: its other arrays, open, by their names in the database.
-  """
-
-  tree: Any
-  info: Any = None
-  index: dict[str, Any] = dataclasses.field(default_factory=dict)
-  stores: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def describe_item(item_dir: epath.Path, config: Any = None) -> ItemDescription:
-  """Reads what an item, RUN/STEP/default, says of itself, and opens its arrays within the limits of `config`.
-
-  Raises:
-    CorruptCheckpointError: if it cannot be read.
-  """
-  from ckpt_jax.config import Config
-  from ckpt_jax.layout import direct, packing
-  from ckpt_jax.layout.handler import pytree_handler
-
-  try:
-    data = untrusted.read_json(item_dir / ITEM_METADATA)
-    untrusted.check_tree(data, str(item_dir / ITEM_METADATA))
-    index = packing.read_index(item_dir)
-    known = bool(index) or direct.is_known(item_dir, data)
-    if not known:
-      tree = pytree_handler(Config()).metadata(item_dir).tree
-      _check_claims(tree, item_dir)
-      return ItemDescription(tree)
-    info = direct.item_info(item_dir, data, (config or Config()).limits)
-    tree, stores = direct.describe(info, data, index)
-    _check_claims(tree, item_dir)
-    return ItemDescription(tree, info, index, stores)
-  except (CheckpointError, MemoryError):
-    raise
-  except Exception as e:
-    raise CorruptCheckpointError(f"{item_dir}: its metadata cannot be read: {' '.join(str(e).split())[:500]}") from e
-
-
-def _check_claims(tree: Any, item_dir: epath.Path) -> None:
-  import jax
-  import numpy as np
-
-  leaves = [leaf for leaf in jax.tree.leaves(tree) if getattr(leaf, "shape", None) is not None]
-  claimed = untrusted.claimed_bytes(
-    ((leaf.shape, np.dtype(leaf.dtype).itemsize if leaf.dtype is not None else 1) for leaf in leaves), str(item_dir)
-  )
-  if claimed > untrusted.FREE_CLAIM:
-    untrusted.check_claim(claimed, _tree_nbytes(item_dir), str(item_dir))
+  return sum(tree_nbytes(p) if p.is_dir() else p.stat().length for p in directory.iterdir())
 
 
 def orbax_can_list(step_dir: epath.Path) -> bool:

@@ -288,6 +288,7 @@ class Saver:
           # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
           best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
           temporary_path_class=self._gate.path_class(self._on_commit),
+          step_name_format=self._gate.step_names(),
           async_options=ocp.options.AsyncOptions(
             timeout_secs=math.ceil(self._config.timeouts.save_s),
             barrier_sync_fn=self._gate.barrier(functools.partial(self._meet, self._hung)),

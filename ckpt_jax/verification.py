@@ -115,13 +115,13 @@ def verdicts(
       finding = Finding(number, "commit", "", "", str(damaged[number]))
       yield Verdict(number, 0, 0, 0, "nothing could be read", (finding,))
     else:
-      with snapshot(directory / str(number)):
+      with snapshot(run_lib.step_path(directory, number)):
         yield _Check(directory, number, progress).verdict()
 
 
 class _Check:
   def __init__(self, directory: epath.Path, step: int, progress: Progress):
-    self._step_dir = directory / str(step)
+    self._step_dir = run_lib.step_path(directory, step)
     self._step = step
     self._progress = progress
     self._findings: list[Finding] = []

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
+from ckpt_jax import contents
 from ckpt_jax import run as runs
 from ckpt_jax.layout import packing, writing
 from ckpt_jax.layout.packing import SlabBytes, gather, lay_out, needed
@@ -131,7 +132,7 @@ def test_packed_leaves_are_shown_as_they_are(tmp_path):
   for name, config in (("plain", ckpt.Config(health=ODD)), ("packed", PACKED)):
     with ckpt.Checkpointer(tmp_path / name, config) as c:
       c.save(0, mixed_state(mesh))
-  plain, packed = (runs.describe(tmp_path / name).leaves for name in ("plain", "packed"))
+  plain, packed = (contents.describe(tmp_path / name).leaves for name in ("plain", "packed"))
   assert plain == packed
 
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax import run
+from ckpt_jax import contents
 from ckpt_jax.layout import reading
 from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.layout.memory import aligned_empty
@@ -146,7 +146,7 @@ def test_an_item_is_described_as_orbax_handler_of_trees_does(tmp_path):
   with ckpt.Checkpointer(tmp_path) as c:
     c.save(1, state)
   item = epath.Path(tmp_path) / "1" / "default"
-  ours = run.describe_item(item)
+  ours = contents.describe_item(item)
   assert ours.info is not None
   assert ours.tree == pytree_handler(ckpt.Config()).metadata(item).tree
   assert {leaf.directory for leaf in jax.tree.leaves(ours.tree)} == {item}

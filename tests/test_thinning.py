@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpt_jax as ckpt
-from ckpt_jax import rewrite, run
+from ckpt_jax import contents, rewrite, run
 from ckpt_jax.policies import Retention
 from ckpt_jax.policies.retention import PROMISES
 from ckpt_jax.policies.thinning import Thinner, thin_step
@@ -62,7 +62,7 @@ def test_a_thinned_step_keeps_its_parameters_bit_for_bit_and_all_that_describes_
   old, thinned = before[0], run.list_steps(tmp_path)[0]
   assert (thinned.time, thinned.metrics, thinned.resumable) == (old.time, old.metrics, False)
   assert thinned.nbytes == 48 + 4 < old.nbytes / 2
-  assert {leaf.path for leaf in run.saved_leaves(c.directory / "1")} == {
+  assert {leaf.path for leaf in contents.saved_leaves(c.directory / "1")} == {
     "params/empty",
     "params/layer/kernel",
     "params/layer/odd",

@@ -47,7 +47,7 @@ def put_aside(directory: epath.Path, steps: Collection[int], kind: str, reasons:
       else:
         place = _place(directory, step, kind)
         place.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(directory / str(step), place)
+        os.rename(run.step_path(directory, step), place)
         with contextlib.suppress(OSError):
           (place.parent / f"{place.name}.json").write_text(json.dumps(reason))
     except OSError as e:
@@ -64,7 +64,7 @@ def make_room(directory: epath.Path, step: int) -> None:
     kind = json.loads(_mark(directory, step).read_text()).get("kind", QUARANTINE)
   except ValueError:
     kind = QUARANTINE
-  source, target = directory / str(step), _place(directory, step, kind)
+  source, target = run.step_path(directory, step), _place(directory, step, kind)
   with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
     for _ in pool.map(lambda key: BACKEND.copy(source / key, target / key, True), list(BACKEND.tree(source))):
       pass
@@ -83,7 +83,7 @@ def aside(directory: epath.Path, kind: str) -> dict[int, list[epath.Path]]:
     for step in run.noted_steps(directory, run.ASIDE):
       with contextlib.suppress(ValueError, OSError):
         if json.loads(_mark(directory, step).read_text()).get("kind") == kind:
-          found.setdefault(step, []).append(directory / str(step))
+          found.setdefault(step, []).append(run.step_path(directory, step))
   return found
 
 
@@ -109,12 +109,14 @@ def damaged_steps(directory: epath.Path) -> dict[int, CorruptCheckpointError]:
     return {}
   found = {}
   uncounted = run.uncounted_steps(directory)
-  for name in _names(directory):
-    step_dir = directory / name
-    if not name.isdigit() or int(name) in uncounted or run.is_step(step_dir) or not step_dir.is_dir():
+  names = list(_names(directory))
+  called = run.naming(directory, names)
+  for name in names:
+    step, step_dir = called.step(name), directory / name
+    if step is None or step in uncounted or run.is_step(step_dir) or not step_dir.is_dir():
       continue
     if any(_holds_arrays(item) for item in step_dir.iterdir() if item.is_dir()):
-      found[int(name)] = CorruptCheckpointError(f"{step_dir}: holds arrays, but its metadata files are gone")
+      found[step] = CorruptCheckpointError(f"{step_dir}: holds arrays, but its metadata files are gone")
   return found
 
 

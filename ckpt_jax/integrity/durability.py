@@ -19,7 +19,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ckpt_jax import run
+from ckpt_jax.naming import Naming
 from ckpt_jax.storage.kvstore import is_object_store
 
 _WORKERS = 8
@@ -137,6 +138,25 @@ class Hooks:
   committed: Callable[[int], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
+  """Orbax's `step_name_format` for a run whose steps are called otherwise than by plain numbers."""
+
+  naming: Naming
+
+  def build_name(self, step: int) -> str:
+    """See Orbax's NameFormat."""
+    return self.naming.name(step)
+
+  def find_step(self, base_path: Any, step: int) -> ocp.path.step.Metadata:
+    """See Orbax's NameFormat."""
+    return ocp.path.step.Metadata(step=step, path=epath.Path(base_path) / self.build_name(step))
+
+  def find_all(self, base_path: Any) -> Iterator[ocp.path.step.Metadata]:
+    """See Orbax's NameFormat."""
+    return (self.find_step(base_path, step) for step in run.committed_steps(epath.Path(base_path)))
+
+
 def _counts(path: epath.Path) -> bool:
   # A step that is damaged so that Orbax could not even open the run is left out; reading it says what is wrong.
   return run.is_step(path) and (is_object_store(path) or run.orbax_can_list(path))
@@ -151,6 +171,7 @@ def step_path_class(
   """
   atomicity = ocp.path.atomicity
   renames = not is_object_store(directory)
+  called = run.naming(directory)
   base: Any = atomicity.AtomicRenameTemporaryPath if renames else atomicity.CommitFileTemporaryPath
 
   class StepPath(base):
@@ -203,6 +224,6 @@ def step_path_class(
 
     def _step(self) -> int | None:
       final = self.get_final()
-      return int(final.name) if final.parent == directory and final.name.isdigit() else None
+      return called.step(final.name) if final.parent == directory else None
 
   return StepPath

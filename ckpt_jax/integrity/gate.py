@@ -19,9 +19,10 @@ from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, StorageError
 from ckpt_jax.failures import is_out_of_space, storage_errors
 from ckpt_jax.integrity import aside, leftovers
-from ckpt_jax.integrity.durability import Hooks, Sealing, restrict, step_path_class, sync_own_files
+from ckpt_jax.integrity.durability import Hooks, Sealing, StepNames, restrict, step_path_class, sync_own_files
 from ckpt_jax.integrity.lease import Lease
 from ckpt_jax.integrity.space import Room, free_bytes, planned_bytes, tree_nbytes
+from ckpt_jax.naming import PLAIN
 from ckpt_jax.policies.agree import decided_by_process_zero
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
@@ -144,6 +145,11 @@ class Gate:
 
     return step_path_class(self._directory, self.sealing, Hooks(on_beginning, self._committing, on_committed))
 
+  def step_names(self) -> StepNames | None:
+    """Orbax's `step_name_format`; None for plain numbers."""
+    called = run.naming(self._directory)
+    return None if called == PLAIN else StepNames(called)
+
   def barrier(self, meet: Callable[..., None]) -> Callable[..., None]:
     """Orbax's `barrier_sync_fn` around `meet`: before a process says that its part is written, it syncs its files."""
 
@@ -200,7 +206,7 @@ class Gate:
       _log.warning("%s: what was written of %s stays: %s", self._directory, sorted(steps), e)
 
   def _is_gone(self, step: int) -> bool:
-    return run.is_step(self._directory / str(step)) or not leftovers.find(self._directory, {step}).ours
+    return run.is_step(run.step_path(self._directory, step)) or not leftovers.find(self._directory, {step}).ours
 
   def _admit_or_full(self, step: int, nbytes: int, leaves: int, compressed: bool) -> list[int]:
     try:
@@ -222,7 +228,7 @@ class Gate:
     self._clear_failed()
     if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
       raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
-    with storage_errors(f"{self._directory / str(step)}: what lies there cannot be moved away"):
+    with storage_errors(f"{run.step_path(self._directory, step)}: what lies there cannot be moved away"):
       aside.make_room(self._directory, step)
     leftovers.set_aside(self._directory, step)
     dropped = self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
@@ -274,7 +280,7 @@ class Gate:
       return None
     try:
       nbytes = run.step_info(self._directory, steps[-1]).nbytes
-      stored = tree_nbytes(os.fspath(self._directory / str(steps[-1])))
+      stored = tree_nbytes(os.fspath(run.step_path(self._directory, steps[-1])))
       # Metadata outweighs the arrays of a tiny step, which says nothing about how far a large one shrinks.
       return min(1.0, stored / nbytes) if nbytes else None
     except (CheckpointError, OSError):

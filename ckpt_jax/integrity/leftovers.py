@@ -26,7 +26,7 @@ from ckpt_jax.storage.kvstore import is_object_store
 
 _log = logging.getLogger(__name__)
 TRASH = "trash"
-_TEMPORARY = re.compile(r"(\d+)\.orbax-checkpoint-tmp(-\d+)?")
+_TEMPORARY = re.compile(r"(.+)\.orbax-checkpoint-tmp(-\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +44,16 @@ def find(directory: epath.Path, begun: Collection[int]) -> Leftovers:
   if is_object_store(directory):
     # Only what we know to have begun: another step without a marker may be a copy that is still under way.
     for step in begun:
-      path = directory / str(step)
+      path = run.step_path(directory, step)
       if not run.is_step(path) and path.exists():
         ours[step] = path
     return Leftovers(ours, ())
   for name in _names(directory):
-    match = _TEMPORARY.fullmatch(name)
-    if match is None:
+    number = _temporary(directory, name)
+    if number is None:
       continue
-    step = int(match[1])
-    if step in begun or _is_ours(directory / name):
-      ours[step] = directory / name
+    if number in begun or _is_ours(directory / name):
+      ours[number] = directory / name
     else:
       foreign.append(name)
   return Leftovers(ours, tuple(sorted(foreign)))
@@ -62,7 +61,13 @@ def find(directory: epath.Path, begun: Collection[int]) -> Leftovers:
 
 def temporary_steps(directory: epath.Path) -> list[str]:
   """Paths of all directories on a disk that Orbax's naming calls temporary."""
-  return [os.path.join(os.fspath(directory), n) for n in _names(directory) if _TEMPORARY.fullmatch(n)]
+  return [os.path.join(os.fspath(directory), n) for n in _names(directory) if _temporary(directory, n) is not None]
+
+
+def _temporary(directory: epath.Path, name: str) -> int | None:
+  """The step that a temporary directory of this name was to become."""
+  match = _TEMPORARY.fullmatch(name)
+  return None if match is None else run.naming(directory).step(match[1])
 
 
 def _names(directory: epath.Path) -> list[str]:
@@ -160,7 +165,7 @@ def set_aside(directory: epath.Path, step: int) -> None:
   Raises:
     CheckpointError: in a bucket, where renaming is copying.
   """
-  path = directory / str(step)
+  path = run.step_path(directory, step)
   if is_object_store(directory):
     if not run.is_step(path) and path.exists():
       raise CheckpointError(

@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckpt_jax import run, untrusted
+from ckpt_jax import contents, run, untrusted
 from ckpt_jax.errors import CorruptCheckpointError, UnhealthyStateError
 from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
@@ -267,7 +267,7 @@ def read_record(step_dir: epath.Path) -> Record | None:
     CorruptCheckpointError: if it must be there and is not, cannot be read, or does not fit the step's files.
   """
   ours = run.our_metadata(step_dir)
-  item_dir = run.item_directory(step_dir)
+  item_dir = contents.item_directory(step_dir)
   file = item_dir / FILE
   try:
     data = untrusted.read_json(file, is_intact_file)
@@ -317,12 +317,12 @@ def carry_record(old: epath.Path, new: epath.Path) -> None:
 
   The fingerprints are those of the original save, so that the copying is checked with everything else.
   """
-  item = run.item_directory(old)
+  item = contents.item_directory(old)
   try:
     data = json.loads((item / FILE).read_bytes())
   except FileNotFoundError:
     return
-  there = {leaf.path for leaf in run.saved_leaves(new)}
+  there = {leaf.path for leaf in contents.saved_leaves(new)}
   for key in ("leaves", "hashes"):
     data[key] = {path: found for path, found in data.get(key, {}).items() if path in there}
   data["files"] = file_digests(new / item.name)

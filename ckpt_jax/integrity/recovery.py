@@ -45,7 +45,7 @@ def candidates(directory: epath.Path, *, healthy: bool) -> list[int]:
 
 def damage(directory: epath.Path, step: int) -> CorruptCheckpointError | None:
   """Why a directory that holds a step is no step any more; None if it is one, or never was."""
-  return None if run.is_step(directory / str(step)) else damaged_steps(directory).get(step)
+  return None if run.is_step(run.step_path(directory, step)) else damaged_steps(directory).get(step)
 
 
 def newest_sound(

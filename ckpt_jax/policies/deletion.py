@@ -182,17 +182,17 @@ class StepDeleter:
     return self.directory / run.NOTES / run.DELETING / str(step)
 
   def _mark(self, step: int) -> bool:
-    if not (self.directory / str(step)).exists():
+    if not run.step_path(self.directory, step).exists():
       return False
     file = self._mark_file(step)
-    mark = json.dumps({"commit": _commit(self.directory / str(step)), "time": time.time()})
+    mark = json.dumps({"commit": _commit(run.step_path(self.directory, step)), "time": time.time()})
     try:
       file.parent.mkdir(parents=True, exist_ok=True)
       file.write_text(mark)
     except OSError as e:
       if e.errno in (errno.ENOSPC, errno.EDQUOT) and not is_object_store(file):
         # Not even a mark fits. What makes it a step goes first, as always, and leaves room for the mark.
-        self._remove_heads(os.fspath(self.directory / str(step)))
+        self._remove_heads(os.fspath(run.step_path(self.directory, step)))
         with contextlib.suppress(OSError):
           file.write_text(mark)
         return True
@@ -201,7 +201,7 @@ class StepDeleter:
     return True
 
   def _saved_anew(self, step: int) -> bool:
-    directory = self.directory / str(step)
+    directory = run.step_path(self.directory, step)
     if not run.is_step(directory):
       return False
     try:
@@ -211,7 +211,7 @@ class StepDeleter:
     return marked.get("commit") != _commit(directory) and _commit(directory) is not None
 
   def _remove(self, step: int) -> None:
-    directory = self.directory / str(step)
+    directory = run.step_path(self.directory, step)
     if directory.exists():
       if is_object_store(directory):
         with self._no_manager_opens():

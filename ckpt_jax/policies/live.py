@@ -163,6 +163,6 @@ def plan_pruning(path: str, rules: Retention) -> Pruning:
     seen: dict[int, int] = {}  # steps of one size have the same leaves
     for step in sorted(decided.thinned):
       if nbytes[step] not in seen:
-        seen[nbytes[step]] = thinned_nbytes(directory / str(step), rules.thin.keep)
+        seen[nbytes[step]] = thinned_nbytes(run.step_path(directory, step), rules.thin.keep)
       after[step] = seen[nbytes[step]]
   return Pruning(steps, decided.reasons, decided.over_budget, after, decided.notes)

@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from ckpt_jax import run
+from ckpt_jax import contents, run
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout.repack import carry_packed
 from ckpt_jax.layout.subset import copy_leaves, leaf_names, under
@@ -51,7 +51,7 @@ def thin_step(
   """
 
   def write(old: epath.Path, new: epath.Path) -> dict[str, Any]:
-    item = run.item_directory(old)
+    item = contents.item_directory(old)
     ours = run.our_metadata(old)
     names = kept_names(item, keep)
     copy_leaves(item, new / item.name, names, pause=pause)
@@ -68,9 +68,9 @@ def thin_step(
     }
 
   def check(old: epath.Path, new: epath.Path) -> None:
-    want = kept_names(run.item_directory(old), keep)
-    before = {leaf.path: leaf for leaf in run.saved_leaves(old)}
-    after = {leaf.path: leaf for leaf in run.saved_leaves(new)}
+    want = kept_names(contents.item_directory(old), keep)
+    before = {leaf.path: leaf for leaf in contents.saved_leaves(old)}
+    after = {leaf.path: leaf for leaf in contents.saved_leaves(new)}
     paths = {"/".join(name) for name in want}
     if after != {path: leaf for path, leaf in before.items() if path in paths}:
       raise CheckpointError(
@@ -100,8 +100,8 @@ def thinned_nbytes(step_dir: epath.Path, keep: Sequence[str]) -> int:
   Raises:
     CheckpointError: if one of the paths leads to no leaf.
   """
-  paths = {"/".join(name) for name in kept_names(run.item_directory(step_dir), keep)}
-  return sum(leaf.nbytes for leaf in run.saved_leaves(step_dir) if leaf.path in paths)
+  paths = {"/".join(name) for name in kept_names(contents.item_directory(step_dir), keep)}
+  return sum(leaf.nbytes for leaf in contents.saved_leaves(step_dir) if leaf.path in paths)
 
 
 class Thinner:

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ckpt_jax.contents import LeafInfo
 from ckpt_jax.errors import ConfigError, StructureMismatchError
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key
 from ckpt_jax.restore.hints import Leaf, brief, explain, nearest
 from ckpt_jax.restore.paths import matches, selected
-from ckpt_jax.run import LeafInfo
 
 Note = dict[str, Any]
 _MAX_SHOWN = 40

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, Sharding
 
-from ckpt_jax import run
+from ckpt_jax import contents, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_unreachable, root_cause
@@ -213,8 +213,8 @@ class Step:
 
   def __init__(self, step_dir: epath.Path, config: Config):
     self.name = str(step_dir)
-    self.item_dir = run.item_directory(step_dir)
-    self.item = run.describe_item(self.item_dir, config)
+    self.item_dir = contents.item_directory(step_dir)
+    self.item = contents.describe_item(self.item_dir, config)
     ours = run.our_metadata(step_dir)
     self.notes: dict[str, Any] = ours.get("encoded", {})
     self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
@@ -222,7 +222,7 @@ class Step:
     self.treedef: Any = structure  # jax's stubs do not know its methods
     self.paths = {path_name(path): path for path, _ in leaves}
     self.meta: dict[str, Any] = dict(zip(self.paths, (meta for _, meta in leaves), strict=True))
-    self.infos = {info.path: info for info in run.leaf_infos(self.item.tree, self.notes)}
+    self.infos = {info.path: info for info in contents.leaf_infos(self.item.tree, self.notes)}
 
 
 class Reader:
@@ -349,7 +349,7 @@ def _names_any(pattern: str, names: Iterable[str]) -> bool:
 
 
 def _by_path(
-  like: PyTree, only: tuple[str, ...] | None, infos: Mapping[str, run.LeafInfo]
+  like: PyTree, only: tuple[str, ...] | None, infos: Mapping[str, contents.LeafInfo]
 ) -> tuple[dict[str, Any], str]:
   """The leaves of `like` by their path in the checkpoint, and the prefix that was put before them.
 
@@ -370,7 +370,7 @@ def _by_path(
 
 
 def _casts_as_saved(
-  step: Step, infos: Mapping[str, run.LeafInfo], cast: bool | Mapping[str, Any]
+  step: Step, infos: Mapping[str, contents.LeafInfo], cast: bool | Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
   if not isinstance(cast, Mapping):
     return {}

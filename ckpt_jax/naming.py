@@ -1,0 +1,101 @@
+"""How a run's steps are called: `12`, or as Orbax's options `step_prefix` and `step_format_fixed_length` say.
+
+ckpt_jax calls them by their numbers. In a run that another program has begun it goes on in that program's way, so that
+either reads all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+
+from ckpt_jax.errors import NotARunError
+
+# What unfinished saves and steps that were moved out of the way are called; both may end in digits.
+_TEMPORARY = (".orbax-checkpoint-tmp", ".set-aside-")
+_NUMBERED = re.compile(r"(.*[^0-9])?([0-9]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+  """Names of steps: `ckpt_00000012` is step 12 with prefix `ckpt_` and width 8.
+
+  Attributes:
+    prefix: what stands before the number, Orbax's underscore included.
+    width: digits of the number, which is padded with zeros; 0: as many as it has.
+  """
+
+  prefix: str = ""
+  width: int = 0
+
+  def name(self, step: int) -> str:
+    """The directory of a step."""
+    return f"{self.prefix}{step:0{self.width}d}" if self.width else f"{self.prefix}{step}"
+
+  def step(self, name: str) -> int | None:
+    """The step that a directory of this name holds; None if it is no step's name."""
+    digits = name.removeprefix(self.prefix)
+    if not name.startswith(self.prefix) or re.fullmatch("[0-9]+", digits) is None:
+      return None
+    return int(digits) if self.name(int(digits)) == name else None
+
+
+PLAIN = Naming()
+
+
+def naming_of(
+  names: Iterable[str], is_step: Callable[[str], bool], is_empty: Callable[[str], bool], where: str
+) -> Naming | None:
+  """How the steps of a run are called; None if there are none.
+
+  Plain numbers are steps wherever there are some: `old_10` beside `20` is somebody's copy.
+
+  Args:
+    names: what the run's directory holds.
+    is_step: whether a directory holds what a committed step does; asked as seldom as can be.
+    is_empty: whether there is nothing in a directory.
+    where: the run, for messages.
+
+  Raises:
+    NotARunError: if the steps are called in several ways, so that some would hide others.
+  """
+  by_prefix: dict[str, list[str]] = {}
+  for name in names:
+    match = _NUMBERED.fullmatch(name)
+    if match is not None and not name.startswith(".") and not any(mark in name for mark in _TEMPORARY):
+      by_prefix.setdefault(match[1] or "", []).append(match[2])
+  plain = by_prefix.pop("", [])
+  if plain:
+    width = _width("", plain, is_step, where)
+    if width or not by_prefix or not all(map(is_empty, plain)):
+      return Naming(width=width)
+  # A prefix that ends in a digit and a point belongs to a number with a fraction, which is no step.
+  found = [
+    prefix
+    for prefix, numbers in sorted(by_prefix.items())
+    if not re.search(r"[0-9]\.$", prefix) and any(is_step(prefix + number) for number in numbers)
+  ]
+  if len(found) > 1:
+    raise NotARunError(
+      f"{where}: holds checkpoints of several kinds: {', '.join(f'{p}*' for p in found[:5])}. Move those of one kind "
+      "into a directory of their own, and open that"
+    )
+  return Naming(found[0], _width(found[0], by_prefix[found[0]], is_step, where)) if found else None
+
+
+def _width(prefix: str, numbers: Iterable[str], is_step: Callable[[str], bool], where: str) -> int:
+  """To how many digits numbers are padded; 0 if they are not."""
+  padded = {n for n in numbers if n.startswith("0") and len(n) > 1 and is_step(prefix + n)}
+  if not padded:
+    return 0
+  width = min(map(len, padded))
+  # A number that outgrew its width has no zero in front.
+  odd = {n for n in numbers if len(n) < width or (n in padded and len(n) > width)}
+  odd = {n for n in odd if n in padded or is_step(prefix + n)}
+  if odd:
+    shown = ", ".join(prefix + n for n in (min(padded, key=len), *sorted(odd)[:3]))
+    raise NotARunError(
+      f"{where}: its steps are numbered in several ways ({shown}); move those of one kind into a directory of their own"
+    )
+  return width
