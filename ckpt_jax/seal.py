@@ -22,7 +22,7 @@ def is_intact(data: dict[str, Any]) -> bool:
 
 
 def sealed_file(text: str) -> bytes:
-  """The text of a JSON object, with a digest of it for its last entry: there is no need to write a large one twice."""
+  """The text of a JSON object that is not empty, with a digest of it as its last entry, without writing it twice."""
   body = text[:-1].encode()
   return body + _FILE_SEAL + _file_digest(body)
 

@@ -24,6 +24,8 @@ def bits(leaf):
     return jax.Array, str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
   if isinstance(leaf, (np.ndarray, np.generic)):
     return type(leaf), str(leaf.dtype), leaf.shape, leaf.tobytes()
+  if isinstance(leaf, (float, complex)):
+    return type(leaf), None, None, np.asarray(leaf).tobytes()  # -0.0 and NaN count here too
   return type(leaf), None, None, leaf
 
 
