@@ -129,8 +129,8 @@ def claimed_bytes(shapes: Iterable[tuple[Any, int]], where: str) -> int:
   """
   total = 0
   for shape, itemsize in shapes:
-    if not all(isinstance(n, int) and 0 <= n < 2**63 for n in shape):
-      raise CorruptCheckpointError(f"{where}: the shape {list(shape)!r:.80} is none")
+    if not isinstance(shape, (list, tuple)) or not all(isinstance(n, int) and 0 <= n < 2**63 for n in shape):
+      raise CorruptCheckpointError(f"{where}: the shape {shape!r:.80} is none")
     total += math.prod(shape) * itemsize
   return total
 

@@ -27,7 +27,10 @@ def from_process_zero(steps: Sequence[int]) -> list[int]:
 
 
 def decided_by_process_zero(decide: Callable[[], Sequence[int]], rendezvous: Rendezvous, timeout: float) -> list[int]:
-  """What `decide` returns on process 0, or the CheckpointError that it raises there, on every process.
+  """What `decide` returns on process 0, or the error that it raises there, on every process.
+
+  An error that is no CheckpointError, a bug, is raised as it is on process 0 and as a CheckpointError on the others,
+  which would wait for the timeout otherwise.
 
   Args:
     decide: called on process 0 only; may take its time.
@@ -37,15 +40,21 @@ def decided_by_process_zero(decide: Callable[[], Sequence[int]], rendezvous: Ren
   if jax.process_count() == 1:
     return list(decide())
   told: list[int] = []
+  bug: Exception | None = None
   if jax.process_index() == 0:
     try:
       found = list(decide())
       told = [0, *found] if found else []
     except errors.CheckpointError as e:
       told = [1, *json.dumps([type(e).__name__, str(e), getattr(e, "step", None)]).encode()]
+    except Exception as e:
+      bug = e
+      told = [1, *json.dumps(["CheckpointError", f"process 0 failed: {type(e).__name__}: {e}", None]).encode()]
   # The collective beneath gives up after 30 s (gloo).
   rendezvous.wait("what process 0 decides", timeout + 60)
   told = from_process_zero(told)
+  if bug is not None:
+    raise bug
   if told and told[0] == 1:
     name, message, step = json.loads(bytes(told[1:]))
     kind = getattr(errors, name, errors.CheckpointError)
