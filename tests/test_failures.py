@@ -1,6 +1,7 @@
-"""What an error of someone else is reported as: its root, without secrets, and whether storage or damage was the cause."""
+"""What an error of someone else is reported as: its root cause, without secrets; and whether storage was to blame."""
 
 import errno
+import itertools
 import json
 
 import pytest
@@ -16,7 +17,7 @@ KEYS = st.text("abcdefghijklmnopqrstuvwxyz0123456789+/", min_size=16, max_size=4
 
 def chain(*errors, by="cause"):
   """The first of `errors`, raised because of the second, and so on."""
-  for outer, inner in zip(errors, errors[1:], strict=False):
+  for outer, inner in itertools.pairwise(errors):
     if by == "cause":
       outer.__cause__ = inner
     else:
@@ -81,7 +82,7 @@ def test_storage_errors_names_the_place_and_keeps_the_cause_but_no_secret(monkey
   with pytest.raises(StorageError) as e, failures.storage_errors("s3://bucket"):
     raise OSError("refused wJalrXUtnFEMI")
   assert str(e.value) == "s3://bucket: refused <AWS_SECRET_ACCESS_KEY>"
-  with pytest.raises(ValueError, match="^mine$"), failures.storage_errors("s3://bucket"):
+  with pytest.raises(ValueError, match=r"^mine$"), failures.storage_errors("s3://bucket"):
     raise ValueError("mine")
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON may hold: anything else is a CorruptCheckpointError that names the file, and no other error."""
+"""What a checkpoint's JSON may hold: anything else is a CorruptCheckpointError that names the file."""
 
 import json
 import posixpath
@@ -117,7 +117,7 @@ def test_claims_beyond_any_compression_are_refused_and_small_ones_are_not():
   assert untrusted.claimed_bytes([((2, 3), 4), ((), 8), ((0, 5), 4)], WHERE) == 32
   untrusted.check_claim(untrusted.FREE_CLAIM, 0, WHERE)
   untrusted.check_claim(untrusted.FREE_CLAIM + 10 * untrusted.MAX_COMPRESSION, 10, WHERE)
-  with pytest.raises(CorruptCheckpointError, match="claims 1 GB of arrays in files of 0.000 MB"):
+  with pytest.raises(CorruptCheckpointError, match=r"claims 1 GB of arrays in files of 0\.000 MB"):
     untrusted.check_claim(untrusted.FREE_CLAIM + 10 * untrusted.MAX_COMPRESSION + 1, 10, WHERE)
 
 
