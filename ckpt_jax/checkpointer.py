@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +14,7 @@ import jax
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
-from ckpt_jax import garbage, orbax_private, run
+from ckpt_jax import garbage, run
 from ckpt_jax.config import BestConfig, Config, load_config
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.failures import storage_errors
@@ -22,7 +23,7 @@ from ckpt_jax.integrity.gate import Gate
 from ckpt_jax.layout.sharding import abstract_state
 from ckpt_jax.policies import pins
 from ckpt_jax.policies.agree import from_process_zero
-from ckpt_jax.policies.attempts import CLOSED, PREEMPTED, AttemptLog
+from ckpt_jax.policies.attempts import PREEMPTED, AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.policies.retention import Retention, best_steps
@@ -36,6 +37,7 @@ from ckpt_jax.restore.result import Restored
 from ckpt_jax.restoring import Restorer
 from ckpt_jax.rewrite import finish_rewrites
 from ckpt_jax.saving import Saver, SaveRecord
+from ckpt_jax.session import Session, check_not_forked
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.kvstore import connect
 from ckpt_jax.storage.objects import snapshot
@@ -86,6 +88,7 @@ class Checkpointer:
       schedule: in place of the configuration's, for those that a file cannot say, e.g. `policies.AtSteps`. All
         processes must give the same.
     """
+    check_not_forked()
     if config is None:
       config = Config()
     elif isinstance(config, Mapping):
@@ -97,7 +100,6 @@ class Checkpointer:
     self.directory: epath.Path = run.run_directory(directory)
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
     self._planner = Planner(self.directory, config, self.storage, from_process_zero)
-    self._closed = False
     first = jax.process_index() == 0
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
     self._restorer = Restorer(self.directory, config, self._planner, self._retention.restoring)
@@ -107,27 +109,28 @@ class Checkpointer:
       timeout=config.timeouts.delete,
       files_per_second=config.retention.delete_rate or 0,
     )
-    self._thinner = Thinner(
+    # No callback below may hold `self`: a Checkpointer that is dropped must be gone at once, see `session`.
+    thinner = Thinner(
       self.directory,
       config.retention.thin.keep if config.retention.thin else (),
       self._deleter,
       active=first,
-      busy=lambda: self._saver.writing,
+      busy=lambda: saver.writing,
       restoring=self._retention.restoring,
       done=self._retention.forget,
       timeout=config.timeouts.delete,
     )
-    self._retention.thin = self._thinner.thin
+    self._retention.thin = thinner.thin
     self._attempt = AttemptLog(self.directory, active=first)
-    self._notice: PreemptionNotice | None = None
-    preempted = OnPreemption(lambda: self._notice is not None and self._notice.received)
+    self._notice = notice = PreemptionNotice() if config.preemption.enabled else None
+    preempted = OnPreemption(lambda: notice is not None and notice.received)
     with storage_errors(f"{self.directory}: cannot open the run"), snapshot(self.directory):
       run.naming(self.directory, opening=True)
       if first:
         finish_rewrites(self.directory)
       from_process_zero([])  # nobody lists steps before that
       self.schedule: SaveDecisionPolicy = schedule or make_schedule(config.schedule, self.directory)
-      self._saver = Saver(
+      saver = Saver(
         self.directory,
         config,
         planner=self._planner,
@@ -138,11 +141,19 @@ class Checkpointer:
         attempt=self._attempt,
         gate=Gate(self.directory, config, self.storage, self._retention, self._deleter),
       )
-    self.saves: list[SaveRecord] = self._saver.records
-    if config.preemption.enabled:
-      self._notice = PreemptionNotice()
-    finish = weakref.WeakMethod(self._finish_at_exit)
-    orbax_private.before_executors_shut_down(lambda: (m := finish()) and m())
+    self._saver = saver
+    self.saves: list[SaveRecord] = saver.records
+    self._session = Session(
+      self.directory,
+      saver=saver,
+      deleter=self._deleter,
+      thinner=thinner,
+      attempt=self._attempt,
+      notice=notice,
+      patience=config.timeouts.save_s,
+      others=(self._planner, self._restorer),
+    )
+    weakref.finalize(self, self._session.abandon).atexit = False  # type: ignore[misc]
 
   def __enter__(self) -> Checkpointer:
     return self
@@ -185,17 +196,29 @@ class Checkpointer:
     Raises:
       SaveFailedError: if this save, or an earlier one in the background, failed; told once. It is an OutOfSpaceError
         too when the storage was full.
-      CheckpointError: if an argument cannot be saved; nothing was written.
+      CheckpointError: if an argument cannot be saved, or a newer Checkpointer of this process saves into this run;
+        nothing was written.
     """
     started = time.perf_counter()
-    self._check_open()
-    self._saver.raise_background_error()
+    self._session.check_open()
+    with self._session.lock:
+      return self._save(step, state, metrics, extras, force, started)
+
+  def _save(
+    self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, force: bool, started: float
+  ) -> bool:
+    self._session.check_open()
     step = int(step)
     if step < 0:
       raise CheckpointError(f"step {step}: must not be negative")
-    if not force and not self._saver.manager.should_save(step):
-      return False
+    self._session.claim()
     preempted = self._preempted(step)
+    if preempted:
+      self._before_the_last_save(step)
+    else:
+      self._saver.raise_background_error()
+      if not force and not self._saver.manager.should_save(step):
+        return False
     if force and step in self._saver.manager.all_steps():
       raise CheckpointError(f"{self.directory}: step {step} is saved already; steps are never overwritten")
     collect_again = garbage.hold(_NO_COLLECTION_S)  # until the commit, since the write makes as many objects
@@ -204,8 +227,11 @@ class Checkpointer:
     except BaseException:
       collect_again()
       raise
-    if preempted:
-      self._exit_preempted(step)
+    if preempted and self._notice is not None:
+      _log.warning("preempted: waiting for step %d to commit, then exiting", step)
+      self._saver.wait()
+      if self._notice.saved():
+        self._exit_preempted()
     return True
 
   def wait(self) -> None:
@@ -214,8 +240,7 @@ class Checkpointer:
     Raises:
       SaveFailedError: if it failed; told once.
     """
-    if not self._closed:
-      self._saver.wait()
+    self._session.wait()
 
   def close(self) -> None:
     """Waits for the last save, and releases threads and signal handler. May be called twice.
@@ -223,18 +248,12 @@ class Checkpointer:
     Raises:
       SaveFailedError: if the last save failed; told once.
     """
-    if self._closed:
-      return
-    try:
-      self.wait()
-    finally:
-      self._closed = True
-      if self._notice is not None:
-        self._notice.close()
-      self._saver.close()
-      self._deleter.finish()
-      self._thinner.finish()
-      self._attempt.ended(CLOSED)
+    unanswered = self._session.close()
+    if unanswered:
+      # Nobody will save any more, and without this object SIGTERM would have ended the process before.
+      _log.warning("%s: SIGTERM came after the last save; nothing more was saved", self.directory)
+      if sys.exc_info()[1] is None:  # else the exception that is on its way ends the process, and is the one to show
+        raise SystemExit(self.config.preemption.exit_code)
 
   # -- what there is
 
@@ -287,7 +306,8 @@ class Checkpointer:
     without running it (see `layout.sharding.abstract_state`). It starts afresh only where there is no step: one that
     cannot be read is an error.
     """
-    self._check_open()
+    self._session.check_open()
+    self._session.wait_for_predecessors()
     self.wait()
     if self._restorer.is_empty():
       return Restored(init_fn(), None, 0, {}, None, None)
@@ -336,7 +356,7 @@ class Checkpointer:
       RestoreTimeoutError: after `timeouts.restore`, or many times what was expected; it says what was waited for, and
         which processes did not come. All processes of a job raise the same error.
     """
-    self._check_open()
+    self._session.check_open()
     self.wait()
     strategy = strategy or self.config.restore.strategy
     if strategy not in ("auto", *STRATEGIES):
@@ -362,7 +382,7 @@ class Checkpointer:
       NoCheckpointError: if there is no such step; nothing was changed.
       CheckpointError: if `delete` would take a pinned step.
     """
-    self._check_open()
+    self._session.check_open()
     self.wait()
     with self._deleter.paused():
       later = recovery.rolled_back(self.directory, int(step), self._restorer.together(), delete=delete)
@@ -371,27 +391,33 @@ class Checkpointer:
 
   # -- inside
 
-  def _check_open(self) -> None:
-    if self._closed:
-      raise CheckpointError(f"{self.directory}: this Checkpointer is closed; make a new one")
-
   def _preempted(self, step: int) -> bool:
     if self._notice is None:
       return False
-    return self._notice.received or self._saver.manager.reached_preemption(step)
+    if self._saver.manager.reached_preemption(step):
+      self._notice.note()
+    return self._notice.received
 
-  def _exit_preempted(self, step: int) -> None:
-    _log.warning("preempted: waiting for step %d to commit, then exiting", step)
-    self.close()
-    self._attempt.ended(PREEMPTED)
+  def _before_the_last_save(self, step: int) -> None:
+    """Clears the way for the save that a preemption notice asks for: nothing may keep it from being made."""
+    try:
+      self._saver.wait()
+    except CheckpointError as e:  # an earlier save; this one may succeed
+      _log.error("preempted: %s", e)
+    if self._notice is not None and self._notice.has_saved:  # and others have not, and do not come
+      self._exit_preempted()
+    if step in self._saver.manager.all_steps():
+      _log.warning("preempted: %s: step %d is there already, and steps are never overwritten", self.directory, step)
+      self._exit_preempted()
+
+  def _exit_preempted(self) -> None:
+    self._saver.wait()  # what fails here is raised, and tried again by whoever goes on
+    if self._notice is not None:
+      self._notice.answered()
+    self._session.close(PREEMPTED)
     if self._notice is not None:
       self._notice.run_users_handler()
-    _log.warning("preempted: step %d is committed; exiting", step)
+    saved = self.saves[-1].step if self.saves else None
+    what = "no step was saved by this process" if saved is None else f"the last step saved is {saved}"
+    _log.warning("preempted: %s: %s; exiting", self.directory, what)
     raise SystemExit(self.config.preemption.exit_code)
-
-  def _finish_at_exit(self) -> None:
-    if not self._closed:
-      try:
-        self.close()
-      except CheckpointError as e:
-        _log.error("at exit: %s", e)

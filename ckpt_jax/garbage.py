@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -46,6 +47,18 @@ def hold(seconds: float) -> Callable[[], None]:
   timer.daemon = True
   timer.start()
   return release
+
+
+def _forked() -> None:
+  """In a forked child nobody would end the holds of its parent."""
+  global _lock, _holders
+  _lock = threading.Lock()
+  if _holders and _was_enabled:
+    gc.enable()
+  _holders = 0
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @contextlib.contextmanager

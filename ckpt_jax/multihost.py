@@ -64,6 +64,12 @@ def initialize(timeout: float = 120.0) -> None:
     where = explicit.get("coordinator_address", "the launcher's coordinator")
     raise CheckpointError(f"waited {timeout:.0f} s at {where} for {count} processes to start: {e}") from e
   _leave_at_once_after_an_exception()
+  os.register_at_fork(after_in_child=_undo_sigterm)
+
+
+def _undo_sigterm() -> None:
+  """jax catches SIGTERM for good, in forked children too, where nobody listens: Pool.terminate() would hang."""
+  signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def _leave_at_once_after_an_exception() -> None:
@@ -74,13 +80,14 @@ def _leave_at_once_after_an_exception() -> None:
   """
   failed: list[bool] = []
   previous = sys.excepthook
+  process = os.getpid()  # a forked child has no barrier to wait at
 
   def note(*exception: Any) -> None:
     failed.append(True)
     previous(*exception)
 
   def leave() -> None:
-    if failed:
+    if failed and os.getpid() == process:
       sys.stdout.flush()
       sys.stderr.flush()
       os._exit(1)
@@ -361,6 +368,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if job.first_failed is None:
     return 0
   first = results[job.first_failed]
+  if first.returncode == 143:  # preemption.exit_code: a message of an error would mislead
+    print(f"process {first.process} was told to end (SIGTERM), saved and exited with 143", file=sys.stderr)
+    return 143
   tail = "".join(first.log.splitlines(keepends=True)[-30:])
   print(f"process {first.process} failed with exit code {first.returncode}; it wrote last:\n{tail}", file=sys.stderr)
   return first.returncode if first.returncode > 0 else 128 - first.returncode

@@ -1,63 +1,225 @@
-"""SIGTERM: what a scheduler sends before it takes the machine away."""
+"""SIGTERM: what a scheduler sends before it takes the machine away. Answered only while somebody in this process saves.
+
+One handler for the process, however many Checkpointers there are: installed at the first `save` of the first one, and
+gone when the last one that has saved is closed or dropped. What was there before, the user's own handler or the default
+action, is back from then on, and stays untouched in a process that only restores and in forked children.
+
+A SIGTERM is never swallowed. The next `save` of a listening Checkpointer answers it. If none follows, it is answered
+when the last Checkpointer goes. A second SIGTERM, some seconds after the first, ends a process at once in which no save
+has answered the first one.
+"""
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import ctypes
 import logging
+import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 import jax
 
 _log = logging.getLogger(__name__)
+# Wrappers (bash, tini, srun) and process groups often deliver one notice twice; a person who insists is slower.
+_INSISTS_S = 3.0
 
 
 class PreemptionNotice:
-  """Knows whether this process has been told to end, and keeps the user's own SIGTERM handler alive.
+  """One Checkpointer's part in the answer to SIGTERM; it counts from `listen` to `close`.
 
   Under `jax.distributed.initialize()` jax itself catches SIGTERM and agrees with all processes on a step at which to
   save; nothing is installed here, since a Python handler would silently disable that. A handler that the user had
   installed before is lost to jax, so `run_users_handler` calls it after the save. Without `jax.distributed` nobody
-  listens: then this installs a handler that notes the signal and goes on to the user's.
+  listens: then a handler is installed that notes the signal and goes on to the user's.
   """
 
   def __init__(self):
-    self.received = False
-    self._frame: FrameType | None = None
-    self._users = signal.getsignal(signal.SIGTERM)
-    self._installed = False
-    self._pending_users_call = False
+    self._displaced: Any = None  # the user's handler, which jax has displaced
+
+  def listen(self) -> None:
+    """From now on this process answers SIGTERM with a save. Harmless to call again."""
+    if self in _process.listeners:
+      return
     if jax.distributed.is_initialized():
-      if callable(self._users) and _python_handles_sigterm():
+      users = signal.getsignal(signal.SIGTERM)
+      if callable(users) and _python_handles_sigterm():
         _log.warning(
           "a SIGTERM handler was installed after jax.distributed.initialize(); that disables jax's preemption notice "
           "and no save will follow a SIGTERM. Install the handler before initialize(): it is called after the save."
         )
-      self._pending_users_call = callable(self._users)
-    elif threading.current_thread() is threading.main_thread():
-      signal.signal(signal.SIGTERM, self._on_signal)
-      self._installed = True
-    else:
-      _log.warning("created outside of the main thread: SIGTERM will not save; create the Checkpointer in the main one")
+      self._displaced = users if callable(users) else None
+    _process.listeners.add(self)
+    _sync_in_main_thread()
 
-  def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-    self.received = True
-    if callable(self._users):
-      self._users(signum, frame)
+  @property
+  def received(self) -> bool:
+    """Whether this process has been told to end, and the answer is this Checkpointer's to give."""
+    return _process.told and self in _process.listeners
+
+  def note(self) -> None:
+    """Tells that jax has told this process to end."""
+    _process.tell()
+
+  @property
+  def has_saved(self) -> bool:
+    """Whether this Checkpointer has saved since the notice."""
+    return self in _process.saved
+
+  def saved(self) -> bool:
+    """Tells that this Checkpointer has saved since the notice. True if the process is to exit now.
+
+    With several Checkpointers in the process each may save once more, so that they agree on the step: the exit follows
+    when all have, or when the first is called again.
+    """
+    _process.saved.add(self)
+    return _process.listeners <= _process.saved
+
+  def answered(self) -> None:
+    """Tells that the process is about to exit because of the notice."""
+    _process.answered = True
 
   def run_users_handler(self) -> None:
     """Calls the handler that jax displaced, once."""
-    if self._pending_users_call and callable(self._users):
-      self._pending_users_call = False
-      self._users(signal.SIGTERM, None)
+    users, self._displaced = self._displaced, None
+    if users is not None:
+      users(signal.SIGTERM, None)
 
-  def close(self) -> None:
-    """Puts the user's handler back, unless somebody has installed another one meanwhile."""
-    if self._installed and signal.getsignal(signal.SIGTERM) == self._on_signal:
-      signal.signal(signal.SIGTERM, self._users if self._users is not None else signal.SIG_DFL)
-    self._installed = False
+  def close(self) -> bool:
+    """No save will follow from this Checkpointer. True if SIGTERM came, nobody answered it, and nobody else will."""
+    if self not in _process.listeners:
+      return False
+    _process.listeners.discard(self)
+    _process.saved.discard(self)
+    last = not _process.listeners
+    unanswered = last and _process.told and not _process.answered and _ends_by_default()
+    if last and not unanswered:
+      _process.told = _process.answered = False
+    _sync_in_main_thread()
+    return unanswered
+
+
+def end_by_sigterm() -> None:
+  """Gives this process the SIGTERM that was held back: by default it ends here."""
+  _process.told = False
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Process:
+  """What this process knows. Plain sets and flags, no lock: signal handlers and finalizers get here at any time."""
+
+  def __init__(self):
+    self.listeners: set[PreemptionNotice] = set()
+    self.saved: set[PreemptionNotice] = set()  # those that have saved since the notice
+    self.told = False
+    self.told_at = 0.0
+    self.answered = False  # a save was made for it; the process is about to exit
+    self.handler: _Handler | None = None
+
+  def tell(self) -> bool:
+    """Notes a notice. False if it is another one, long after the first, that nobody has answered."""
+    now = time.monotonic()
+    if not self.told:
+      self.told, self.told_at = True, now
+      # Not from here: the thread that the signal has interrupted may hold a lock of logging's handlers.
+      with contextlib.suppress(RuntimeError):
+        text = "told to end (SIGTERM): the next save is made whatever the schedule says, and the process exits then"
+        _thread.start_new_thread(_log.warning, (f"{text}; a second SIGTERM ends it at once",))
+      return True
+    return self.answered or bool(self.saved) or now - self.told_at < _INSISTS_S
+
+
+class _Handler:
+  """Our SIGTERM handler, in front of what was there before."""
+
+  def __init__(self):
+    self.before: Any = signal.getsignal(signal.SIGTERM)
+    # None is a handler of some C library, e.g. of faulthandler; Python can neither call nor name it.
+    self._action = _sigaction(signal.SIGTERM) if self.before is None else None
+    self._pid = os.getpid()
+
+  def __call__(self, signum: int, frame: FrameType | None) -> None:
+    # Without listeners it is still here if another handler was put on top of it, or for a moment.
+    held_back = os.getpid() == self._pid and bool(_process.listeners) and _process.tell()
+    if callable(self.before):
+      self.before(signum, frame)
+    elif not held_back and self.before is not signal.SIG_IGN:
+      self._put_back()
+      signal.raise_signal(signal.SIGTERM)
+
+  def remove(self) -> None:
+    """Puts back what was there before, unless somebody has installed another one meanwhile."""
+    now: Any = signal.getsignal(signal.SIGTERM)
+    if now is self:
+      self._put_back()
+
+  def _put_back(self) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if self.before is None else self.before)
+    if self._action is not None:
+      _libc().sigaction(int(signal.SIGTERM), ctypes.byref(self._action), None)
+
+
+_process = _Process()
+
+
+def _ends_by_default() -> bool:
+  """Whether SIGTERM would have ended this process, had nobody listened. The user's own handler has been called."""
+  handler = _process.handler
+  return handler is not None and not callable(handler.before) and handler.before is not signal.SIG_IGN
+
+
+def _sync() -> None:
+  """Installs or removes the handler, as the listeners want; in the main thread, where alone Python allows it."""
+  # A loop: a finalizer that runs in the middle of this may take the last listener away.
+  while (wanted := bool(_process.listeners) and not jax.distributed.is_initialized()) != (_process.handler is not None):
+    if wanted:
+      _process.handler = _Handler()
+      signal.signal(signal.SIGTERM, _process.handler)
+    else:
+      handler, _process.handler = _process.handler, None
+      assert handler is not None
+      handler.remove()
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+def _pending_sync(_: Any) -> int:
+  _sync()
+  return 0
+
+
+def _sync_in_main_thread() -> None:
+  if threading.current_thread() is threading.main_thread():
+    _sync()
+  else:  # e.g. asyncio.to_thread(c.save, ...), or a Checkpointer that some other thread drops
+    ctypes.pythonapi.Py_AddPendingCall(_pending_sync, None)
+
+
+def _forked() -> None:
+  """In a forked child SIGTERM does what it did before we came: nobody there saves."""
+  global _process
+  handler, _process = _process.handler, _Process()
+  if handler is not None:
+    handler.remove()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def _libc() -> Any:
+  return ctypes.CDLL(None, use_errno=True)
+
+
+def _sigaction(number: int) -> Any:
+  """The kernel's struct sigaction of a signal; None where it cannot be read."""
+  action = (ctypes.c_void_p * 64)()
+  try:
+    return action if _libc().sigaction(int(number), None, ctypes.byref(action)) == 0 else None
+  except (OSError, AttributeError):
+    return None
 
 
 def _python_handles_sigterm() -> bool:
@@ -66,14 +228,7 @@ def _python_handles_sigterm() -> bool:
   Python cannot tell: `signal.getsignal` knows its own table only. All Python handlers share one C function, so the
   one of SIGINT, which Python handles by default, is compared with SIGTERM's.
   """
-  try:
-    libc = ctypes.CDLL(None, use_errno=True)
-    handlers: list[Any] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-      action = (ctypes.c_void_p * 64)()  # struct sigaction starts with the handler on Linux
-      if libc.sigaction(int(number), None, ctypes.byref(action)) != 0:
-        return False
-      handlers.append(action[0])
-    return handlers[0] == handlers[1] and handlers[0] not in (None, 1)
-  except (OSError, AttributeError):
+  term, interrupt = _sigaction(signal.SIGTERM), _sigaction(signal.SIGINT)
+  if term is None or interrupt is None:
     return False
+  return term[0] == interrupt[0] and term[0] not in (None, 1)  # struct sigaction starts with the handler on Linux

@@ -226,6 +226,12 @@ class Saver:
     record = self._writing
     return record is not None and record.background_s is None
 
+  @property
+  def step_being_written(self) -> int | None:
+    """The step whose save has begun and not committed yet."""
+    record = self._writing
+    return record.step if record is not None and record.background_s is None else None
+
   def wait(self) -> None:
     """Waits until the last save is committed.
 

@@ -19,9 +19,9 @@ TRAIN = str(pathlib.Path(__file__).parent / "programs" / "train.py")
 pytestmark = pytest.mark.multiprocess
 
 
-def run_all(mode, run, processes, devices=2, *more):
+def run_all(mode, run, processes, devices=2, *more, returncode=0):
   results = launch([TRAIN, str(run), mode, *more], processes=processes, devices=devices, timeout=180)
-  assert [r.returncode for r in results] == [0] * processes, results[0].log
+  assert [r.returncode for r in results] == [returncode] * processes, results[0].log
   return results
 
 
@@ -47,7 +47,7 @@ def test_chunk_that_two_processes_wrote_is_reported(tmp_path):
 
 
 def test_sigterm_to_one_process_saves_on_all_and_exits_cleanly(tmp_path):
-  results = run_all("sigterm", tmp_path, 2)
+  results = run_all("sigterm", tmp_path, 2, returncode=143)
   assert "preempted" in "".join(r.log for r in results)
   with ckpt.Checkpointer(tmp_path) as c:
     assert len(c.steps()) == 1 and c.latest_step() >= 20
@@ -65,7 +65,7 @@ def test_sigterm_in_a_single_process_saves_and_exits_cleanly(users_handler, tmp_
     (result,) = job.wait(60)
   finally:
     job.stop(grace=0)
-  assert result.returncode == 0, result.log
+  assert result.returncode == 143, result.log
   assert ("users handler" in result.log) == users_handler
   with ckpt.Checkpointer(tmp_path) as c:
     assert c.latest_step() >= 20

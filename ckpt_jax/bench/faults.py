@@ -238,7 +238,7 @@ def _judged(name: str, facts: dict[str, Any], new: dict[str, Any], code: int | N
   }
   if name == "sigterm":
     result["kept"] = result["kept"] and 3 in found
-    result["ended"] = code == 0
+    result["ended"] = code in (0, 143)
   if "waited_s" in facts:
     result["waited_s"] = round(facts["waited_s"], 1)
   if "foreign kept" in facts:

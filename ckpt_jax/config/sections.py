@@ -245,16 +245,17 @@ class HealthConfig(_Section):
 
 
 class PreemptionConfig(_Section):
-  """What SIGTERM does.
+  """What SIGTERM does, from the first call of `save` until the Checkpointer is closed; see `ckpt_jax.preemption`.
 
   Attributes:
-    enabled: save at the next step after the notice, wait for the commit, and exit.
-    exit_code: with which code the process exits then, 0 to 255; some schedulers restart a job only on a code of their
-      own.
+    enabled: save at the next call of `save` after the notice, wait for the commit, and exit. False: SIGTERM does what
+      it does without ckpt_jax.
+    exit_code: with which code the process exits then, 0 to 255. 143 is what a shell reports for a process that SIGTERM
+      ended. With 0 a Kubernetes Job, or any other scheduler, takes the work for done and never starts it again.
   """
 
   enabled: StrictBool = True
-  exit_code: Annotated[StrictInt, Field(ge=0, le=255)] = 0
+  exit_code: Annotated[StrictInt, Field(ge=0, le=255)] = 143
 
 
 class TimeoutsConfig(_Section):

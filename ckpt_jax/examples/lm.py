@@ -222,7 +222,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
   parser.add_argument("--layers", type=int, default=4)
   parser.add_argument("--heads", type=int, default=8)
   parser.add_argument("--dropout", type=float, default=0.1)
-  parser.add_argument("--preempted-exit-code", type=int, default=0, help="exit code after SIGTERM and a last save")
+  parser.add_argument("--preempted-exit-code", type=int, default=143, help="exit code after SIGTERM and a last save")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--notes", help="directory for digests of the state and costs of the saves, as JSON")
   return parser.parse_args(argv)

@@ -41,6 +41,7 @@ _REQUEST_S = 60.0  # the longest that one read or write of the lease may take
 _LAST_REQUEST_S = 10.0  # and when it is given back, which a job that ends need not wait long for
 # Whoever opens a run holds the lease for a moment if it clears leftovers; that is no reason to fail.
 _MOMENT_S = 3.0
+_here: weakref.WeakValueDictionary[str, Lease] = weakref.WeakValueDictionary()  # all of this process, by owner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +148,7 @@ class Lease:
     self._written_at = 0.0
     self._lock = threading.RLock()
     self._stop = threading.Event()
+    _here[self._me.owner] = self
 
   @property
   def saving(self) -> frozenset[int]:
@@ -238,15 +240,18 @@ class Lease:
     # A Checkpointer that was dropped without close(), as in a notebook cell that is run again. A bucket may be gone by
     # now, and a destructor must not wait for it.
     with contextlib.suppress(Exception):
-      self._stop.set()
-      if not is_object_store(self._directory):
-        self.release()
+      if os.getpid() == self._me.pid:  # a forked child must not give back what its parent holds
+        self._stop.set()
+        if not is_object_store(self._directory):
+          self.release()
 
   # -- inside
 
   def _read(self) -> tuple[Holder | None, bytes, str]:
     holder, generation = self._cell.read()
     verdict = judge(holder, dataclasses.replace(self._me, inode=_inode(self._directory)), _start_of)
+    if verdict == "alive" and holder is not None and holder.pid == self._me.pid and holder.owner not in _here:
+      verdict = "dead"  # this process lives, but not who held the lease in it
     if verdict == "elsewhere" and holder is not None:
       now = time.monotonic()
       if self._seen is None or self._seen[0] != holder.owner:

@@ -1,8 +1,8 @@
 #!/bin/bash
 # One task a GPU node; code=0
 srun --kill-on-bad-exit=1 python -m ckpt_jax.examples.lm --run "${RUN:?set RUN to a shared directory}" \
-  --steps 100000 --every 500 --preempted-exit-code 143 || code=$?
-if [ "$code" = 143 ]; then
+  --steps 100000 --every 500 || code=$?
+if [ "$code" = 143 ]; then  # preemption.exit_code: told to end, and saved before
   scontrol requeue "$SLURM_JOB_ID"
 else
   exit "$code"

@@ -1,0 +1,316 @@
+"""What is open of a run in this process: ended once, by whoever comes first, and never through a forked child.
+
+A Checkpointer is often not closed: a notebook cell is run again, a variable is overwritten, a script ends. So what it
+has opened is held by a Session, which knows nothing of the Checkpointer: dropping the one is noticed at once, and the
+other ends by itself, once its last write has committed. In one process a run has one writer: the newest Checkpointer
+that saves; it waits for the write of the one before, and that one says so if it is used again.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import itertools
+import logging
+import os
+import threading
+from typing import Any
+
+from etils import epath
+
+from ckpt_jax import orbax_private
+from ckpt_jax.errors import CheckpointError
+from ckpt_jax.policies.agree import from_process_zero
+from ckpt_jax.policies.attempts import CLOSED, AttemptLog
+from ckpt_jax.policies.deletion import StepDeleter
+from ckpt_jax.policies.thinning import Thinner
+from ckpt_jax.preemption import PreemptionNotice, end_by_sigterm
+from ckpt_jax.saving import Saver
+from ckpt_jax.storage.kvstore import is_object_store, split_url
+
+_log = logging.getLogger(__name__)
+_MOMENT_S = 10.0  # beyond what a write may take: for the commit, and for deletions to be given up
+_numbers = itertools.count()
+_open: set[Session] = set()
+_claiming = threading.Lock()
+
+
+class Session:
+  """What one Checkpointer has open: Orbax's manager, threads, the lease, the answer to SIGTERM.
+
+  Attributes:
+    lock: held by whoever uses or ends it.
+    closed: whether it has ended.
+    writes: whether it has saved, or was about to.
+    answers_sigterm: False if preemption is switched off.
+  """
+
+  def __init__(
+    self,
+    directory: epath.Path,
+    *,
+    saver: Saver,
+    deleter: StepDeleter,
+    thinner: Thinner,
+    attempt: AttemptLog,
+    notice: PreemptionNotice | None,
+    patience: float,
+    others: Any,
+  ):
+    """Opens nothing itself.
+
+    Args:
+      directory: the run, which is there.
+      saver, deleter, thinner, attempt: what is to be ended.
+      notice: the answer to SIGTERM; None: nothing is changed about it.
+      patience: seconds that one write may take.
+      others: whatever else must not be destroyed in a forked child.
+    """
+    self.lock = threading.RLock()
+    self.closed = False
+    self.writes = False
+    self._superseded = False
+    self._stale = False  # another session has written since this one listed the steps
+    self._outcome: CheckpointError | None = None  # of the last write, if it was not the user who waited for it
+    self._number = next(_numbers)
+    self._pid = os.getpid()
+    self._directory = directory
+    self._place = _place(directory)
+    self._saver = saver
+    self._deleter = deleter
+    self._thinner = thinner
+    self._attempt = attempt
+    self._notice = notice
+    self._patience = patience
+    self._others = others
+    _open.add(self)
+    _end_all_at_exit()
+
+  # -- for the Checkpointer
+
+  def check_open(self) -> None:
+    """Raises CheckpointError if this session cannot be used: it has ended, or belongs to another process."""
+    self._check_process()
+    if self._superseded:
+      raise CheckpointError(
+        f"{self._directory}: a newer Checkpointer of this process saves into this run and has taken it over; use that "
+        "one, or make a new one"
+      )
+    if self.closed:
+      raise CheckpointError(f"{self._directory}: this Checkpointer is closed; make a new one")
+
+  def claim(self) -> None:
+    """Makes this session the one of this process that writes into the run. All processes call it before each save.
+
+    Raises:
+      CheckpointError: if a newer one does already, or an older one does not come to its end.
+    """
+    if self.writes:
+      return
+    with _claiming:
+      others = [s for s in _open if s is not self and s.writes and s._place & self._place]
+      newer = any(s._number > self._number for s in others)
+      self.writes = not newer
+    if newer:
+      self._superseded = True
+      self.check_open()
+    if self._notice is not None:
+      self._notice.listen()
+    for other in sorted(others, key=lambda s: s._number):
+      other._supersede()
+    # One process may have lost its old Checkpointer to the garbage collector earlier than another.
+    if from_process_zero([int(self._stale)]) != [0]:
+      self._saver.reload()
+
+  def wait_for_predecessors(self) -> None:
+    """Waits for what earlier Checkpointers of this process are writing into this run, so that their steps count."""
+    for other in sorted((s for s in _open if s is not self and s._place & self._place), key=lambda s: s._number):
+      if other.writes and other._number < self._number:
+        other._settle()
+        self._stale = True
+
+  def wait(self) -> None:
+    """Waits for the last save. See `Checkpointer.wait`."""
+    self._check_process()
+    with self.lock:
+      if self.closed:
+        self._raise_outcome()
+      else:
+        self._saver.wait()
+
+  def close(self, how: str = CLOSED) -> bool:
+    """Waits for the last save and ends the session; nothing in a forked child, or if it has ended already.
+
+    Returns:
+      Whether this process was told to end (SIGTERM), and neither a save has answered nor will one.
+
+    Raises:
+      SaveFailedError: if the last save failed; told once.
+    """
+    if self._pid != os.getpid():
+      return False
+    with self.lock:
+      if self.closed:
+        self._raise_outcome()
+        return False
+      unanswered = False
+      try:
+        self._saver.wait()
+      finally:
+        unanswered = self._end(how)
+      return unanswered
+
+  def abandon(self) -> None:
+    """Its Checkpointer is gone. May be called at any point of any thread: takes no lock, and waits for nothing."""
+    if self._pid != os.getpid() or self.closed:
+      return
+    if self._notice is not None and not self._saver.writing and self._notice.close():
+      end_by_sigterm()
+    with contextlib.suppress(RuntimeError):  # the interpreter ends, and that ends the session
+      _thread.start_new_thread(self._end_quietly, ())  # threading's own would take locks
+
+  # -- inside
+
+  def _check_process(self) -> None:
+    if self._pid != os.getpid():
+      raise CheckpointError(
+        f"{self._directory}: this Checkpointer was opened in another process, {self._pid}, and this is process "
+        f"{os.getpid()}, forked from it. Save and restore where it was opened. A worker that needs a Checkpointer "
+        "makes a new one after it was started by spawn or forkserver, since TensorStore does not survive a fork"
+      )
+
+  def _raise_outcome(self) -> None:
+    error, self._outcome = self._outcome, None
+    if error is not None:
+      raise error
+
+  def _settle(self) -> None:
+    """Waits for the write under way, and keeps its error for the user's next `wait` or `close`."""
+    with self._held():
+      if self.closed:
+        return
+      step = self._saver.step_being_written
+      if step is not None:
+        _log.warning(
+          "%s: waiting for step %d, which an earlier Checkpointer of this process is writing (up to %.0f s)",
+          self._directory,
+          step,
+          self._patience,
+        )
+      try:
+        self._saver.wait()
+      except CheckpointError as e:
+        _log.error("%s: of an earlier Checkpointer of this process: %s", self._directory, e)
+        self._outcome = e
+
+  def _supersede(self) -> None:
+    with self._held():
+      self._settle()
+      if not self.closed:
+        self._superseded = True
+        _log.info("%s: an earlier Checkpointer of this process was not closed; the new one takes over", self._directory)
+        self._end(CLOSED)
+
+  def _end_quietly(self) -> None:
+    try:
+      if self.close():
+        end_by_sigterm()
+    except Exception as e:
+      _log.error("%s: of a Checkpointer that was dropped without close(): %s", self._directory, e)
+
+  def _held(self) -> Any:
+    return _Held(self.lock, self._patience + _MOMENT_S, self._directory)
+
+  def _end(self, how: str) -> bool:
+    self.closed = True
+    for other in list(_open):
+      if self.writes and other._place & self._place:
+        other._stale = True
+    unanswered = False
+    try:
+      unanswered = self._notice is not None and self._notice.close()
+      self._saver.close()
+      self._deleter.finish()
+      self._thinner.finish()
+      self._attempt.ended(how)
+    finally:
+      _open.discard(self)
+    return unanswered
+
+
+class _Held:
+  """A lock that is waited for with a limit."""
+
+  def __init__(self, lock: Any, limit: float, directory: epath.Path):
+    self._lock, self._limit, self._directory = lock, limit, directory
+
+  def __enter__(self) -> None:
+    if not self._lock.acquire(timeout=self._limit):
+      raise CheckpointError(
+        f"{self._directory}: another thread of this process is still using an earlier Checkpointer of this run, after "
+        f"{self._limit:.0f} s; close that one first"
+      )
+
+  def __exit__(self, *_: Any) -> None:
+    self._lock.release()
+
+
+def _place(directory: epath.Path) -> frozenset[Any]:
+  """What tells one run from another: two sets that overlap are one run."""
+  if is_object_store(directory):
+    scheme, bucket, key = split_url(directory)
+    return frozenset([f"{scheme}://{bucket}/{os.path.normpath(key)}"])
+  path = os.path.realpath(os.fspath(directory))
+  try:
+    info = os.stat(path)
+  except OSError:
+    return frozenset([path])
+  return frozenset([path, (info.st_dev, info.st_ino)])  # a run may be mounted twice
+
+
+_hooked = 0
+
+
+def _end_all_at_exit() -> None:
+  """Once in a process."""
+  global _hooked
+  if _hooked != os.getpid():
+    _hooked = os.getpid()
+    orbax_private.before_executors_shut_down(_end_all)
+
+
+def _end_all() -> None:
+  for session in sorted(_open, key=lambda s: s._number):
+    try:
+      session.close()
+    except Exception as e:  # the other sessions are to end too
+      _log.error("at exit: %s", e)
+
+
+def check_not_forked() -> None:
+  """Raises CheckpointError in a child that was forked from a process with a Checkpointer: TensorStore aborts there."""
+  if _parent is not None and _parent[0] == os.getpid():
+    raise CheckpointError(
+      f"process {os.getpid()} was forked from process {_parent[1]}, which has used a Checkpointer; TensorStore cannot "
+      "work here any more. Start workers that need a Checkpointer by spawn or forkserver "
+      '(multiprocessing.get_context("spawn")), or fork before the first one is made'
+    )
+
+
+_inherited: list[Session] = []
+_parent: tuple[int, int] | None = (
+  None  # this process, if it cannot use TensorStore, and the one that it was forked from
+)
+
+
+def _forked() -> None:
+  """In a forked child nothing is open, and nothing of the parent's is destroyed: destructors would wait for threads."""
+  global _claiming, _parent
+  _claiming = threading.Lock()
+  if _hooked or _parent is not None:
+    _parent = os.getpid(), os.getppid()
+  _inherited.extend(_open)
+  _open.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
