@@ -15,8 +15,9 @@ from ckpt_jax import untrusted
 from ckpt_jax.errors import CorruptCheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.naming import PLAIN, Naming, naming_of
 from ckpt_jax.seal import is_intact
-from ckpt_jax.storage.kvstore import connect, is_object_store
+from ckpt_jax.storage.kvstore import SCHEMES, connect, is_object_store
 from ckpt_jax.storage.objects import snapshot
+from ckpt_jax.storage.paths import literal, url_scheme
 
 STEP_METADATA = "_CHECKPOINT_METADATA"
 ITEM_METADATA = "_METADATA"
@@ -57,14 +58,17 @@ class StepInfo:
 
 
 def run_directory(path: str | os.PathLike[str]) -> epath.Path:
-  """An absolute path, with `~` expanded; URLs stay as they are (plain Orbax refuses relative paths)."""
-  text = os.fspath(path)
-  if is_object_store(text):
-    connect(text)
-    return epath.Path(text.rstrip("/"))
-  if "://" in text:
-    raise StorageError(f"{text}: only local paths, gs:// and s3:// are known")
-  return epath.Path(os.path.abspath(os.path.expanduser(text)))
+  """An absolute path, with `~` expanded; URLs stay as they are (plain Orbax refuses relative paths).
+
+  Raises:
+    StorageError: if it is another kind of URL, or a path in which TensorStore would write elsewhere.
+  """
+  scheme = url_scheme(path)
+  if scheme in SCHEMES:
+    connect(path)
+  elif scheme:
+    raise StorageError(f"{os.fspath(path)}: only local paths, gs:// and s3:// are known")
+  return literal(path)
 
 
 def committed_steps(run: epath.Path) -> list[int]:

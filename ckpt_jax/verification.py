@@ -19,6 +19,7 @@ from ckpt_jax.config import Config
 from ckpt_jax.errors import CorruptCheckpointError, StorageError
 from ckpt_jax.failures import root_cause
 from ckpt_jax.integrity import aside, databases, fingerprint, record, sums
+from ckpt_jax.layout.keys import database_name, prefix
 from ckpt_jax.restore.leaf import AS_SAVED, make_plan
 from ckpt_jax.restore.read import Reader, Step
 from ckpt_jax.storage.kvstore import kvstore_spec
@@ -125,6 +126,7 @@ class _Check:
     self._step = step
     self._progress = progress
     self._findings: list[Finding] = []
+    self._stored: dict[str, str] = {}  # names of the leaves in Orbax's databases
     self._done = 0
     self._total = 0
 
@@ -135,13 +137,15 @@ class _Check:
     except CorruptCheckpointError as e:
       self._found("metadata", str(e))
       return Verdict(self._step, 0, 0, 0, "nothing but the metadata, which are damaged", tuple(self._findings))
+    self._stored = {name: database_name(path) for name, path in described.paths.items()}
     known = self._files(item)
     plans = [make_plan(n, m, described.notes.get(n), AS_SAVED) for n, m in described.meta.items()]
     self._total = sum(p.nbytes for p in plans)
     if known is not None and set(known.leaves) != {p.name for p in plans}:
       differ = sorted(set(known.leaves) ^ {p.name for p in plans})
       self._found("structure", f"leaves that were saved and those that there are differ: {', '.join(differ[:10])}")
-    large = [p for p in plans if p.nbytes > _GROUP_NBYTES and not databases_hide(item, p.name)]
+    # One without files of its own was packed with others.
+    large = [p for p in plans if p.nbytes > _GROUP_NBYTES and databases.files_of(item, self._stored[p.name])]
     reader = Reader(described, Config())
     for group in _groups([p for p in plans if p not in large]):
       self._read_group(reader, group, known, item)
@@ -238,7 +242,10 @@ class _Check:
       base = {"driver": "ocdbt", "base": base}
     try:
       root = ts.KvStore.open(base).result()
-      spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": (root / f"{stored_name(plan.name)}/").spec().to_json()}
+      spec = {
+        "driver": "zarr3" if zarr3 else "zarr",
+        "kvstore": (root / prefix(self._stored[plan.name])).spec().to_json(),
+      }
       store = ts.open(spec, open=True, read=True).result()
       tally = sums.Tally()
       blocks = list(_blocks(store))
@@ -265,21 +272,11 @@ class _Check:
     self._progress(self._step, self._done, self._total)
 
   def _leaf(self, path: str, message: str, item: epath.Path) -> None:
-    files = databases.files_of(item, stored_name(path))
+    files = databases.files_of(item, self._stored.get(path, path))
     self._found("data", message, leaf=path, file=", ".join(f"{item.name}/{file}" for file in files))
 
   def _found(self, kind: str, message: str, *, leaf: str = "", file: str = "") -> None:
     self._findings.append(Finding(self._step, kind, leaf, file, message))
-
-
-def stored_name(path: str) -> str:
-  """The name of a leaf in Orbax's databases."""
-  return path.replace("/", ".")
-
-
-def databases_hide(item: epath.Path, path: str) -> bool:
-  """Whether a leaf has no array of its own, because it was packed with others."""
-  return not databases.files_of(item, stored_name(path))
 
 
 def _groups(plans: Sequence[Any]) -> Iterator[list[Any]]:

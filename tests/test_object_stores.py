@@ -68,6 +68,24 @@ def test_save_restore_and_retention_work_as_on_a_disk(bucket, assert_same):
       again.save(3, states[3], force=True)
 
 
+def test_brackets_and_stars_in_a_key_are_no_pattern_and_deletions_spare_what_they_would_match(bucket):
+  odd, others = "layers=[64]*?#%41 ü|\\", ("layers=6xyz#%41 ü|\\", "layers=[64]xyz#%41 ü|\\")
+  for name in (*others, odd):
+    with ckpt.Checkpointer(f"{bucket.url}/{name}/run", {"retention": {"last": 1}}) as c:
+      for step in range(2):
+        c.save(step, {"w": jnp.full(3, step), "name": "text"})
+        c.wait()
+      assert np.array_equal(c.restore().state["w"], np.ones(3))
+  assert ckpt.verify(f"{bucket.url}/{odd}/run") == []
+  assert sorted(p.name for p in c.directory.iterdir()) == [".ckpt_jax", "1"]
+  c.directory.rmtree()
+  assert not c.directory.exists()
+  for name in others:
+    assert [s.step for s in run.list_steps(f"{bucket.url}/{name}/run")] == [1]
+  with pytest.raises(ckpt.StorageError, match="are names, not directories"):
+    ckpt.Checkpointer(f"{bucket.url}/a/../run")
+
+
 def test_plain_orbax_reads_what_was_written(bucket):
   state = {"w": jnp.arange(6.0)}
   with ckpt.Checkpointer(bucket.url + "/run") as c:

@@ -2,16 +2,67 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
+from ckpt_jax.errors import StorageError
 from ckpt_jax.failures import root_cause
-from ckpt_jax.storage.kvstore import kvstore_spec
+from ckpt_jax.storage.kvstore import is_object_store, kvstore_spec
 
 MANIFEST = "manifest.ocdbt"
+_VALUES = "d"  # where a database keeps its values and nodes
+_PATIENCE_S = 60.0  # for what another host wrote: NFS may answer from a cache of a directory for so long
+
+
+def check_written(item: epath.Path, processes: Sequence[int]) -> None:
+  """Sees to it that what processes wrote lies in the item, before it is merged and committed: Orbax merges the
+  databases that it finds, none too, and takes that for success.
+
+  Args:
+    item: the item, not committed yet.
+    processes: those that wrote arrays.
+
+  Raises:
+    StorageError: naming what is missing.
+  """
+  deadline = time.monotonic() + (_PATIENCE_S if len(processes) > 1 else 0.0)
+  while missing := [name for name in map(_of_process, processes) if not _has_data(item / name)]:
+    if time.monotonic() >= deadline:
+      raise StorageError(
+        f"{item}: {', '.join(missing[:5])} {'is' if len(missing) == 1 else 'are'} not where TensorStore was to write "
+        f"{'it' if len(missing) == 1 else 'them'}; nothing was committed. If the directory's name holds unusual "
+        "characters, use another one; else the storage loses files"
+      )
+    time.sleep(0.2)
+
+
+def check_merged(item: epath.Path) -> None:
+  """Sees to it that the databases of the processes were merged into the item's own.
+
+  Raises:
+    StorageError: if they were not.
+  """
+  if not (item / MANIFEST).exists():
+    raise StorageError(f"{item / MANIFEST}: is missing after the save; nothing was committed")
+
+
+def _of_process(process: int) -> str:
+  return f"ocdbt.process_{process}"
+
+
+def _has_data(database: epath.Path) -> bool:
+  if is_object_store(database):
+    return database.is_dir()  # one request; a bucket does not lose what it has confirmed
+  try:
+    with os.scandir(database / _VALUES) as values:
+      return next(values, None) is not None and (database / MANIFEST).exists()
+  except (FileNotFoundError, NotADirectoryError):
+    return False
 
 
 def directories(item: epath.Path) -> list[epath.Path]:
@@ -42,7 +93,7 @@ def files_of(item: epath.Path, name: str) -> list[str]:
   """
   if not (item / MANIFEST).exists():
     return [name] if (item / name).exists() else []
-  prefix = f"{name}/".encode()
+  prefix = (name if name.endswith("/") else f"{name}/").encode()
   try:
     return sorted({file for key, file in _values(item) if key.startswith(prefix)})
   except Exception:  # whatever damage hides it

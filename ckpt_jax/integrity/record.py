@@ -23,6 +23,7 @@ from etils import epath
 
 from ckpt_jax import contents, run, untrusted
 from ckpt_jax.errors import CorruptCheckpointError, UnhealthyStateError
+from ckpt_jax.integrity import databases
 from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
@@ -50,6 +51,7 @@ class Recording:
     health_told: what `steps()` says of the step's health once it is committed.
     tallies: what was found; None until then.
     prints_json: the fingerprints as they are written; empty until all processes are known to have summed up.
+    writes: whether this process writes arrays, which must be in storage when the step is committed.
   """
 
   step: int
@@ -60,6 +62,7 @@ class Recording:
   health_told: dict[str, bool]
   tallies: dict[str, Tally] | None = None
   prints_json: str = ""
+  writes: bool = False
 
   def sum_up(self) -> None:
     """Goes through the state; takes as long as reading it from memory a few times.
@@ -77,7 +80,7 @@ class Recording:
         raise self.health.error(self.where)
     self.complete([])  # here, where the arrays are being written still
 
-  def complete(self, others: Iterable[dict[str, dict[str, int]]]) -> None:
+  def complete(self, others: Iterable[dict[str, Any]]) -> None:
     """Makes `prints_json`, given what the other processes have found."""
     if self.prints_json:
       return
@@ -92,12 +95,16 @@ class Recording:
     hashed = {path: [leaf.hash[0], f"{leaf.hash[1]:016x}"] for path, leaf in prints.items() if leaf.hash}
     self.prints_json = f'"leaves": {json.dumps(leaves)}, "hashes": {json.dumps(hashed)}'
 
-  def to_json(self) -> dict[str, dict[str, int]]:
-    """Sums and hashes of what this process holds, by path."""
+  def to_json(self) -> dict[str, Any]:
+    """Sums and hashes of what this process holds, by path; and whether it writes arrays."""
     assert self.tallies is not None
     shared = self.taken.counted_by_all if jax.process_index() > 0 else set()
     mine = {path: tally for path, tally in self.tallies.items() if path not in shared}
-    return {"totals": {path: t.total for path, t in mine.items()}, "hashes": {path: t.hash for path, t in mine.items()}}
+    return {
+      "totals": {path: t.total for path, t in mine.items()},
+      "hashes": {path: t.hash for path, t in mine.items()},
+      "writes": self.writes,
+    }
 
 
 def record_of(step: int, state: Any, nbytes: int, nonfinite: str, where: str) -> Recording:
@@ -153,6 +160,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
   async def async_save(self, directory: epath.Path, args: RecordedSave) -> list[ocp.future.Future]:  # type: ignore[override]
     self._recording = args.recording
     futures = await self._inner.async_save(directory, args=args.args)
+    args.recording.writes = self._inner.writes
     write = ocp.future.CommitFutureAwaitingContractedSignals(
       self._sum_up(args.recording, directory), name="ckpt_jax_record"
     )
@@ -166,6 +174,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
   def save(self, directory: epath.Path, args: RecordedSave) -> None:  # type: ignore[override]
     self._recording = args.recording
     self._inner.save(directory, args=args.args)
+    args.recording.writes = self._inner.writes
     args.recording.sum_up()
     _write_part(args.recording, directory)
 
@@ -176,10 +185,18 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     return self._inner.metadata(directory)
 
   def finalize(self, directory: epath.Path) -> None:
+    recording, self._recording = self._recording, None
+    if recording is None:
+      self._inner.finalize(directory)
+      return
+    others = _read_parts(directory)
+    writers = [process for process, part in enumerate([{"writes": recording.writes}, *others]) if part["writes"]]
+    databases.check_written(directory, writers)
     self._inner.finalize(directory)
-    if self._recording is not None:
-      _write_record(self._recording, directory, self._past)
-      self._recording = None
+    if writers:
+      databases.check_merged(directory)
+    recording.complete(others)
+    _write_record(recording, directory, self._past)
 
   def close(self) -> None:
     self._inner.close()
@@ -198,10 +215,14 @@ def _write_part(recording: Recording, directory: epath.Path) -> None:
     _part(directory, jax.process_index()).write_text(json.dumps(recording.to_json()))
 
 
-def _write_record(recording: Recording, directory: epath.Path, past: collections.deque[Mapping[str, float]]) -> None:
+def _read_parts(directory: epath.Path) -> list[dict[str, Any]]:
+  """What the processes behind the first have to say."""
   parts = [_part(directory, i) for i in range(1, jax.process_count())]
   with concurrent.futures.ThreadPoolExecutor(min(16, len(parts) or 1)) as pool:
-    recording.complete(json.loads(text) for text in pool.map(lambda p: p.read_text(), parts))
+    return [json.loads(text) for text in pool.map(lambda p: p.read_text(), parts)]
+
+
+def _write_record(recording: Recording, directory: epath.Path, past: collections.deque[Mapping[str, float]]) -> None:
   found: dict[str, Any] = {"files": file_digests(directory)}
   if recording.health is not None:
     norms = recording.health.norms
@@ -212,8 +233,8 @@ def _write_record(recording: Recording, directory: epath.Path, past: collections
     past.append(norms)
   text = f'{{"format": {_FORMAT}, {recording.prints_json}, {json.dumps(found)[1:]}'
   (directory / FILE).write_bytes(sealed_file(text))
-  for part in parts:
-    part.unlink()
+  for process in range(1, jax.process_count()):
+    _part(directory, process).unlink()
 
 
 def history() -> collections.deque[Mapping[str, float]]:

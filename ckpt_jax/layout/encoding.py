@@ -17,6 +17,8 @@ import numpy as np
 
 from ckpt_jax import untrusted
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.layout import keys
+from ckpt_jax.layout import text as text_leaves
 from ckpt_jax.layout.structure import Structure, look, segment
 
 PyTree = Any
@@ -53,14 +55,18 @@ def encode(state: PyTree) -> tuple[PyTree, dict[str, dict[str, Any]]]:
   if False not in unchanged:
     return state, {}
   out, notes, refused = list(leaves), {}, []
+  problems = structure.once(_name_problems, structure)
   for i, name in enumerate(structure.names):
     if unchanged[i]:
       continue
     try:
       _check_path(structure.paths[i])
+      if i in problems:
+        raise TypeError(problems[i])
       out[i], note = _encode_leaf(leaves[i])
     except TypeError as e:
-      refused.append(f"{name or '(the state itself)'}: {e}")
+      printable = name.encode(errors="backslashreplace").decode()
+      refused.append(f"{printable or '(the state itself)'}: {e}")
       continue
     if note:
       notes[name] = note
@@ -80,7 +86,26 @@ def _unchanged(structure: Structure, leaves: Sequence[Any]) -> list[bool]:
       return False
     return stored is leaf and note is None and isinstance(leaf, (jax.Array, np.ndarray))
 
-  return [unchanged(path, leaf) for path, leaf in zip(structure.paths, leaves, strict=True)]
+  problems = structure.once(_name_problems, structure)
+  return [
+    i not in problems and unchanged(path, leaf)
+    for i, (path, leaf) in enumerate(zip(structure.paths, leaves, strict=True))
+  ]
+
+
+def _name_problems(structure: Structure) -> dict[int, str]:
+  """Leaves whose names cannot be stored, or not beside those of others, and why."""
+  names = [keys.database_name(path) for path in structure.paths]
+  is_text = [issubclass(kind[0], str) if isinstance(kind[0], type) else False for kind in structure.kinds]
+  arrays = keys.collisions(name for name, text in zip(names, is_text, strict=True) if not text)
+  texts = text_leaves.collisions(name for name, text in zip(names, is_text, strict=True) if text)
+  found = {}
+  for i, (name, text) in enumerate(zip(names, is_text, strict=True)):
+    other = (texts if text else arrays).get(name)
+    why = keys.problem(name) or (f"would be stored in the place of {other!r}; rename one of them" if other else None)
+    if why:
+      found[i] = why
+  return found
 
 
 def _check_path(path: tuple[Any, ...]) -> None:

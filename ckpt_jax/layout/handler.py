@@ -21,6 +21,7 @@ from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.sharding import local_regions, whole_box
 from ckpt_jax.layout.splitting import Small, split
 from ckpt_jax.layout.structure import path_name
+from ckpt_jax.layout.text import TextHandler
 
 # Reads in flight at a time. Enough for 10 GB/s at 100 ms a request; it bounds what TensorStore holds beside the arrays.
 _READ_WINDOW = 10**9
@@ -64,6 +65,7 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
     self._arrays: ArrayHandler = arrays
     self._pack = pack
     self._small: Small | None = None
+    self._has_arrays = False
 
   @classmethod
   def typestr(cls) -> str:
@@ -72,11 +74,18 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
   async def async_save(self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None) -> Any:
     """See Orbax's."""
     self._small = None
+    self._arrays.writes = False
+    self._has_arrays = any(not isinstance(leaf, str) for leaf in jax.tree.leaves(args.item))
     if self._pack and (parts := split(args.item)) is not None:
       rest, arrays, self._small = parts
       args = dataclasses.replace(args, item=rest)
       self._arrays.pack_next(arrays, self._small)
     return await super().async_save(directory, item, save_args, args)
+
+  @property
+  def writes(self) -> bool:
+    """Whether this process writes something of the last tree into an OCDBT database of its own, as far as is known."""
+    return self._has_arrays and (jax.process_index() == 0 or self._arrays.writes)
 
   def wait_until_queued(self) -> None:
     """Waits, in the background of a save, until enough of the arrays is on its way to keep the storage busy.
@@ -134,6 +143,7 @@ def handlers(config: Config, reads: Reads | None = None) -> dict[Any, ocp.type_h
   ours: dict[Any, ocp.type_handlers.TypeHandler] = {
     jax.Array: ArrayHandler(config.layout, reads),
     np.ndarray: NumpyHandler(reads),
+    str: TextHandler(),
   }
   types = ocp.type_handlers
   return {kind: ours.get(kind) or types.get_type_handler(kind) for kind in types.supported_types()}
@@ -156,6 +166,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     )
     self._to_pack: tuple[Sequence[jax.Array], Small] | None = None
     self._memory = writing.SlabMemory()
+    self.writes = False
     self.queued = threading.Event()
     self.queued.set()
     self._chunk_nbytes = _number(layout.chunk_size)
@@ -171,7 +182,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     """See Orbax's ArrayHandler. Returns once nothing that happens to the values matters any more."""
     args = args or [ocp.SaveArgs()] * len(values)
     packed, small = self._to_pack or ([], None)
-    self._to_pack = None
+    self._to_pack, self.writes = None, False
     ocp.type_handlers.check_input_arguments(values, infos, args)
     if self._chunk_nbytes is not None:
       args = [
@@ -187,6 +198,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       arrays, infos, args, replica_parallel=self._use_replica_parallel, slice_nbytes=self._slice_nbytes
     )
     pieces = writing.small_on_host(packed, small.turns) if small else []
+    self.writes = any(array.pieces for array in written) or bool(small and small.slab.nbytes)
     if jax.process_count() == 1:
       written = [writing.joined(array) for array in written]
     self.queued = threading.Event()

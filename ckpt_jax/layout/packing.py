@@ -24,6 +24,7 @@ from etils import epath
 
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.layout.encoding import dtype_name
+from ckpt_jax.layout.keys import SLABS
 from ckpt_jax.layout.memory import ALIGNMENT, aligned_empty
 from ckpt_jax.layout.sharding import Box, intersection, shape_of, within
 
@@ -71,7 +72,7 @@ def is_small(nbytes: int) -> bool:
 
 def slab_name(process: int) -> str:
   """The name in the database of the slab that a process wrote."""
-  return f"ckpt_jax.slab.{process}"
+  return f"{SLABS}{process}"
 
 
 @dataclasses.dataclass(frozen=True)

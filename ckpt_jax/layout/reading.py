@@ -21,6 +21,7 @@ from etils import epath
 from ckpt_jax.errors import StructureMismatchError
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.encoding import dtype_name
+from ckpt_jax.layout.keys import prefix
 from ckpt_jax.layout.memory import aligned_empty
 from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, local_regions, one_device, split_box, whole_box
 from ckpt_jax.storage.kvstore import is_object_store
@@ -59,7 +60,7 @@ def open_stores(infos: Sequence[ocp.type_handlers.ParamInfo], context: ts.Contex
   )
   root = ts.KvStore.open(spec.pop("kvstore"), context=context).result()
   futures = [
-    ts.open(spec, kvstore=root / f"{info.name}/" if info.name else root, context=context, open=True, read=True)
+    ts.open(spec, kvstore=root / prefix(info.name) if info.name else root, context=context, open=True, read=True)
     for info in infos
   ]
   return [_result(future, info.name) for future, info in zip(futures, infos, strict=True)]

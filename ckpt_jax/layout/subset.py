@@ -17,11 +17,13 @@ from etils import epath
 
 from ckpt_jax import run
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
+from ckpt_jax.layout import text
+from ckpt_jax.layout.keys import belongs
 from ckpt_jax.storage.kvstore import kvstore_spec
 
 _AT_ONCE = 4
 _BATCH_NBYTES = 256 * 2**20  # of a transaction, which holds what it writes
-_SIDE_FILES = ("_sharding", "_strings.json")
+_SHARDINGS = "_sharding"
 
 
 def leaf_names(item: epath.Path) -> list[tuple[str, ...]]:
@@ -35,8 +37,8 @@ def leaf_names(item: epath.Path) -> list[tuple[str, ...]]:
 
 def under(names: Collection[tuple[str, ...]], keep: Collection[str]) -> list[tuple[str, ...]]:
   """Those of `names` that lie under one of the paths `keep` (`params`, or `model/params`)."""
-  prefixes = [tuple(path.strip("/").split("/")) for path in keep]
-  return [name for name in names if any(name[: len(p)] == p for p in prefixes)]
+  prefixes = [path.strip("/") + "/" for path in keep]
+  return [name for name in names if any(f"{'/'.join(name)}/".startswith(p) for p in prefixes)]
 
 
 def copy_leaves(
@@ -90,11 +92,11 @@ def _copy_descriptions(source: epath.Path, target: epath.Path, names: set[tuple[
     if tuple(str(k["key"]) for k in entry["key_metadata"]) in names
   }
   (target / run.ITEM_METADATA).write_text(json.dumps(data))
-  for file in _SIDE_FILES:
-    if (source / file).exists():
-      found = json.loads((source / file).read_text())
-      kept = {k: v for k, v in found.items() if (_decoded(k) if file == "_sharding" else k) in stored}
-      (target / file).write_text(json.dumps(kept))
+  if (source / _SHARDINGS).exists():
+    found = json.loads((source / _SHARDINGS).read_text())
+    (target / _SHARDINGS).write_text(json.dumps({k: v for k, v in found.items() if _decoded(k) in stored}))
+  if (source / text.FILE).exists():
+    (target / text.FILE).write_text(json.dumps(text.select(json.loads((source / text.FILE).read_text()), stored)))
   if (source / "array_metadatas").exists():
     (target / "array_metadatas").mkdir()
     for path in (source / "array_metadatas").iterdir():
@@ -104,7 +106,7 @@ def _copy_descriptions(source: epath.Path, target: epath.Path, names: set[tuple[
 
 
 def _decoded(name: str) -> str:
-  return base64.b64decode(name).decode()
+  return base64.urlsafe_b64decode(name).decode()
 
 
 def _copy_chunks(source: epath.Path, target: epath.Path, stored: set[str], pause: Callable[[], None]) -> None:
@@ -117,7 +119,7 @@ def _copy_chunks(source: epath.Path, target: epath.Path, stored: set[str], pause
     return ts.KvStore.open(spec if item is source else spec | {"config": config}).result()
 
   old, new = database(source), database(target)
-  keys = [key for key in old.list().result() if _leaf_of(key.decode(), stored)]
+  keys = [key for key in old.list().result() if belongs(key.decode(), stored)]
   sums: dict[bytes, tuple[int, int]] = {}
   written = ts.Transaction()
   held = 0
@@ -147,13 +149,3 @@ def _copy_chunks(source: epath.Path, target: epath.Path, stored: set[str], pause
       pause()
       if bad is not None:
         raise CorruptCheckpointError(f"{target}: {bad.decode()} reads back differently from what was copied")
-
-
-def _leaf_of(key: str, stored: set[str]) -> bool:
-  """Whether a key of the database belongs to one of the leaves: NAME/.zarray, NAME/0.0, NAME/c/0/0, ..."""
-  end = key.rfind("/")
-  while end > 0:
-    if key[:end] in stored:
-      return True
-    end = key.rfind("/", 0, end)
-  return False

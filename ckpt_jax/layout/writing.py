@@ -21,6 +21,7 @@ import tensorstore as ts
 from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout import packing
+from ckpt_jax.layout.keys import prefix
 from ckpt_jax.layout.memory import aligned_empty, host_view
 from ckpt_jax.layout.sharding import Box, box_of, merge_boxes, one_device, replicas, shape_of, whole_box, within
 
@@ -205,7 +206,7 @@ def write(
   opened = [
     ts.open(
       specs.of(array),
-      kvstore=root / f"{array.info.name}/" if array.info.name else root,
+      kvstore=root / prefix(array.info.name) if array.info.name else root,
       context=context,
       transaction=transaction,
       open=True,

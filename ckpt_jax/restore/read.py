@@ -24,7 +24,8 @@ from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.layout import direct
 from ckpt_jax.layout.encoding import decode_leaf
 from ckpt_jax.layout.handler import pytree_handler
-from ckpt_jax.layout.structure import path_name, segment
+from ckpt_jax.layout.keys import database_name
+from ckpt_jax.layout.structure import path_name
 from ckpt_jax.rendezvous import Rendezvous
 from ckpt_jax.restore.choose import (
   STRATEGIES,
@@ -269,7 +270,7 @@ class Reader:
     for plan, sharding in wanted:
       keys = step.paths[plan.name]
       args = functools.partial(plan.restore_args, sharding)
-      rows[".".join([segment(k) for k in keys])] = direct.Wanted(plan.name, keys, sharding, args)
+      rows[database_name(keys)] = direct.Wanted(plan.name, keys, sharding, args)
     found = direct.read(item.info, rows, item.index, item.stores, self._config, arrived)
     return {plan.name: found[name] for (plan, _), name in zip(wanted, rows, strict=True)}
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 
 from ckpt_jax.errors import StorageError
+from ckpt_jax.storage.paths import url_scheme
 
 _log = logging.getLogger(__name__)
 
@@ -246,8 +247,8 @@ def detect(path: str | os.PathLike[str], mounts: str | None = None) -> StorageKi
 
 def _detect(path: str | os.PathLike[str], mounts: str | None) -> tuple[StorageKind, Mount | None]:
   text = os.fspath(path)
-  scheme, found, _ = text.partition("://")
-  if found and scheme != "file":
+  scheme = url_scheme(text)
+  if scheme and scheme != "file":
     if scheme not in ("gs", "s3"):
       raise StorageError(f"{text}: scheme {scheme}:// is not known; use a path, gs:// or s3://")
     return (StorageKind.GCS if scheme == "gs" else StorageKind.S3), None
@@ -266,7 +267,7 @@ def _detect(path: str | os.PathLike[str], mounts: str | None) -> tuple[StorageKi
 def _mount_of(path: str, mounts: str | None) -> Mount | None:
   """The deepest mount above `path`; of several on one point the last, which hides the others."""
   # realpath resolves symlinks in the part that exists and leaves the rest as it is.
-  resolved = os.path.realpath(os.path.expanduser(path))
+  resolved = "/" + os.path.realpath(os.path.expanduser(path)).lstrip("/")
   if mounts is None:
     try:
       mounts = pathlib.Path("/proc/self/mountinfo").read_text()

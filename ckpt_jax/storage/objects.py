@@ -10,17 +10,19 @@ sends two or three requests. Small files are written and read whole, one request
 from __future__ import annotations
 
 import bisect
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
 import fnmatch
+import glob
 import io
 import os
 import posixpath
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import fsspec.asyn
@@ -35,6 +37,7 @@ from ckpt_jax.storage.kvstore import filesystem, is_object_store, split_url
 # Long enough for the checks that follow a write at once, short enough that another process's deletion is noticed.
 _OWN_WRITES_S = 10.0
 _PAGE = 1000
+_DELETES = 16
 _MAX_SNAPSHOT_PAGES = 8
 Path = str | os.PathLike[str]
 
@@ -119,10 +122,8 @@ class ObjectBackend(epath_backend.Backend):
     return sorted(names)
 
   def glob(self, path: Path) -> list[str]:
-    """Matches one level: the pattern may only be in the last part of the path, which is all that epath allows here."""
+    """Matches one level: the pattern may only be in the last part of the path; before it nothing is one."""
     parent, _, pattern = os.fspath(path).rpartition("/")
-    if any(c in parent for c in "*?["):
-      raise NotImplementedError(f"{os.fspath(path)}: a pattern may only be in the last part of the path")
     try:
       names = self.listdir(parent)
     except FileNotFoundError:
@@ -194,8 +195,7 @@ class ObjectBackend(epath_backend.Backend):
     url = os.fspath(path)
     self._forget(url)
     # A key that is not there is no error to S3; GCS says so.
-    with _client_errors(url):
-      filesystem(url).rm([url], recursive=False)
+    self._delete(url, [url])
 
   def rmtree(self, path: Path) -> None:
     url = os.fspath(path).rstrip("/")
@@ -210,8 +210,28 @@ class ObjectBackend(epath_backend.Backend):
       markers = [k for k in keys if k.endswith("commit_success.txt")]
       for group in (markers, [k for k in keys if not k.endswith("commit_success.txt")]):
         if group:
-          with _client_errors(url):
-            filesystem(url).rm([f"{url}/{k}" for k in group], recursive=False)
+          self._delete(url, [f"{url}/{k}" for k in group])
+
+  def _delete(self, url: str, objects: Sequence[str]) -> None:
+    """Deletes objects by their URLs, each of which means one object: fsspec's `rm` takes brackets and stars in them for
+    patterns, and would delete what they match.
+    """
+    scheme, bucket, _ = split_url(url)
+    fs = filesystem(url)
+    with _client_errors(url):
+      if scheme == "s3":
+        for start in range(0, len(objects), _PAGE):
+          keys = [{"Key": o.removeprefix(f"{scheme}://{bucket}/")} for o in objects[start : start + _PAGE]]
+          answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+          for error in answer.get("Errors", []):
+            raise StorageError(f"{scheme}://{bucket}/{error.get('Key')}: cannot be deleted: {error.get('Message')}")
+        return
+      plain = [o for o in objects if not glob.has_magic(o)]
+      if plain:
+        fs.rm(plain, recursive=False)
+      with concurrent.futures.ThreadPoolExecutor(_DELETES) as pool:
+        for _ in pool.map(fs.rm_file, [o for o in objects if glob.has_magic(o)]):
+          pass
 
   def rename(self, path: Path, dst: Path) -> None:
     raise NotImplementedError(f"{os.fspath(path)}: object stores cannot rename; copy, and delete what was copied")

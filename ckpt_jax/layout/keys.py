@@ -1,0 +1,56 @@
+"""How the names of leaves become keys of storage, as Orbax makes them.
+
+The names on the way to a leaf are joined by dots; an array's chunks lie under that and a slash, `params.kernel/0.0`.
+Only names of which no two leaves come to lie on one key are saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from ckpt_jax.layout.structure import segment
+
+SLABS = "ckpt_jax.slab."  # what the slabs of a packed step are called
+
+
+def database_name(path: Sequence[Any]) -> str:
+  """The name of a leaf in the databases of an item, from its key path."""
+  return ".".join([segment(key) for key in path])
+
+
+def prefix(name: str) -> str:
+  """What the keys of an array begin with."""
+  return name if not name or name.endswith("/") else f"{name}/"
+
+
+def belongs(key: str, names: Collection[str]) -> bool:
+  """Whether a key of the database may belong to one of some leaves: NAME/.zarray, NAME/0.0, NAME/c/0/0, ..."""
+  end = key.rfind("/")
+  while end > 0:
+    if key[:end] in names or key[: end + 1] in names:
+      return True
+    end = key.rfind("/", 0, end)
+  return "" in names
+
+
+def problem(name: str) -> str | None:
+  """Why a leaf cannot be stored under a name in the database; None if it can."""
+  try:
+    name.encode()
+  except UnicodeEncodeError:
+    return f"the name {name!r} is no UTF-8 text; rename it"
+  if name.startswith(SLABS):
+    return f"the name {name!r} is what ckpt_jax calls the slabs of packed steps; rename it"
+  return None
+
+
+def collisions(names: Iterable[str]) -> dict[str, str]:
+  """Arrays that would be stored under another one's keys, and under whose: `a/` under those of `a`."""
+  seen: dict[str, str] = {}
+  found = {}
+  for name in names:
+    other = seen.setdefault(prefix(name), name)
+    if other != name:
+      found[name] = other
+  return found
