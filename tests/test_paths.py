@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import ckpt_jax as ckpt
-from ckpt_jax import run
+from ckpt_jax import contents, run
 from ckpt_jax.cli import app
 from ckpt_jax.integrity.record import RecordingHandler
 from ckpt_jax.storage.paths import LiteralPath, literal
@@ -223,4 +223,4 @@ def test_repacked_and_thinned_steps_keep_leaves_with_slashes_in_their_names(tmp_
   from ckpt_jax.policies.thinning import thin_step
 
   thin_step(run.run_directory(tmp_path), 0, ["params/a", "params/t", "params/?>"], pause=lambda: None)
-  assert sorted(leaf.path for leaf in run.describe(tmp_path).leaves) == ["params/?>", "params/a/b", "params/t/x~"]
+  assert sorted(leaf.path for leaf in contents.describe(tmp_path).leaves) == ["params/?>", "params/a/b", "params/t/x~"]
