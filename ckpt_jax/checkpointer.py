@@ -15,12 +15,14 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax import garbage, run
-from ckpt_jax.config import BestConfig, Config, load_config
+from ckpt_jax.arguments import check_schedule, step_number
+from ckpt_jax.config import BestConfig, Config, as_config
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.failures import storage_errors
 from ckpt_jax.integrity import recovery
 from ckpt_jax.integrity.gate import Gate
 from ckpt_jax.layout.sharding import abstract_state
+from ckpt_jax.order import StepOrder
 from ckpt_jax.policies import pins
 from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.attempts import PREEMPTED, AttemptLog
@@ -53,12 +55,12 @@ class Checkpointer:
   """Saves and restores the training state of one run. Made and called alike by all processes of the job.
 
   Example:
-    with Checkpointer("~/runs/a", Config(schedule={"every_steps": 500})) as c:
+    with Checkpointer("~/runs/a", Config(schedule={"every_steps": 500}, retention={"last": 3})) as c:
       restored = c.restore_or_init(init_fn)
       state = restored.state
       for step in range(restored.next_step, n):
         state, metrics = train_step(state, batch)
-        c.save(step, state, metrics=metrics, extras={"data": iterator_state})
+        c.save(step, state, metrics=metrics, extras={"data": iterator_state}, final=step == n - 1)
 
   Attributes:
     directory: the run's absolute path.
@@ -68,7 +70,7 @@ class Checkpointer:
     schedule: what decides when to save, but for preemption; `schedule.explain()` says why.
 
   Raises:
-    ConfigError: if `config` is wrong.
+    ConfigError: if `config` or `schedule` is wrong.
     StorageError: if `directory` cannot be created or reached, or if it is on a disk that the job's other hosts do not
       see.
   """
@@ -89,13 +91,9 @@ class Checkpointer:
         processes must give the same.
     """
     check_not_forked()
-    if config is None:
-      config = Config()
-    elif isinstance(config, Mapping):
-      config = Config(**config)
-    elif not isinstance(config, Config):
-      config = load_config(config)
-    self.config: Config = config
+    if schedule is not None:
+      check_schedule(schedule)
+    config = self.config = as_config(config)
     connect(directory, config.storage)
     self.directory: epath.Path = run.run_directory(directory)
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
@@ -108,6 +106,7 @@ class Checkpointer:
       active=first,
       timeout=config.timeouts.delete,
       files_per_second=config.retention.delete_rate or 0,
+      why=self._retention.why,
     )
     # No callback below may hold `self`: a Checkpointer that is dropped must be gone at once, see `session`.
     thinner = Thinner(
@@ -142,10 +141,12 @@ class Checkpointer:
         gate=Gate(self.directory, config, self.storage, self._retention, self._deleter),
       )
     self._saver = saver
+    self._order = StepOrder(self.directory, saver)
     self.saves: list[SaveRecord] = saver.records
     self._session = Session(
       self.directory,
       saver=saver,
+      order=self._order,
       deleter=self._deleter,
       thinner=thinner,
       attempt=self._attempt,
@@ -163,7 +164,7 @@ class Checkpointer:
       self.close()
       return
     try:
-      self.close()
+      self._close(clean=False)
     except CheckpointError as e:  # the first exception is the one to show
       _log.error("while another error was on its way: %s", e)
 
@@ -177,62 +178,68 @@ class Checkpointer:
     metrics: Mapping[str, Any] | None = None,
     extras: Any = None,
     force: bool = False,
+    final: bool = False,
   ) -> bool:
     """Saves `state` if the schedule says so. Returns once the arrays may be overwritten or donated.
 
     State, metrics, extras and run metadata become visible together, when the background write commits. After a
     preemption notice it saves whatever the schedule says, waits for the commit and raises SystemExit.
 
+    Steps ascend. A save that is due and not above the newest committed step is an error, since training that has begun
+    anew, or has gone back without `rollback`, would otherwise never be saved.
+
     Args:
       step: not negative; a step number can be saved once.
       state: any pytree of arrays, typed PRNG keys, numbers, strings and None.
       metrics: `{name: number}`.
       extras: anything JSON can hold, e.g. the data iterator's state. Tuples come back as lists.
-      force: save now, whatever the schedule says.
+      force: save now, whatever the schedule says, below the newest step too. Retention takes neither the newer steps
+        for it, nor this one before the next save.
+      final: this is the last step of training: save it, whatever the schedule says, unless it is saved.
 
     Returns:
-      Whether a save was started.
+      Whether a save was started. False if the schedule did not ask for one, and for the newest step if this object has
+      saved or restored it: it is there already.
 
     Raises:
       SaveFailedError: if this save, or an earlier one in the background, failed; told once. It is an OutOfSpaceError
         too when the storage was full.
-      CheckpointError: if an argument cannot be saved, or a newer Checkpointer of this process saves into this run;
+      CheckpointError: if an argument cannot be saved, if the step is saved already, if it is below the newest one and
+        not forced, or if a newer Checkpointer of this process saves into this run; the message names the ways out, and
         nothing was written.
     """
     started = time.perf_counter()
     self._session.check_open()
+    step = step_number(step)
     with self._session.lock:
-      return self._save(step, state, metrics, extras, force, started)
+      self._session.check_open()
+      self._session.claim()
+      preempted = self._preempted(step)
+      if preempted:
+        self._before_the_last_save(step)
+      else:
+        self._saver.raise_background_error()
+        if not (force or final or self._order.is_due(step)):
+          self._order.skipped(step)
+          return False
+        if not self._order.admits(step, force=force):
+          return False
+      self._begin(step, state, metrics, extras, started)
+      if preempted and self._notice is not None:
+        _log.warning("preempted: waiting for step %d to commit, then exiting", step)
+        self._saver.wait()
+        if self._notice.saved():
+          self._exit_preempted()
+    return True
 
-  def _save(
-    self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, force: bool, started: float
-  ) -> bool:
-    self._session.check_open()
-    step = int(step)
-    if step < 0:
-      raise CheckpointError(f"step {step}: must not be negative")
-    self._session.claim()
-    preempted = self._preempted(step)
-    if preempted:
-      self._before_the_last_save(step)
-    else:
-      self._saver.raise_background_error()
-      if not force and not self._saver.manager.should_save(step):
-        return False
-    if force and step in self._saver.manager.all_steps():
-      raise CheckpointError(f"{self.directory}: step {step} is saved already; steps are never overwritten")
+  def _begin(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
     collect_again = garbage.hold(_NO_COLLECTION_S)  # until the commit, since the write makes as many objects
     try:
       self._saver.save(step, state, metrics, extras, started, collect_again)
     except BaseException:
       collect_again()
       raise
-    if preempted and self._notice is not None:
-      _log.warning("preempted: waiting for step %d to commit, then exiting", step)
-      self._saver.wait()
-      if self._notice.saved():
-        self._exit_preempted()
-    return True
+    self._order.began(step)
 
   def wait(self) -> None:
     """Waits until the last save is committed.
@@ -245,10 +252,15 @@ class Checkpointer:
   def close(self) -> None:
     """Waits for the last save, and releases threads and signal handler. May be called twice.
 
+    Logs a warning if the schedule has skipped the steps that were offered to `save` last: see its `final`.
+
     Raises:
       SaveFailedError: if the last save failed; told once.
     """
-    unanswered = self._session.close()
+    self._close(clean=True)
+
+  def _close(self, *, clean: bool) -> None:
+    unanswered = self._session.close(clean=clean)
     if unanswered:
       # Nobody will save any more, and without this object SIGTERM would have ended the process before.
       _log.warning("%s: SIGTERM came after the last save; nothing more was saved", self.directory)
@@ -289,11 +301,13 @@ class Checkpointer:
     Raises:
       NoCheckpointError: if there is no such step.
     """
+    step = step_number(step)
     if jax.process_index() == 0:
       pins.pin(self.directory, step)
 
   def unpin(self, step: int) -> None:
     """Gives a step back to the retention rules, which are applied at the next save."""
+    step = step_number(step)
     if jax.process_index() == 0:
       pins.unpin(self.directory, step)
 
@@ -358,12 +372,14 @@ class Checkpointer:
     """
     self._session.check_open()
     self.wait()
+    step = None if step is None else step_number(step)
     strategy = strategy or self.config.restore.strategy
     if strategy not in ("auto", *STRATEGIES):
       raise ConfigError(f"strategy: {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
     restored = self._restorer.restore(step, Request(like, only, init_missing, cast), strategy, healthy=healthy)
     if restored.report is not None and restored.report.quarantined:
       self._saver.reload()
+    self._order.restored(restored.step)
     return restored
 
   def rollback(self, step: int, *, delete: bool = False) -> list[int]:
@@ -383,9 +399,10 @@ class Checkpointer:
       CheckpointError: if `delete` would take a pinned step.
     """
     self._session.check_open()
+    step = step_number(step)
     self.wait()
     with self._deleter.paused():
-      later = recovery.rolled_back(self.directory, int(step), self._restorer.together(), delete=delete)
+      later = recovery.rolled_back(self.directory, step, self._restorer.together(), delete=delete)
       self._saver.reload()
     return later
 

@@ -121,6 +121,23 @@ class ToldManager(ocp.CheckpointManager):
     del skip_metadata_read
     return [CheckpointInfo(step=step, time=time, metrics=None) for step, time in self._steps_there()]
 
+  def is_due(self, step: int) -> bool:
+    """What the policy says of a step, be it above the newest one or not.
+
+    Why private: `should_save` is False at or below the newest step without asking the policy, so that nobody can tell
+    a step that was not due from one that was dropped (google/orbax#527).
+    """
+    from orbax.checkpoint._src.metadata.checkpoint_info import CheckpointInfo
+
+    now = datetime.datetime.now(datetime.timezone.utc)
+    context = ocp.checkpoint_managers.DecisionContext(
+      is_saving_in_progress=self.is_saving_in_progress(),
+      reached_preemption=self.reached_preemption(step),
+      multiprocessing_options=self._multiprocessing_options,
+    )
+    info = CheckpointInfo(step=step, time=now, metrics=None)
+    return bool(self._save_decision_policy.should_save(info, previous_steps=self._checkpoints, context=context))
+
 
 def use_deleter(manager: ocp.CheckpointManager, deleter: Any) -> None:
   """Makes `manager` hand the steps that its retention drops to `deleter` (delete, delete_steps, close).

@@ -24,7 +24,8 @@ from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, UnhealthyStateError
-from ckpt_jax.failures import is_out_of_space, is_timeout, root_cause
+from ckpt_jax.failures import is_out_of_space, is_timeout, root_cause, storage_errors
+from ckpt_jax.integrity.filling import Outlook
 from ckpt_jax.integrity.gate import Gate
 from ckpt_jax.integrity.record import (
   RecordedSave,
@@ -38,7 +39,7 @@ from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_s
 from ckpt_jax.layout.keeping import keeping
 from ckpt_jax.layout.sharding import global_nbytes, largest_shard_nbytes, local_nbytes
 from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
-from ckpt_jax.policies.agree import from_process_zero
+from ckpt_jax.policies.agree import decided_by_process_zero, from_process_zero
 from ckpt_jax.policies.attempts import AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
@@ -125,6 +126,7 @@ class Saver:
     self._deleter = deleter
     self._attempt = attempt
     self._gate = gate
+    self._outlook = Outlook(directory, retention, schedule, config.schedule)
     self._writing: SaveRecord | None = None
     self._returned_at: float | None = None
     self._committed: Callable[[], None] = lambda: None
@@ -134,11 +136,12 @@ class Saver:
     self._norms = history()
     self._known: Sequence[int] | None = None  # what the manager knew that is being replaced
     self._rendezvous = Rendezvous(f"save {directory}")
+    self._asking = Rendezvous(f"steps of {directory}")
     gate.opened()
-    self._manager: ocp.CheckpointManager | None = self._open_manager(pytree_handler(self._config))
+    self._manager: orbax_private.ToldManager | None = self._open_manager(pytree_handler(self._config))
 
   @property
-  def manager(self) -> ocp.CheckpointManager:
+  def manager(self) -> orbax_private.ToldManager:
     """Orbax's manager; replaced when a save needs another handler, or hangs."""
     if self._manager is None:
       self._gate.probe()
@@ -271,6 +274,21 @@ class Saver:
     """Has Orbax's manager look again at which steps there are, after some were moved. All processes call it alike."""
     self.manager.reload()
 
+  def steps_in_storage(self) -> list[int]:
+    """The committed steps as process 0 finds them now, once the last save has ended. All processes call it alike.
+
+    Orbax's manager forgets the others: somebody has removed them by hand.
+    """
+    self.wait()
+
+    def look() -> list[int]:
+      with storage_errors(f"{self._directory}: its steps cannot be listed"):
+        return run.committed_steps(self._directory)
+
+    there = decided_by_process_zero(look, self._asking, self._config.timeouts.save_s)
+    orbax_private.forget_steps(self.manager, set(self.manager.all_steps()) - set(there))
+    return there
+
   def close(self) -> None:
     """Releases Orbax's threads and the claim to the run; call `wait` first."""
     if self._manager is not None:
@@ -280,7 +298,7 @@ class Saver:
 
   # -- inside
 
-  def _open_manager(self, handler: PyTreeHandler) -> ocp.CheckpointManager:
+  def _open_manager(self, handler: PyTreeHandler) -> orbax_private.ToldManager:
     best = self._config.retention.best
     with self._deleter.paused():
       self._deleter.resume()
@@ -354,6 +372,7 @@ class Saver:
     blocking = record.blocking_s - record.waited_s
     self._told_schedule("finished", blocking, record.background_s)
     self._attempt.committed(record.step, record.nbytes, blocking, record.background_s)
+    self._outlook.committed(record.step, record.nbytes)
 
   def _told_schedule(self, event: str, *arguments: Any) -> None:
     # Orbax's own policies can be given too; they do not listen.

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import logging
 import os
+import sys
 import threading
 from typing import Any
 
@@ -20,6 +21,7 @@ from etils import epath
 
 from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.order import StepOrder
 from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.attempts import CLOSED, AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
@@ -50,6 +52,7 @@ class Session:
     directory: epath.Path,
     *,
     saver: Saver,
+    order: StepOrder,
     deleter: StepDeleter,
     thinner: Thinner,
     attempt: AttemptLog,
@@ -62,6 +65,7 @@ class Session:
     Args:
       directory: the run, which is there.
       saver, deleter, thinner, attempt: what is to be ended.
+      order: knows what was offered to be saved.
       notice: the answer to SIGTERM; None: nothing is changed about it.
       patience: seconds that one write may take.
       others: whatever else must not be destroyed in a forked child.
@@ -77,6 +81,7 @@ class Session:
     self._directory = directory
     self._place = _place(directory)
     self._saver = saver
+    self._order = order
     self._deleter = deleter
     self._thinner = thinner
     self._attempt = attempt
@@ -138,8 +143,12 @@ class Session:
       else:
         self._saver.wait()
 
-  def close(self, how: str = CLOSED) -> bool:
+  def close(self, how: str = CLOSED, *, clean: bool = False) -> bool:
     """Waits for the last save and ends the session; nothing in a forked child, or if it has ended already.
+
+    Args:
+      how: how the attempt ends.
+      clean: training has come to its end, as far as is known: warn if that was not saved.
 
     Returns:
       Whether this process was told to end (SIGTERM), and neither a save has answered nor will one.
@@ -158,6 +167,8 @@ class Session:
         self._saver.wait()
       finally:
         unanswered = self._end(how)
+      if clean:
+        self._order.warn_of_lost_end()
       return unanswered
 
   def abandon(self) -> None:
@@ -213,7 +224,7 @@ class Session:
 
   def _end_quietly(self) -> None:
     try:
-      if self.close():
+      if self.close(clean=True):
         end_by_sigterm()
     except Exception as e:
       _log.error("%s: of a Checkpointer that was dropped without close(): %s", self._directory, e)
@@ -282,7 +293,8 @@ def _end_all_at_exit() -> None:
 def _end_all() -> None:
   for session in sorted(_open, key=lambda s: s._number):
     try:
-      session.close()
+      # Not after an uncaught exception, which was shown and says why training has ended.
+      session.close(clean=getattr(sys, "last_value", None) is None)
     except Exception as e:  # the other sessions are to end too
       _log.error("at exit: %s", e)
 

@@ -74,9 +74,10 @@ def test_units_and_yaml_booleans(tmp_path):
   assert config.limits.host_memory == 2 << 30
 
 
-def test_empty_file_is_the_defaults_which_keep_three_steps(tmp_path):
-  assert load(tmp_path, "") == ckpt.Config()
-  assert ckpt.Config().retention.last == 3
+def test_empty_file_is_the_defaults_which_keep_every_step(tmp_path):
+  assert load(tmp_path, "") == ckpt.Config() == ckpt.Config(retention={})
+  for config in (ckpt.Config(), ckpt.Config(retention={"delete_rate": 5}), load(tmp_path, "retention:\n")):
+    assert ckpt.policies.Retention.from_config(config.retention).keeps_all
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Steps that retention drops: marked, removed behind training, and to the end even after a crash."""
 
+import logging
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +42,34 @@ def test_steps_that_no_rule_keeps_are_gone_after_close(tmp_path):
   assert numbers(tmp_path) == [4, 5]
   assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["4", "5"]
   assert not list((tmp_path / ".ckpt_jax" / "deleting").iterdir()), "no mark outlives its step"
+
+
+def test_without_rules_every_step_stays_and_with_them_each_deletion_is_logged_with_its_rule(tmp_path, caplog):
+  caplog.set_level(logging.INFO, "ckpt_jax")
+  with ocp.CheckpointManager(tmp_path) as manager:
+    for step in range(5):
+      manager.save(step, args=ocp.args.PyTreeSave({"x": jnp.ones(4)}))
+  save_steps(tmp_path, [5])
+  assert numbers(tmp_path) == list(range(6)) and "removed" not in caplog.text
+  save_steps(tmp_path, [6], retention={"last": 2, "every_steps": 2})
+  assert numbers(tmp_path) == [0, 2, 4, 5, 6]
+  said = {r.getMessage().partition(": ")[2]: r.levelname for r in caplog.records if "removed step" in r.message}
+  rule = "no retention rule keeps it (last=2, every_steps=2)"
+  assert said == {f"removed step {n}, which another program wrote: {rule}": "WARNING" for n in (1, 3)}
+  caplog.clear()
+  save_steps(tmp_path, [7], retention={"budget": 32})
+  said = [r.getMessage().partition(": ")[2] for r in caplog.records if "removed step" in r.message]
+  assert "removed step 5: the budget of 32 B has no room for it" in said
+
+
+def test_steps_removed_by_hand_do_not_take_the_places_of_those_that_are_there(tmp_path):
+  with ckpt.Checkpointer(tmp_path, {"retention": {"last": 3}}) as c:
+    for step in range(3):
+      c.save(step, {"x": jnp.ones(4)})
+    c.wait()
+    shutil.rmtree(tmp_path / "2")
+    c.save(3, {"x": jnp.ones(4)})
+  assert numbers(tmp_path) == [0, 1, 3]
 
 
 def test_a_pinned_step_stays_until_it_is_unpinned(tmp_path):

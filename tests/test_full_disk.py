@@ -1,6 +1,8 @@
 """A disk that is really full: a small tmpfs."""
 
+import datetime
 import os
+import re
 import subprocess
 import time
 
@@ -8,9 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ckpt_jax as ckpt
+from ckpt_jax.integrity.filling import saves_that_fit
 from ckpt_jax.integrity.space import free_bytes, planned_bytes
+from ckpt_jax.policies import Retention
+from ckpt_jax.run import StepInfo
 
 
 @pytest.fixture
@@ -116,3 +123,48 @@ def test_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(ckpt.StorageError, match="cannot open the run"):
     ckpt.Checkpointer(tmp_path / "file" / "run")
+
+
+def fills(path, steps, caplog, **config):
+  """Saves 1 MB a step, and what was said of the storage."""
+  caplog.clear()
+  with ckpt.Checkpointer(path, config) as c:
+    for step in steps:
+      c.save(step, numbers(1 << 18, step))
+      c.wait()
+  return [r.getMessage() for r in caplog.records if "will fill its storage" in r.message and r.levelname == "WARNING"]
+
+
+def test_a_run_that_will_fill_its_storage_is_warned_of_once_with_the_arithmetic(small_disk, caplog):
+  (said,) = fills(small_disk / "a", [0, 10, 20], caplog, schedule={"every_steps": 10})
+  assert re.search(r"1\d\.\d MiB are free and a step takes 1\.0 MiB, so that 1\d more fit", said), said
+  found = re.search(r"so that (\d+) more fit: saving every 10 steps, it is full at step (\d+)\. No rule is set", said)
+  assert found and int(found[2]) == 10 * (int(found[1]) + 1) and "retention: {last: 3} takes 4" in said
+  assert len(fills(small_disk / "b", [0], caplog, retention={"last": 1, "every_steps": 2})) == 1
+  assert fills(small_disk / "c", [0, 1], caplog, retention={"last": 2}) == []
+  assert fills(small_disk / "d", [0], caplog, schedule={"every_steps": 10, "last": 15}) == []
+
+
+rules = st.builds(
+  Retention,
+  last=st.none() | st.integers(1, 8),
+  every_steps=st.none() | st.integers(1, 9),
+  budget=st.none() | st.integers(1, 12),
+)
+
+
+@given(rules, st.integers(1, 5), st.integers(0, 15))
+def test_as_many_saves_fit_as_do_when_they_are_made_one_by_one(policy, there, free):
+  start = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
+  steps = [StepInfo(i, start + datetime.timedelta(minutes=i), 1, {}) for i in range(there + 30)]
+  kept = [s for s in steps[:there] if s.step in policy.decide(steps[:there]).kept]
+  room, made = free + len(kept), 0
+  found = saves_that_fit(policy, kept, steps[there:], free, 1)
+  for coming in steps[there:]:
+    if len(kept) + 1 > room:
+      break
+    kept.append(coming)
+    decided = policy.decide(kept)
+    kept = [s for s in kept if s.step in decided.kept]
+    made += 1
+  assert found == (made if made < 30 else None)

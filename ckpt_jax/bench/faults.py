@@ -314,7 +314,9 @@ def fsync_cost(rounds: int = 15, megabytes: float = 8.0) -> dict[str, Any]:
   seconds: dict[str, list[float]] = {"on": [], "off": []}
   with tempfile.TemporaryDirectory(prefix="ckpt-jax-faults-") as work, contextlib.ExitStack() as stack:
     runs = {
-      how: stack.enter_context(ckpt.Checkpointer(pathlib.Path(work, how), {"storage": {"fsync": how}}))
+      how: stack.enter_context(
+        ckpt.Checkpointer(pathlib.Path(work, how), {"storage": {"fsync": how}, "retention": {"last": 3}})
+      )
       for how in seconds
     }
     for step in range(rounds + 1):

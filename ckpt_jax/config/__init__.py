@@ -8,7 +8,7 @@ Units: durations are seconds (`600`, or `"10m"`, `"1h30m"`, `"2d6h"` with the un
 """
 
 from ckpt_jax.config.explain import did_you_mean
-from ckpt_jax.config.loading import load_config
+from ckpt_jax.config.loading import as_config, load_config
 from ckpt_jax.config.sections import (
   TIMEOUT_FLOOR_S,
   BestConfig,
@@ -42,6 +42,7 @@ __all__ = [
   "StorageConfig",
   "ThinConfig",
   "TimeoutsConfig",
+  "as_config",
   "did_you_mean",
   "load_config",
   "parse_bytes",

@@ -16,6 +16,29 @@ from ckpt_jax.config.sections import Config
 from ckpt_jax.errors import ConfigError
 
 
+def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str] | None) -> Config:
+  """What a caller may give as configuration: a Config, a dict of its sections, a YAML file, or nothing.
+
+  Raises:
+    ConfigError: if it is wrong, or something else.
+  """
+  if config is None:
+    return Config()
+  if isinstance(config, Config):
+    return config
+  if isinstance(config, Mapping):
+    strange = [key for key in config if not isinstance(key, str)]
+    if strange:
+      raise ConfigError(f"config: expected names of sections such as schedule, got the key {strange[0]!r:.80}")
+    return Config(**config)
+  if isinstance(config, (str, os.PathLike)):
+    return load_config(config)
+  raise ConfigError(
+    f"config: expected a Config, a dict of its sections, or the path of a YAML file, got {config!r:.80} "
+    f"({type(config).__name__})"
+  )
+
+
 def load_config(path: str | os.PathLike[str]) -> Config:
   """Reads a YAML file into a Config. An empty file gives the defaults.
 

@@ -75,6 +75,7 @@ class ScheduleConfig(_Section):
     every: seconds between the starts of two saves.
     at_steps: save at these steps.
     never: save only what `force=True`, or a preemption notice, asks for.
+    last: the last step of training, which is saved too, whatever the rule says.
     any: a list of schedules of which one must be due.
     all: a list of schedules of which all must be due.
     overhead: the largest share of training time that saving may take, 0 to 1; the interval follows from the measured
@@ -91,6 +92,7 @@ class ScheduleConfig(_Section):
   mtti: Annotated[float | Literal["learned"], BeforeValidator(learned_or_duration)] | None = None
   node_mtti: Duration | None = None
   at_steps: tuple[StepNumber, ...] | None = None
+  last: StepNumber | None = None
   never: StrictBool | None = None
   any: tuple[ScheduleConfig, ...] | None = None
   all: tuple[ScheduleConfig, ...] | None = None
@@ -107,6 +109,11 @@ class ScheduleConfig(_Section):
     for name in ("mtti", "node_mtti"):
       if getattr(self, name) is not None and self.overhead is None:
         raise ValueError(f"{name} goes with overhead; add overhead, or remove {name}")
+    if self.last is not None and not given:
+      raise ValueError(
+        "last names the last step of training and goes with a rule such as every_steps; without one each "
+        "step is saved. How many steps to keep is retention.last"
+      )
     if self.mtti is not None and self.node_mtti is not None:
       raise ValueError("mtti and node_mtti exclude each other; keep one")
     return self
@@ -146,7 +153,7 @@ class ThinConfig(_Section):
 class RetentionConfig(_Section):
   """Which steps to keep: each rule keeps some, and what no rule keeps is deleted (the words are restic's `forget`).
 
-  `RetentionConfig()` keeps the last 3. To keep every step, write `last: null` and no other rule.
+  Without a rule every step stays.
 
   Attributes:
     last: the newest steps, this many.
@@ -171,13 +178,6 @@ class RetentionConfig(_Section):
   budget: Bytes | None = None
   thin: ThinConfig | None = None
   delete_rate: Count | None = None
-
-  @pydantic.model_validator(mode="after")
-  def _keep_three_unless_told(self) -> RetentionConfig:
-    rules = (getattr(self, name) for name in type(self).model_fields if name not in ("thin", "delete_rate"))
-    if "last" not in self.model_fields_set and all(rule is None for rule in rules):
-      self.__dict__["last"] = 3  # the model is frozen, and `last` must not count as set by the user
-    return self
 
 
 class LayoutConfig(_Section):

@@ -185,7 +185,8 @@ def train(args: argparse.Namespace) -> None:
       tokens = batches.next(rows)
       state, loss = train_step(state, tokens)
       tokens_since += tokens.shape[0] * args.context
-      saving = c.save(step, state, metrics={"loss": loss}, extras={"data": batches.state})
+      end = step == args.steps - 1
+      saving = c.save(step, state, metrics={"loss": loss}, extras={"data": batches.state}, final=end)
       if saving and args.notes:
         note(f"trained-{step}.json", digests(state, batches))
       for record in c.saves[shown:]:
@@ -198,7 +199,7 @@ def train(args: argparse.Namespace) -> None:
               flush=True,
             )
           note(f"save-{record.step}.json", vars(record))
-      if step % args.show == args.show - 1 or step == args.steps - 1:
+      if step % args.show == args.show - 1 or end:
         value = float(loss)
         now = time.perf_counter()
         if first:

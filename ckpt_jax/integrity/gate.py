@@ -248,7 +248,7 @@ class Gate:
     for old in self._droppable(step, nbytes):
       if room is None or room.fits:
         break
-      self._deleter.delete(old)
+      self._deleter.delete(old, f"to make room for step {step}, after which no retention rule keeps it")
       dropped.append(old)
       self._deleter.wait_for({old}, max(0.0, deadline - time.monotonic()))
       room = ask()

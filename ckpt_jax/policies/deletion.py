@@ -16,7 +16,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -39,9 +40,18 @@ class StepDeleter:
   Attributes:
     directory: the run.
     freed: bytes removed so far, on local paths; buckets do not say.
+    failed: steps that could not be marked or removed, and why.
   """
 
-  def __init__(self, directory: epath.Path, *, active: bool = True, timeout: float = 60.0, files_per_second: float = 0):
+  def __init__(
+    self,
+    directory: epath.Path,
+    *,
+    active: bool = True,
+    timeout: float = 60.0,
+    files_per_second: float = 0,
+    why: Callable[[int], str] = lambda step: "",
+  ):
     """Starts nothing yet.
 
     Args:
@@ -49,9 +59,12 @@ class StepDeleter:
       active: False on all processes but one: their calls do nothing.
       timeout: seconds that `finish` waits.
       files_per_second: the most files removed in a second; 0 is no limit.
+      why: says why Orbax's manager has a step deleted, for the log.
     """
     self.directory = directory
     self.freed = 0
+    self.failed: dict[int, str] = {}
+    self._why = why
     self._active = active
     self._timeout = timeout
     self._pause = 1 / files_per_second if files_per_second else 0.0
@@ -97,16 +110,22 @@ class StepDeleter:
     with self._changed:
       return set(self._open)
 
-  def delete(self, step: int) -> None:
+  def delete(self, step: int, why: str = "") -> None:
     """Marks a step and returns; it is no step from now on."""
-    self.delete_steps([step])
+    self.delete_steps([step], {step: why} if why else {})
 
-  def delete_steps(self, steps: Sequence[int]) -> None:
-    """Marks steps and returns; they are no steps from now on. A step whose mark cannot be written stays."""
+  def delete_steps(self, steps: Sequence[int], why: Mapping[int, str] = types.MappingProxyType({})) -> None:
+    """Marks steps and returns; they are no steps from now on. A step whose mark cannot be written stays.
+
+    Args:
+      steps: committed ones.
+      why: the reason of each, for the log.
+    """
     if not self._active or not steps:
       return
+    reasons = [why.get(step) or self._why(step) for step in steps]
     with concurrent.futures.ThreadPoolExecutor(min(_MARKS_AT_ONCE, len(steps))) as pool:
-      marked = [step for step, ok in zip(steps, pool.map(self._mark, steps), strict=True) if ok]
+      marked = [step for step, ok in zip(steps, pool.map(self._mark, steps, reasons), strict=True) if ok]
     self._enqueue(marked)
 
   def resume(self) -> list[int]:
@@ -173,6 +192,7 @@ class StepDeleter:
         with self._removing:
           self._remove(step)
       except Exception as e:
+        self.failed[step] = str(getattr(e, "strerror", None) or e)
         _log.warning("%s: step %d is not removed yet: %s; the next open tries again", self.directory, step, e)
       with self._changed:
         self._open.discard(step)
@@ -181,21 +201,26 @@ class StepDeleter:
   def _mark_file(self, step: int) -> epath.Path:
     return self.directory / run.NOTES / run.DELETING / str(step)
 
-  def _mark(self, step: int) -> bool:
-    if not run.step_path(self.directory, step).exists():
+  def _mark(self, step: int, why: str) -> bool:
+    step_dir = run.step_path(self.directory, step)
+    if not step_dir.exists():
       return False
     file = self._mark_file(step)
-    mark = json.dumps({"commit": _commit(run.step_path(self.directory, step)), "time": time.time()})
+    data = _metadata(step_dir)
+    ours = None if data is None else run.OURS in (data.get("custom_metadata") or {})
+    commit = None if data is None else data.get("commit_timestamp_nsecs")
+    mark = json.dumps({"commit": commit, "time": time.time(), "why": why, "ours": ours})
     try:
       file.parent.mkdir(parents=True, exist_ok=True)
       file.write_text(mark)
     except OSError as e:
       if e.errno in (errno.ENOSPC, errno.EDQUOT) and not is_object_store(file):
         # Not even a mark fits. What makes it a step goes first, as always, and leaves room for the mark.
-        self._remove_heads(os.fspath(run.step_path(self.directory, step)))
+        self._remove_heads(os.fspath(step_dir))
         with contextlib.suppress(OSError):
           file.write_text(mark)
         return True
+      self.failed[step] = e.strerror or str(e)
       _log.warning("%s: cannot be written, step %d stays: %s", file, step, e)
       return False
     return True
@@ -204,14 +229,21 @@ class StepDeleter:
     directory = run.step_path(self.directory, step)
     if not run.is_step(directory):
       return False
-    try:
-      marked = json.loads(self._mark_file(step).read_text())
-    except (OSError, ValueError):
+    marked = self._read_mark(step)
+    if not marked:
       return True  # a mark cut short by a crash: nothing was removed yet, and the rules will judge the step again
     return marked.get("commit") != _commit(directory) and _commit(directory) is not None
 
+  def _read_mark(self, step: int) -> dict[str, Any]:
+    try:
+      mark = json.loads(self._mark_file(step).read_text())
+    except (OSError, ValueError):
+      return {}
+    return mark if isinstance(mark, dict) else {}
+
   def _remove(self, step: int) -> None:
     directory = run.step_path(self.directory, step)
+    mark = self._read_mark(step)
     if directory.exists():
       if is_object_store(directory):
         with self._no_manager_opens():
@@ -220,7 +252,16 @@ class StepDeleter:
         self._remove_files(os.fspath(directory))
     if not self._stop.is_set():
       self._mark_file(step).unlink(missing_ok=True)
-      _log.info("%s: removed step %d", self.directory, step)
+      self.failed.pop(step, None)
+      foreign = mark.get("ours") is False
+      _log.log(
+        logging.WARNING if foreign else logging.INFO,
+        "%s: removed step %d%s: %s",
+        self.directory,
+        step,
+        ", which another program wrote" if foreign else "",
+        mark.get("why") or "it was marked for deletion",
+      )
 
   def _remove_files(self, directory: str) -> None:
     folders, files = [], []
@@ -259,9 +300,14 @@ class StepDeleter:
     self.freed += size
 
 
+def _metadata(step_dir: epath.Path) -> dict[str, Any] | None:
+  """What Orbax notes about a step; None if that cannot be read, which must not keep a step alive."""
+  try:
+    return run.step_metadata(step_dir)
+  except Exception:
+    return None
+
+
 def _commit(step_dir: epath.Path) -> Any:
   """What tells one commit of a step number from another; None if the step does not say."""
-  try:
-    return run.step_metadata(step_dir).get("commit_timestamp_nsecs")
-  except Exception:  # unreadable metadata must not keep a step alive
-    return None
+  return (_metadata(step_dir) or {}).get("commit_timestamp_nsecs")

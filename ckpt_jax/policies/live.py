@@ -43,6 +43,8 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     self._directory = directory
     self._known: dict[int, run.StepInfo] = {}
     self._told: set[str] = set()
+    self._why: dict[int, str] = {}
+    self._coming: int | None = None
     self._lock = threading.Lock()
     self._ahead: threading.Thread | None = None
 
@@ -55,6 +57,7 @@ class LiveRetention(ocp_policies.PreservationPolicy):
   def note(self, step: int, nbytes: int, healthy: bool | None, metrics: Mapping[str, Any]) -> None:
     """Tells what a save is about to write, which storage cannot know before the commit."""
     now = datetime.datetime.now(datetime.timezone.utc)
+    self._coming = step
     with self._lock:
       self._known[step] = run.StepInfo(step, now, nbytes, dict(metrics), healthy)
 
@@ -62,6 +65,16 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     """Tells that a step has changed in storage."""
     with self._lock:
       self._known.pop(step, None)
+
+  def known(self) -> list[run.StepInfo]:
+    """What is known of the steps that there are, oldest first; nothing if no rule asks for it."""
+    with self._lock:
+      return sorted(self._known.values(), key=lambda s: s.step)
+
+  def why(self, step: int) -> str:
+    """Why a step was dropped."""
+    with self._lock:
+      return self._why.get(step, "")
 
   @property
   def _idle(self) -> bool:
@@ -89,6 +102,10 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     with self._lock:
       steps = [self._known[n] for n in numbers]
     decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
+    if decided.removed and (vanished := self._vanished(numbers)):
+      # Removed by hand: it must not take the place of one that is there.
+      steps = [s for s in steps if s.step not in vanished]
+      decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
     for note in set(decided.notes) - self._told:
       self._told.add(note)
       _log.warning("%s: %s", self._directory, note)
@@ -96,8 +113,14 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     with self._lock:
       for step in removed:
         del self._known[step]
+        self._why[step] = self.rules.why_removed(step, decided)
     self.thin(decided.thinned)
     return removed
+
+  def _vanished(self, steps: Collection[int]) -> set[int]:
+    """Those without a directory, but for the one that is being written."""
+    names = {p.name for p in self._directory.iterdir()}
+    return {s for s in steps if run.step_path(self._directory, s).name not in names and s != self._coming}
 
   def _read(self, steps: Collection[int]) -> None:
     with self._lock:

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from orbax.checkpoint import checkpoint_managers as ocp_policies
 
+from ckpt_jax.arguments import whole_number
 from ckpt_jax.config import BestConfig, RetentionConfig, ThinConfig, parse_bytes, parse_duration
 from ckpt_jax.errors import ConfigError
+from ckpt_jax.units import duration_text, size_text
 
 # restic's buckets; weeks are ISO 8601 weeks. All in UTC.
 _PERIODS: dict[str, Callable[[datetime.datetime], Any]] = {
@@ -102,7 +104,7 @@ class Retention(ocp_policies.PreservationPolicy):
       `ckpt-jax prune` thin; a plain Orbax manager does not know how.
 
   Raises:
-    ConfigError: if a value is not positive, or is no duration or size.
+    ConfigError: if a value is not positive, or is no whole number, duration or size.
   """
 
   last: int | None = None
@@ -119,8 +121,8 @@ class Retention(ocp_policies.PreservationPolicy):
   def __post_init__(self):
     for name in _COUNTS:
       value = getattr(self, name)
-      if value is not None and value <= 0:
-        raise ConfigError(f"Retention({name}={value}): must be above zero")
+      if value is not None and (whole_number(value) or 0) <= 0:
+        raise ConfigError(f"Retention({name}={value!r:.80}): must be a whole number above zero")
     parsers: dict[str, Callable[[Any], Any]] = {"within": parse_duration, "budget": parse_bytes}
     for name, parse in parsers.items():
       value = getattr(self, name)
@@ -130,10 +132,12 @@ class Retention(ocp_policies.PreservationPolicy):
         object.__setattr__(self, name, parse(value.total_seconds() if hasattr(value, "total_seconds") else value))
       except ValueError as e:
         raise ConfigError(f"Retention({name}={value!r}): {e}") from None
-    if isinstance(self.best, Mapping):
-      object.__setattr__(self, "best", BestConfig(**self.best))
-    if isinstance(self.thin, Mapping):
-      object.__setattr__(self, "thin", ThinConfig(**self.thin))
+    for name, section in (("best", BestConfig), ("thin", ThinConfig)):
+      value = getattr(self, name)
+      if isinstance(value, Mapping):
+        object.__setattr__(self, name, section(**value))
+      elif value is not None and not isinstance(value, section):
+        raise ConfigError(f"Retention({name}={value!r:.80}): expected a {section.__name__} or a dict of its keys")
 
   @classmethod
   def from_config(cls, config: RetentionConfig) -> Retention:
@@ -144,6 +148,17 @@ class Retention(ocp_policies.PreservationPolicy):
   def keeps_all(self) -> bool:
     """Whether no rule is set that decides on which steps stay."""
     return all(getattr(self, field.name) is None for field in dataclasses.fields(self) if field.name != "thin")
+
+  def explain(self) -> str:
+    """The rules that are set: `last=3, every_steps=1000`."""
+    values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+    return ", ".join(f"{name}={_rule_text(value)}" for name, value in values if value is not None)
+
+  def why_removed(self, step: int, decided: Decisions) -> str:
+    """Why `decided`, which these rules have made, removes a step."""
+    if step in decided.over_budget:
+      return f"the budget of {size_text(float(self.budget or 0))} has no room for it"
+    return f"no retention rule keeps it ({self.explain()})"
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> Sequence[bool]:
     """One bool for each of `checkpoints` (see `decide`): whether it stays."""
@@ -325,6 +340,14 @@ class _Rivals:
 def best_steps(checkpoints: Sequence[Any], best: BestConfig) -> list[int]:
   """Up to `best.n` step numbers, best first; of equals, the newer one. NaN, missing metrics, sick steps never win."""
   return [c.step for c in _ranked(checkpoints, best)[: best.n]]
+
+
+def _rule_text(value: Any) -> str:
+  if isinstance(value, BestConfig):
+    return f"{{{value.mode} {value.metric}, n={value.n}}}"
+  if isinstance(value, ThinConfig):
+    return f"{{after {duration_text(value.after)}: {', '.join(value.keep)}}}"
+  return duration_text(value) if isinstance(value, float) else str(value)
 
 
 def _healthy(checkpoint: Any) -> bool:

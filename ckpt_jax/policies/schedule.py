@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as ocp_policies
 
+from ckpt_jax.arguments import check_schedule, whole_number
 from ckpt_jax.errors import ConfigError
 
 
@@ -44,36 +45,44 @@ class EverySteps(Schedule):
   """Saves at each step that is a multiple of `n`.
 
   Raises:
-    ConfigError: if `n` is not positive.
+    ConfigError: if `n` is no positive whole number.
   """
 
   n: int
 
   def __post_init__(self):
-    if self.n <= 0:
-      raise ConfigError(f"EverySteps(n={self.n}): n must be above zero")
+    if (whole_number(self.n) or 0) <= 0:
+      raise ConfigError(f"EverySteps(n={self.n!r:.80}): n must be a whole number above zero")
 
   def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
     return step.step % self.n == 0
 
   def explain(self) -> str:
-    return f"every {self.n} steps"
+    return "every step" if self.n == 1 else f"every {self.n} steps"
 
 
 @dataclasses.dataclass(frozen=True)
 class AtSteps(Schedule):
-  """Saves at these steps."""
+  """Saves at these steps.
+
+  Raises:
+    ConfigError: if one is no whole number.
+  """
 
   steps: Collection[int]
 
   def __post_init__(self):
-    object.__setattr__(self, "steps", frozenset(int(s) for s in self.steps))
+    steps = self.steps if isinstance(self.steps, Iterable) else [None]
+    numbers = frozenset(whole_number(s) for s in steps)
+    if None in numbers:
+      raise ConfigError(f"AtSteps({self.steps!r:.80}): expected whole numbers, such as AtSteps([1, 10, 100])")
+    object.__setattr__(self, "steps", numbers)
 
   def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
     return step.step in self.steps
 
   def explain(self) -> str:
-    return f"at steps {', '.join(str(s) for s in sorted(self.steps))}"
+    return f"at {'step' if len(self.steps) == 1 else 'steps'} {', '.join(str(s) for s in sorted(self.steps))}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +162,8 @@ class EveryMinutes(ByClock):
   """
 
   def __init__(self, minutes: float, *, clock: Callable[[], float] = time.monotonic):
-    if minutes <= 0:
-      raise ConfigError(f"EveryMinutes(minutes={minutes}): minutes must be above zero")
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 < minutes < math.inf:
+      raise ConfigError(f"EveryMinutes(minutes={minutes!r:.80}): minutes must be a number above zero")
     super().__init__(clock)
     self.minutes = minutes
 
@@ -188,6 +197,13 @@ class _Several(Schedule):
   """All of `policies` are asked at each step, so that each keeps its own count and all processes broadcast alike."""
 
   policies: Sequence[ocp_policies.SaveDecisionPolicy]
+
+  def __post_init__(self):
+    name = type(self).__name__
+    if not isinstance(self.policies, Sequence) or isinstance(self.policies, str):
+      raise ConfigError(f"{name}({self.policies!r:.80}): expected a list of schedules")
+    for policy in self.policies:
+      check_schedule(policy, name)
 
   @property
   def needs_times(self) -> bool:  # type: ignore[override]

@@ -27,6 +27,11 @@ def make_schedule(config: ScheduleConfig, directory: epath.Path) -> Schedule:
 
 
 def _made(config: ScheduleConfig, directory: epath.Path, attempts: Callable[[], list[Attempt]]) -> Schedule:
+  rule = _rule(config, directory, attempts)
+  return rule if config.last is None else AnyOf([rule, AtSteps([config.last])])
+
+
+def _rule(config: ScheduleConfig, directory: epath.Path, attempts: Callable[[], list[Attempt]]) -> Schedule:
   if config.any is not None:
     return AnyOf([_made(part, directory, attempts) for part in config.any])
   if config.all is not None:

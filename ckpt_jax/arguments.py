@@ -1,0 +1,54 @@
+"""What callers pass to the public functions, checked at the call: a wrong type is one clear error, and at once."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any
+
+from ckpt_jax.errors import CheckpointError, ConfigError
+
+
+def whole_number(value: Any) -> int | None:
+  """An int from an integer of Python, numpy or jax; None for anything else, True and 3.0 included."""
+  jax = sys.modules.get("jax")  # commands that only list steps do without it
+  try:
+    if jax is not None and isinstance(value, jax.Array):
+      value = jax.device_get(value)  # explicit, so that jax.transfer_guard("disallow") lets it pass
+    if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b":
+      return None
+    return operator.index(value)
+  except Exception:  # whatever a foreign __index__ raises; jax's tracers have errors of their own
+    return None
+
+
+def step_number(value: Any, argument: str = "step") -> int:
+  """A step number as a Python int.
+
+  Args:
+    value: an integer of Python, numpy or jax, not negative.
+    argument: what the caller knows it as, for the message.
+
+  Raises:
+    CheckpointError: if it is anything else.
+  """
+  number = whole_number(value)
+  if number is None:
+    kind = type(value).__name__
+    raise CheckpointError(f"{argument}: expected a whole number such as 100, got {value!r:.80} ({kind})")
+  if number < 0:
+    raise CheckpointError(f"{argument}: {number} must not be negative")
+  return number
+
+
+def check_schedule(schedule: Any, argument: str = "schedule") -> None:
+  """Makes sure that something is a schedule, rather than at the first save.
+
+  Raises:
+    ConfigError: if it is not.
+  """
+  if isinstance(schedule, type) or not callable(getattr(schedule, "should_save", None)):
+    raise ConfigError(
+      f"{argument}: expected a policy with should_save(), such as policies.EverySteps(500), got {schedule!r:.80}; "
+      'settings go into config={"schedule": {"every_steps": 500}}'
+    )
