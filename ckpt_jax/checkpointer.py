@@ -371,6 +371,7 @@ class Checkpointer:
         which processes did not come. All processes of a job raise the same error.
     """
     self._session.check_open()
+    self._session.wait_for_predecessors(dropped=True)
     self.wait()
     step = None if step is None else step_number(step)
     strategy = strategy or self.config.restore.strategy

@@ -19,6 +19,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -103,6 +104,14 @@ class PreemptionNotice:
     return unanswered
 
 
+def in_a_thread(function: Callable[[], None], name: str) -> None:
+  """Runs `function` in a daemon thread. May be called from a signal handler or a finalizer: it takes no lock."""
+  # Thread.start() takes one that the interrupted thread may hold, so another thread starts it.
+  start = threading.Thread(target=function, name=name, daemon=True).start
+  with contextlib.suppress(RuntimeError):  # the interpreter is ending
+    _thread.start_new_thread(start, ())
+
+
 def end_by_sigterm() -> None:
   """Gives this process the SIGTERM that was held back: by default it ends here."""
   _process.told = False
@@ -126,9 +135,11 @@ class _Process:
     if not self.told:
       self.told, self.told_at = True, now
       # Not from here: the thread that the signal has interrupted may hold a lock of logging's handlers.
-      with contextlib.suppress(RuntimeError):
-        text = "told to end (SIGTERM): the next save is made whatever the schedule says, and the process exits then"
-        _thread.start_new_thread(_log.warning, (f"{text}; a second SIGTERM ends it at once",))
+      text = (
+        "told to end (SIGTERM): the next save is made whatever the schedule says, and the process exits then; a second "
+        "SIGTERM ends it at once"
+      )
+      in_a_thread(lambda: _log.warning("%s", text), "ckpt_jax_notice")
       return True
     return self.answered or bool(self.saved) or now - self.told_at < _INSISTS_S
 

@@ -8,8 +8,6 @@ that saves; it waits for the write of the one before, and that one says so if it
 
 from __future__ import annotations
 
-import _thread
-import contextlib
 import itertools
 import logging
 import os
@@ -22,11 +20,12 @@ from etils import epath
 from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.order import StepOrder
-from ckpt_jax.policies.agree import from_process_zero
+from ckpt_jax.policies.agree import decided_by_process_zero
 from ckpt_jax.policies.attempts import CLOSED, AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.thinning import Thinner
-from ckpt_jax.preemption import PreemptionNotice, end_by_sigterm
+from ckpt_jax.preemption import PreemptionNotice, end_by_sigterm, in_a_thread
+from ckpt_jax.rendezvous import Rendezvous
 from ckpt_jax.saving import Saver
 from ckpt_jax.storage.kvstore import is_object_store, split_url
 
@@ -74,6 +73,7 @@ class Session:
     self.closed = False
     self.writes = False
     self._superseded = False
+    self._dropped = False  # its Checkpointer is gone
     self._stale = False  # another session has written since this one listed the steps
     self._outcome: CheckpointError | None = None  # of the last write, if it was not the user who waited for it
     self._number = next(_numbers)
@@ -88,6 +88,7 @@ class Session:
     self._notice = notice
     self._patience = patience
     self._others = others
+    self._rendezvous = Rendezvous(f"claim {directory}")
     _open.add(self)
     _end_all_at_exit()
 
@@ -113,7 +114,7 @@ class Session:
     if self.writes:
       return
     with _claiming:
-      others = [s for s in _open if s is not self and s.writes and s._place & self._place]
+      others = [s for s in list(_open) if s is not self and s.writes and s._place & self._place]
       newer = any(s._number > self._number for s in others)
       self.writes = not newer
     if newer:
@@ -121,16 +122,32 @@ class Session:
       self.check_open()
     if self._notice is not None:
       self._notice.listen()
-    for other in sorted(others, key=lambda s: s._number):
-      other._supersede()
-    # One process may have lost its old Checkpointer to the garbage collector earlier than another.
-    if from_process_zero([int(self._stale)]) != [0]:
-      self._saver.reload()
+    error: CheckpointError | None = None
+    try:
+      for other in sorted(others, key=lambda s: s._number):
+        other._supersede()
+    except CheckpointError as e:
+      error = e
 
-  def wait_for_predecessors(self) -> None:
-    """Waits for what earlier Checkpointers of this process are writing into this run, so that their steps count."""
-    for other in sorted((s for s in _open if s is not self and s._place & self._place), key=lambda s: s._number):
-      if other.writes and other._number < self._number:
+    def is_stale() -> list[int]:
+      if error is not None:
+        raise error
+      return [int(self._stale)]
+
+    # Agreed, since one process may have lost its old Checkpointer to the garbage collector earlier than another.
+    if decided_by_process_zero(is_stale, self._rendezvous, self._patience) == [1]:
+      self._saver.reload()
+    if error is not None:
+      raise error
+
+  def wait_for_predecessors(self, *, dropped: bool = False) -> None:
+    """Waits for what earlier Checkpointers of this process are writing into this run, so that their steps count.
+
+    Args:
+      dropped: only for those that nobody can wait for any more.
+    """
+    for other in sorted((s for s in list(_open) if s is not self and s._place & self._place), key=lambda s: s._number):
+      if other.writes and other._number < self._number and (other._dropped or not dropped):
         other._settle()
         self._stale = True
 
@@ -175,10 +192,10 @@ class Session:
     """Its Checkpointer is gone. May be called at any point of any thread: takes no lock, and waits for nothing."""
     if self._pid != os.getpid() or self.closed:
       return
+    self._dropped = True
     if self._notice is not None and not self._saver.writing and self._notice.close():
       end_by_sigterm()
-    with contextlib.suppress(RuntimeError):  # the interpreter ends, and that ends the session
-      _thread.start_new_thread(self._end_quietly, ())  # threading's own would take locks
+    in_a_thread(self._end_quietly, "ckpt_jax_closer")
 
   # -- inside
 
@@ -291,7 +308,7 @@ def _end_all_at_exit() -> None:
 
 
 def _end_all() -> None:
-  for session in sorted(_open, key=lambda s: s._number):
+  for session in sorted(list(_open), key=lambda s: s._number):
     try:
       # Not after an uncaught exception, which was shown and says why training has ended.
       session.close(clean=getattr(sys, "last_value", None) is None)

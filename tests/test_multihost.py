@@ -71,6 +71,10 @@ def test_sigterm_in_a_single_process_saves_and_exits_cleanly(users_handler, tmp_
     assert c.latest_step() >= 20
 
 
+def test_cell_that_is_run_again_takes_over_on_all_processes_and_workers_can_be_terminated(tmp_path):
+  run_all("cells", tmp_path, 2)
+
+
 def test_every_minutes_agrees_across_processes(tmp_path):
   results = run_all("minutes", tmp_path, 2)
   saved = {re.search(r"saved \[.*\]", r.log)[0] for r in results}

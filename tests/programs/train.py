@@ -76,6 +76,35 @@ elif mode == "sigterm":
         if jax.process_count() > 1 and jax.process_index() == 1:
           os.kill(os.getpid(), signal.SIGTERM)
   raise SystemExit("the notice never came")
+elif mode == "cells":
+  # A notebook cell that is run again, and workers forked beside it.
+  import multiprocessing
+
+  state = init()
+  c = before = ckpt.Checkpointer(run)
+  c.save(0, state)
+  c = ckpt.Checkpointer(run)
+  assert c.restore_or_init(init).step == 0
+  before.save(1, state)
+  c.save(2, state)
+  try:
+    before.save(3, state)
+  except ckpt.CheckpointError as e:
+    assert "taken it over" in str(e), e
+  else:
+    raise SystemExit("two objects write into one run")
+  del c
+  c = ckpt.Checkpointer(run)
+  assert c.restore().step == 2
+  c.save(3, state)
+  pool = multiprocessing.get_context("fork").Pool(2)
+  pool.apply_async(time.sleep, (60,))
+  signal.alarm(60)
+  pool.terminate()
+  pool.join()
+  signal.alarm(0)
+  c.close()
+  assert [s.step for s in c.steps()][-3:] == [1, 2, 3]
 elif mode == "minutes":
   with ckpt.Checkpointer(run, ckpt.Config(schedule={"every": 0.5})) as c:
     state = init()
