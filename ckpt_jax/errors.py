@@ -59,5 +59,9 @@ class SaveOutOfSpaceError(SaveFailedError, OutOfSpaceError):
   """A save did not commit because the storage was full: both a SaveFailedError and an OutOfSpaceError."""
 
 
+class SaveStorageError(SaveFailedError, StorageError):
+  """A save did not commit because the storage does not let us write: both a SaveFailedError and a StorageError."""
+
+
 class UnhealthyStateError(CheckpointError):
   """The state holds non-finite values and the configuration refuses to save it."""

@@ -6,9 +6,10 @@ import contextlib
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 
-from ckpt_jax.errors import StorageError
+from ckpt_jax.errors import CheckpointError, StorageError
 
 
 @contextlib.contextmanager
@@ -17,7 +18,11 @@ def storage_errors(what: str) -> Iterator[None]:
   try:
     yield
   except OSError as e:
-    raise StorageError(f"{what}: {without_secrets(str(e.strerror or e))}") from e
+    if isinstance(e, CheckpointError):
+      raise
+    path = os.fsdecode(e.filename) if e.filename is not None and not isinstance(e.filename, int) else what
+    why = why_read_only(path, e) if is_read_only(e) else str(e.strerror or e)
+    raise StorageError(f"{what}: {without_secrets(why)}") from e
 
 
 def root_cause(error: BaseException) -> str:
@@ -25,6 +30,8 @@ def root_cause(error: BaseException) -> str:
   *_, root = _causes(error)
   text = without_secrets(" ".join(str(root).split())) or type(root).__name__
   text = re.sub(r" ?\[source locations=.*", "", text)
+  # TensorStore's own words for an error of the operating system, which stands in the text already.
+  text = re.sub(r"^[A-Z_]+: (.*) \[os_error_code='\d+'.*", r"\1", text)
   if "more bytes than we reserved" in text:
     text += " (a shard is larger than limits.save_concurrency or limits.restore_concurrency; raise the limit above it)"
   # TensorStore's messages name the file first and the reason last.
@@ -68,6 +75,46 @@ def without_secrets(text: str) -> str:
   text = re.sub(r"(?i)(Signature|Credential|X-Amz-Security-Token|access_token)(=|: ?)[^&\s,]+", r"\1\2...", text)
   text = re.sub(r"(?i)(Authorization\W{1,5}Bearer )[^\s'\",]+", r"\1...", text)
   return re.sub(r"(\w://)[^/\s@:]*:[^/\s@]+@", r"\1...@", text)
+
+
+def os_errors(error: BaseException | None) -> set[int]:
+  """The numbers (`errno`) of the operating system's errors among the causes, TensorStore's too."""
+  found: set[int] = set()
+  for cause in _causes(error):
+    if isinstance(cause, OSError) and cause.errno:
+      found.add(cause.errno)
+    found |= {int(code) for code in re.findall(r"os_error_code='(\d+)'", str(cause))}
+  return found
+
+
+def is_read_only(error: BaseException | None) -> bool:
+  """Whether a file system that is mounted read-only, or missing permission, is among the causes."""
+  return bool(os_errors(error) & {errno.EROFS, errno.EACCES, errno.EPERM})
+
+
+def why_read_only(path: str, error: BaseException | None) -> str:
+  """What `is_read_only` found, in words, with the way out.
+
+  Args:
+    path: what could not be written, or opened.
+    error: why.
+  """
+  if errno.EROFS in os_errors(error):
+    return "its file system is mounted read-only. Mount it writable, or use another directory"
+  shown = path
+  while not os.path.lexists(shown) and shown != os.path.dirname(shown):
+    shown = os.path.dirname(shown)
+  whose = ""
+  with contextlib.suppress(OSError):
+    info = os.lstat(shown)
+    whose = f" ({shown} belongs to user {info.st_uid}, group {info.st_gid}, mode {stat.S_IMODE(info.st_mode):04o})"
+  who = f"user {os.geteuid()}" if hasattr(os, "geteuid") else "this user"
+  folder = os.path.isdir(shown)
+  readable = os.access(
+    shown, os.R_OK | os.X_OK if folder else os.R_OK, effective_ids=os.access in os.supports_effective_ids
+  )
+  what = f"it is read-only for {who}" if readable else f"{who} may not read it"
+  return f"{what}: no permission{whose}. Change mode or owner, or use another directory"
 
 
 def is_out_of_space(error: BaseException | None) -> bool:

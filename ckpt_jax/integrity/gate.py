@@ -16,8 +16,8 @@ from etils import epath
 
 from ckpt_jax import run
 from ckpt_jax.config import Config
-from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, StorageError
-from ckpt_jax.failures import is_out_of_space, storage_errors
+from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, SaveStorageError, StorageError
+from ckpt_jax.failures import is_out_of_space, is_read_only, storage_errors
 from ckpt_jax.integrity import aside, leftovers
 from ckpt_jax.integrity.durability import Hooks, Sealing, StepNames, restrict, step_path_class, sync_own_files
 from ckpt_jax.integrity.lease import Lease
@@ -212,9 +212,19 @@ class Gate:
     try:
       return self._admit(step, nbytes, leaves, compressed)
     except StorageError as e:
-      if isinstance(e, SaveFailedError) or not is_out_of_space(e):
+      if isinstance(e, SaveFailedError):
         raise
-      raise SaveOutOfSpaceError(f"{e}; not even a note about the save could be written. Free space", step) from e
+      if is_out_of_space(e):
+        raise SaveOutOfSpaceError(
+          f"{self._directory}: step {step} was not saved: the storage is full: not even a note about the save can be "
+          f"written ({e}). Free space",
+          step,
+        ) from e
+      if is_read_only(e):
+        raise SaveStorageError(
+          f"{self._directory}: step {step} was not saved: {e}. Nothing was written; what is there can be restored", step
+        ) from e
+      raise
 
   def _admit(self, step: int, nbytes: int, leaves: int, compressed: bool) -> list[int]:
     if step in self._abandoned:

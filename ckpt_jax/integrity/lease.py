@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ from etils import epath
 
 from ckpt_jax import run
 from ckpt_jax.errors import StorageError
-from ckpt_jax.failures import root_cause
+from ckpt_jax.failures import is_out_of_space, is_read_only, os_errors, root_cause, storage_errors, why_read_only
 from ckpt_jax.integrity.durability import restrict
 from ckpt_jax.storage.kvstore import is_object_store, kvstore_spec
 
@@ -41,6 +42,7 @@ _REQUEST_S = 60.0  # the longest that one read or write of the lease may take
 _LAST_REQUEST_S = 10.0  # and when it is given back, which a job that ends need not wait long for
 # Whoever opens a run holds the lease for a moment if it clears leftovers; that is no reason to fail.
 _MOMENT_S = 3.0
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 _here: weakref.WeakValueDictionary[str, Lease] = weakref.WeakValueDictionary()  # all of this process, by owner
 
 
@@ -268,7 +270,8 @@ class Lease:
 
   def _take(self, holder: Holder | None, generation: bytes) -> bool:
     if not is_object_store(self._directory):
-      (self._directory / run.NOTES).mkdir(parents=True, exist_ok=True)
+      with storage_errors(f"{self._directory / run.NOTES}"):
+        (self._directory / run.NOTES).mkdir(parents=True, exist_ok=True)
     with self._lock:
       self._me = dataclasses.replace(self._me, inode=_inode(self._directory), since=time.time(), beat=1)
       self._saving |= set(holder.saving if holder else ())
@@ -365,15 +368,19 @@ class _Cell:
       try:
         return operation(self._store).result(timeout=timeout)
       except ValueError as e:
-        # Some mounts have no locks (NFS without lockd, FUSE). Reading back is all that is left there.
-        if is_object_store(self._path) or not any(name in str(e) for name in ("lock", "ENOLCK", "EOPNOTSUPP")):
+        # Some mounts have no locks (NFS without lockd, Lustre, FUSE). Reading back is all that is left there.
+        if is_object_store(self._path) or not os_errors(e) & _NO_LOCKS:
           raise
         self._store = self._open("none")
         return operation(self._store).result(timeout=timeout)
     except TimeoutError as e:
       raise StorageError(f"{self._path}/{LEASE}: no answer in {timeout:.0f} s") from e
     except (ValueError, OSError) as e:
-      raise StorageError(f"{self._path}/{LEASE}: {root_cause(e)}") from e
+      if is_out_of_space(e):
+        why = "No space left on device"
+      else:
+        why = why_read_only(f"{self._path}/{LEASE}", e) if is_read_only(e) else root_cause(e)
+      raise StorageError(f"{self._path}/{LEASE}: {why}") from e
 
   def _open(self, locking: str) -> Any:
     import tensorstore as ts
