@@ -225,10 +225,12 @@ class Checkpointer:
         if not self._order.admits(step, force=force):
           return False
       self._begin(step, state, metrics, extras, started)
-      if preempted and self._notice is not None:
+      if preempted:
         _log.warning("preempted: waiting for step %d to commit, then exiting", step)
         self._saver.wait()
-        if self._notice.saved():
+      if self._notice is not None:
+        self._notice.saved(step)
+        if preempted and self._notice.is_complete:
           self._exit_preempted()
     return True
 
@@ -422,7 +424,7 @@ class Checkpointer:
       self._saver.wait()
     except CheckpointError as e:  # an earlier save; this one may succeed
       _log.error("preempted: %s", e)
-    if self._notice is not None and self._notice.has_saved:  # and others have not, and do not come
+    if self._notice is not None and self._notice.is_alone:
       self._exit_preempted()
     if step in self._saver.manager.all_steps():
       _log.warning("preempted: %s: step %d is there already, and steps are never overwritten", self.directory, step)

@@ -66,19 +66,25 @@ class PreemptionNotice:
     """Tells that jax has told this process to end."""
     _process.tell()
 
+  def saved(self, step: int) -> None:
+    """Tells that this Checkpointer has saved a step."""
+    _process.steps[self] = step
+    if _process.told:
+      _process.saved.add(self)
+
   @property
-  def has_saved(self) -> bool:
-    """Whether this Checkpointer has saved since the notice."""
-    return self in _process.saved
+  def is_complete(self) -> bool:
+    """Whether nothing is left to save: all Checkpointers of this process have saved the step that this one has saved.
 
-  def saved(self) -> bool:
-    """Tells that this Checkpointer has saved since the notice. True if the process is to exit now.
-
-    With several Checkpointers in the process each may save once more, so that they agree on the step: the exit follows
-    when all have, or when the first is called again.
+    With several, each may save once more, so that they agree on the step at which training goes on.
     """
-    _process.saved.add(self)
-    return _process.listeners <= _process.saved
+    mine = _process.steps.get(self)
+    return mine is not None and all(_process.steps.get(other) == mine for other in _process.listeners)
+
+  @property
+  def is_alone(self) -> bool:
+    """Whether this one has saved since the notice, and the others were not called since."""
+    return self in _process.saved and _process.steps[self] == max(_process.steps[other] for other in _process.saved)
 
   def answered(self) -> None:
     """Tells that the process is about to exit because of the notice."""
@@ -96,6 +102,7 @@ class PreemptionNotice:
       return False
     _process.listeners.discard(self)
     _process.saved.discard(self)
+    _process.steps.pop(self, None)
     last = not _process.listeners
     unanswered = last and _process.told and not _process.answered and _ends_by_default()
     if last and not unanswered:
@@ -123,6 +130,7 @@ class _Process:
 
   def __init__(self):
     self.listeners: set[PreemptionNotice] = set()
+    self.steps: dict[PreemptionNotice, int] = {}  # the last step that each has saved
     self.saved: set[PreemptionNotice] = set()  # those that have saved since the notice
     self.told = False
     self.told_at = 0.0
