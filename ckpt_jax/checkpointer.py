@@ -34,7 +34,8 @@ from ckpt_jax.policies.thinning import Thinner
 from ckpt_jax.policies.wiring import make_schedule
 from ckpt_jax.preemption import PreemptionNotice
 from ckpt_jax.restore.choose import STRATEGIES
-from ckpt_jax.restore.read import Initialise, Request
+from ckpt_jax.restore.initial import Initialise
+from ckpt_jax.restore.read import Request
 from ckpt_jax.restore.result import Restored
 from ckpt_jax.restoring import Restorer
 from ckpt_jax.rewrite import finish_rewrites
@@ -327,7 +328,7 @@ class Checkpointer:
     self.wait()
     if self._restorer.is_empty():
       return Restored(init_fn(), None, 0, {}, None, None)
-    return self.restore(like=abstract_state(init_fn))
+    return self._restored(None, Request(abstract_state(init_fn), initial=True), self.config.restore.strategy)
 
   def restore(
     self,
@@ -379,11 +380,7 @@ class Checkpointer:
     strategy = strategy or self.config.restore.strategy
     if strategy not in ("auto", *STRATEGIES):
       raise ConfigError(f"strategy: {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
-    restored = self._restorer.restore(step, Request(like, only, init_missing, cast), strategy, healthy=healthy)
-    if restored.report is not None and restored.report.quarantined:
-      self._saver.reload()
-    self._order.restored(restored.step)
-    return restored
+    return self._restored(step, Request(like, only, init_missing, cast), strategy, healthy=healthy)
 
   def rollback(self, step: int, *, delete: bool = False) -> list[int]:
     """Makes an older step the newest one. Training may save the numbers of the later ones anew.
@@ -410,6 +407,13 @@ class Checkpointer:
     return later
 
   # -- inside
+
+  def _restored(self, step: int | None, request: Request, strategy: str, *, healthy: bool = False) -> Restored:
+    restored = self._restorer.restore(step, request, strategy, healthy=healthy)
+    if restored.report is not None and restored.report.quarantined:
+      self._saver.reload()
+    self._order.restored(restored.step)
+    return restored
 
   def _preempted(self, step: int) -> bool:
     if self._notice is None:

@@ -14,7 +14,8 @@ import numpy as np
 
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.layout.structure import look
+from ckpt_jax.layout.sharding import is_weak
+from ckpt_jax.layout.structure import Structure, look
 
 FORMAT = 1
 
@@ -43,7 +44,14 @@ def run_metadata(config: Config, state: Any, nbytes: int) -> dict[str, Any]:
     "config": config.to_dict(),
     "leaves": len(leaves),
     "nbytes": nbytes,
+    # Also if there is none: that a step says so sets it apart from those of older versions.
+    "weak": structure.once(_weakly_typed, structure, leaves),
   }
+
+
+def _weakly_typed(structure: Structure, leaves: Sequence[Any]) -> list[str]:
+  """The arrays that give way to the types of others, as Python numbers do."""
+  return [name for name, leaf in zip(structure.names, leaves, strict=True) if is_weak(leaf)]
 
 
 def _meshes(leaves: Sequence[Any]) -> list[dict[str, int]]:

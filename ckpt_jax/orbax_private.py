@@ -269,6 +269,17 @@ def replica_slices_on_host(
   ]
 
 
+def weakly_typed(array: Any) -> Any:
+  """The same buffers as an array that gives way to the types of others, as Python numbers do.
+
+  Why private: jax makes such arrays of Python numbers only, and forgets a value's bits on the way (a NaN's payload);
+  its own function that keeps them (`lax._convert_element_type`) is private too, and compiles a program for each kind.
+  """
+  shards = [shard.data for shard in array.addressable_shards]
+  aval = array.aval.update(weak_type=True)
+  return type(array)(aval, array.sharding, shards, committed=getattr(array, "committed", True))
+
+
 async def prng_key_names(store: Any, item_dir: Any) -> set[str]:
   """The arrays of a checkpoint that are the words of PRNG keys, as `store` (see above) has them.
 

@@ -18,6 +18,7 @@ from ckpt_jax.integrity.record import Record, read_record
 from ckpt_jax.integrity.verifying import Verifier
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.rendezvous import Rendezvous
+from ckpt_jax.restore.placement import on_real_devices
 from ckpt_jax.restore.read import Request, read_state
 from ckpt_jax.restore.result import Restored, RestoreReport
 from ckpt_jax.restore.together import Together
@@ -70,7 +71,12 @@ class Restorer:
 
   def _restore(self, step: int | None, request: Request, strategy: str, *, healthy: bool) -> Restored:
     together = self.together()
-    steps = self._candidates(step, healthy, together)
+    wrong: Exception | None = None
+    try:
+      request = dataclasses.replace(request, like=on_real_devices(request.like))
+    except Exception as e:
+      wrong = e
+    steps = self._candidates(step, healthy, together, wrong)
     if step is not None:
       return self._read(int(step), request, strategy, together)
     if not steps:
@@ -88,10 +94,15 @@ class Restorer:
     assert restored.report is not None
     return dataclasses.replace(restored, report=dataclasses.replace(restored.report, quarantined=failed))
 
-  def _candidates(self, step: int | None, healthy: bool, together: Together) -> list[int]:
-    """The steps to try, which process 0 looks up for all, so that a commit in between cannot split them."""
-    found, error = [], None
-    if jax.process_index() == 0 and step is None:
+  def _candidates(
+    self, step: int | None, healthy: bool, together: Together, error: Exception | None = None
+  ) -> list[int]:
+    """The steps to try, which process 0 looks up for all, so that a commit in between cannot split them.
+
+    `error`: what was wrong before, on this process, and is raised on all.
+    """
+    found: list[int] = []
+    if jax.process_index() == 0 and step is None and error is None:
       try:
         found = recovery.candidates(self._directory, healthy=healthy)
       except Exception as e:

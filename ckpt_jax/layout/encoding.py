@@ -30,18 +30,19 @@ _NATIVE = (jax.Array, np.ndarray, bool, int, float, str)
 def is_prng_key(leaf: Any) -> bool:
   """True for typed PRNG keys (`jax.random.key`), concrete or abstract."""
   dtype = getattr(leaf, "dtype", None)
-  return dtype is not None and _is_prng_dtype(dtype)
+  return dtype is not None and is_prng_dtype(dtype)
 
 
 @functools.cache
-def _is_prng_dtype(dtype: Any) -> bool:
+def is_prng_dtype(dtype: Any) -> bool:
+  """True for the dtypes of typed PRNG keys."""
   return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
 @functools.cache  # numpy composes names anew each time: microseconds that add up over thousands of leaves
 def dtype_name(dtype: Any) -> str:
   """numpy's name of a dtype; `key<impl>` for PRNG keys."""
-  return str(dtype) if _is_prng_dtype(dtype) else np.dtype(dtype).name
+  return str(dtype) if is_prng_dtype(dtype) else np.dtype(dtype).name
 
 
 def encode(state: PyTree) -> tuple[PyTree, dict[str, dict[str, Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import core as jex_core
-from jax.sharding import Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ckpt_jax.layout.structure import look
 
@@ -63,13 +63,48 @@ def _sizes(leaves: Sequence[Any]) -> tuple[int, int, int]:
   return whole, local, largest
 
 
+def context_mesh() -> Mesh | None:
+  """The mesh that `jax.set_mesh` has put into force, if any."""
+  get_mesh = getattr(jax.sharding, "get_mesh", None)  # jax 0.8.0 has none
+  mesh = get_mesh() if get_mesh is not None else None
+  return None if mesh is None or mesh.empty else mesh
+
+
+class UnknownDevicesError(Exception):
+  """A sharding over an abstract mesh, where nothing says which devices those are."""
+
+
+def on_devices(sharding: Sharding | None, mesh: Mesh | None) -> Sharding | None:
+  """A sharding over real devices, given the mesh in force.
+
+  `jax.eval_shape` under `jax.set_mesh` says shardings over abstract meshes: axes with sizes, without devices.
+
+  Raises:
+    UnknownDevicesError: if `mesh` has other axes than the sharding's mesh.
+  """
+  if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, AbstractMesh):
+    return sharding
+  abstract = sharding.mesh
+  if abstract.empty:
+    return None
+  if mesh is None or dict(mesh.shape) != dict(abstract.shape):
+    raise UnknownDevicesError(f"{sharding.spec} over an abstract mesh {dict(abstract.shape)}")
+  if mesh.axis_names != abstract.axis_names:  # as jax compares meshes
+    raise UnknownDevicesError(f"{sharding.spec} over an abstract mesh with axes {abstract.axis_names}")
+  types = abstract.axis_types
+  if types != mesh.axis_types and AxisType.Manual not in types:
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+  return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+
+
 def abstract_state(init_fn: Callable[[], PyTree]) -> PyTree:
   """What `init_fn()` would return, as `jax.ShapeDtypeStruct`s with shardings, without computing or allocating it.
 
   Leaves that are not traced (Python scalars, numpy arrays, arrays that the function closes over) come back as they
-  are. The sharding of a traced leaf is read off the program: jit's `out_shardings`, `with_sharding_constraint` or
-  `device_put`. Where the program leaves it to the compiler and there is more than one device, or where `init_fn`
-  cannot be traced, the state is built for once and only its description is kept.
+  are. The sharding of a traced leaf is read off the program: jit's `out_shardings`, `with_sharding_constraint`,
+  `shard_map` or `device_put`, and the types of arrays on an explicit mesh. Where the program leaves it to the compiler
+  and there is more than one device, or where `init_fn` cannot be traced, the state is built for once and only its
+  description is kept.
   """
   try:
     return _traced_state(init_fn)
@@ -85,8 +120,13 @@ class _NotDetermined(Exception):
 def _describe(leaf: Any) -> Any:
   if isinstance(leaf, jax.Array):
     sharding = leaf.sharding if getattr(leaf, "committed", True) else None
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=is_weak(leaf))
   return leaf
+
+
+def is_weak(leaf: Any) -> bool:
+  """Whether an array gives way to the types of others, as Python numbers do; of what is no jax array, False."""
+  return bool(getattr(leaf, "weak_type", False))
 
 
 def _traced_state(init_fn: Callable[[], PyTree]) -> PyTree:
@@ -103,11 +143,16 @@ def _traced_state(init_fn: Callable[[], PyTree]) -> PyTree:
     closed = jax.make_jaxpr(traced_leaves)()
   except Exception as e:  # whatever an eager init_fn does that tracing forbids
     raise _NotDetermined(f"it cannot be traced: {type(e).__name__}") from e
-  placed = jax.device_count() > 1 and (
-    _places_arrays(closed.jaxpr) or any(getattr(x, "committed", False) for x in closed.consts)
-  )
+  mesh = context_mesh()
+  sharding: Callable[[Any], Sharding | None]
+  if _places_arrays(closed.jaxpr) or any(getattr(x, "committed", False) for x in closed.consts):
+    sharding = functools.partial(_known_sharding, jaxpr=closed.jaxpr, mesh=mesh)
+  elif mesh is not None:  # where jax puts what is made under `jax.set_mesh`
+    sharding = functools.partial(_sharding_by_type, mesh=mesh)
+  else:
+    sharding = lambda var: None  # noqa: E731
   shapes = iter(
-    jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=_sharding_of(v, closed.jaxpr) if placed else None)
+    jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding(v), weak_type=is_weak(v.aval))
     for v in closed.jaxpr.outvars
   )
   return jax.tree.unflatten(treedef, [next(shapes) if x is None else _describe(x) for x in concrete])
@@ -116,6 +161,8 @@ def _traced_state(init_fn: Callable[[], PyTree]) -> PyTree:
 def _places_arrays(jaxpr: Any) -> bool:
   """Whether the program names a device or sharding anywhere; if not, all it makes is on the default device."""
   for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "shard_map":
+      return True
     for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, (Sharding, jax.Device))):
       if isinstance(value, (Sharding, jax.Device)):
         return True
@@ -125,21 +172,43 @@ def _places_arrays(jaxpr: Any) -> bool:
   return False
 
 
-def _sharding_of(var: Any, jaxpr: Any) -> Sharding:
-  """The sharding that the program gives `var`."""
+def _known_sharding(var: Any, jaxpr: Any, mesh: Mesh | None) -> Sharding | None:
+  """The sharding of what a program returns; None for the default device."""
+  typed = mesh is not None and set(mesh.axis_types) == {AxisType.Explicit}
+  try:
+    return on_devices(_sharding_of(var, jaxpr, typed), mesh)
+  except UnknownDevicesError as e:
+    raise _NotDetermined(str(e)) from e
+  except _NotDetermined:
+    # With one device there is no other place, and to build the state for it would cost its memory.
+    if not typed and jax.device_count() > 1:
+      raise
+    return None if mesh is None else _sharding_by_type(var, mesh)
+
+
+def _sharding_by_type(var: Any, mesh: Mesh) -> Sharding:
+  """The sharding in the type of an array, which says all of it if every axis is explicit."""
+  spec = getattr(getattr(var.aval, "sharding", None), "spec", PartitionSpec())
+  return NamedSharding(mesh, spec if set(mesh.axis_types) == {AxisType.Explicit} else PartitionSpec())
+
+
+def _sharding_of(var: Any, jaxpr: Any, typed: bool) -> Sharding:
+  """The sharding that the program gives `var`; `typed`: what a jit returns is sharded as its type says."""
   for eqn in jaxpr.eqns:
     if var not in eqn.outvars:
       continue
     i = eqn.outvars.index(var)
     if eqn.primitive.name in ("pjit", "jit"):
       given = eqn.params["out_shardings"][i]
-      return (
-        given
-        if isinstance(given, Sharding)
-        else _sharding_of(eqn.params["jaxpr"].jaxpr.outvars[i], eqn.params["jaxpr"].jaxpr)
-      )
+      if isinstance(given, Sharding):
+        return given
+      if typed:
+        break
+      return _sharding_of(eqn.params["jaxpr"].jaxpr.outvars[i], eqn.params["jaxpr"].jaxpr, typed)
     if eqn.primitive.name == "sharding_constraint" and isinstance(eqn.params["sharding"], Sharding):
       return eqn.params["sharding"]
+    if eqn.primitive.name == "shard_map" and "out_specs" in eqn.params:
+      return NamedSharding(eqn.params["mesh"], eqn.params["out_specs"][i])
     if eqn.primitive.name == "device_put":
       target = eqn.params["devices"][i]
       if isinstance(target, Sharding):

@@ -69,7 +69,7 @@ def explain(like: Leaves, saved: Leaves, casts_allowed: bool = False) -> list[st
     explained |= _layer_count(like, saved, missing, extra, hints)
     explained |= _renamed(missing, extra, explained, hints)
     _new_leaves({n for n in missing if n not in explained}, extra, hints)
-  _shapes(differing, hints)
+  _shapes(differing, like, saved, hints)
   _dtypes(differing, casts_allowed, hints)
   _one_root_only(like, saved, missing, extra, differing, hints)
   return hints
@@ -251,31 +251,57 @@ def _new_leaves(missing: set[str], extra: Leaves, hints: list[str]) -> None:
     )
 
 
-def _shapes(differing: Mapping[str, tuple[Leaf, Leaf]], hints: list[str]) -> None:
+def _shapes(differing: Mapping[str, tuple[Leaf, Leaf]], like: Leaves, saved: Leaves, hints: list[str]) -> None:
   reshaped = {n: (a.shape, b.shape) for n, (a, b) in differing.items() if a.shape != b.shape}
-  turned = [n for n, (a, b) in reshaped.items() if len(a) > 1 and a == b[::-1]]
+  turned = {n for n, (a, b) in reshaped.items() if len(a) > 1 and a == b[::-1]}
   if turned:
     hints.append(
-      f"transposed ({_some(turned)}): another convention of the axes, as between Flax (in, out) and PyTorch (out, in)? "
-      "Restore with the saved shape and transpose"
+      f"transposed ({_some(sorted(turned))}): another convention of the axes, as between Flax (in, out) and PyTorch "
+      "(out, in)? Restore with the saved shape and transpose"
     )
-  resized: dict[tuple[int, int, int], list[str]] = collections.defaultdict(list)
+  # By the lengths before and now: a wider layer is longer in one axis of its kernel, and in another of the next one's.
+  resized: dict[tuple[int, int], dict[str, int]] = collections.defaultdict(dict)
   for name, (old, new) in reshaped.items():
     changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
-    if len(old) == len(new) and len(changed) == 1:
-      resized[changed[0], old[changed[0]], new[changed[0]]].append(name)
-  for (axis, before, now), names in resized.items():
-    if set(names) & set(turned):
-      continue
-    if any(_VOCABULARY.search(n) for n in names):
+    if len(old) == len(new) and changed and name not in turned:
+      lengths = {(old[i], new[i]) for i in changed}
+      if len(lengths) == 1:
+        resized[lengths.pop()][name] = changed[0]
+  for (before, now), axes in resized.items():
+    words = _vocabulary(axes)
+    stacked = _stacked({n for n, axis in axes.items() if axis == 0} - words, like, saved)
+    rest = [n for n in axes if n not in words and n not in stacked]
+    if words:
       hints.append(
-        f"vocabulary resized from {before} to {now} ({_some(names)})? Nothing is padded or cut: restore with the saved "
-        "shape, then resize"
+        f"vocabulary resized from {before} to {now} ({_some(sorted(words))})? Nothing is padded or cut: restore with "
+        "the saved shape, then resize"
       )
-    elif axis == 0 and len(names) > 2:
+    if stacked:
       hints.append(f"another number of stacked layers? the first axis is {before} in the checkpoint, {now} in like")
-    else:
-      hints.append(f"axis {axis} is {before} in the checkpoint and {now} in like ({_some(names)}): another model size?")
+    if rest:
+      hints.append(f"{before} in the checkpoint is {now} in like ({_some(rest)}): another width of the model?")
+
+
+def _vocabulary(names: Iterable[str]) -> set[str]:
+  return {n for n in names if _VOCABULARY.search(n)}
+
+
+def _stacked(resized: set[str], like: Leaves, saved: Leaves) -> set[str]:
+  """Of the leaves whose first axis changed, those below a node all of whose leaves did, matrices among them."""
+  whole: collections.Counter[str] = collections.Counter()
+  nodes: dict[str, list[str]] = collections.defaultdict(list)
+  for name in {*like, *saved}:
+    parts = name.split("/")
+    for depth in range(len(parts)):
+      node = "/".join(parts[:depth])
+      whole[node] += 1
+      if name in resized:
+        nodes[node].append(name)
+  found: set[str] = set()
+  for node, names in nodes.items():
+    if len(names) > 1 and len(names) == whole[node] and any(len(saved[n].shape) > 2 for n in names):
+      found |= set(names)
+  return found
 
 
 def _dtypes(differing: Mapping[str, tuple[Leaf, Leaf]], casts_allowed: bool, hints: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StructureMismatchError
 from ckpt_jax.layout.encoding import decode_leaf, is_prng_key
+from ckpt_jax.layout.sharding import is_weak
+from ckpt_jax.restore.placement import is_held_by_jax
 
 Note = dict[str, Any]
 
@@ -42,6 +46,7 @@ class LeafPlan:
     like: the leaf wanted, or AS_SAVED.
     cast: the dtype that the value becomes after reading; None for the saved one.
     sharding: where the stored form shall lie; None for host memory and for the default device.
+    weak: whether a jax array is to be weakly typed, as a Python number is.
   """
 
   name: str
@@ -53,6 +58,7 @@ class LeafPlan:
   like: Any
   cast: Any = None
   sharding: Sharding | None = None
+  weak: bool = False
 
   @property
   def nbytes(self) -> int:
@@ -78,15 +84,28 @@ class LeafPlan:
       restore_type=jax.Array, sharding=sharding, global_shape=self.shape, dtype=np.dtype(self.dtype)
     )
 
-  def finish(self, value: Any) -> Any:
-    """What was read, with the type of `like`."""
-    value = decode_leaf(value, self.note)
+  def decode(self, value: Any) -> Any:
+    """What was saved, given the stored form."""
+    return decode_leaf(value, self.note)
+
+  def convert(self, saved: Any) -> Any:
+    """What was saved, with the type of `like`.
+
+    Raises:
+      StructureMismatchError, CheckpointError: naming the leaf, if that cannot hold its value.
+    """
     if self.cast is not None:
-      value = _cast(self.name, value, self.cast)
-    return value if self.like is AS_SAVED else _as_like(self.name, value, self.like)
+      saved = _cast(self.name, saved, self.cast)
+    return saved if self.like is AS_SAVED else _as_like(self.name, saved, self.like)
+
+  def finish(self, value: Any) -> Any:
+    """Both."""
+    return self.convert(self.decode(value))
 
 
-def make_plan(name: str, meta: Any, note: Note | None, like: Any, cast: Any = None) -> LeafPlan:
+def make_plan(
+  name: str, meta: Any, note: Note | None, like: Any, cast: Any = None, weak: bool | None = None
+) -> LeafPlan:
   """The plan for a leaf.
 
   Args:
@@ -95,9 +114,7 @@ def make_plan(name: str, meta: Any, note: Note | None, like: Any, cast: Any = No
     note: what `encoding.encode` noted.
     like: the leaf wanted, or AS_SAVED.
     cast: the dtype to change to.
-
-  Raises:
-    StructureMismatchError: if several processes restore it and `like` does not say where.
+    weak: whether it was weakly typed when it was saved; None if nothing says so, and `like` decides.
   """
   kind = type(meta).__name__
   if kind == "StringMetadata":
@@ -105,7 +122,7 @@ def make_plan(name: str, meta: Any, note: Note | None, like: Any, cast: Any = No
   shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
   if kind == "ScalarMetadata":
     scalar = {"b": bool, "i": int, "u": int, "f": float}.get(dtype.kind)
-    return LeafPlan(name, shape, dtype, None, scalar, None, like, cast)
+    return LeafPlan(name, shape, dtype, None, scalar, None, like, cast, weak=weak is not None or is_weak(like))
   storage = getattr(meta, "storage", None)
   chunk = getattr(storage, "chunk_shape", None)
   return LeafPlan(
@@ -117,58 +134,54 @@ def make_plan(name: str, meta: Any, note: Note | None, like: Any, cast: Any = No
     note,
     like,
     cast,
-    _stored_sharding(name, shape, note, like),
+    _stored_sharding(shape, dtype, note, like),
+    is_weak(like) if weak is None else weak or bool(note and note["kind"] == "complex"),
   )
 
 
-def _stored_sharding(name: str, shape: tuple[int, ...], note: Note | None, like: Any) -> Sharding | None:
+def _stored_sharding(shape: tuple[int, ...], dtype: Any, note: Note | None, like: Any) -> Sharding | None:
   if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)) or (note and note["kind"] == "empty"):
     return None
-  sharding = _target_sharding(name, like)
+  if not is_held_by_jax(dtype):
+    return None  # it is cast, in host memory: jax would cut it to 32 bits
+  sharding = _target_sharding(like)
   if sharding is not None and is_prng_key(like) and isinstance(sharding, NamedSharding):
     spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
   return sharding
 
 
-def _target_sharding(name: str, leaf: Any) -> Sharding | None:
-  if isinstance(leaf, jax.Array):
-    return leaf.sharding if getattr(leaf, "committed", True) else None
-  if leaf.sharding is None and jax.process_count() > 1:
-    raise StructureMismatchError(
-      f"{name}: like has no sharding, and {jax.process_count()} processes must know which part each reads; pass "
-      "jax.ShapeDtypeStruct(..., sharding=...)"
-    )
-  return leaf.sharding
+def _target_sharding(leaf: Any) -> Sharding | None:
+  return leaf.sharding if getattr(leaf, "committed", True) else None
 
 
-def to_default_device(plans: Sequence[LeafPlan], values: dict[str, Any]) -> None:
-  """Makes arrays of the leaves of `like` that are committed to no device, free for jit to move them.
+def finish_arrays(plans: Sequence[LeafPlan], values: dict[str, Any]) -> None:
+  """Makes arrays of the leaves of `like` that are committed to no device, free for jit to move them, and types weakly.
 
-  They were read into host memory, which jax on CPU takes over as it is.
+  The former were read into host memory, which jax on CPU takes over as it is.
   """
-  loose = [
-    p.name
-    for p in plans
-    if isinstance(p.like, (jax.Array, jax.ShapeDtypeStruct)) and isinstance(values[p.name], (np.ndarray, np.generic))
-  ]
+  wanted = [p for p in plans if isinstance(p.like, (jax.Array, jax.ShapeDtypeStruct))]
+  loose = [p.name for p in wanted if isinstance(values[p.name], (np.ndarray, np.generic))]
   arrays = jax.device_put([values[name] for name in loose], may_alias=True)
   values.update(zip(loose, arrays, strict=True))
+  for plan in wanted:
+    if plan.weak and not is_prng_key(value := values[plan.name]):
+      values[plan.name] = orbax_private.weakly_typed(value)
 
 
 def _as_like(name: str, value: Any, like: Any) -> Any:
-  if isinstance(like, (bool, int, float, complex, str)):
-    return value if type(value) is type(like) else type(like)(np.asarray(value)[()])
+  if isinstance(like, str):
+    return value
   if isinstance(like, np.generic):
-    return like.dtype.type(np.asarray(value)[()])
+    return _exact(name, value, like.dtype)[()]
+  if isinstance(like, (bool, int, float, complex)):
+    return value if type(value) is type(like) else type(like)(np.asarray(value)[()])
   if isinstance(like, np.ndarray):
     return _exact(name, value, like.dtype)
-  sharding = _target_sharding(name, like)
+  sharding = _target_sharding(like)
   if is_prng_key(like):
-    if not is_prng_key(value):  # plain Orbax notes what keys are, unless its array metadata is off
-      value = jax.random.wrap_key_data(
-        value, impl=str(jax.random.key_impl(like)) if isinstance(like, jax.Array) else None
-      )
+    if not is_prng_key(value):  # a raw key; or plain Orbax noted what keys are, and its array metadata is off
+      value = jax.random.wrap_key_data(value, impl=_impl(like.dtype))
     if value.dtype != like.dtype:
       raise StructureMismatchError(f"{name}: saved as {value.dtype}, asked for {like.dtype}")
   if isinstance(value, jax.Array):
@@ -177,8 +190,17 @@ def _as_like(name: str, value: Any, like: Any) -> Any:
     # Decoding widened values and keys keeps the sharding, but may say it in other words (a spec with trailing None).
     return value if value.sharding == sharding else jax.device_put(value, sharding)
   value = _exact(name, value, like.dtype)
-  # Without a sharding it goes to the default device, which `to_default_device` does for all leaves at once.
+  # Without a sharding it goes to the default device, which `finish_arrays` does for all leaves at once.
   return value if sharding is None else _put(value, sharding)
+
+
+@functools.cache
+def _impl(dtype: Any) -> str:
+  """The name by which jax knows the implementation of a dtype of PRNG keys."""
+  for name in ("threefry2x32", "rbg", "unsafe_rbg"):
+    if jax.eval_shape(functools.partial(jax.random.key, 0, impl=name)).dtype == dtype:
+      return name
+  return str(dtype).removeprefix("key<").removesuffix(">")
 
 
 def _put(value: np.ndarray, sharding: Sharding) -> jax.Array:
@@ -186,14 +208,23 @@ def _put(value: np.ndarray, sharding: Sharding) -> jax.Array:
 
 
 def _exact(name: str, value: Any, dtype: Any) -> np.ndarray:
+  """`value` as a numpy array of a dtype: a Python number, of the same class, is rounded as jax rounds it."""
   if isinstance(value, jax.Array):
     value = np.array(value)
   if isinstance(value, np.ndarray) and value.dtype == dtype:
     return value
-  array = np.asarray(value).astype(dtype)
-  # Only Python scalars get here, one number each: a cast that changes it is refused.
-  if array[()] != value and value == value:
-    raise StructureMismatchError(f"{name}: the saved number {value} does not fit into {dtype}")
+  # One Python number, or a numpy scalar that was saved as one. What cannot be held at all is refused.
+  try:
+    with np.errstate(over="ignore"):
+      array = np.asarray(value).astype(dtype)
+    if np.asarray(value).dtype.kind in "iub":
+      lost = int(array[()]) != int(value)
+    else:
+      lost = bool(np.isfinite(value)) and not bool(np.isfinite(array))
+  except OverflowError:  # an int beyond 64 bits
+    lost = True
+  if lost:
+    raise StructureMismatchError(f"{name}: the saved number {value} does not fit into {np.dtype(dtype).name}")
   return array
 
 

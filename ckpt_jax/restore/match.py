@@ -19,9 +19,15 @@ from ckpt_jax.errors import ConfigError, StructureMismatchError
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key
 from ckpt_jax.restore.hints import Leaf, brief, explain, nearest
 from ckpt_jax.restore.paths import matches, selected
+from ckpt_jax.restore.placement import why_impossible
 
 Note = dict[str, Any]
 _MAX_SHOWN = 40
+_ADVICE = "\nPass a like= that matches, or none at all to get the checkpoint as it is."
+_ADVICE_INIT = (
+  "\nHere like= is what init_fn makes: let it make what was saved, or call restore(like=init_fn(), ...) with only=, "
+  "init_missing= or cast=. To begin afresh, use another directory."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,7 @@ def match(
   *,
   init_missing: tuple[str, ...] = (),
   cast: bool | Mapping[str, Any] = False,
+  initial: bool = False,
 ) -> Match:
   """Pairs the leaves of `like` with those of a checkpoint.
 
@@ -55,6 +62,8 @@ def match(
     where: the step, for the message.
     init_missing: patterns of leaves that the checkpoint may lack.
     cast: True, or `{pattern: dtype}`: the leaves whose dtype may change.
+    initial: whether `like` is what `init_fn` of `restore_or_init` makes, whose leaves without a sharding are each
+      process's own.
 
   Raises:
     StructureMismatchError: listing every leaf that is missing, extra, or differs in shape, dtype or kind, with hints.
@@ -78,6 +87,7 @@ def match(
     if problem and _cast_allowed(name, leaf, saved[name], cast, rules):
       casts[name] = (saved[name].dtype, _kind(leaf))
       problem = None
+    problem = problem or why_impossible(leaf, own=initial)
     if problem:
       differing[name] = problem
     else:
@@ -90,17 +100,16 @@ def match(
     shown = problems[:_MAX_SHOWN]
     if len(problems) > len(shown):
       shown.append(f"... and {len(problems) - len(shown)} more")
-    hints = explain(
-      {name: _as_leaf(leaf) for name, leaf in like.items()},
-      {name: Leaf(info.shape, info.dtype) for name, info in saved.items()},
-      casts_allowed=bool(cast),
-    )
-    advice = "".join(f"\n  - {hint}" for hint in hints)
+    there = {name: Leaf(info.shape, info.dtype) for name, info in saved.items()}
+    # What fits is no difference to be explained: a Python int is restored into an int32.
+    here = {name: there[name] if name in both else _as_leaf(leaf) for name, leaf in like.items()}
+    advice = "".join(f"\n  - {hint}" for hint in explain(here, there, casts_allowed=bool(cast)))
     raise StructureMismatchError(
-      f"{where} does not fit like= ({_count(len(missing) + len(extra) + len(differing))}; nothing was read):\n  "
+      f"{where} does not fit {'the state that init_fn makes' if initial else 'like='} "
+      f"({_count(len(missing) + len(extra) + len(differing))}; nothing was read):\n  "
       + "\n  ".join(shown)
       + (f"\nWhat may have happened:{advice}" if advice else "")
-      + "\nPass a like= that matches, or none at all to get the checkpoint as it is."
+      + (_ADVICE_INIT if initial else _ADVICE)
     )
   return Match(both, kept, casts)
 
@@ -135,16 +144,17 @@ def _kind(leaf: Any) -> str:
   return dtype_name(leaf.dtype)
 
 
-_NUMBERS = {"bool": "b", "int": "i", "float": "f"}
+_NUMBERS = {"bool": "b", "int": "i", "float": "f", "complex": "c"}
 
 
 def _scalar_class(kind: str) -> str:
   if kind in _NUMBERS:
     return _NUMBERS[kind]
-  if kind.startswith("key<") or kind in ("str", "complex"):
+  if kind.startswith("key<") or kind == "str":
     return kind
   dtype = jnp.dtype(kind)
-  return "i" if jnp.issubdtype(dtype, jnp.integer) else "f" if jnp.issubdtype(dtype, jnp.floating) else "b"
+  classes = {"i": jnp.integer, "f": jnp.floating, "c": jnp.complexfloating, "b": jnp.bool_}
+  return next((name for name, numbers in classes.items() if jnp.issubdtype(dtype, numbers)), kind)
 
 
 def _difference(leaf: Any, saved: LeafInfo) -> str | None:

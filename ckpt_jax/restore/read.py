@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, Sharding
@@ -21,8 +20,8 @@ from ckpt_jax import contents, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_unreachable, root_cause
+from ckpt_jax.integrity.fingerprint import label
 from ckpt_jax.layout import direct
-from ckpt_jax.layout.encoding import decode_leaf
 from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.layout.keys import database_name
 from ckpt_jax.layout.structure import path_name
@@ -41,7 +40,8 @@ from ckpt_jax.restore.choose import (
 )
 from ckpt_jax.restore.exchange import compile_seconds, is_compiled
 from ckpt_jax.restore.fetch import fetch
-from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, make_plan, to_default_device
+from ckpt_jax.restore.initial import Initialise, initial_value, initialisers, patterns_inside
+from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, finish_arrays, make_plan
 from ckpt_jax.restore.match import castable, match
 from ckpt_jax.restore.paths import as_patterns, matches, rebuild, selected
 from ckpt_jax.restore.strategies import Route, plan_routes, totals
@@ -51,17 +51,21 @@ from ckpt_jax.tuning.plan import known_profile
 from ckpt_jax.tuning.profile import available_memory
 
 PyTree = Any
-Initialise = Callable[[str, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What of a step is wanted, and in which form. See `Checkpointer.restore` for the meaning of each."""
+  """What of a step is wanted, and in which form. See `Checkpointer.restore` for the meaning of each.
+
+  Attributes:
+    initial: whether `like` is what `init_fn` of `restore_or_init` makes.
+  """
 
   like: PyTree | None = None
   only: str | Iterable[str] | None = None
   init_missing: str | Iterable[str] | Mapping[str, Initialise] | None = None
   cast: bool | Mapping[str, Any] | None = None
+  initial: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +142,11 @@ def read_state(
 
   def deliver(plan: LeafPlan, value: Any) -> None:
     check_stored(plan, value)
-    delivered = values[plan.name] = plan.finish(value)
+    saved = plan.decode(value)
+    delivered = values[plan.name] = plan.convert(saved)
     if check is not None and early.pop(plan.name, None) is not delivered:
-      check(plan.name, delivered if plan.cast is None else decode_leaf(value, plan.note))
+      # What is delivered, unless it is of another type: a number that became an array, a dtype that was cast.
+      check(plan.name, delivered if label(delivered) == label(saved) else saved)
 
   error = None
   try:
@@ -152,7 +158,7 @@ def read_state(
   if error is not None and together.told(error):
     raise error
   together.meet("all processes to finish reading", error)
-  to_default_device(planned.plans, values)
+  finish_arrays(planned.plans, values)
   return Read(planned.assemble(values), planned.casts, tuple(planned.kept), choice)
 
 
@@ -218,12 +224,19 @@ class Step:
     self.item = contents.describe_item(self.item_dir, config)
     ours = run.our_metadata(step_dir)
     self.notes: dict[str, Any] = ours.get("encoded", {})
+    weak = ours.get("weak")
+    self._weak: frozenset[str] | None = None if weak is None else frozenset(weak)
     self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
     leaves, structure = jax.tree_util.tree_flatten_with_path(self.item.tree)
     self.treedef: Any = structure  # jax's stubs do not know its methods
     self.paths = {path_name(path): path for path, _ in leaves}
     self.meta: dict[str, Any] = dict(zip(self.paths, (meta for _, meta in leaves), strict=True))
     self.infos = {info.path: info for info in contents.leaf_infos(self.item.tree, self.notes)}
+
+  def plan(self, name: str, like: Any, casts: Mapping[str, tuple[str, str]]) -> LeafPlan:
+    """How to read a leaf, given the one wanted and, of those whose dtype changes, the old and the new one."""
+    weak = None if self._weak is None else name in self._weak
+    return make_plan(name, self.meta[name], self.notes.get(name), like, casts[name][1] if name in casts else None, weak)
 
 
 class Reader:
@@ -303,25 +316,18 @@ def _plan(step: Step, request: Request) -> _Planned:
     if cast is True:
       raise ConfigError("cast=True casts to the dtypes of like=; pass like=, or cast={'params': 'bfloat16'}")
     casts = _casts_as_saved(step, infos, cast)
-    plans = [
-      make_plan(name, step.meta[name], step.notes.get(name), AS_SAVED, casts[name][1] if name in casts else None)
-      for name in infos
-    ]
+    plans = [step.plan(name, AS_SAVED, casts) for name in infos]
     return _Planned(plans, {}, casts, lambda values: rebuild(step.item.tree, values))
-  initialise, patterns = _initialisers(request.init_missing)
+  initialise, patterns = initialisers(request.init_missing)
   like, prefix = _by_path(request.like, only, infos)
   chosen = like
   if only is not None:
     chosen = {n: leaf for n, leaf in like.items() if any(matches(p, n) for p in only)}
-  _refuse_thinned(step, {n for n in chosen if n not in infos and not any(matches(p, n) for p in patterns)})
-  found = match(chosen, infos, step.name, init_missing=tuple(p for p in patterns if _names_any(p, chosen)), cast=cast)
-  outside = {n: leaf for n, leaf in like.items() if n not in chosen and any(matches(p, n) for p in patterns)}
-  selected(patterns, like, "init_missing", "like") if patterns else None
-  kept = {name: _initial(name, leaf, initialise) for name, leaf in (found.kept | outside).items()}
-  plans = [
-    make_plan(name, step.meta[name], step.notes.get(name), leaf, found.casts[name][1] if name in found.casts else None)
-    for name, leaf in found.both.items()
-  ]
+  inside, outside = patterns_inside(patterns, chosen, like)
+  _refuse_thinned(step, {n for n in chosen if n not in infos and not any(matches(p, n) for p in inside)})
+  found = match(chosen, infos, step.name, init_missing=inside, cast=cast, initial=request.initial)
+  kept = {name: initial_value(name, leaf, initialise) for name, leaf in (found.kept | outside).items()}
+  plans = [step.plan(name, leaf, found.casts) for name, leaf in found.both.items()]
   tree = request.like
 
   def assemble(values: dict[str, Any]) -> PyTree:
@@ -343,10 +349,6 @@ def _refuse_thinned(step: Step, missing: set[str]) -> None:
     f'{resume}. To read what is there pass only="{step.thinned[0]}", or a like= of {kept} alone; init_missing= makes '
     "the rest anew"
   )
-
-
-def _names_any(pattern: str, names: Iterable[str]) -> bool:
-  return any(matches(pattern, name) for name in names)
 
 
 def _by_path(
@@ -389,44 +391,3 @@ def _casts_as_saved(
           found[name] = (info.dtype, wanted)
         break
   return found
-
-
-def _initialisers(argument: Any) -> tuple[dict[str, Initialise | None], tuple[str, ...]]:
-  if argument is None:
-    return {}, ()
-  if isinstance(argument, Mapping):
-    for pattern, initialise in argument.items():
-      if not callable(initialise):
-        raise ConfigError(f"init_missing[{pattern!r}]: expected a function of path and leaf, got {initialise!r:.60}")
-    return dict(argument), as_patterns(argument.keys(), "init_missing")
-  patterns = as_patterns(argument, "init_missing")
-  return dict.fromkeys(patterns), patterns
-
-
-def _initial(name: str, leaf: Any, initialise: Mapping[str, Initialise | None]) -> Any:
-  """The value of a leaf that the checkpoint lacks."""
-  function = next(f for pattern, f in initialise.items() if matches(pattern, name))
-  if function is None:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-      raise StructureMismatchError(
-        f"{name}: init_missing keeps like's value, and like has only a shape there; put an array into like=, or a "
-        "function: init_missing={'" + name + "': lambda path, leaf: ...}"
-      )
-    return leaf
-  value = function(name, leaf)
-  if hasattr(leaf, "dtype"):
-    shape, dtype = np.shape(value), getattr(value, "dtype", None)
-    if shape != tuple(leaf.shape) or dtype != leaf.dtype:
-      raise StructureMismatchError(
-        f"{name}: its init_missing function returned {dtype}{list(shape)}, like has {leaf.dtype}{list(leaf.shape)}"
-      )
-    sharding = getattr(leaf, "sharding", None)
-    if isinstance(leaf, jax.Array) and not getattr(leaf, "committed", True):
-      sharding = None
-    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-      if sharding is None:
-        return value if isinstance(value, jax.Array) else jax.numpy.asarray(value)
-      if isinstance(value, jax.Array):
-        return jax.device_put(value, sharding)
-      return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-  return value
