@@ -352,7 +352,8 @@ class Checkpointer:
     Args:
       step: default: the newest.
       like: a tree with the structure of the saved one, whose leaves (arrays, `jax.ShapeDtypeStruct`s, scalars) say
-        type, shape, dtype and sharding. Without it: nested dicts, lists and tuples of numpy arrays in host memory.
+        type, shape, dtype and sharding. Shardings over abstract meshes, as `jax.eval_shape` gives them, are taken for
+        the mesh of `jax.set_mesh`. Arrays come back weakly typed if they were saved so. Without it: nested dicts, lists and tuples of numpy arrays in host memory.
       only: pattern, or several: reads just these leaves. Each comes back in its place in the tree, so that
         `only="params"` gives `{"params": ...}`; a node of which only a part is read comes back as a dict. `like` may
         be the whole state, `{"params": ...}`, or what lies below `params`; the latter gives just that.
@@ -360,8 +361,9 @@ class Checkpointer:
         copies; `gather`: all read each byte once and exchange it; `broadcast`: one replica reads and sends to the
         others; `auto`: what is expected to be fastest, see `Restored.report`. Default: `restore.strategy`.
       init_missing: pattern, or several, of leaves of `like` that the checkpoint lacks: they keep like's values. With
-        `{pattern: function}` they become `function(path, leaf)`. Together with `only` also leaves that `only` leaves
-        out, so that the result can be as large as `like`.
+        `{pattern: function}` they become `function(path, leaf)`. Together with `only`, a pattern that names none of the
+        leaves restored, but a node outside of them (`opt_state`), brings those leaves of `like` back too, so that the
+        result can be as large as `like`; one that names some of them (`**/lora_*`) is about those alone.
       cast: `{pattern: dtype}`, or True for the dtypes of `like`: the leaves that may change it, floats among themselves
         and integers among themselves. A value that the new dtype cannot hold is an error.
       healthy: of the newest steps, leave out those that are tagged unhealthy.

@@ -114,6 +114,35 @@ def test_report_says_what_may_have_happened(mistake, hint):
   assert hint in report(saved(), like())
 
 
+def restarted(saved, init):
+  with tempfile.TemporaryDirectory() as run, ckpt.Checkpointer(run) as c:
+    c.save(0, saved)
+    with pytest.raises(ckpt.StructureMismatchError) as e:
+      c.restore_or_init(init)
+  return str(e.value)
+
+
+def test_wider_layer_is_no_other_number_of_layers_and_what_fits_is_no_difference():
+  text = restarted(state(), lambda: state(width=6) | {"step": 0})  # an int where the checkpoint has an int32
+  assert "4 in the checkpoint is 6 in like (" in text and "another width of the model?" in text
+  assert "stacked" not in text and "cast=" not in text.split("Here like=")[0] and "step" not in text
+
+
+def test_longer_stack_of_layers_is_one_in_every_leaf_of_it():
+  stack = lambda n: {"layers": params(scanned=True, layers=n)["layers"], "head": jnp.ones((4, 3))}  # noqa: E731
+  text = report(stack(3), stack(5))
+  assert "another number of stacked layers? the first axis is 3 in the checkpoint, 5 in like" in text
+  assert "another width" not in text
+  text = report(stack(3), stack(3) | {"head": jnp.ones((6, 3))})
+  assert "stacked layers?" not in text and "another width of the model?" in text
+
+
+def test_advice_of_restore_or_init_can_be_followed():
+  text = restarted(state(), lambda: state(layers=5))
+  assert "does not fit the state that init_fn makes" in text and "Pass a like=" not in text
+  assert "call restore(like=init_fn(), ...) with only=, init_missing= or cast=" in text
+
+
 def test_report_stays_short_for_many_leaves():
   text = report({f"w{i}": {"a": np.ones(2)} for i in range(300)}, {f"w{i}": {"b": np.ones(2)} for i in range(300)})
   assert "w*/b: not in the checkpoint (300 leaves, such as w0/b)" in text

@@ -3,6 +3,7 @@
 import datetime
 import threading
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
@@ -179,3 +180,16 @@ def test_what_we_write_beside_arrays_is_what_orbax_writes(tmp_path):
     if file != "_sharding":  # one chunk a process, where Orbax has one a device
       theirs, ours = (json.loads(json.dumps(x).replace("[4, 4]", "[2, 4]")) for x in (theirs, ours))
     assert ours == theirs, file
+
+
+def test_an_array_made_weakly_typed_is_the_same_array_but_for_that():
+  mesh = jax.make_mesh((2,), ("x",))
+  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+  for array in (jnp.arange(4.0), jax.device_put(jnp.arange(4), jax.devices()[1]), jax.device_put(jnp.ones(2), spread)):
+    weak = orbax_private.weakly_typed(array)
+    assert weak.weak_type and not array.weak_type and weak.tolist() == array.tolist()
+    assert (weak.sharding, weak.committed, weak.dtype) == (array.sharding, array.committed, array.dtype)
+    assert jax.jit(lambda x: x * jnp.bfloat16(1))(weak.astype(jnp.float32)).dtype == jnp.float32
+    if array.dtype == jnp.float32:  # jit sees the type too, and not only Python
+      assert jax.jit(lambda x: x * jnp.bfloat16(1))(weak).dtype == jnp.bfloat16
+      assert jax.jit(lambda x: x * jnp.bfloat16(1))(array).dtype == jnp.float32

@@ -112,6 +112,32 @@ def test_params_with_a_new_optimizer_give_the_whole_state(run):
   assert got.params["encoder"]["kernel"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_init_missing_brings_nothing_back_that_only_leaves_out_and_nobody_asked_for(run, assert_same):
+  """A new optimizer's moments of LoRA weights match the pattern as well."""
+  params = lora_like()
+  whole = TrainState.create(apply_fn=len, params=params, tx=optax.adam(1e-3))
+  for like in (whole, jax.eval_shape(lambda: whole).replace(params=params)):
+    got = run.restore(like=like, only="params", init_missing="**/lora_*")
+    assert_same(got.state, {"params": params | {"encoder": params["encoder"] | {"lora_a": jnp.full((2, 1), 5.0)}}})
+    assert got.report.initialised == ("params/encoder/lora_a",)
+  # What lies outside of `only` comes back if a pattern names it, and nothing beside it.
+  got = run.restore(like=whole, only="params", init_missing=["**/lora_*", "opt_state/0/count"])
+  assert got.state.keys() == {"params", "opt_state"} and got.state["opt_state"] == {"0": {"count": 0}}
+  got = run.restore(like=whole, only=["params", "step"], init_missing=["**/lora_*", "opt_state"])
+  assert isinstance(got.state, TrainState)
+  # A pattern about a part of `params` is not about another part of it.
+  got = run.restore(like=whole, only="params/encoder", init_missing="params/*/lora_*").state
+  assert got.keys() == {"params"} and got["params"].keys() == {"encoder"}
+
+
+def test_init_missing_that_names_only_what_nobody_asked_for_is_an_error(run):
+  whole = TrainState.create(apply_fn=len, params=lora_like(), tx=optax.adam(1e-3))
+  with pytest.raises(
+    ckpt.StructureMismatchError, match=r"init_missing='\*\*/lora_\*': names no leaf of like that only="
+  ):
+    run.restore(like=whole, only="params/decoder", init_missing="**/lora_*")
+
+
 def test_init_missing_that_names_nothing_is_an_error(run):
   with pytest.raises(ckpt.StructureMismatchError, match="init_missing='lorra': names no leaf of like"):
     run.restore(like={"params": make_state().params}, only="params", init_missing="lorra")

@@ -262,28 +262,21 @@ def _shapes(differing: Mapping[str, tuple[Leaf, Leaf]], like: Leaves, saved: Lea
   # By the lengths before and now: a wider layer is longer in one axis of its kernel, and in another of the next one's.
   resized: dict[tuple[int, int], dict[str, int]] = collections.defaultdict(dict)
   for name, (old, new) in reshaped.items():
-    changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
-    if len(old) == len(new) and changed and name not in turned:
-      lengths = {(old[i], new[i]) for i in changed}
-      if len(lengths) == 1:
-        resized[lengths.pop()][name] = changed[0]
+    if len(old) == len(new) and name not in turned:
+      for axis in reversed([i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]):
+        resized[old[axis], new[axis]][name] = axis
   for (before, now), axes in resized.items():
-    words = _vocabulary(axes)
-    stacked = _stacked({n for n, axis in axes.items() if axis == 0} - words, like, saved)
-    rest = [n for n in axes if n not in words and n not in stacked]
-    if words:
+    if all(_VOCABULARY.search(n) for n in axes):
       hints.append(
-        f"vocabulary resized from {before} to {now} ({_some(sorted(words))})? Nothing is padded or cut: restore with "
-        "the saved shape, then resize"
+        f"vocabulary resized from {before} to {now} ({_some(axes)})? Nothing is padded or cut: restore with the saved "
+        "shape, then resize"
       )
+      continue
+    stacked = _stacked({n for n, axis in axes.items() if axis == 0}, like, saved)
     if stacked:
       hints.append(f"another number of stacked layers? the first axis is {before} in the checkpoint, {now} in like")
-    if rest:
+    if rest := [n for n in axes if n not in stacked]:
       hints.append(f"{before} in the checkpoint is {now} in like ({_some(rest)}): another width of the model?")
-
-
-def _vocabulary(names: Iterable[str]) -> set[str]:
-  return {n for n in names if _VOCABULARY.search(n)}
 
 
 def _stacked(resized: set[str], like: Leaves, saved: Leaves) -> set[str]:

@@ -122,7 +122,8 @@ def make_plan(
   shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
   if kind == "ScalarMetadata":
     scalar = {"b": bool, "i": int, "u": int, "f": float}.get(dtype.kind)
-    return LeafPlan(name, shape, dtype, None, scalar, None, like, cast, weak=weak is not None or is_weak(like))
+    number = scalar is not bool  # as jax has it: a bool gives way to nothing
+    return LeafPlan(name, shape, dtype, None, scalar, None, like, cast, weak=is_weak(like) if weak is None else number)
   storage = getattr(meta, "storage", None)
   chunk = getattr(storage, "chunk_shape", None)
   return LeafPlan(
