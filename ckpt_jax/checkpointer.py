@@ -353,7 +353,8 @@ class Checkpointer:
       step: default: the newest.
       like: a tree with the structure of the saved one, whose leaves (arrays, `jax.ShapeDtypeStruct`s, scalars) say
         type, shape, dtype and sharding. Shardings over abstract meshes, as `jax.eval_shape` gives them, are taken for
-        the mesh of `jax.set_mesh`. Arrays come back weakly typed if they were saved so. Without it: nested dicts, lists and tuples of numpy arrays in host memory.
+        the mesh of `jax.set_mesh`. Arrays are weakly typed if they were when they were saved. Without `like`: nested
+        dicts, lists and tuples of numpy arrays in host memory.
       only: pattern, or several: reads just these leaves. Each comes back in its place in the tree, so that
         `only="params"` gives `{"params": ...}`; a node of which only a part is read comes back as a dict. `like` may
         be the whole state, `{"params": ...}`, or what lies below `params`; the latter gives just that.
