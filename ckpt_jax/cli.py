@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ckpt_jax import cli_bench, cli_prune, cli_repack, cli_simulate, cli_tune, cli_verify
+from ckpt_jax import cli_aside, cli_bench, cli_prune, cli_repack, cli_simulate, cli_tune, cli_verify
 from ckpt_jax.cli_common import Json, NearestName, Run, console, fail, pairs, print_json, print_table, size
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
@@ -45,13 +45,22 @@ def _options(
 
 
 @app.command("ls")
-def list_command(run: Run, as_json: Json = False) -> None:
+def list_command(
+  run: Run,
+  everything: Annotated[
+    bool, typer.Option("--all", "-a", help="Also those in quarantine, and those that a rollback has set aside.")
+  ] = False,
+  as_json: Json = False,
+) -> None:
   """List the committed steps of a run: when, how large, with which metrics."""
+  from ckpt_jax.integrity.aside import listed
   from ckpt_jax.run import list_readable_steps, run_directory
 
   steps, damaged = list_readable_steps(run)
+  aside = listed(run_directory(run))
   if as_json:
-    print_json([dataclasses.asdict(s) for s in steps] + [{"step": n, "damaged": str(e)} for n, e in damaged.items()])
+    found = [dataclasses.asdict(s) for s in steps] + [{"step": n, "damaged": str(e)} for n, e in damaged.items()]
+    print_json(found + (cli_aside.as_json(run, aside) if everything else []))
   elif steps:
     thinned = not all(s.resumable for s in steps)
     rows = []
@@ -61,6 +70,8 @@ def list_command(run: Run, as_json: Json = False) -> None:
       rows.append([str(s.step), when, size(s.nbytes), pairs(s.metrics), *resumable])
     headers = ["step", "committed (UTC)", "size", "metrics"] + ["training can go on from it"] * thinned
     print_table(headers, rows, title=str(run_directory(run)))
+  if not (as_json and everything):
+    cli_aside.show(run, aside, in_full=everything, err=as_json)
   for e in damaged.values():
     typer.echo(f"error: {e}", err=True)
   if damaged:
@@ -148,6 +159,7 @@ app.command()(cli_prune.unpin)
 app.command()(cli_simulate.simulate)
 app.command()(cli_verify.verify)
 app.command()(cli_verify.rollback)
+app.command("restore-quarantined")(cli_aside.restore_quarantined)
 app.command()(cli_tune.tune)
 app.command()(cli_repack.repack)
 

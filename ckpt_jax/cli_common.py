@@ -37,6 +37,25 @@ class NearestName(TyperGroup):
     return super().resolve_command(ctx, args)
 
 
+def confirmed(question: str, *, yes: bool, aloud: bool = True) -> bool:
+  """Whether the user agrees to what cannot be undone. Nobody there to ask is wrong usage: exit 2.
+
+  Args:
+    question: what is asked.
+    yes: whether the command line has answered.
+    aloud: ask on stdout rather than on stderr, which leaves stdout to JSON.
+  """
+  if yes:
+    return True
+  try:
+    if sys.stdin is not None and not sys.stdin.closed:
+      return typer.confirm(question, err=not aloud)
+  except typer.Abort:
+    if sys.stdin.isatty():  # Ctrl-C
+      raise
+  raise typer.BadParameter("nobody answers on the standard input, and this cannot be undone; agree to it with --yes")
+
+
 def fail(message: str) -> NoReturn:
   typer.echo(f"error: {message}", err=True)
   raise typer.Exit(1)

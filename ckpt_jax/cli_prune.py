@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ckpt_jax.cli_common import Run, fail, pairs, print_json, print_table
+from ckpt_jax.cli_common import Run, confirmed, fail, pairs, print_json, print_table
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.units import duration_text, size_text
 
@@ -105,35 +105,64 @@ def prune(
   if not plan.steps and not runs.noted_steps(directory, runs.DELETING):
     fail(f"{directory}: no committed checkpoint; check the path")
   going = going and (yes or bool(plan.removed or plan.thinned))
-  if as_json:
-    print_json(_as_json(plan, price) | {"dry_run": not going})
-  elif plan.steps:
+  if not as_json and plan.steps:
     _print_plan(plan, directory, price, dry_run)
   if not going:
+    if as_json:
+      print_json(_as_json(plan, price) | {"dry_run": True})
     return
   what = [f"delete {len(plan.removed)}"] * bool(plan.removed) + [f"thin {len(plan.thinned)}"] * bool(plan.thinned)
-  if not yes and not typer.confirm(f"{' and '.join(what).capitalize()} of {len(plan.steps)} steps?"):
+  if not confirmed(f"{' and '.join(what).capitalize()} of {len(plan.steps)} steps?", yes=yes):
     fail("nothing deleted")
-  _carry_out(plan, rules, directory)
-  if not as_json:
-    thinned = f", thinned {len(plan.thinned)}" if plan.thinned else ""
-    typer.echo(f"deleted {len(plan.removed)} steps{thinned}, {size_text(plan.freed_nbytes)}")
+  done = _carry_out(plan, rules, directory)
+  if as_json:
+    told = {"dry_run": False, "removed": done.deleted, "thinned": done.thinned, "nbytes_freed": done.nbytes}
+    print_json(_as_json(plan, price) | told | {"failed": done.failed})
+  elif done.deleted or done.thinned or not done.failed:
+    thinned = f", thinned {len(done.thinned)}" if done.thinned else ""
+    steps = "1 step" if len(done.deleted) == 1 else f"{len(done.deleted)} steps"
+    typer.echo(f"deleted {steps}{thinned}, {size_text(done.nbytes)}")
+  if done.failed:
+    reasons = "; ".join(f"step {step}: {why}" for step, why in sorted(done.failed.items()))
+    fail(f"{directory}: not everything could be removed: {reasons}. Run prune again once that is mended")
 
 
-def _carry_out(plan: Any, rules: Any, directory: Any) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Done:
+  """What prune has done: the steps that are gone from the storage, those that are thinned, bytes, and what failed."""
+
+  deleted: list[int]
+  thinned: list[int]
+  nbytes: int
+  failed: dict[int, str]
+
+
+def _carry_out(plan: Any, rules: Any, directory: Any) -> _Done:
   from ckpt_jax import run as runs
+  from ckpt_jax.errors import CheckpointError
   from ckpt_jax.policies.deletion import StepDeleter
   from ckpt_jax.policies.thinning import thin_step
 
   deleter = StepDeleter(directory, timeout=_PATIENCE)
-  deleter.resume()
-  deleter.delete_steps([s.step for s in plan.removed])
+  before = set(deleter.resume())
+  deleter.delete_steps(
+    [s.step for s in plan.removed], {s.step: rules.why_removed(s.step, plan.over_budget) for s in plan.removed}
+  )
+  thinned, failed = [], {}
   for step in plan.thinned:
-    thin_step(directory, step, rules.thin.keep, swapping=deleter.moving())
+    try:
+      if thin_step(directory, step, rules.thin.keep, swapping=deleter.moving()):
+        thinned.append(step)
+    except (CheckpointError, OSError) as e:
+      failed[step] = str(e)
   deleter.finish()
-  left = runs.noted_steps(directory, runs.DELETING)
-  if left:
-    fail(f"{directory}: steps {sorted(left)} are marked and could not be removed; run prune again")
+  there = {s.step for s in plan.removed if runs.step_path(directory, s.step).exists()}
+  for step in there | (before & runs.noted_steps(directory, runs.DELETING)):
+    failed[step] = deleter.failed.get(step, "it is still there")
+  gone = [s for s in plan.removed if s.step not in there]
+  nbytes = {s.step: s.nbytes for s in plan.steps}
+  freed = sum(s.nbytes for s in gone) + sum(nbytes[step] - plan.thinned[step] for step in thinned)
+  return _Done([s.step for s in gone], sorted(thinned), freed, failed)
 
 
 def _as_json(plan: Any, price: float | None) -> dict[str, Any]:

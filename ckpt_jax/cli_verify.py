@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ckpt_jax.cli_common import Json, Run, print_json, print_table
+from ckpt_jax import cli_aside
+from ckpt_jax.cli_common import Json, Run, confirmed, fail, print_json, print_table
 from ckpt_jax.units import size_text
 
 
@@ -21,6 +22,8 @@ def verify(
   from rich.console import Console
   from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+  from ckpt_jax.integrity.aside import listed
+  from ckpt_jax.run import run_directory
   from ckpt_jax.verification import verdicts
 
   columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -34,8 +37,10 @@ def verify(
 
     found = list(verdicts(run, step, show))
   findings = [finding for verdict in found for finding in verdict.findings]
+  aside = listed(run_directory(run)) if step is None else []
   if as_json:
-    print_json([dataclasses.asdict(verdict) for verdict in found])
+    unread = {"leaves": 0, "nbytes": 0, "fingerprints": 0, "how_far": "not read: it does not count", "findings": []}
+    print_json([dataclasses.asdict(v) for v in found] + [unread | a for a in cli_aside.as_json(run, aside)])
   else:
     rows = [
       (str(v.step), "damaged" if v.findings else "sound", str(v.leaves), size_text(v.nbytes), v.how_far) for v in found
@@ -46,6 +51,7 @@ def verify(
         ("step", "kind", "leaf", "file", "what is wrong"),
         [(str(f.step), f.kind, f.leaf, f.file, f.message) for f in findings],
       )
+    cli_aside.show(run, aside, in_full=True)
   if findings:
     raise typer.Exit(1)
 
@@ -54,17 +60,26 @@ def rollback(
   run: Run,
   step: Annotated[int, typer.Argument(help="The step that shall be the newest.", show_default=False)],
   delete: Annotated[bool, typer.Option("--delete", help="Delete the newer steps for good.")] = False,
+  yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before deleting.")] = False,
   as_json: Json = False,
 ) -> None:
   """Make an older step the newest one; no job may be writing the run."""
-  from ckpt_jax.integrity.recovery import rollback as roll_back
-  from ckpt_jax.run import run_directory
+  from ckpt_jax.integrity import recovery
+  from ckpt_jax.run import run_directory, step_directory
 
   directory = run_directory(run)
-  newer = roll_back(directory, step, delete=delete)
+  if delete:
+    step_directory(directory, step)  # before the question is asked
+    going = recovery.deleted_by_rollback(directory, step)
+    steps = f"step {going[0]}" if len(going) == 1 else f"steps {', '.join(map(str, going))}"
+    if going and not confirmed(f"Delete {steps} for good?", yes=yes, aloud=not as_json):
+      fail("nothing deleted")
+  newer = recovery.rollback(directory, step, delete=delete)
   if as_json:
     print_json({"step": step, "deleted" if delete else "set_aside": newer})
     return
   names = ", ".join(map(str, newer)) or "none"
   where = "deleted" if delete else f"in {directory}/.ckpt_jax/set_aside"
   typer.echo(f"step {step} is the newest; newer steps: {names}" + (f" ({where})" if newer else ""))
+  if newer and not delete:
+    typer.echo(f"the way back: ckpt-jax restore-quarantined {run} STEP")

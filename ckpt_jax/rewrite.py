@@ -85,7 +85,7 @@ def rewrite_step(
       if not _is_same(directory, step, commit):  # it was deleted under our hands, whatever that looked like
         return False
     if isinstance(e, OSError) and not isinstance(e, CheckpointError):
-      raise StorageError(f"{new}: {e.strerror or e}") from e
+      raise StorageError(f"{directory}: step {step} cannot be rewritten: {new}: {e.strerror or e}") from e
     raise
   return True
 

@@ -157,8 +157,15 @@ def step_directory(run: epath.Path, step: int) -> epath.Path:
   if not is_step(directory) or step in uncounted_steps(run):
     steps = committed_steps(run)
     there = f"; committed steps: {_brief(steps)}" if steps else "; no step is committed there"
-    raise NoCheckpointError(f"{run}: no committed step {step}{there}")
+    raise NoCheckpointError(f"{run}: no committed step {step}{there}{_aside_hint(run, step)}")
   return directory
+
+
+def _aside_hint(run: epath.Path, step: int) -> str:
+  """Where a step went that is no step any more; see `integrity.aside`, which is a room below."""
+  marked = is_object_store(run) and step in noted_steps(run, ASIDE)
+  moved = any(n.split("-", 1)[0] == str(step) for k in ("quarantine", "set_aside") for n in _names(run / NOTES / k))
+  return f". Step {step} was put aside: `ckpt-jax ls {run} --all` says why" if marked or moved else ""
 
 
 def _brief(steps: list[int]) -> str:

@@ -6,7 +6,8 @@ import pytest
 
 import ckpt_jax as ckpt
 from ckpt_jax.bench.buckets import s3_server
-from ckpt_jax.run import run_directory
+from ckpt_jax.integrity import aside
+from ckpt_jax.run import committed_steps, run_directory
 from ckpt_jax.storage.objects import BACKEND
 
 
@@ -72,3 +73,26 @@ def test_rollback_in_a_bucket(url):
 
 def read(directory, key):
   return (directory / "1" / key).read_bytes()
+
+
+def test_what_was_put_aside_in_a_bucket_is_listed_and_comes_back(url):
+  with ckpt.Checkpointer(url) as c:
+    for step in range(2):
+      c.save(step, state(step))
+  directory = run_directory(url)
+  aside.put_aside(directory, [1], aside.QUARANTINE, {1: "for a test"})
+  assert [(a.step, a.kind, a.reason) for a in aside.listed(directory)] == [(1, "quarantine", "for a test")]
+  aside.put_back(directory, 1)
+  assert committed_steps(directory) == [0, 1] and aside.listed(directory) == []
+  aside.put_aside(directory, [1], aside.QUARANTINE, {1: "for a test"})
+  with ckpt.Checkpointer(url) as c:
+    assert c.save(1, state(7))  # moves the other one away
+    c.wait()
+    assert [(a.step, a.reason) for a in aside.listed(directory)] == [(1, "for a test")]
+    with pytest.raises(ckpt.CheckpointError, match="there is a step 1 already"):
+      aside.put_back(directory, 1)
+    assert c.rollback(0, delete=True) == [1]
+  aside.put_back(directory, 1)
+  assert aside.listed(directory) == [] and ckpt.verify(url) == []
+  with ckpt.Checkpointer(url) as c:
+    assert same(c.restore().state, 1)

@@ -130,4 +130,7 @@ def test_the_rollback_command_sets_newer_steps_aside(tmp_path):
   assert done.returncode == 0 and "newer steps: 2" in done.stdout
   assert ckpt.Checkpointer(tmp_path).latest_step() == 1
   assert command("rollback", tmp_path, 5).returncode == 1
-  assert json.loads(command("rollback", tmp_path, 0, "--delete", "--json").stdout) == {"step": 0, "deleted": [1, 2]}
+  assert json.loads(command("rollback", tmp_path, 0, "--delete", "--yes", "--json").stdout) == {
+    "step": 0,
+    "deleted": [1, 2],
+  }

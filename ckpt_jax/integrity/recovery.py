@@ -12,7 +12,7 @@ from etils import epath
 
 from ckpt_jax import run
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
-from ckpt_jax.integrity.aside import QUARANTINE, SET_ASIDE, aside, damaged_steps, put_aside, remove_aside
+from ckpt_jax.integrity.aside import QUARANTINE, SET_ASIDE, damaged_steps, listed, put_aside, remove_aside
 
 if TYPE_CHECKING:  # a room below
   from ckpt_jax.restore.together import Together
@@ -82,7 +82,9 @@ def newest_sound(
       continue
     if failed:
       _quarantine(directory, failed, together)
-      _log.error("restored step %d in place of %s, which are in quarantine", step, ", ".join(map(str, failed)))
+      _log.error(
+        "restored step %d in place of %s: see `ckpt-jax ls %s --all`", step, ", ".join(map(str, failed)), directory
+      )
     return found, failed
   reasons = "\n  ".join(f"step {step}: {why}" for step, why in failed.items())
   raise CorruptCheckpointError(f"{directory}: none of the steps {list(failed)} can be restored:\n  {reasons}")
@@ -106,11 +108,12 @@ def refuse_to_start_afresh(directory: epath.Path, together: Together) -> None:
   error: Exception | None = None
   if jax.process_index() == 0:
     try:
-      quarantined = sorted(aside(directory, QUARANTINE))
+      quarantined = sorted({a.step for a in listed(directory) if a.kind == QUARANTINE})
       if quarantined:
         error = CorruptCheckpointError(
-          f"{directory}: no step is left, and steps {quarantined} are in quarantine ({run.NOTES}/{QUARANTINE}). Start "
-          "in another directory, or remove them to begin afresh"
+          f"{directory}: no step is left, and steps {quarantined} are in quarantine ({run.NOTES}/{QUARANTINE}): "
+          f"`ckpt-jax ls {directory} --all` says why, `ckpt-jax restore-quarantined {directory} STEP` puts one back. "
+          "Start in another directory, or remove them to begin afresh"
         )
     except Exception as e:
       error = e
@@ -133,16 +136,27 @@ def rollback(directory: epath.Path, step: int, *, delete: bool = False) -> list[
     CheckpointError: if a newer one is pinned and would be deleted.
   """
   run.step_directory(directory, step)
-  newer = [s for s in run.committed_steps(directory) if s > step] + [s for s in damaged_steps(directory) if s > step]
-  newer = sorted(set(newer))
+  newer = sorted(_newer(directory, step))
   pinned = run.noted_steps(directory, run.PINS) & set(newer)
   if delete and pinned:
     raise CheckpointError(f"{directory}: steps {sorted(pinned)} are pinned; unpin them, or roll back without delete")
   put_aside(directory, newer, SET_ASIDE, dict.fromkeys(newer, f"rolled back to step {step}"))
   if delete:
-    past = {s for s in aside(directory, SET_ASIDE) if s > step}
-    newer = sorted(set(newer) | set(remove_aside(directory, SET_ASIDE, past)))
+    newer = sorted(set(newer) | set(remove_aside(directory, SET_ASIDE, _set_aside(directory, step))))
   return newer
+
+
+def deleted_by_rollback(directory: epath.Path, step: int) -> list[int]:
+  """The steps that `rollback(directory, step, delete=True)` would delete."""
+  return sorted(_newer(directory, step) | _set_aside(directory, step))
+
+
+def _newer(directory: epath.Path, step: int) -> set[int]:
+  return {s for s in (*run.committed_steps(directory), *damaged_steps(directory)) if s > step}
+
+
+def _set_aside(directory: epath.Path, step: int) -> set[int]:
+  return {a.step for a in listed(directory) if a.kind == SET_ASIDE and a.step > step}
 
 
 def rolled_back(directory: epath.Path, step: int, together: Together, *, delete: bool) -> list[int]:

@@ -113,7 +113,7 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     with self._lock:
       for step in removed:
         del self._known[step]
-        self._why[step] = self.rules.why_removed(step, decided)
+        self._why[step] = self.rules.why_removed(step, decided.over_budget)
     self.thin(decided.thinned)
     return removed
 

@@ -154,9 +154,9 @@ class Retention(ocp_policies.PreservationPolicy):
     values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
     return ", ".join(f"{name}={_rule_text(value)}" for name, value in values if value is not None)
 
-  def why_removed(self, step: int, decided: Decisions) -> str:
-    """Why `decided`, which these rules have made, removes a step."""
-    if step in decided.over_budget:
+  def why_removed(self, step: int, over_budget: Collection[int]) -> str:
+    """Why these rules remove a step; `over_budget` as in Decisions."""
+    if step in over_budget:
       return f"the budget of {size_text(float(self.budget or 0))} has no room for it"
     return f"no retention rule keeps it ({self.explain()})"
 
