@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -39,13 +40,15 @@ from ckpt_jax.restore.read import Request
 from ckpt_jax.restore.result import Restored
 from ckpt_jax.restoring import Restorer
 from ckpt_jax.rewrite import finish_rewrites
-from ckpt_jax.saving import Saver, SaveRecord
+from ckpt_jax.saving import Saver
 from ckpt_jax.session import Session, check_not_forked
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.kvstore import connect
 from ckpt_jax.storage.objects import snapshot
 from ckpt_jax.tuning.plan import Plan
 from ckpt_jax.tuning.planner import Planner
+from ckpt_jax.underway import SaveRecord
+from ckpt_jax.units import size_text
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -54,6 +57,9 @@ _NO_COLLECTION_S = 5.0  # a long write is no longer bound by Python, and trainin
 
 class Checkpointer:
   """Saves and restores the training state of one run. Made and called alike by all processes of the job.
+
+  Threads may share one; their calls take turns. After a Ctrl-C within `save`, `wait` or `close` the write goes on, and
+  the next of these calls waits for it.
 
   Example:
     with Checkpointer("~/runs/a", Config(schedule={"every_steps": 500}, retention={"last": 3})) as c:
@@ -99,6 +105,7 @@ class Checkpointer:
     self.directory: epath.Path = run.run_directory(directory)
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
     self._planner = Planner(self.directory, config, self.storage, from_process_zero)
+    self._restoring = threading.RLock()  # reading a step may take minutes, for which a save elsewhere need not wait
     first = jax.process_index() == 0
     self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
     self._restorer = Restorer(self.directory, config, self._planner, self._retention.restoring)
@@ -115,7 +122,7 @@ class Checkpointer:
       config.retention.thin.keep if config.retention.thin else (),
       self._deleter,
       active=first,
-      busy=lambda: saver.writing,
+      busy=lambda: saver.under_way is not None,
       restoring=self._retention.restoring,
       done=self._retention.forget,
       timeout=config.timeouts.delete,
@@ -164,10 +171,25 @@ class Checkpointer:
     if exc is None or isinstance(exc, SystemExit):
       self.close()
       return
+    record = self._saver.under_way
+    if record is not None:
+      _log.warning(
+        "%s: %s; waiting for step %d (%s) to commit%s",
+        self.directory,
+        type(exc).__name__,
+        record.step,
+        size_text(record.nbytes),
+        ", Ctrl-C again to leave before it has" if isinstance(exc, KeyboardInterrupt) else "",
+      )
     try:
       self._close(clean=False)
     except CheckpointError as e:  # the first exception is the one to show
       _log.error("while another error was on its way: %s", e)
+    except KeyboardInterrupt:
+      record = self._saver.under_way
+      if record is not None:
+        _log.error("%s: left before step %d was committed; it may be lost", self.directory, record.step)
+      raise
 
   # -- saving
 
@@ -326,9 +348,10 @@ class Checkpointer:
     self._session.check_open()
     self._session.wait_for_predecessors()
     self.wait()
-    if self._restorer.is_empty():
-      return Restored(init_fn(), None, 0, {}, None, None)
-    return self._restored(None, Request(abstract_state(init_fn), initial=True), self.config.restore.strategy)
+    with self._restoring:
+      if self._restorer.is_empty():
+        return Restored(init_fn(), None, 0, {}, None, None)
+      return self._restored(None, Request(abstract_state(init_fn), initial=True), self.config.restore.strategy)
 
   def restore(
     self,
@@ -403,19 +426,22 @@ class Checkpointer:
     """
     self._session.check_open()
     step = step_number(step)
-    self.wait()
-    with self._deleter.paused():
-      later = recovery.rolled_back(self.directory, step, self._restorer.together(), delete=delete)
-      self._saver.reload()
+    with self._restoring, self._session.lock:
+      self._saver.wait()
+      with self._deleter.paused():
+        later = recovery.rolled_back(self.directory, step, self._restorer.together(), delete=delete)
+        self._saver.reload()
     return later
 
   # -- inside
 
   def _restored(self, step: int | None, request: Request, strategy: str, *, healthy: bool = False) -> Restored:
-    restored = self._restorer.restore(step, request, strategy, healthy=healthy)
-    if restored.report is not None and restored.report.quarantined:
-      self._saver.reload()
-    self._order.restored(restored.step)
+    with self._restoring:
+      restored = self._restorer.restore(step, request, strategy, healthy=healthy)
+    with self._session.lock:
+      if restored.report is not None and restored.report.quarantined:
+        self._saver.reload()
+      self._order.restored(restored.step)
     return restored
 
   def _preempted(self, step: int) -> bool:

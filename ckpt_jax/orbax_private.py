@@ -1,8 +1,12 @@
-"""The only file that touches private names of Orbax, jax, epath and Python; tests/test_orbax_private.py guards them."""
+"""Private names of Orbax, jax, epath and Python, which no other file touches but orbax_saves.py.
+
+tests/test_orbax_private.py guards them.
+"""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import json
 import os
@@ -13,62 +17,52 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 from jax._src import distributed
-from orbax.checkpoint._src.futures import future
 
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout.memory import host_view
 
 
-def background_error(manager: ocp.CheckpointManager) -> BaseException | None:
-  """The exception of a background save that has ended, without waiting for one that still runs.
+def end_save(manager: ocp.CheckpointManager, ended: threading.Event, timeout: float) -> bool:
+  """Waits, after `manager.save` has raised, for what it had started of the commit; False if that takes longer.
 
-  Why private: `check_for_errors()` raises nothing after a failed background save, since the manager's own finalize
-  thread has already taken the exception; only `wait_until_finished()` gives it, and that one blocks
-  (google/orbax#605).
+  Why private: `save` may raise when the thread that commits runs already (its retention policy raises, no more threads
+  can be started), and does not say so. What that thread then dies of would be raised by the next save.
   """
-  thread = manager._finalize_thread.get()  # pylint: disable=protected-access
-  return None if thread is None or thread.is_alive() else thread.exception
+  last = manager._finalize_thread.get()  # pylint: disable=protected-access
+  if last is not None and last.is_alive():
+    return ended.wait(timeout)
+  saving = manager._checkpointer._async_manager  # type: ignore[attr-defined]  # pylint: disable=protected-access
+  if saving._thread is not None and saving._thread.ident is not None:
+    saving._thread.join(timeout)
+    if saving._thread.is_alive():
+      return False
+  with contextlib.suppress(BaseException):
+    saving.check_for_errors()
+  return True
 
 
-def join_save(manager: ocp.CheckpointManager, timeout: float) -> bool:
-  """Waits for the background save; False if it still runs after `timeout` seconds. Raises what the save died of.
+def forget_failure(manager: ocp.CheckpointManager) -> None:
+  """Has `manager` drop the step of a save that has ended in failure, which is told elsewhere.
 
-  Why private: `wait_until_finished()` has no limit, and Orbax's own timeout covers the writes but neither the rename
-  nor what is synced around it (google/orbax#392).
+  Why private: Orbax raises it once in each thread that asks, in the next save too.
   """
-  thread = manager._finalize_thread.get()  # pylint: disable=protected-access
-  if thread is None:
-    return True
-  threading.Thread.join(thread, timeout)  # Orbax's own join would raise the error, once for each calling thread
-  return not thread.is_alive()
+  with contextlib.suppress(BaseException):
+    manager.wait_until_finished()
+  manager._finalize_thread.set(None)  # pylint: disable=protected-access
 
 
 _left_behind: list[threading.Thread] = []
 
 
-def leave_behind(manager: ocp.CheckpointManager) -> None:
-  """Gives up on a manager whose background save hangs, also when the interpreter ends.
+def leave_behind(manager: ocp.CheckpointManager, writing: Iterable[threading.Thread]) -> None:
+  """Gives up on a manager whose background save hangs in the threads `writing`, also when the interpreter ends.
 
   Why private: Orbax's threads are no daemons and it has no way to abandon them; `cancel()` cannot reach a thread that
   waits for the kernel.
   """
   saving = manager._checkpointer._async_manager._thread  # type: ignore[attr-defined]  # pylint: disable=protected-access
-  writing = [t for t in threading.enumerate() if isinstance(t, future._SignalingThread)]  # pylint: disable=protected-access
   threads = (manager._finalize_thread.get(), saving, *writing)  # pylint: disable=protected-access
   _left_behind.extend(thread for thread in threads if thread is not None)
-
-
-def cancel_waiting_writes() -> None:
-  """Ends Orbax's threads that wait for a step's directory which could not be made; only in a job of one process.
-
-  Why private: each part of a save runs in a thread that waits for the directory, and nobody tells them when making it
-  fails (a read-only disk): they, and the end of the program with them, wait for the timeout of the coordination.
-  """
-  waiting = [t for t in threading.enumerate() if isinstance(t, future._SignalingThread)]  # pylint: disable=protected-access
-  for thread in waiting:
-    thread._cancelled = True  # pylint: disable=protected-access
-  for thread in waiting:
-    future.set_signals(thread._receive_signals, operation_id=thread._operation_id)  # pylint: disable=protected-access
 
 
 def never_wait_for_hanging_threads() -> None:
@@ -104,16 +98,45 @@ def coordination_service() -> Any:
 
 
 class ToldManager(ocp.CheckpointManager):
-  """Orbax's manager, which is told what steps there are instead of looking by itself.
+  """Orbax's manager, which is told what steps there are instead of looking by itself, and tells when a save has ended.
 
-  Why private: Orbax opens two files of each step and takes two turns in thread pools for it, whenever a manager opens:
+  Why private: `check_for_errors()` raises nothing after a failed background save; `wait_until_finished()` does, but
+  blocks without a limit (google/orbax#392, #605), returns in silence from a save that was cancelled, and after a Ctrl-C
+  within it at once, since Python then takes the thread that it waited for to have ended (python/cpython#90882).
+
+  Orbax opens two files of each step and takes two turns in thread pools for it, whenever a manager opens:
   7 s for 5,000 steps, at the first save once more. It also takes leftovers and half deleted steps for steps. Its
   `lightweight_initialize` spares the files alone.
   """
 
-  def __init__(self, directory: Any, steps: Callable[[], Iterable[tuple[int, datetime.datetime]]], **options: Any):
+  def __init__(
+    self,
+    directory: Any,
+    steps: Callable[[], Iterable[tuple[int, datetime.datetime]]],
+    ended: Callable[[int, BaseException | None], None] = lambda step, error: None,
+    **options: Any,
+  ):
+    """Opens the run.
+
+    Args:
+      directory: the run.
+      steps: asked when it opens and reloads.
+      ended: called in the background with the step of a save whose last thread ends, and what it died of.
+      options: Orbax's.
+    """
     self._steps_there = steps
+    self._ended = ended
     super().__init__(directory, **options)
+
+  def _finalize(self, step: int, steps_to_remove: list[int]) -> None:
+    error: BaseException | None = None
+    try:
+      super()._finalize(step, steps_to_remove)
+    except BaseException as e:
+      error = e
+      raise
+    finally:
+      self._ended(step, error)
 
   def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
     from orbax.checkpoint._src.metadata.checkpoint_info import CheckpointInfo

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import json
+import threading
 import time
 from typing import Any
 
@@ -22,6 +23,7 @@ _NOTHING = "-"  # the coordination service takes no empty value for one that is 
 _POLL_S = (0.005, 0.25)  # shortest and longest pause of process 0 between two looks
 
 _made: collections.Counter[str] = collections.Counter()
+_making = threading.Lock()
 
 
 class PeerFailedError(CheckpointError):
@@ -38,17 +40,19 @@ class Rendezvous:
   """
 
   def __init__(self, name: str):
-    _made[name] += 1  # e.g. one Checkpointer after the other on one run
-    self.name = f"{name} {_made[name]}"
+    with _making:
+      _made[name] += 1  # e.g. one Checkpointer after the other on one run
+      self.name = f"{name} {_made[name]}"
     self._round = 0
     self._uses: collections.Counter[str] = collections.Counter()
     self._old: list[str] = []
     self._store: Any = orbax_private.coordination_service() if jax.process_count() > 1 else None
 
-  def begin(self) -> None:
-    """Starts a new undertaking: failures that were told before belong to the last one."""
+  def begin(self) -> str:
+    """Starts a new undertaking: failures that were told before belong to the last one. Returns a name of its own."""
     self._round += 1
     self._uses.clear()
+    return f"{self.name}/{self._round}"
 
   def fail(self, reason: str) -> None:
     """Tells the other processes that this one will not arrive; those that wait, or will, raise `reason`."""

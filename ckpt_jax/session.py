@@ -8,6 +8,7 @@ that saves; it waits for the write of the one before, and that one says so if it
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax import orbax_private
+from ckpt_jax.errand import Errand
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.order import StepOrder
 from ckpt_jax.policies.agree import decided_by_process_zero
@@ -30,6 +32,7 @@ from ckpt_jax.saving import Saver
 from ckpt_jax.storage.kvstore import is_object_store, split_url
 
 _log = logging.getLogger(__name__)
+_INTERRUPTED = 130  # what shells report of a program that ended by Ctrl-C
 _MOMENT_S = 10.0  # beyond what a write may take: for the commit, and for deletions to be given up
 _numbers = itertools.count()
 _open: set[Session] = set()
@@ -75,7 +78,8 @@ class Session:
     self._superseded = False
     self._dropped = False  # its Checkpointer is gone
     self._stale = False  # another session has written since this one listed the steps
-    self._outcome: CheckpointError | None = None  # of the last write, if it was not the user who waited for it
+    self._outcome: Exception | None = None  # of the last write, until the user has waited for it
+    self._ending: Errand | None = None
     self._number = next(_numbers)
     self._pid = os.getpid()
     self._directory = directory
@@ -163,6 +167,8 @@ class Session:
   def close(self, how: str = CLOSED, *, clean: bool = False) -> bool:
     """Waits for the last save and ends the session; nothing in a forked child, or if it has ended already.
 
+    If it is interrupted, it may be called again, and goes on where it was.
+
     Args:
       how: how the attempt ends.
       clean: training has come to its end, as far as is known: warn if that was not saved.
@@ -176,14 +182,13 @@ class Session:
     if self._pid != os.getpid():
       return False
     with self.lock:
-      if self.closed:
-        self._raise_outcome()
-        return False
-      unanswered = False
-      try:
-        self._saver.wait()
-      finally:
-        unanswered = self._end(how)
+      if not self.closed:
+        try:
+          self._saver.wait()
+        except Exception as e:
+          self._outcome = e
+      unanswered = self._end(how)
+      self._raise_outcome()
       if clean:
         self._order.warn_of_lost_end()
       return unanswered
@@ -193,7 +198,7 @@ class Session:
     if self._pid != os.getpid() or self.closed:
       return
     self._dropped = True
-    if self._notice is not None and not self._saver.writing and self._notice.close():
+    if self._notice is not None and self._saver.under_way is None and self._notice.close():
       end_by_sigterm()
     in_a_thread(self._end_quietly, "ckpt_jax_closer")
 
@@ -217,12 +222,12 @@ class Session:
     with self._held():
       if self.closed:
         return
-      step = self._saver.step_being_written
-      if step is not None:
+      record = self._saver.under_way
+      if record is not None:
         _log.warning(
           "%s: waiting for step %d, which an earlier Checkpointer of this process is writing (up to %.0f s)",
           self._directory,
-          step,
+          record.step,
           self._patience,
         )
       try:
@@ -252,18 +257,23 @@ class Session:
   def _end(self, how: str) -> bool:
     self.closed = True
     for other in list(_open):
-      if self.writes and other._place & self._place:
+      if self.writes and self in _open and other._place & self._place:
         other._stale = True
-    unanswered = False
+    unanswered = self._notice is not None and self._notice.close()
+    while self._ending is None or not self._ending.wait():  # it may have been begun by a caller who was interrupted
+      self._ending = Errand(functools.partial(self._let_go, how))
+      self._ending.start()
+    self._ending.outcome()
+    return unanswered
+
+  def _let_go(self, how: str) -> None:
     try:
-      unanswered = self._notice is not None and self._notice.close()
       self._saver.close()
       self._deleter.finish()
       self._thinner.finish()
       self._attempt.ended(how)
     finally:
       _open.discard(self)
-    return unanswered
 
 
 class _Held:
@@ -309,11 +319,22 @@ def _end_all_at_exit() -> None:
 
 def _end_all() -> None:
   for session in sorted(list(_open), key=lambda s: s._number):
+    record = session._saver.under_way
+    if record is not None and isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):
+      _log.warning(
+        "%s: at exit: waiting for step %d to commit, Ctrl-C to leave before it has", session._directory, record.step
+      )
     try:
       # Not after an uncaught exception, which was shown and says why training has ended.
       session.close(clean=getattr(sys, "last_value", None) is None)
     except Exception as e:  # the other sessions are to end too
       _log.error("at exit: %s", e)
+    except KeyboardInterrupt:
+      if record is not None:
+        _log.error("%s: left before step %d was committed; it may be lost", session._directory, record.step)
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(_INTERRUPTED)  # Python would join the threads that write
 
 
 def check_not_forked() -> None:

@@ -9,18 +9,47 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from ckpt_jax import orbax_private
+from ckpt_jax import orbax_private, orbax_saves
 from ckpt_jax.errors import CheckpointError
 
 
-def test_managers_finalize_thread_is_where_we_look(tmp_path):
-  with ocp.CheckpointManager(tmp_path) as manager:
-    assert orbax_private.background_error(manager) is None
+def test_manager_says_when_a_save_has_ended_and_of_what_it_died(tmp_path, monkeypatch):
+  told, ended = [], threading.Event()
+
+  def on_end(step, error):
+    told.append((step, type(error)))
+    ended.set()
+
+  with orbax_private.ToldManager(tmp_path, lambda: [], on_end) as manager:
     manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
-    thread = manager._finalize_thread.get()
-    assert isinstance(thread, threading.Thread) and thread.exception is None
-    manager.wait_until_finished()
-    assert orbax_private.background_error(manager) is None
+    assert ended.wait(60)
+    ended.clear()
+
+    async def fail(self):
+      raise OSError("no more room")
+
+    with monkeypatch.context() as patch:
+      patch.setattr(ocp.path.atomicity.AtomicRenameTemporaryPath, "finalize", fail)
+      manager.save(1, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
+      assert ended.wait(60) and told == [(0, type(None)), (1, OSError)]
+    orbax_private.forget_failure(manager)
+    assert manager.all_steps() == [0]
+    manager.save(2, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))  # does not raise what step 1 died of
+  assert told[2] == (2, type(None))
+
+
+def test_commit_that_runs_when_save_raises_is_waited_for(tmp_path, monkeypatch):
+  ended = threading.Event()
+  with orbax_private.ToldManager(tmp_path, lambda: [], lambda step, error: ended.set()) as manager:
+
+    def fail():
+      raise ValueError("a policy that fails")
+
+    monkeypatch.setattr(manager, "_get_old_steps_to_remove", fail)
+    with pytest.raises(ValueError, match="a policy"):
+      manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
+    assert orbax_private.end_save(manager, ended, 60) and not ended.is_set()
+  assert (tmp_path / "0" / "_CHECKPOINT_METADATA").exists()
 
 
 def test_manager_asks_us_for_its_steps_when_it_opens_and_reloads(tmp_path):
@@ -110,31 +139,53 @@ def test_array_metadata_store_tells_prng_keys_from_words(tmp_path):
 
 def test_threads_of_a_save_are_where_we_wait_for_them_and_leave_them(tmp_path, monkeypatch):
   with ocp.CheckpointManager(tmp_path) as manager:
-    assert orbax_private.join_save(manager, 0)
     manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
-    saving = manager._checkpointer._async_manager._thread
-    assert isinstance(saving, threading.Thread)
+    saving, finalizing = manager._checkpointer._async_manager._thread, manager._finalize_thread.get()
+    assert isinstance(saving, threading.Thread) and isinstance(finalizing, threading.Thread)
     monkeypatch.setattr(orbax_private, "_left_behind", [])
-    orbax_private.leave_behind(manager)
-    assert saving in orbax_private._left_behind
-    assert orbax_private.join_save(manager, 60)
+    orbax_private.leave_behind(manager, [threading.current_thread()])
+    assert orbax_private._left_behind == [finalizing, saving, threading.current_thread()]
 
 
-def test_waiting_write_can_be_told_that_its_directory_will_not_come():
+def test_ending_a_save_ends_its_own_threads_alone_and_leaves_no_coroutine_behind(recwarn):
   from orbax.checkpoint._src.futures import future, synchronization
 
-  written = []
-  waiting = future._SignalingThread(
-    target=lambda: written.append(1),
-    send_signals=[],
-    receive_signals=[synchronization.HandlerAwaitableSignal.STEP_DIRECTORY_CREATION],
-    timeout_secs=60,
-    operation_id="a save whose directory cannot be made",
-  )
-  waiting.start()
-  orbax_private.cancel_waiting_writes()
-  threading.Thread.join(waiting, 20)
-  assert not waiting.is_alive() and not written
+  begun = []
+
+  async def part(name):
+    begun.append(name)
+
+  signal = synchronization.HandlerAwaitableSignal.STEP_DIRECTORY_CREATION
+  ours, theirs = orbax_saves.Operation("ours"), orbax_saves.Operation("theirs")
+  for operation in (ours, theirs):
+    with operation.begun():
+      future.AwaitableSignalsContract.add_to_awaitable_signals_contract([signal])
+      ocp.future.CommitFutureAwaitingContractedSignals(part(operation.name))
+    assert len(operation.threads) == 1
+  assert ours.end(60) and not ours.threads
+  assert len(theirs.threads) == 1 and not begun
+  future.set_signals([signal], operation_id="theirs")
+  threading.Thread.join(theirs.threads[0], 60)
+  assert begun == ["theirs"]
+  import gc
+
+  gc.collect()
+  assert not [w for w in recwarn if "never awaited" in str(w.message)]
+
+
+def test_plain_orbax_counts_its_saves_as_ever_and_does_not_see_ours(tmp_path):
+  from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator as Ids
+
+  operation = orbax_saves.Operation("ours")
+  first = Ids.next_operation_id()
+  with operation.begun():
+    Ids.next_operation_id()
+    assert Ids.get_current_operation_id() == "ours"
+  assert Ids.get_current_operation_id() == str(first) and Ids.next_operation_id() == first + 1
+  with ocp.CheckpointManager(tmp_path) as manager, operation.begun():
+    manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2), "s": "text"}))
+    assert {t._operation_id for t in operation._threads} == {"ours"}
+  assert (tmp_path / "0" / "_CHECKPOINT_METADATA").exists()
 
 
 def test_temporary_paths_tell_their_store_and_are_chosen_by_an_option(tmp_path):

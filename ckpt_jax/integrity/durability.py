@@ -219,7 +219,11 @@ def step_path_class(
       hooks.committing(step)
       temporary.rename(final)
       if sealing.fsync:
-        sync_directory(os.fspath(directory))
+        try:
+          sync_directory(os.fspath(directory))
+        except OSError:
+          final.rename(temporary)  # what is reported as failed must not be there
+          raise
       hooks.committed(step)
 
     def _step(self) -> int | None:

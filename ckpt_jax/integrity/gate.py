@@ -131,19 +131,30 @@ class Gate:
 
   # -- for Orbax
 
-  def path_class(self, committed: Callable[[], None]) -> type[ocp.path.atomicity_types.TemporaryPath]:
-    """Orbax's `temporary_path_class`; `committed` is called on process 0 once a commit is durable."""
+  def path_class(
+    self, committing: Callable[[int], None], committed: Callable[[int], None]
+  ) -> type[ocp.path.atomicity_types.TemporaryPath]:
+    """Orbax's `temporary_path_class`.
+
+    Args:
+      committing: called on process 0 right before a commit; raises to stop it.
+      committed: called on process 0 once the commit is durable.
+    """
+
+    def on_committing(step: int) -> None:
+      self.lease.check()
+      committing(step)
 
     def on_committed(step: int) -> None:
+      committed(step)
       self.lease.done(step)
-      committed()
       self._restrict_notes()
 
     def on_beginning(step: int) -> None:
       if is_object_store(self._directory):
         self.lease.begin(step)
 
-    return step_path_class(self._directory, self.sealing, Hooks(on_beginning, self._committing, on_committed))
+    return step_path_class(self._directory, self.sealing, Hooks(on_beginning, on_committing, on_committed))
 
   def step_names(self) -> StepNames | None:
     """Orbax's `step_name_format`; None for plain numbers."""
@@ -183,11 +194,6 @@ class Gate:
     for path in leftovers.temporary_steps(self._directory):
       items += [entry.path for entry in os.scandir(path) if entry.is_dir()]
     return items
-
-  def _committing(self, step: int) -> None:
-    if step in self._abandoned:
-      raise SaveFailedError(f"{self._directory}: step {step} took longer than timeouts.save and was given up", step)
-    self.lease.check()
 
   def _clear(self) -> None:
     if self.lease.saving or not is_object_store(self._directory):

@@ -73,13 +73,13 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
 
   async def async_save(self, directory: Any, item: Any = None, save_args: Any = None, args: Any = None) -> Any:
     """See Orbax's."""
-    self._small = None
+    self._small = self._arrays.to_pack = None
     self._arrays.writes = False
     self._has_arrays = any(not isinstance(leaf, str) for leaf in jax.tree.leaves(args.item))
     if self._pack and (parts := split(args.item)) is not None:
       rest, arrays, self._small = parts
       args = dataclasses.replace(args, item=rest)
-      self._arrays.pack_next(arrays, self._small)
+      self._arrays.to_pack = arrays, self._small
     return await super().async_save(directory, item, save_args, args)
 
   @property
@@ -164,7 +164,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       min_slice_bytes_for_replica_parallel=_number(layout.min_slice_for_replica_parallel),
       array_metadata_store=self._store,
     )
-    self._to_pack: tuple[Sequence[jax.Array], Small] | None = None
+    self.to_pack: tuple[Sequence[jax.Array], Small] | None = None  # what the next call of `serialize` puts into a slab
     self._memory = writing.SlabMemory()
     self.writes = False
     self.queued = threading.Event()
@@ -172,17 +172,13 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     self._chunk_nbytes = _number(layout.chunk_size)
     self._slice_nbytes = _number(layout.min_slice_for_replica_parallel)
 
-  def pack_next(self, arrays: Sequence[jax.Array], small: Small) -> None:
-    """Has the next call of `serialize` put the small arrays of a tree into a slab, beside those that it is given."""
-    self._to_pack = arrays, small
-
   async def serialize(
     self, values: Sequence[jax.Array], infos: _ParamInfos, args: Sequence[ocp.SaveArgs] | None = None
   ) -> Sequence[ocp.future.Future]:
     """See Orbax's ArrayHandler. Returns once nothing that happens to the values matters any more."""
     args = args or [ocp.SaveArgs()] * len(values)
-    packed, small = self._to_pack or ([], None)
-    self._to_pack, self.writes = None, False
+    packed, small = self.to_pack or ([], None)
+    self.to_pack, self.writes = None, False
     ocp.type_handlers.check_input_arguments(values, infos, args)
     if self._chunk_nbytes is not None:
       args = [
@@ -253,6 +249,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       await bulk
     except BaseException:
       stop.set()
+      await asyncio.wait([bulk])  # nothing may write there once the save counts as ended
       raise
 
   async def deserialize(self, infos: _ParamInfos, args: Sequence[Any] | None = None) -> Sequence[jax.Array]:

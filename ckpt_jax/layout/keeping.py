@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
 
-_here = threading.local()
+
+class _Kept:
+  found: dict[Any, dict[int, tuple[Any, Any]]] | None
+
+  def __init__(self) -> None:
+    self.found = {}
+
+
+_here: contextvars.ContextVar[_Kept | None] = contextvars.ContextVar("ckpt_jax_kept", default=None)
 
 
 @contextlib.contextmanager
 def keeping() -> Iterator[None]:
-  """Within it, this thread calls a function that is `kept` once for each object. They may not change meanwhile."""
-  _here.found = {}
+  """Within it, and in what it starts with its context, a function that is `kept` is called once for each object.
+
+  The objects may not change meanwhile.
+  """
+  kept_here = _Kept()
+  token = _here.set(kept_here)
   try:
     yield
   finally:
-    _here.found = None
+    kept_here.found = None  # for those too that have a copy of the context, and live on behind the save
+    _here.reset(token)
 
 
 def kept(function: Callable[[_S], _T]) -> Callable[[_S], _T]:
@@ -29,7 +42,8 @@ def kept(function: Callable[[_S], _T]) -> Callable[[_S], _T]:
 
   @functools.wraps(function)
   def ask(subject: _S) -> _T:
-    everything: dict[Any, dict[int, tuple[_S, _T]]] | None = getattr(_here, "found", None)
+    here = _here.get()
+    everything = None if here is None else here.found
     if everything is None:
       return function(subject)
     found = everything.get(function)

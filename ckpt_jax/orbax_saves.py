@@ -1,0 +1,129 @@
+"""The saves of one process, kept apart inside Orbax: their numbers, threads, coroutines and log lines.
+
+With orbax_private.py the only file that touches private names of Orbax; tests/test_orbax_private.py guards them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import threading
+import time
+from collections.abc import Coroutine, Generator, Iterator
+from typing import Any
+
+from orbax.checkpoint._src.futures import future, signaling_client, synchronization
+
+_lock = threading.Lock()
+_begun: contextvars.ContextVar[Operation | None] = contextvars.ContextVar("ckpt_jax_operation", default=None)
+
+
+class Operation:
+  """One save, from Orbax's point of view.
+
+  Why private: Orbax numbers the saves of a process with one counter (`OperationIdGenerator`), which each save increases
+  when it begins and reads several times until it returns. Of two saves that begin in two threads one reads the number
+  of the other: its parts wait for the other one's directory, and write into a place that is not there yet, or wait for
+  ever. Ours go by names of their own, so that neither another Checkpointer nor a plain Orbax manager can meet them.
+
+  Attributes:
+    name: the same on all processes, and of no other save.
+  """
+
+  def __init__(self, name: str):
+    self.name = name
+    self._threads: list[threading.Thread] = []
+    self._parts: list[_Part] = []
+    with _lock:
+      _keep_apart()
+
+  @contextlib.contextmanager
+  def begun(self) -> Iterator[None]:
+    """What this thread saves through Orbax within the block belongs to this operation."""
+    token = _begun.set(self)
+    try:
+      yield
+    finally:
+      _begun.reset(token)
+
+  @property
+  def threads(self) -> list[threading.Thread]:
+    """Those that write parts of the step, and still run."""
+    return [thread for thread in self._threads if thread.is_alive()]
+
+  def end(self, timeout: float) -> bool:
+    """Ends what is left of a save that has failed; False if something still runs after `timeout` seconds.
+
+    In a job of one process only: the signals that wake a thread here would wake it on other processes too.
+
+    Why private: each part of a save runs in a thread that waits for the step's directory, and nobody tells them when it
+    cannot be made (a read-only disk): they, and the end of the program with them, would wait for 300 s. A part that was
+    never begun leaves a coroutine that was never awaited, of which Python warns.
+    """
+    deadline = time.monotonic() + timeout
+    for thread in self._threads:
+      with contextlib.suppress(RuntimeError):  # its event loop has just ended
+        thread.cancel()  # type: ignore[attr-defined]
+    for thread in self._threads:
+      future.set_signals(thread._receive_signals, operation_id=self.name)  # type: ignore[attr-defined]  # pylint: disable=protected-access
+    for thread in self._threads:
+      threading.Thread.join(thread, max(0.0, deadline - time.monotonic()))  # Orbax's own would raise
+    if self.threads:
+      return False
+    for part in self._parts:
+      part.close()
+    future.AwaitableSignalsContract.remove_all_awaitable_signals(self.name)
+    return True
+
+
+class _Part:
+  """A coroutine that can be closed although it was never begun."""
+
+  def __init__(self, coroutine: Coroutine[Any, Any, Any]):
+    self._coroutine = coroutine
+
+  def __await__(self) -> Generator[Any, Any, Any]:
+    return self._coroutine.__await__()
+
+  def close(self) -> None:
+    with contextlib.suppress(RuntimeError):  # it runs
+      self._coroutine.close()
+
+
+_apart = False
+
+
+def _keep_apart() -> None:
+  global _apart
+  if _apart:
+    return
+  signaling_client.get_signaling_client()  # Orbax makes two, if two threads are the first to ask
+  generator: Any = synchronization.OperationIdGenerator
+  next_id, current_id = generator.next_operation_id, generator.get_current_operation_id
+  plain = future.CommitFuture
+
+  def next_operation_id() -> Any:
+    operation = _begun.get()
+    return next_id() if operation is None else operation.name  # others' counter stays as it is
+
+  def get_current_operation_id() -> str:
+    operation = _begun.get()
+    return current_id() if operation is None else operation.name
+
+  class CommitFuture(plain):  # type: ignore[valid-type,misc]
+    """Orbax's, known to the operation that it is a part of."""
+
+    def __init__(self, coro: Any, **options: Any):
+      operation = _begun.get()
+      if operation is not None and asyncio.iscoroutine(coro):
+        coro = _Part(coro)
+        operation._parts.append(coro)
+      super().__init__(coro, **options)
+      if operation is not None:
+        operation._threads.append(self._t)
+
+  generator.next_operation_id = staticmethod(next_operation_id)
+  generator.get_current_operation_id = staticmethod(get_current_operation_id)
+  future.CommitFuture = CommitFuture  # type: ignore[misc]
+  _apart = True
