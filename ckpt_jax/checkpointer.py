@@ -172,14 +172,16 @@ class Checkpointer:
       self.close()
       return
     record = self._saver.under_way
+    interrupted = isinstance(exc, KeyboardInterrupt)
     if record is not None:
-      _log.warning(
+      _log.log(
+        logging.WARNING if interrupted else logging.INFO,
         "%s: %s; waiting for step %d (%s) to commit%s",
         self.directory,
         type(exc).__name__,
         record.step,
         size_text(record.nbytes),
-        ", Ctrl-C again to leave before it has" if isinstance(exc, KeyboardInterrupt) else "",
+        ", Ctrl-C again to leave before it has" if interrupted else "",
       )
     try:
       self._close(clean=False)
