@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.integrity import device, fingerprint, sums
+from ckpt_jax.integrity import device, sums
 from ckpt_jax.integrity.fingerprint import take
 from ckpt_jax.layout import structure
 from ckpt_jax.multihost import launch
@@ -240,7 +240,7 @@ def test_saves_and_restores_by_way_of_the_device_make_and_check_the_same_record(
   }
   with ckpt.Checkpointer(tmp_path / "host") as c:
     c.save(0, state)
-  monkeypatch.setattr(fingerprint, "is_on_accelerator", lambda x: isinstance(x, jax.Array) and x.size > 0)
+  monkeypatch.setattr(device, "is_on_accelerator", lambda x: isinstance(x, jax.Array) and x.size > 0)
   monkeypatch.setattr(structure, "_known", [])  # where leaves lie is known by now
   with ckpt.Checkpointer(tmp_path / "device") as c:
     c.save(0, state)

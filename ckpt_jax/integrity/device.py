@@ -20,6 +20,26 @@ from ckpt_jax.integrity import sums
 _AT_ONCE = 64  # leaves in one program: compiling grows with it, dispatching shrinks
 
 
+def is_on_accelerator(leaf: Any) -> bool:
+  """Whether a leaf's bits lie in the memory of an accelerator."""
+  if _has_cpu_alone() or not isinstance(leaf, jax.Array) or leaf.size == 0:
+    return False
+  return _is_on_accelerator(leaf.sharding)
+
+
+@functools.cache
+def _has_cpu_alone() -> bool:
+  return jax.default_backend() == "cpu"
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_on_accelerator(sharding: jax.sharding.Sharding) -> bool:
+  if sharding.memory_kind in ("pinned_host", "unpinned_host"):
+    return False  # parked in host memory
+  one: jax.Device = next(iter(sharding.device_set))
+  return one.platform != "cpu"
+
+
 def dispatch(arrays: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:
   """Starts the sums of `arrays` and returns what `result` reads, one tuple an array: sum, non-finite count, squares.
 

@@ -90,6 +90,7 @@ class _Held:
   pieces: Sequence[tuple[np.ndarray, tuple[int, ...]]] = ()
   on_device: tuple[jax.Array, ...] | None = None
   done: sums.Tally | None = None  # of what may be overwritten once `save` returns: numpy arrays
+  own: str | None = None  # type, shape and hash of what each process of a job has for itself
 
 
 @dataclasses.dataclass
@@ -210,6 +211,11 @@ class Taken:
     return found
 
   @property
+  def own(self) -> dict[str, str]:
+    """Of the leaves that each process of a job has for itself (numpy arrays, numbers, text), what tells them apart."""
+    return {held.leaf.path: held.own for held in self._held if held.own is not None}
+
+  @property
   def leaves(self) -> dict[str, _Leaf]:
     """What is known of each leaf, by path."""
     return {held.leaf.path: held.leaf for held in self._held}
@@ -319,12 +325,16 @@ def _hold(path: str, leaf: Any, described: _Leaf | None, every_copy: bool, mine:
     held.pieces = [(host_view(values), described.origin)]
   elif described.place == "whole" and every_copy:
     held.pieces = [(values, described.origin)]
-  elif described.place == "whole" and mine:
+  elif described.place == "whole":
     # Every process holds a numpy leaf; process 0 is whose copy is saved. Now: to sum up is faster than a copy.
     bits = bits_of(values)
-    held.done = sums.Tally()
-    sums.add_block(held.done, bits, (0,) * bits.ndim, described.bits_shape, described.floats)
-    held.done.hash = _hash(described, bits, described.origin)
+    hash_ = _hash(described, bits, described.origin)
+    if mine:
+      held.done = sums.Tally()
+      sums.add_block(held.done, bits, (0,) * bits.ndim, described.bits_shape, described.floats)
+      held.done.hash = hash_
+    if jax.process_count() > 1:
+      held.own = f"{described.dtype}{list(described.shape)} {hash_:016x}"
   return held
 
 
@@ -338,7 +348,7 @@ def _describe(path: str, leaf: Any, values: Any) -> _Leaf:
   copies = jax.process_count()
   if not isinstance(values, jax.Array):
     place = "whole"
-  elif is_on_accelerator(values):
+  elif device.is_on_accelerator(values):
     place, part, copies = "far", None, 1
   elif (on := one_device(values.sharding)) is not None:
     place = "one" if on == "here" else on
@@ -365,26 +375,6 @@ def _hash(leaf: _Leaf, bits: np.ndarray, start: tuple[int, ...]) -> int:
     for begin, size, part in zip(start, leaf.bits_shape, leaf.part, strict=False):  # complex halves are not cut
       number = number * (size // max(1, part)) + begin // max(1, part)
   return sums.hash_bits(bits, number)
-
-
-def is_on_accelerator(leaf: Any) -> bool:
-  """Whether a leaf's bits lie in the memory of an accelerator."""
-  if _has_cpu_alone() or not isinstance(leaf, jax.Array) or leaf.size == 0:
-    return False
-  return _is_on_accelerator(leaf.sharding)
-
-
-@functools.cache
-def _has_cpu_alone() -> bool:
-  return jax.default_backend() == "cpu"
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_on_accelerator(sharding: jax.sharding.Sharding) -> bool:
-  if sharding.memory_kind in ("pinned_host", "unpinned_host"):
-    return False  # parked in host memory
-  one: jax.Device = next(iter(sharding.device_set))
-  return one.platform != "cpu"
 
 
 def bits_of(array: np.ndarray) -> np.ndarray:

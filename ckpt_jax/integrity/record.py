@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ckpt_jax import contents, run, untrusted
-from ckpt_jax.errors import CorruptCheckpointError, UnhealthyStateError
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, UnhealthyStateError
 from ckpt_jax.integrity import databases
 from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
@@ -103,8 +103,29 @@ class Recording:
     return {
       "totals": {path: t.total for path, t in mine.items()},
       "hashes": {path: t.hash for path, t in mine.items()},
+      "own": self.taken.own,
       "writes": self.writes,
     }
+
+  def check_own(self, others: Sequence[dict[str, Any]]) -> None:
+    """Sees to it that leaves of which each process has one are the same on all: one is saved, and comes back on all.
+
+    Raises:
+      CheckpointError: naming those that differ.
+    """
+    mine = self.taken.own
+    differing: dict[str, list[int]] = collections.defaultdict(list)
+    for process, part in enumerate(others, 1):
+      for path in mine.keys() | part["own"].keys():
+        if mine.get(path) != part["own"].get(path):
+          differing[path].append(process)
+    if differing:
+      named = [f"{path} (process {', '.join(map(str, there[:5]))})" for path, there in sorted(differing.items())[:10]]
+      raise CheckpointError(
+        f"leaves that are no arrays of the whole job are saved once and must be the same on all processes; other than "
+        f"on process 0 are {', '.join(named)}. Make one array of what each process has "
+        "(jax.make_array_from_process_local_data), or leave it out"
+      )
 
 
 def record_of(step: int, state: Any, nbytes: int, nonfinite: str, where: str) -> Recording:
@@ -190,6 +211,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
       self._inner.finalize(directory)
       return
     others = _read_parts(directory)
+    recording.check_own(others)
     writers = [process for process, part in enumerate([{"writes": recording.writes}, *others]) if part["writes"]]
     databases.check_written(directory, writers)
     self._inner.finalize(directory)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ckpt_jax.errors import CorruptCheckpointError
-from ckpt_jax.integrity import fingerprint
+from ckpt_jax.integrity import device, fingerprint
 from ckpt_jax.integrity.record import Record
 from ckpt_jax.integrity.sums import MASK, SMALL_NBYTES
 
@@ -69,7 +69,7 @@ class Verifier:
     due: dict[str, Any] = {}
     with self._lock:
       nbytes = getattr(value, "nbytes", 0)
-      if fingerprint.is_on_accelerator(value):
+      if device.is_on_accelerator(value):
         self._later[path] = value  # one dispatch for all of them
       elif nbytes <= SMALL_NBYTES:
         self._small[path] = value

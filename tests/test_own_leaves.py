@@ -1,0 +1,32 @@
+"""Leaves that each process of a job has for itself: eager scalars and keys, numpy arrays, numbers, text."""
+
+import pathlib
+
+import pytest
+
+import ckpt_jax as ckpt
+from ckpt_jax.multihost import launch
+
+PROGRAM = str(pathlib.Path(__file__).parent / "programs" / "own_leaves.py")
+pytestmark = pytest.mark.multiprocess
+
+
+def job(run, mode):
+  results = launch([PROGRAM, str(run), mode], processes=2, devices=2, timeout=240)
+  assert [r.returncode for r in results] == [0, 0], "\n".join(r.log[-3000:] for r in results)
+  return results
+
+
+def test_a_job_of_many_resumes_whatever_leaves_init_makes_where_it_stands(tmp_path):
+  job(tmp_path, "resume")
+  with ckpt.Checkpointer(tmp_path) as c:  # and so does a single process
+    state = c.restore().state
+  assert state["step"] == 3 and state["count"] == 5 and state["name"] == "adam" and state["w"].tolist()[0] == 3
+
+
+def test_leaves_that_differ_between_processes_are_refused_by_name_and_the_next_save_works(tmp_path):
+  results = job(tmp_path, "differ")
+  for result in results:
+    told = [line for line in result.log.splitlines() if line.startswith("told:")]
+    assert len(told) == 3 and all("must be the same on all processes" in line for line in told), result.log
+    assert "table (process 1)" in told[0] and "count (process 1)" in told[1] and "name (process 1)" in told[2]
