@@ -1,5 +1,6 @@
 """Packing: small leaves in slabs, the same tree and the same bits."""
 
+import json
 import math
 import pathlib
 import subprocess
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -181,6 +183,14 @@ def test_damaged_index_is_told(tmp_path):
   file.write_text(file.read_text()[:-5])
   with ckpt.Checkpointer(tmp_path, config) as c, pytest.raises(ckpt.CorruptCheckpointError, match="index"):
     c.restore(like=state)
+
+
+def test_index_of_a_later_version_is_no_damage(tmp_path):
+  index = epath.Path(tmp_path) / packing.INDEX
+  index.write_text(json.dumps({"format": 2, "leaves": {"w": "whatever that version writes"}}))
+  with pytest.raises(ckpt.CheckpointError, match="a later ckpt_jax wrote") as e:
+    packing.read_index(epath.Path(tmp_path))
+  assert not isinstance(e.value, ckpt.CorruptCheckpointError)
 
 
 @pytest.mark.multiprocess

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ckpt_jax.errors import CorruptCheckpointError
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.keys import SLABS
 from ckpt_jax.layout.memory import ALIGNMENT, aligned_empty
@@ -244,13 +244,14 @@ def read_index(item: epath.Path) -> Index:
   """The index of an item; empty if it is not packed.
 
   Raises:
-    CorruptCheckpointError: if it is no index, or of a later version.
+    CorruptCheckpointError: if it is no index.
+    CheckpointError: if a later version wrote it.
   """
   file = item / INDEX
   try:
     data = json.loads(file.read_text())
-    if data["format"] != _FORMAT:
-      raise CorruptCheckpointError(f"{file}: of format {data['format']}, which a later ckpt_jax wrote")
+    if data["format"] > _FORMAT:  # no damage
+      raise CheckpointError(f"{file}: of format {data['format']}, which a later ckpt_jax wrote; install that")
     return {
       name: Packed(dtype, tuple(shape), tuple(_piece(p) for p in pieces))
       for name, (dtype, shape, pieces) in data["leaves"].items()
