@@ -46,6 +46,7 @@ from ckpt_jax.session import Session, check_not_forked
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.kvstore import connect
 from ckpt_jax.storage.objects import snapshot
+from ckpt_jax.storage.paths import given
 from ckpt_jax.tuning.plan import Plan
 from ckpt_jax.tuning.planner import Planner
 from ckpt_jax.underway import SaveRecord
@@ -103,6 +104,7 @@ class Checkpointer:
     if schedule is not None:
       check_schedule(schedule)
     config = self.config = as_config(config)
+    directory = given(directory)
     connect(directory, config.storage)
     self.directory: epath.Path = run.run_directory(directory)
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())

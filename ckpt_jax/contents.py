@@ -138,7 +138,7 @@ def item_name(step_dir: epath.Path, name: str | None = None) -> str:
       f"{step_dir / run.our_item(ours)}: no {run.ITEM_METADATA}; the step was saved with its state there"
     )
   found = items(step_dir)
-  trees = [item.name for item in found if item.kind == "tree"]
+  trees = [item.name for item in found if item.kind == "tree" and "/" not in item.name]
   if name:
     kinds = {item.name: item.kind for item in found}
     if kinds.get(name) in ("tree", "array"):

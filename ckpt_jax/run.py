@@ -17,7 +17,7 @@ from ckpt_jax.naming import PLAIN, Naming, naming_of
 from ckpt_jax.seal import is_intact
 from ckpt_jax.storage.kvstore import SCHEMES, connect, is_object_store
 from ckpt_jax.storage.objects import snapshot
-from ckpt_jax.storage.paths import literal, url_scheme
+from ckpt_jax.storage.paths import given, literal, url_scheme
 
 STEP_METADATA = "_CHECKPOINT_METADATA"
 ITEM_METADATA = "_METADATA"
@@ -62,8 +62,10 @@ def run_directory(path: str | os.PathLike[str]) -> epath.Path:
   """An absolute path, with `~` expanded; URLs stay as they are (plain Orbax refuses relative paths).
 
   Raises:
+    ConfigError: if there is no path in it, as from a variable that is not set.
     StorageError: if it is another kind of URL, or a path in which TensorStore would write elsewhere.
   """
+  path = given(path)
   scheme = url_scheme(path)
   if scheme in SCHEMES:
     connect(path)

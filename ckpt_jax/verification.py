@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ckpt_jax import contents, untrusted
+from ckpt_jax import contents, foreign, untrusted
 from ckpt_jax import run as run_lib
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CorruptCheckpointError, StorageError
@@ -101,6 +101,7 @@ def verify(run: str | os.PathLike[str], step: int | None = None) -> list[Finding
 
   Raises:
     NoCheckpointError: if there is no such step, or none at all.
+    NotARunError: if there are checkpoints that are no steps of a run.
     StorageError: if storage does not answer.
   """
   return [finding for verdict in verdicts(run, step) for finding in verdict.findings]
@@ -124,7 +125,8 @@ def verdicts(
   else:
     steps = sorted({*run_lib.committed_steps(directory), *damaged})
     if not steps:
-      run_lib.latest_committed(directory)
+      foreign.refuse(directory)
+      run_lib.latest_committed(directory)  # says that there is none
   for number in steps:
     if number in damaged:
       finding = Finding(number, "commit", "", "", str(damaged[number]))
@@ -157,7 +159,7 @@ class _Check:
       return Verdict(self._step, 0, 0, 0, "nothing but the metadata, which are damaged", tuple(self._findings))
     for part in parts:
       try:
-        if not _is_described(self._step_dir, part):
+        if part.kind not in ("tree", "array"):
           checked.append(self._other(part))
           continue
         described = Step(self._step_dir, Config(), part.name)
@@ -168,13 +170,12 @@ class _Check:
         checked.append(_Checked(part.name, 0, 0, 0, "nothing but the metadata, which are damaged"))
     self._total = sum(plan.nbytes for _, _, plans in trees for plan in plans)
     checked += [self._tree(name, described, plans, ours if name == state else {}) for name, described, plans in trees]
-    shown = [part for part in checked if part.name != "metrics" or len(checked) == 1]
     return Verdict(
       self._step,
       sum(part.leaves for part in checked),
       sum(part.nbytes for part in checked),
       sum(part.fingerprints for part in checked),
-      "; ".join(sorted(f"{part.name}: {part.how_far}" if len(shown) > 1 else part.how_far for part in shown)),
+      _in_words(checked),
       tuple(self._findings),
       {part.name: part.how_far for part in checked},
     )
@@ -192,7 +193,7 @@ class _Check:
     for group in _groups([p for p in plans if p not in large]):
       self._read_group(reader, group, known, item)
     for plan in large:
-      self._read_blocks(plan, known, item, described)
+      self._read_blocks(plan, known, item)
     compared = 0 if known is None else sum(p.name in known.leaves for p in plans)
     if known is None:
       how_far = "databases and chunks are readable; no fingerprints, so that changed values cannot be told"
@@ -203,8 +204,6 @@ class _Check:
   def _other(self, part: contents.Item) -> _Checked:
     """What is no tree: JSON must be JSON; of what only its handler knows, each file must at least be readable."""
     directory = self._step_dir / part.name
-    if part.kind == "array":  # of an Orbax that did not describe it
-      return self._bare_array(part, directory)
     if part.kind == "json":
       contents.json_item(directory)
       return _Checked(part.name, 0, 0, 0, "JSON, read; no fingerprints")
@@ -216,16 +215,6 @@ class _Check:
       nbytes += _read_through(file)
     who = f"only its handler{f' ({part.handler})' if part.handler else ''} could tell whether they are sound"
     return _Checked(part.name, 0, nbytes, 0, f"{len(files)} files read; {who}" if files else "holds no file")
-
-  def _bare_array(self, part: contents.Item, directory: epath.Path) -> _Checked:
-    import tensorstore as ts
-
-    try:
-      base = kvstore_spec(f"{directory}/checkpoint/")
-      value = ts.open({"driver": "zarr", "kvstore": base}, open=True, read=True).result().read().result()
-    except Exception as e:
-      raise CorruptCheckpointError(f"{directory}: cannot be read: {root_cause(e)}") from e
-    return _Checked(part.name, 1, value.nbytes, 0, "read; no fingerprints, so that changed values cannot be told")
 
   # -- metadata
 
@@ -307,10 +296,11 @@ class _Check:
     elif saved.total != total & sums.MASK:
       self._leaf(path, "its bits are not those that training held when it saved", item)
 
-  def _read_blocks(self, plan: Any, known: record.Record | None, item: epath.Path, described: Step) -> None:
+  def _read_blocks(self, plan: Any, known: record.Record | None, item: epath.Path) -> None:
     import tensorstore as ts
 
-    zarr3 = json.loads((item / run_lib.ITEM_METADATA).read_text()).get("use_zarr3", False)
+    described = item / run_lib.ITEM_METADATA
+    zarr3 = described.exists() and json.loads(described.read_text()).get("use_zarr3", False)
     base = kvstore_spec(str(item).rstrip("/") + "/")
     if (item / databases.MANIFEST).exists():
       base = {"driver": "ocdbt", "base": base}
@@ -356,8 +346,15 @@ class _Check:
     self._findings.append(Finding(self._step, kind, leaf, file, message))
 
 
-def _is_described(step_dir: epath.Path, part: contents.Item) -> bool:
-  return part.kind == "tree" or (part.kind == "array" and run_lib.is_tree(step_dir / part.name))
+def _in_words(checked: Sequence[_Checked]) -> str:
+  """How far the items of a step could be checked; metrics, which are in the step's JSON too, are left out."""
+  by_text: dict[str, list[str]] = {}
+  for part in checked:
+    if part.name != "metrics":
+      by_text.setdefault(part.how_far, []).append(part.name)
+  if len(by_text) < 2:
+    return "".join(by_text)
+  return "; ".join(f"{', '.join(names)}: {text}" for text, names in by_text.items())
 
 
 def _files_below(directory: epath.Path) -> Iterator[epath.Path]:

@@ -1,7 +1,8 @@
 """Items whose tree is in one MessagePack file, `checkpoint`, as Orbax wrote them before 0.6.
 
 Each leaf of the file is the name of an array beside it, or the value itself: flax.training.checkpoints had Orbax put
-all values there. Before 0.4 nothing else describes the tree.
+all values there. Before 0.4 nothing else describes the tree. `ArraySave` calls its only array `checkpoint` to this day,
+and Orbax's handler of trees takes that for the file.
 """
 
 from __future__ import annotations
@@ -40,12 +41,15 @@ def describe(
     None if all values are elsewhere, and `_METADATA` describes them.
   """
   file = item / run.AGGREGATE
-  if not file.exists() or file.is_dir():
+  if (file / ".zarray").exists():
+    tree = {run.AGGREGATE: f"{_ELSEWHERE}{run.AGGREGATE}"}
+  elif file.exists() and not file.is_dir():
+    tree = msgpack_utils.msgpack_restore(file.read_bytes())
+  else:
     return None
-  tree = msgpack_utils.msgpack_restore(file.read_bytes())
   flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
   values = {name: v for name, v in flat.items() if not (isinstance(v, str) and v.startswith(_ELSEWHERE))}
-  if not values and (item / run.ITEM_METADATA).exists():
+  if not values and not file.is_dir() and (item / run.ITEM_METADATA).exists():
     return None
   is_ocdbt = (item / _MANIFEST).exists()
   info = ocp.type_handlers.ParamInfo(
