@@ -80,13 +80,20 @@ def sources(directory: epath.Path, step: int | None, item: str | None) -> list[S
   if run.is_step(directory):
     number = _needed(directory, foreign.number_of(directory.name), step)
     return [Source(number, directory, lambda: _bare(directory, item))]
-  files = {_trailing(path.name): path for path in foreign.flax_files(directory)}
-  chosen = sorted(n for n in files if n is not None and (step is None or n == step))
-  if not chosen:
+  files = [(n, path) for path in foreign.flax_files(directory) if (n := _trailing(path.name)) is not None]
+  kinds = sorted({path.name.removesuffix(str(n)) for n, path in files})
+  if len(kinds) > 1:
+    raise CheckpointError(
+      f"{directory}: holds files of several kinds ({', '.join(f'{k}*' for k in kinds[:5])}); convert one file, or move "
+      "those of one kind into a directory of their own"
+    )
+  if not files:
     foreign.refuse(directory)
-    there = f"; there are {sorted(n for n in files if n is not None)}" if files else ""
-    raise NoCheckpointError(f"{directory}: no checkpoint {'' if step is None else step} to convert{there}")
-  return [_flax(files[n], n) for n in chosen]
+  chosen = sorted((n, path) for n, path in files if step is None or n == step)
+  if not chosen:
+    there = f" {step} to convert; there are {sorted(n for n, _ in files)}" if files else " to convert"
+    raise NoCheckpointError(f"{directory}: no checkpoint{there}")
+  return [_flax(path, n) for n, path in chosen]
 
 
 def _trailing(name: str) -> int | None:
