@@ -68,7 +68,12 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | int]:
   plain: dict[str, float | int] = {}
   for name, value in (metrics or {}).items():
     if isinstance(value, (jax.Array, np.ndarray, np.generic)) and np.size(value) == 1:
-      value = np.asarray(value).reshape(())[()].item()
+      try:
+        value = np.asarray(value).reshape(())[()].item()
+      except Exception as e:  # donated, traced by jit, or a PRNG key
+        raise CheckpointError(
+          f"metrics[{name!r}] has no value that can be read: {' '.join(str(e).split())[:300]}"
+        ) from e
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       raise CheckpointError(f"metrics[{name!r}] is {value!r:.80}; a metric is one number")
     plain[str(name)] = value

@@ -16,9 +16,9 @@ from ckpt_jax.errors import CheckpointError, NoCheckpointError
 from ckpt_jax.integrity import recovery
 from ckpt_jax.integrity.record import Record, read_record
 from ckpt_jax.integrity.verifying import Verifier
+from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.rendezvous import Rendezvous
-from ckpt_jax.restore.item import item_to_read
 from ckpt_jax.restore.placement import on_real_devices
 from ckpt_jax.restore.read import Request, read_state
 from ckpt_jax.restore.result import Restored, RestoreReport
@@ -65,7 +65,7 @@ class Restorer:
 
   def restore(self, step: int | None, request: Request, strategy: str, *, healthy: bool) -> Restored:
     """See `Checkpointer.restore`."""
-    with garbage.paused():
+    with garbage.paused(), transfers_asked_for():
       return self._restore(step, request, strategy, healthy=healthy)
 
   # -- inside
@@ -128,8 +128,7 @@ class Restorer:
         metrics: dict[str, Any] = {}
         check = None
         try:
-          ours, metrics, item, record = self._described(step, request)
-          request = dataclasses.replace(request, item=item)
+          ours, metrics, record = self._described(step)
           check = verifier.expecting(record) if verifier is not None else None
         except Exception as e:
           error = e
@@ -157,12 +156,11 @@ class Restorer:
     _log.info("restored step %d of %s in %.2f s", step, self._directory, report.seconds)
     return Restored(read.state, step, step + 1, metrics, ours.get("extras"), report)
 
-  def _described(self, step: int, request: Request) -> tuple[dict[str, Any], dict[str, Any], str, Record | None]:
-    """What a step says of itself: our notes, metrics, the item to read and its fingerprints."""
+  def _described(self, step: int) -> tuple[dict[str, Any], dict[str, Any], Record | None]:
+    """What a step says of itself: our notes, metrics, fingerprints."""
     damaged = recovery.damage(self._directory, step)
     if damaged is not None:
       raise damaged
     step_dir = run.step_directory(self._directory, step)
-    item = item_to_read(step_dir, self._config, request.item, request.like)
-    record = read_record(step_dir, item) if self._config.restore.verify else None
-    return run.our_metadata(step_dir), run.step_info(self._directory, step).metrics, item, record
+    record = read_record(step_dir) if self._config.restore.verify else None
+    return run.our_metadata(step_dir), run.step_info(self._directory, step).metrics, record

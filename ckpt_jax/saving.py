@@ -29,13 +29,13 @@ from ckpt_jax.integrity.record import (
   RecordedSave,
   Recording,
   RecordingHandler,
-  as_item,
   history,
   record_of,
 )
-from ckpt_jax.layout.encoding import encode
+from ckpt_jax.layout.encoding import encode, refuse_unusable
 from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_size
 from ckpt_jax.layout.keeping import keeping
+from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
 from ckpt_jax.orbax_saves import Operation
@@ -84,7 +84,6 @@ class Saver:
     deleter: StepDeleter,
     attempt: AttemptLog,
     gate: Gate,
-    item: str = run.DEFAULT_ITEM,
   ):
     """Opens Orbax's manager.
 
@@ -98,7 +97,6 @@ class Saver:
       deleter: removes the rest.
       attempt: remembers what saves cost.
       gate: admits saves to the storage, and makes their commits durable.
-      item: what the state is saved as within a step.
     """
     self.records: list[SaveRecord] = []
     self._directory = directory
@@ -111,7 +109,6 @@ class Saver:
     self._attempt = attempt
     self._gate = gate
     self._outlook = Outlook(directory, retention, schedule, config.schedule)
-    self._item = item
     self._write: Write | None = None
     self._errand: Errand | None = None
     self._beginning: SaveRecord | None = None  # of a save that has not returned
@@ -148,12 +145,9 @@ class Saver:
       started: `time.perf_counter()` when training began to wait.
       committed: called on process 0 once the step is committed.
     """
-    computing = time.perf_counter()
-    jax.block_until_ready((state, metrics))
-    started += time.perf_counter() - computing
+    numbers, encoded, notes, computing_s = _encoded(state, metrics)
+    started += computing_s
     planned = self._planner.for_save(state)
-    numbers = plain_metrics(metrics)
-    encoded, notes = encode(state)
     record = SaveRecord(step, global_nbytes(state))
     metadata = run_metadata(planned, state, record.nbytes) | {
       "metrics": numbers,
@@ -165,7 +159,7 @@ class Saver:
     record.waited_s = time.perf_counter() - waited
 
     recording = record_of(step, state, record.nbytes, planned.health.nonfinite, f"{self._directory}: step {step}")
-    metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._item}
+    metadata |= {"fingerprints": 1, "health": recording.health_told}
     in_chunks = chunk_nbytes(self._directory, state, self._config.limits.host_memory)
     self._beginning = record
     told = functools.partial(self._note_commit, committed)
@@ -250,6 +244,7 @@ class Saver:
         self._errand = self._beginning = None
         errand.outcome()
 
+  @transfers_asked_for()
   def _begin(
     self,
     planned: Config,
@@ -278,11 +273,8 @@ class Saver:
       with operation.begun():
         self.manager.save(
           step,
-          args=as_item(
-            self._item,
-            RecordedSave(
-              ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self._config)), recording
-            ),
+          args=RecordedSave(
+            ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self._config)), recording
           ),
           metrics=metadata["metrics"],
           custom_metadata={run.OURS: sealed(metadata)},
@@ -305,7 +297,7 @@ class Saver:
         self._directory,
         self._steps_there,
         self._on_end,
-        item_handlers=as_item(self._item, RecordingHandler(handler, self._norms)),
+        item_handlers=RecordingHandler(handler, self._norms),
         options=ocp.CheckpointManagerOptions(
           save_decision_policy=self._policy,
           preservation_policy=self._retention,
@@ -463,3 +455,20 @@ class Saver:
       # A commit that was reported as failed may have reached the storage.
       return run.is_step(self._directory / str(write.record.step))
     return False
+
+
+def _encoded(
+  state: PyTree, metrics: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], PyTree, dict[str, dict[str, Any]], float]:
+  """Metrics as numbers, the state as Orbax is given it, notes on that, and the seconds until it was computed."""
+  try:
+    computing = time.perf_counter()
+    jax.block_until_ready((state, metrics))
+    computed = time.perf_counter()
+    return plain_metrics(metrics), *encode(state), computed - computing
+  except CheckpointError:
+    raise
+  except Exception:
+    refuse_unusable(state)
+    plain_metrics(metrics)
+    raise

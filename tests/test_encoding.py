@@ -47,7 +47,11 @@ scalars = arrays([d for d in DTYPES if "int2" not in d and "int4" not in d], [()
 leaves = python | arrays() | arrays().map(on_device) | scalars | keys
 
 
-@given(st.dictionaries(st.text("abc_0", min_size=1, max_size=3), leaves | st.lists(leaves, max_size=2), max_size=4))
+@given(
+  st.dictionaries(
+    st.text("abc_0", min_size=1, max_size=3), leaves | st.lists(leaves, max_size=2), min_size=1, max_size=4
+  )
+)
 def test_any_leaf_is_stored_as_one_that_orbax_takes_and_comes_back_with_type_and_bits(state):
   stored, notes = encode(state)
   assert jax.tree.structure(stored) == jax.tree.structure(state)

@@ -30,6 +30,7 @@ from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.handler import PyTreeHandler
+from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.seal import FILE_KEY, is_intact_file, sealed_file
 
 _log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Recording:
   prints_json: str = ""
   writes: bool = False
 
+  @transfers_asked_for()
   def sum_up(self) -> None:
     """Goes through the state; takes as long as reading it from memory a few times.
 
@@ -224,13 +226,6 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     self._inner.close()
 
 
-def as_item(name: str, one: Any) -> Any:
-  """Orbax's arguments or handler of a state that is saved as the item `name` of a step."""
-  if name == run.DEFAULT_ITEM:
-    return one  # unnamed: the manager's own name for it
-  return ocp.args.Composite(**{name: one}) if isinstance(one, ocp.args.CheckpointArgs) else {name: one}
-
-
 ocp.args.register_with_handler(RecordingHandler, for_save=True)(RecordedSave)
 ocp.args.register_with_handler(RecordingHandler, for_restore=True)(RecordedRestore)
 
@@ -310,23 +305,19 @@ class Record:
   health: dict[str, Any]
 
 
-def read_record(step_dir: epath.Path, item: str | None = None) -> Record | None:
-  """The record of an item; None if it was saved without one, by plain Orbax or an older version.
-
-  Args:
-    step_dir: a committed step.
-    item: default: the one that holds the training state.
+def read_record(step_dir: epath.Path) -> Record | None:
+  """The record of a step; None if it was saved without one, by plain Orbax or an older version.
 
   Raises:
     CorruptCheckpointError: if it must be there and is not, cannot be read, or does not fit the step's files.
   """
   ours = run.our_metadata(step_dir)
-  item_dir = contents.item_directory(step_dir, item)
+  item_dir = contents.item_directory(step_dir)
   file = item_dir / FILE
   try:
     data = untrusted.read_json(file, is_intact_file)
   except FileNotFoundError:
-    if "fingerprints" not in ours or item_dir.name != run.our_item(ours):
+    if "fingerprints" not in ours:
       return None
     raise CorruptCheckpointError(f"{file}: missing; the step was saved with it") from None
   if not ours:

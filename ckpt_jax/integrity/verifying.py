@@ -16,6 +16,7 @@ from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.integrity import device, fingerprint
 from ckpt_jax.integrity.record import Record
 from ckpt_jax.integrity.sums import MASK, SMALL_NBYTES
+from ckpt_jax.layout.memory import transfers_asked_for
 
 if TYPE_CHECKING:  # a room below
   from ckpt_jax.restore.together import Together
@@ -104,6 +105,7 @@ class Verifier:
     return taken, taken.in_parts_of(self._record.leaves)
 
   @staticmethod
+  @transfers_asked_for()
   def _sum(taken: fingerprint.Taken, hashed: set[str]) -> _Sums:
     copies, out = taken.copies, {}
     tallies = taken.tallies(1, health=False, hashed=hashed)

@@ -29,10 +29,11 @@ from ckpt_jax.layout.handler import (
   handlers,
   limited_context,
 )
+from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.splitting import SEQUENCE
 
 PyTree = Any
-EMPTY: dict[str, Any] = {"Dict": dict, "List": list, "Tuple": tuple, "None": lambda: None, "NamedTuple": lambda: None}
+_EMPTY: dict[str, Any] = {"Dict": dict, "List": list, "Tuple": tuple, "None": lambda: None, "NamedTuple": lambda: None}
 
 
 def is_known(item: epath.Path, data: Mapping[str, Any]) -> bool:
@@ -40,7 +41,7 @@ def is_known(item: epath.Path, data: Mapping[str, Any]) -> bool:
   if not data.get("use_ocdbt") or "value_metadata_tree" in data or not (item / run.RECORD).exists():
     return False
   found = {entry["value_metadata"].get("value_type") for entry in data.get("tree_metadata", {}).values()}
-  return found <= {*EMPTY, *(handler.typestr() for handler in handlers(Config()).values())}
+  return found <= {*_EMPTY, *(handler.typestr() for handler in handlers(Config()).values())}
 
 
 def item_info(item: epath.Path, data: Mapping[str, Any], limits: LimitsConfig) -> ocp.type_handlers.ParamInfo:
@@ -83,8 +84,8 @@ def describe(
     written = tuple(written) if written is not None else None
     if (packed := index.get(name)) is not None:
       leaf = describe_array(name, item, packed, written)
-    elif kind in EMPTY:
-      leaf = EMPTY[kind]()
+    elif kind in _EMPTY:
+      leaf = _EMPTY[kind]()
     else:
       others.setdefault(kind, []).append((len(flat), name, written))
     flat.append((names, kinds, leaf))
@@ -104,35 +105,41 @@ def describe(
 
 
 def _nested(flat: Sequence[tuple[tuple[str, ...], tuple[int, ...], Any]]) -> PyTree:
+  """The tree of leaves given by names and kinds of keys. A node with both kinds, or with gaps, becomes a dict."""
+  if any(not names for names, _, _ in flat):
+    if len(flat) > 1:
+      raise ValueError("the whole tree is a leaf, and it has others")
+    return flat[0][2]
   top: dict[str, Any] = {}
   sequences: dict[tuple[str, ...], bool] = {}
   for names, kinds, leaf in flat:
     node = top
     for i, name in enumerate(names):
-      if sequences.setdefault(names[:i], kinds[i] == SEQUENCE) != (kinds[i] == SEQUENCE):
-        raise ValueError(f"{'/'.join(names[:i])} is both a list and a dict")
+      sequences[names[:i]] = sequences.get(names[:i], True) and kinds[i] == SEQUENCE
       if i + 1 == len(names):
         if name in node:
           raise ValueError(f"{'/'.join(names)} is there twice")
         node[name] = leaf
       else:
         node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+          raise ValueError(f"{'/'.join(names[: i + 1])} is a leaf, and has leaves")
   # Innermost first: a list takes the place of the dict that stood for it.
   for path in sorted((p for p, is_list in sequences.items() if is_list), key=len, reverse=True):
     if not path:
-      return _list(top, path)
+      return _list(top)
     parent = top
     for name in path[:-1]:
       parent = parent[name]
-    parent[path[-1]] = _list(parent[path[-1]], path)
+    parent[path[-1]] = _list(parent[path[-1]])
   return top
 
 
-def _list(node: Mapping[str, Any], path: tuple[str, ...]) -> list[Any]:
+def _list(node: dict[str, Any]) -> Any:
+  if not all(name.isdecimal() for name in node):
+    return node
   items = {int(name): value for name, value in node.items()}
-  if sorted(items) != list(range(len(items))):
-    raise ValueError(f"{'/'.join(path)}: a list with gaps")
-  return [items[i] for i in range(len(items))]
+  return [items[i] for i in range(len(items))] if sorted(items) == list(range(len(items))) else node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,4 +199,4 @@ def run_sync(work: Coroutine[Any, Any, Any]) -> Any:
   if not running:  # not in the except clause: what the work raises would have that error for a cause
     return asyncio.run(work)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    return pool.submit(asyncio.run, work).result()
+    return pool.submit(transfers_asked_for()(asyncio.run), work).result()

@@ -1,12 +1,13 @@
-"""Leaves that Orbax cannot store, written as ones that it can, and back.
+"""Leaves that Orbax cannot store, written as ones that it can, and back; those that nothing can store are refused.
 
-Orbax 0.12 refuses empty arrays, numpy scalars, complex numbers and unsigned sub-byte integers. Each becomes a leaf of
-the same tree position, so that the rest of the step stays an ordinary Orbax checkpoint, and an entry in the step's
-JSON says what it was. The stored form is exact: no bit of the value is lost.
+Orbax 0.12 refuses empty arrays, numpy scalars, complex numbers, and the dtypes that TensorStore lacks. Each becomes a
+leaf of the same tree position, so that the rest of the step stays an ordinary Orbax checkpoint, and an entry in the
+step's JSON says what it was. The stored form is exact: no bit of the value is lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -14,17 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 
-from ckpt_jax import untrusted
-from ckpt_jax.errors import CheckpointError
-from ckpt_jax.layout import keys
-from ckpt_jax.layout import text as text_leaves
-from ckpt_jax.layout.structure import Structure, look, segment
+from ckpt_jax.layout.forms import form_of, refusal, shown
+from ckpt_jax.layout.structure import look, path_name
 
 PyTree = Any
 # Orbax's zarr driver knows int2 and int4 but not their unsigned twins; uint8 holds every value of them.
 _WIDENED: dict[Any, Any] = {jnp.dtype("uint2"): np.uint8, jnp.dtype("uint4"): np.uint8}
-_NATIVE = (jax.Array, np.ndarray, bool, int, float, str)
+_SCALARS = (bool, int, float, complex, str)
+_NATIVE = (jax.Array, np.ndarray, *_SCALARS)
 
 
 def is_prng_key(leaf: Any) -> bool:
@@ -52,110 +52,191 @@ def encode(state: PyTree) -> tuple[PyTree, dict[str, dict[str, Any]]]:
     CheckpointError: naming the leaves that no checkpoint can hold, before anything is written.
   """
   structure, leaves = look(state)
-  unchanged = structure.once(_unchanged, structure, leaves)
-  if False not in unchanged:
+  form = structure.once(form_of, structure, state)
+  unchanged = structure.once(_unchanged, leaves)
+  if form is None and False not in unchanged:
     return state, {}
   out, notes, refused = list(leaves), {}, []
-  problems = structure.once(_name_problems, structure)
   for i, name in enumerate(structure.names):
     if unchanged[i]:
       continue
     try:
-      _check_path(structure.paths[i])
-      if i in problems:
-        raise TypeError(problems[i])
       out[i], note = _encode_leaf(leaves[i])
     except TypeError as e:
-      printable = name.encode(errors="backslashreplace").decode()
-      refused.append(f"{printable or '(the state itself)'}: {e}")
+      refused.append(f"{shown(name)}: {e}")
       continue
     if note:
       notes[name] = note
   if refused:
-    raise CheckpointError("cannot save this state; nothing was written:\n  " + "\n  ".join(refused))
-  return jax.tree.unflatten(structure.treedef, out), notes
+    raise refusal(refused)
+  return jax.tree.unflatten(structure.treedef, out) if form is None else form.of(out), notes
 
 
-def _unchanged(structure: Structure, leaves: Sequence[Any]) -> list[bool]:
+def refuse_unusable(state: PyTree) -> None:
+  """Says which leaf or node is to blame, once jax itself has failed to go through a state.
+
+  Raises:
+    CheckpointError: naming it, or nothing if it finds none.
+  """
+  try:
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+  except Exception as e:
+    raise refusal([_unflattenable(state, (), e)]) from e
+  found = [f"{shown(path_name(path))}: {problem}" for path, leaf in leaves if (problem := _gone(leaf))]
+  if found:
+    raise refusal(found)
+
+
+def _unflattenable(node: PyTree, path: tuple[Any, ...], error: Exception) -> str:
+  """The innermost node that jax cannot flatten, and why: a dict with keys that have no order, a node's own error."""
+  children = []
+  with contextlib.suppress(Exception):
+    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+  for keys, child in children:
+    try:
+      jax.tree.flatten(child)
+    except Exception as e:
+      return _unflattenable(child, (*path, *keys), e)
+  why = f"jax cannot flatten this node ({type(error).__name__}: {' '.join(str(error).split())})"
+  if isinstance(node, dict):
+    kinds = sorted({type(key).__name__ for key in node})
+    why = f"jax cannot order the keys of this dict, which are of type {' and '.join(kinds)}. Use str keys"
+  return f"{shown(path_name(path))}: {why}"
+
+
+def _gone(leaf: Any) -> str | None:
+  """Why a leaf has no value."""
+  if isinstance(leaf, jax.core.Tracer):
+    return (
+      "a value that jax is tracing: save was called inside jit, grad, vmap or scan. Call it outside, with what the "
+      "function returns"
+    )
+  if isinstance(leaf, jax.Array) and leaf.is_deleted():
+    return "was donated or deleted. Save what the step function returned, not what it was given (donate_argnums)"
+  return None
+
+
+def _unchanged(leaves: Sequence[Any]) -> list[bool]:
   """Which leaves are stored as they are whatever their values."""
 
-  def unchanged(path: tuple[Any, ...], leaf: Any) -> bool:
+  def unchanged(leaf: Any) -> bool:
     try:
-      _check_path(path)
       stored, note = _encode_leaf(leaf)
     except TypeError:
       return False
     return stored is leaf and note is None and isinstance(leaf, (jax.Array, np.ndarray))
 
-  problems = structure.once(_name_problems, structure)
-  return [
-    i not in problems and unchanged(path, leaf)
-    for i, (path, leaf) in enumerate(zip(structure.paths, leaves, strict=True))
-  ]
-
-
-def _name_problems(structure: Structure) -> dict[int, str]:
-  """Leaves whose names cannot be stored, or not beside those of others, and why."""
-  names = [keys.database_name(path) for path in structure.paths]
-  is_text = [issubclass(kind[0], str) if isinstance(kind[0], type) else False for kind in structure.kinds]
-  arrays = keys.collisions(name for name, text in zip(names, is_text, strict=True) if not text)
-  texts = text_leaves.collisions(name for name, text in zip(names, is_text, strict=True) if text)
-  found = {}
-  for i, (name, text) in enumerate(zip(names, is_text, strict=True)):
-    other = (texts if text else arrays).get(name)
-    why = keys.problem(name) or (f"would be stored in the place of {other!r}; rename one of them" if other else None)
-    if why:
-      found[i] = why
-  return found
-
-
-def _check_path(path: tuple[Any, ...]) -> None:
-  # What `untrusted` refuses to read must not be written either.
-  if len(path) > untrusted.MAX_DEPTH:
-    raise TypeError(f"nested {len(path)} deep; {untrusted.MAX_DEPTH} is the limit")
-  for key in path:
-    if problem := _check_segment(segment(key)):
-      raise TypeError(problem)
-
-
-_check_segment = functools.lru_cache(maxsize=4096)(untrusted.check_name)
+  return [unchanged(leaf) for leaf in leaves]
 
 
 def _encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any] | None]:
   if isinstance(leaf, np.generic):
     stored, note = _encode_leaf(np.asarray(leaf))
     return stored, {**(note or {}), "kind": "numpy_scalar"}
+  if isinstance(leaf, (jax.Array, np.ndarray)):
+    return _encode_array(leaf)
+  if problem := _no_value(leaf):
+    raise TypeError(problem)
   if isinstance(leaf, complex):
     return np.asarray(leaf, np.complex128), {"kind": "complex"}
-  if isinstance(leaf, int) and not isinstance(leaf, bool) and not -(2**63) <= leaf < 2**63:
-    raise TypeError(f"the integer {leaf} needs more than 64 bits; store it as text in extras=")
-  if not isinstance(leaf, _NATIVE):
-    raise TypeError(
-      f"a {type(leaf).__module__}.{type(leaf).__qualname__} is no array or scalar; put it into extras= or leave it out"
-    )
-  if isinstance(leaf, (jax.Array, np.ndarray)):
-    if is_prng_key(leaf):
-      if leaf.size == 0:
-        raise TypeError("an empty array of PRNG keys; leave it out")
-      return leaf, {"kind": "prng_key", "dtype": str(leaf.dtype), "impl": str(jax.random.key_impl(leaf))}
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-      pass
-    elif isinstance(leaf, jax.Array) and jax.process_count() > 1:
-      raise TypeError(
-        "lives on this process only; in a job of several processes give it a sharding over the whole mesh, e.g. "
-        "jax.jit(init, out_shardings=NamedSharding(mesh, P()))"
-      )
-    if leaf.dtype.kind in "OSUMm" or leaf.dtype.names:
-      raise TypeError(f"dtype {leaf.dtype} is not numeric; put it into extras=")
-    if leaf.size == 0:
-      return np.zeros((1,), np.uint8), {
-        "kind": "empty",
-        "shape": list(leaf.shape),
-        "dtype": leaf.dtype.name,
-      }
-    if leaf.dtype in _WIDENED:
-      return leaf.astype(_WIDENED[leaf.dtype]), {"kind": "widened", "dtype": leaf.dtype.name}
   return leaf, None
+
+
+def _no_value(leaf: Any) -> str | None:
+  """What is wrong with a leaf that is no array, if it cannot be saved."""
+  kind = type(leaf)
+  name = f"{kind.__module__}.{kind.__qualname__}"
+  if kind not in _SCALARS:
+    base = next((k for k in _SCALARS if isinstance(leaf, k)), None)
+    if base is not None:
+      return f"a {name}, which would come back as {base.__name__}; save {base.__name__}(...) of it"
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return "a jax.ShapeDtypeStruct, which has no value; save the arrays themselves"
+    if callable(leaf):
+      return (
+        f"a function ({name}); save the arrays alone, e.g. eqx.filter(model, eqx.is_array), and put it back with "
+        "eqx.combine; or make it a static field"
+      )
+    return f"a {name} is no array or scalar; put it into extras= or leave it out"
+  if kind is int and not -(2**63) <= leaf < 2**63:
+    return f"the integer {leaf} needs more than 64 bits; store it as text in extras="
+  if kind is str and not _is_unicode(leaf):
+    return f"the text {leaf!r:.60} is no Unicode; store bytes as np.frombuffer(..., np.uint8)"
+  return None
+
+
+def _is_unicode(text: str) -> bool:
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # lone surrogates
+    return False
+  return True
+
+
+def _encode_array(leaf: jax.Array | np.ndarray) -> tuple[Any, dict[str, Any] | None]:
+  if problem := _gone(leaf):
+    raise TypeError(problem)
+  if is_prng_key(leaf):
+    if leaf.size == 0:
+      raise TypeError("an empty array of PRNG keys; leave it out")
+    return leaf, {"kind": "prng_key", "dtype": str(leaf.dtype), "impl": str(jax.random.key_impl(leaf))}
+  if isinstance(leaf, jax.Array) and jax.process_count() > 1 and leaf.is_fully_addressable:
+    raise TypeError(
+      "lives on this process only; in a job of several processes give it a sharding over the whole mesh, e.g. "
+      "jax.jit(init, out_shardings=NamedSharding(mesh, P()))"
+    )
+  if not isinstance(leaf, jax.Array) and type(leaf) not in (np.ndarray, np.memmap):
+    raise TypeError(f"a {type(leaf).__name__}, which would come back as a plain array; {_way_out(leaf)}")
+  stored_as = _stored_as(leaf.dtype)
+  if leaf.size == 0:
+    return np.zeros((1,), np.uint8), {"kind": "empty", "shape": list(leaf.shape), "dtype": leaf.dtype.name}
+  if stored_as is None:
+    return leaf, None
+  if isinstance(leaf, jax.Array) and leaf.dtype.name in ("int1", "uint1"):  # jax itself cannot convert them
+    raise TypeError(f"dtype {leaf.dtype} of a jax array is none that checkpoints can hold; save it as int8 or uint8")
+  if leaf.dtype in _WIDENED:
+    return leaf.astype(stored_as), {"kind": "widened", "dtype": leaf.dtype.name}
+  return _viewed(leaf, stored_as), {"kind": "viewed", "dtype": leaf.dtype.name, "viewed": True}
+
+
+def _way_out(array: np.ndarray) -> str:
+  if isinstance(array, np.ma.MaskedArray):
+    return "save its .data and its .mask as two leaves"
+  return "save np.asarray(...) of it"
+
+
+@functools.cache
+def _stored_as(dtype: np.dtype) -> Any:
+  """The dtype in which arrays of another are stored; None for the same.
+
+  Raises:
+    TypeError: if there is none.
+  """
+  if dtype in _WIDENED:
+    return _WIDENED[dtype]
+  if dtype.kind in "OSUMmT" or dtype.names or (dtype.kind == "V" and not _is_extended(dtype)):
+    raise TypeError(f"dtype {dtype} is not numeric; put it into extras=")
+  if not dtype.isnative:
+    raise TypeError(f"dtype {dtype.str} has the other byte order; save x.astype(x.dtype.newbyteorder('='))")
+  with contextlib.suppress(ValueError, TypeError):
+    ts.dtype(dtype)
+    return None
+  if dtype.itemsize == 1 and _is_extended(dtype):
+    return np.dtype(np.uint8)  # its bits
+  other = {"f": "np.float64", "c": "np.complex128"}.get(dtype.kind, "another dtype")
+  raise TypeError(f"dtype {dtype} is none that checkpoints can hold; save it as {other}")
+
+
+def _is_extended(dtype: np.dtype) -> bool:
+  """Whether it is one of those that ml_dtypes adds to numpy."""
+  return dtype.type.__module__.startswith("ml_dtypes")
+
+
+def _viewed(array: Any, dtype: Any) -> Any:
+  """The bits of an array as another dtype."""
+  if isinstance(array, jax.Array):
+    return jax.lax.bitcast_convert_type(array, dtype)
+  return array.view(dtype)
 
 
 def decode_leaf(stored: Any, note: dict[str, Any] | None) -> Any:
@@ -169,6 +250,8 @@ def decode_leaf(stored: Any, note: dict[str, Any] | None) -> Any:
     return np.zeros(tuple(note["shape"]), jnp.dtype(note["dtype"]))
   if note["kind"] == "complex":
     return complex(stored[()])
-  if "dtype" in note:
+  if note.get("viewed"):
+    stored = _viewed(stored, jnp.dtype(note["dtype"]))
+  elif "dtype" in note:
     stored = stored.astype(jnp.dtype(note["dtype"]))
   return stored[()] if note["kind"] == "numpy_scalar" else stored

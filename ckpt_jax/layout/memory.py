@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -31,6 +32,17 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
   return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+@contextlib.contextmanager
+def transfers_asked_for() -> Iterator[None]:
+  """Within it, this thread copies between host and devices whatever `jax.transfer_guard` says.
+
+  The guard finds copies that nobody meant to make; whoever saves or restores a state asks for them. It is of the thread
+  where it is a context manager, and of all threads where it is `jax.config`'s: each thread of ours enters this.
+  """
+  with jax.transfer_guard("allow"):
+    yield
 
 
 @kept  # a view takes 2 us, and a save asks twice

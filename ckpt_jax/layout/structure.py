@@ -61,7 +61,7 @@ def look(tree: PyTree) -> tuple[Structure, list[Any]]:
   kinds = list(map(_kind, leaves))
   with _lock:
     for i, known in enumerate(_known):
-      if known.treedef == treedef and known.kinds == kinds:
+      if _alike(known.treedef, treedef) and known.kinds == kinds:
         _known.insert(0, _known.pop(i))
         return known, leaves
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
@@ -79,7 +79,17 @@ def segment(key: Any) -> str:
   """One key of a path as a name."""
   if type(key) is jax.tree_util.DictKey:  # the most of them, in trees of thousands of leaves
     return str(key.key)
-  return str(next(getattr(key, a) for a in ("key", "idx", "name") if hasattr(key, a)))
+  for attribute in ("key", "idx", "name"):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)  # a node may be registered with keys of any kind
+
+
+def _alike(one: Any, other: Any) -> bool:
+  try:
+    return bool(one == other)
+  except Exception:  # what a node holds beside its leaves may be an array, which is not to be compared
+    return False
 
 
 _array_kind = operator.attrgetter("aval", "sharding")

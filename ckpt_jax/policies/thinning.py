@@ -89,7 +89,7 @@ def kept_names(item: epath.Path, keep: Sequence[str]) -> list[tuple[str, ...]]:
   names = leaf_names(item)
   for path in keep:
     if not under(names, [path]):
-      top = ", ".join(sorted({name[0] for name in names})[:20])
+      top = ", ".join(sorted({"".join(name[:1]) for name in names})[:20])
       raise CheckpointError(f"{item}: thin.keep: no leaf lies under {path!r}; at the top there are {top}")
   return under(names, keep)
 

@@ -76,7 +76,7 @@ def explain(like: Leaves, saved: Leaves, casts_allowed: bool = False) -> list[st
 
 
 def _some(names: Iterable[str]) -> str:
-  names = list(names)
+  names = [name or "(the state itself)" for name in names]
   return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ckpt_jax.contents import LeafInfo
 from ckpt_jax.errors import ConfigError, StructureMismatchError
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key
+from ckpt_jax.layout.forms import shown
 from ckpt_jax.restore.hints import Leaf, brief, explain, nearest
 from ckpt_jax.restore.paths import matches, selected
 from ckpt_jax.restore.placement import why_impossible
@@ -119,11 +120,11 @@ def _count(n: int) -> str:
 
 
 def _lines(missing: dict[str, Any], extra: dict[str, LeafInfo], differing: dict[str, str]) -> list[str]:
-  lines = [f"{name}: {problem}" for name, problem in differing.items()]
+  lines = [f"{shown(name)}: {problem}" for name, problem in differing.items()]
   for name, leaf in missing.items():
     near = nearest(name, _as_leaf(leaf), {n: Leaf(i.shape, i.dtype) for n, i in extra.items()})
-    lines.append(f"{name}: not in the checkpoint" + (f"; the checkpoint has {near}" if near else ""))
-  lines += [f"{name}: in the checkpoint, not in like" for name in extra]
+    lines.append(f"{shown(name)}: not in the checkpoint" + (f"; the checkpoint has {near}" if near else ""))
+  lines += [f"{shown(name)}: in the checkpoint, not in like" for name in extra]
   return brief(lines)
 
 
@@ -132,9 +133,10 @@ def _as_leaf(leaf: Any) -> Leaf:
 
 
 def _unusable(leaf: Any) -> str | None:
-  if (hasattr(leaf, "dtype") and hasattr(leaf, "shape")) or isinstance(leaf, (bool, int, float, complex, str)):
+  if (hasattr(leaf, "dtype") and hasattr(leaf, "shape")) or type(leaf) in (bool, int, float, complex, str):
     return None
-  return f"like has a {type(leaf).__name__}; pass an array, a jax.ShapeDtypeStruct or a scalar"
+  way_out = "; put it back with eqx.combine or the like, and pass the arrays alone" if callable(leaf) else ""
+  return f"like has a {type(leaf).__name__}; pass an array, a jax.ShapeDtypeStruct or a scalar{way_out}"
 
 
 def _kind(leaf: Any) -> str:

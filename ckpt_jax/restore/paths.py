@@ -80,6 +80,8 @@ def _nearest_node(pattern: str, paths: Collection[str]) -> str:
   if near:
     return f"; did you mean {near[0]!r}?"
   roots = sorted({p.split("/")[0] for p in paths})
+  if roots == [""]:
+    return ", which is one leaf: leave it out"
   return f"; at the top there are {', '.join(roots[:10])}{', ...' if len(roots) > 10 else ''}"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,8 @@ from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.integrity.fingerprint import label
-from ckpt_jax.layout import aggregate, direct
+from ckpt_jax.layout import direct
+from ckpt_jax.layout.forms import shared_names
 from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.layout.keys import database_name
 from ckpt_jax.layout.structure import path_name
@@ -41,7 +42,6 @@ from ckpt_jax.restore.choose import (
 from ckpt_jax.restore.exchange import compile_seconds, is_compiled
 from ckpt_jax.restore.fetch import fetch
 from ckpt_jax.restore.initial import Initialise, initial_value, initialisers, patterns_inside
-from ckpt_jax.restore.item import item_to_read
 from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, finish_arrays, make_plan
 from ckpt_jax.restore.match import castable, match
 from ckpt_jax.restore.paths import as_patterns, matches, rebuild, selected
@@ -66,7 +66,6 @@ class Request:
   only: str | Iterable[str] | None = None
   init_missing: str | Iterable[str] | Mapping[str, Initialise] | None = None
   cast: bool | Mapping[str, Any] | None = None
-  item: str | None = None
   initial: bool = False
 
 
@@ -125,7 +124,7 @@ def read_state(
   error: BaseException | None = None
   planned: _Planned | None = None
   try:
-    step = Step(step_dir, config, item_to_read(step_dir, config, request.item, request.like))
+    step = Step(step_dir, config)
     planned = _plan(step, request)
   except Exception as e:
     error = e
@@ -220,19 +219,19 @@ def _compile_seconds(routes: list[Route]) -> float:
 class Step:
   """A step's item, as Orbax describes it, with its arrays open for a restore within the limits of `config`."""
 
-  def __init__(self, step_dir: epath.Path, config: Config, item: str | None = None):
+  def __init__(self, step_dir: epath.Path, config: Config):
     self.name = str(step_dir)
-    name = contents.item_name(step_dir, item)
-    self.item_dir = step_dir / name
+    self.item_dir = contents.item_directory(step_dir)
     self.item = contents.describe_item(self.item_dir, config)
     ours = run.our_metadata(step_dir)
-    self.notes: dict[str, Any] = contents.encoded_leaves(step_dir, name)
-    weak = ours.get("weak") if run.our_item(ours) == name else None
+    self.notes: dict[str, Any] = ours.get("encoded", {})
+    weak = ours.get("weak")
     self._weak: frozenset[str] | None = None if weak is None else frozenset(weak)
     self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
     leaves, structure = jax.tree_util.tree_flatten_with_path(self.item.tree)
     self.treedef: Any = structure  # jax's stubs do not know its methods
     self.paths = {path_name(path): path for path, _ in leaves}
+    _refuse_shared(self.paths, leaves, self.name)
     self.meta: dict[str, Any] = dict(zip(self.paths, (meta for _, meta in leaves), strict=True))
     self.infos = {info.path: info for info in contents.leaf_infos(self.item.tree, self.notes)}
 
@@ -266,13 +265,9 @@ class Reader:
       StorageError: if storage does not answer.
       CorruptCheckpointError: if it holds something else than its metadata says.
     """
-    step = self._step
-    here = [(plan, sharding) for plan, sharding in wanted if plan.name in step.item.values]
-    if here:
-      found = {p.name: aggregate.as_asked(step.item.values[p.name], p.scalar, sharding) for p, sharding in here}
-      return found | self.read([w for w in wanted if w[0].name not in found], arrived)
     if not wanted:
       return {}
+    step = self._step
     try:
       return self._read_tree(wanted, arrived) if step.item.info is None else self._read_directly(wanted, arrived)
     except (MemoryError, CheckpointError):
@@ -305,6 +300,14 @@ class Reader:
     read = handler.restore(step.item_dir, args=ocp.args.PyTreeRestore(item=item, restore_args=args))
     values = step.treedef.flatten_up_to(read)
     return {name: value for name, value in zip(step.meta, values, strict=True) if name in requests}
+
+
+def _refuse_shared(by_name: Collection[str], leaves: Sequence[tuple[tuple[Any, ...], Any]], where: str) -> None:
+  """Leaves are found by their names: `{"a": {"b": 1}, "a/b": 2}` has two of one name, which `save` refuses."""
+  if len(by_name) < len(leaves):
+    paths = [path for path, _ in leaves]
+    shared = "\n  ".join(shared_names(paths, [path_name(path) for path in paths]))
+    raise StructureMismatchError(f"{where}: some leaves have a name in common; nothing was read:\n  {shared}")
 
 
 # -- what is wanted
@@ -365,7 +368,9 @@ def _by_path(
 
   With `only="params"`, `like` may be a whole state, `{"params": ...}`, or what lies below params.
   """
-  leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
+  found = jax.tree_util.tree_flatten_with_path(like)[0]
+  leaves = {path_name(path): leaf for path, leaf in found}
+  _refuse_shared(leaves, found, "like=")
   if only is None or any(matches(p, name) for p in only for name in leaves):
     return leaves, ""
   if len(only) == 1 and not set("*?[") & set(only[0]):

@@ -15,6 +15,7 @@ import jax
 
 from ckpt_jax import errors
 from ckpt_jax.errors import CheckpointError, RestoreTimeoutError
+from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
 
 _log = logging.getLogger(__name__)
@@ -156,6 +157,7 @@ class Worker:
     """Ends the thread after the jobs that are queued; does not wait."""
     self._jobs.put(None)
 
+  @transfers_asked_for()
   def _run(self) -> None:
     while (entry := self._jobs.get()) is not None:
       future, job = entry
