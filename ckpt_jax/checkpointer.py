@@ -24,6 +24,7 @@ from ckpt_jax.integrity import recovery
 from ckpt_jax.integrity.gate import Gate
 from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.sharding import abstract_state
+from ckpt_jax.opening import opened
 from ckpt_jax.order import StepOrder
 from ckpt_jax.policies import pins
 from ckpt_jax.policies.agree import from_process_zero
@@ -46,6 +47,7 @@ from ckpt_jax.session import Session, check_not_forked
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.kvstore import connect
 from ckpt_jax.storage.objects import snapshot
+from ckpt_jax.storage.paths import given
 from ckpt_jax.tuning.plan import Plan
 from ckpt_jax.tuning.planner import Planner
 from ckpt_jax.underway import SaveRecord
@@ -79,6 +81,7 @@ class Checkpointer:
 
   Raises:
     ConfigError: if `config` or `schedule` is wrong.
+    NotARunError: if `directory` holds checkpoints but no steps of a run; it says how to open them.
     StorageError: if `directory` cannot be created or reached, or if it is on a disk that the job's other hosts do not
       see.
   """
@@ -103,6 +106,7 @@ class Checkpointer:
     if schedule is not None:
       check_schedule(schedule)
     config = self.config = as_config(config)
+    directory = given(directory)
     connect(directory, config.storage)
     self.directory: epath.Path = run.run_directory(directory)
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
@@ -134,10 +138,9 @@ class Checkpointer:
     self._notice = notice = PreemptionNotice() if config.preemption.enabled else None
     preempted = OnPreemption(lambda: notice is not None and notice.received)
     with storage_errors(f"{self.directory}: cannot open the run"), snapshot(self.directory):
-      run.naming(self.directory, opening=True)
       if first:
         finish_rewrites(self.directory)
-      from_process_zero([])  # nobody lists steps before that
+      self._opened = opened(self.directory, config.item, config.timeouts.restore_s)  # nobody lists steps before that
       self.schedule: SaveDecisionPolicy = schedule or make_schedule(config.schedule, self.directory)
       saver = Saver(
         self.directory,
@@ -148,6 +151,7 @@ class Checkpointer:
         retention=self._retention,
         deleter=self._deleter,
         attempt=self._attempt,
+        item=self._opened.item,
         gate=Gate(self.directory, config, self.storage, self._retention, self._deleter),
       )
     self._saver = saver
@@ -242,6 +246,7 @@ class Checkpointer:
     step = step_number(step)
     with self._session.lock:
       self._session.check_open()
+      self._opened.check_writable(self.directory)
       self._session.claim()
       preempted = self._preempted(step)
       if preempted:
@@ -367,6 +372,7 @@ class Checkpointer:
     like: PyTree | None = None,
     only: str | Iterable[str] | None = None,
     strategy: str | None = None,
+    item: str | None = None,
     *,
     init_missing: str | Iterable[str] | Mapping[str, Initialise] | None = None,
     cast: bool | Mapping[str, Any] | None = None,
@@ -392,6 +398,8 @@ class Checkpointer:
       strategy: how a job of several processes reads: `direct`: each what its devices need, so that R replicas read R
         copies; `gather`: all read each byte once and exchange it; `broadcast`: one replica reads and sends to the
         others; `auto`: what is expected to be fastest, see `Restored.report`. Default: `restore.strategy`.
+      item: of a step with several: which to read; `ckpt-jax show` lists them. Default: the training state, see
+        `Config.item`.
       init_missing: pattern, or several, of leaves of `like` that the checkpoint lacks: they keep like's values. With
         `{pattern: function}` they become `function(path, leaf)`. Together with `only`, a pattern that names none of the
         leaves restored, but a node outside of them (`opt_state`), brings those leaves of `like` back too, so that the
@@ -414,7 +422,7 @@ class Checkpointer:
     strategy = strategy or self.config.restore.strategy
     if strategy not in ("auto", *STRATEGIES):
       raise ConfigError(f"strategy: {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
-    return self._restored(step, Request(like, only, init_missing, cast), strategy, healthy=healthy)
+    return self._restored(step, Request(like, only, init_missing, cast, item), strategy, healthy=healthy)
 
   @transfers_asked_for()
   def rollback(self, step: int, *, delete: bool = False) -> list[int]:

@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ckpt_jax import cli_aside, cli_bench, cli_prune, cli_repack, cli_simulate, cli_tune, cli_verify
+from ckpt_jax import cli_aside, cli_bench, cli_convert, cli_prune, cli_repack, cli_simulate, cli_tune, cli_verify
 from ckpt_jax.cli_common import Json, NearestName, Run, console, fail, pairs, print_json, print_table, size
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
@@ -84,12 +84,13 @@ def list_command(
 def show(
   run: Run,
   step: Annotated[int | None, typer.Argument(help="Default: the newest.", show_default=False)] = None,
+  item: Annotated[str | None, typer.Option(help="Of a step with several items. Default: the training state.")] = None,
   as_json: Json = False,
 ) -> None:
-  """Show what a step holds: run metadata, metrics, extras, and every leaf with shape, dtype and size."""
+  """Show what a step holds: run metadata, metrics, extras, items, and every leaf with shape, dtype and size."""
   from ckpt_jax.contents import describe
 
-  found = describe(run, step)
+  found = describe(run, step, item)
   if as_json:
     print_json(dataclasses.asdict(found))
     return
@@ -100,6 +101,16 @@ def show(
   facts.add_row("metrics", escape(pairs(found.metrics)))
   facts.add_row("extras", escape(json.dumps(found.extras)))
   terminal.print(facts)
+  if [part.name for part in found.items if part.name != "metrics"] != [found.item]:
+    table = Table("item", "kind", "handler", "")
+    for part in found.items:
+      shown = "shown below" if part.name == found.item else f"--item {part.name}"
+      table.add_row(*map(escape, (part.name, part.kind, part.handler, shown)))
+    terminal.print(table)
+  if found.content is not None:
+    terminal.print_json(json.dumps(found.content))
+  if not found.leaves:
+    return
   leaves = Table(Column("leaf", overflow="fold"), "shape", "dtype", "size")
   for leaf in found.leaves:
     leaves.add_row(
@@ -164,6 +175,7 @@ app.command()(cli_verify.rollback)
 app.command("restore-quarantined")(cli_aside.restore_quarantined)
 app.command()(cli_tune.tune)
 app.command()(cli_repack.repack)
+app.command()(cli_convert.convert)
 
 
 def main() -> None:

@@ -17,7 +17,18 @@ from typer.core import TyperGroup
 
 from ckpt_jax.units import size_text
 
-Run = Annotated[str, typer.Argument(help="Directory of the run: a path, gs://...", show_default=False)]
+
+def _run(path: str) -> str:
+  from ckpt_jax import foreign
+  from ckpt_jax.run import newest_step, run_directory
+
+  directory = run_directory(path)
+  if newest_step(directory) is None:
+    foreign.refuse(directory)
+  return path
+
+
+Run = Annotated[str, typer.Argument(help="Directory of the run: a path, gs://...", show_default=False, callback=_run)]
 _RICH_ROWS = 300
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

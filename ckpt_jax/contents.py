@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from ckpt_jax import run, untrusted
-from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
+from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError
+
+JSON_FILES = ("metadata", "metrics")
+V1_ITEM = "state"  # what Orbax v1's training.Checkpointer saves and asks for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,39 +38,145 @@ class LeafInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class Item:
+  """A part of a step, which Orbax saves and restores by itself.
+
+  Attributes:
+    name: its directory below the step; empty where the step is a tree by itself, without items.
+    kind: `tree`: a pytree; `array`: one array or number; `json`; `other`: only its handler knows.
+    handler: the class that wrote it; empty if the step does not say.
+  """
+
+  name: str
+  kind: str
+  handler: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class StepDescription:
-  """A committed step with everything but its values."""
+  """A committed step with everything but its values.
+
+  Attributes:
+    step, metadata, metrics, extras: what was saved beside the state.
+    leaves: those of one item, the training state if no other was asked for; empty if it is none that has leaves.
+    item: the name of that item; None if none of several trees stands out.
+    items: all items of the step.
+    content: what the item holds if that is JSON.
+  """
 
   step: int
   metadata: dict[str, Any]
   metrics: dict[str, Any]
   extras: Any
   leaves: list[LeafInfo]
+  item: str | None = run.DEFAULT_ITEM
+  items: tuple[Item, ...] = ()
+  content: Any = None
 
 
-def item_directory(step_dir: epath.Path) -> epath.Path:
-  """The directory of the training state inside a step, ours or plain Orbax's.
+def items(step_dir: epath.Path) -> list[Item]:
+  """All items of a committed step, by name; those within items (random keys are two in one) after a slash."""
+  handlers = run.step_metadata(step_dir).get("item_handlers")
+  if run.is_tree(step_dir):
+    return [Item("", "tree", _class_name(handlers))]
+  return sorted(_items(step_dir, "", handlers if isinstance(handlers, dict) else {}), key=lambda item: item.name)
+
+
+def _items(directory: epath.Path, prefix: str, handlers: dict[str, Any]) -> Iterator[Item]:
+  for path in directory.iterdir():
+    if path.name.startswith(".") or not path.is_dir():
+      continue
+    name, handler = f"{prefix}{path.name}", _class_name(handlers.get(path.name))
+    files = {p.name for p in path.iterdir()} - {run.COMMIT_MARKER, run.STEP_METADATA}
+    if "checkpoint" in files and (path / "checkpoint" / ".zarray").exists():
+      yield Item(name, "array", handler)
+    elif run.is_tree(path):
+      yield Item(name, "tree", handler)
+    elif len(files) == 1 and files <= set(JSON_FILES):
+      yield Item(name, "json", handler)
+    elif not prefix and files and all((path / file).is_dir() for file in files):
+      yield from _items(path, f"{name}/", {})
+    else:
+      yield Item(name, "other", handler)
+
+
+def _class_name(handler: Any) -> str:
+  return handler.rpartition(".")[2] if isinstance(handler, str) else ""
+
+
+class SeveralItemsError(CheckpointError):
+  """A step holds several trees, and which of them is meant is not clear.
+
+  Attributes:
+    names: of the trees.
+  """
+
+  def __init__(self, message: str, names: Sequence[str]):
+    super().__init__(message)
+    self.names = names
+
+
+def item_name(step_dir: epath.Path, name: str | None = None) -> str:
+  """The item of a step that holds the training state, ours or plain Orbax's.
+
+  Args:
+    step_dir: a committed step.
+    name: which was asked for. Default: the one that ckpt_jax wrote, else `default` (of Orbax's CheckpointManager), else
+      `state` (of Orbax v1), else the only tree.
 
   Raises:
-    CorruptCheckpointError: if the step holds no state.
-    CheckpointError: if it holds several and none is called `default` or `state`.
+    ConfigError: if the step lacks the item that was asked for.
+    CorruptCheckpointError: if the step holds no tree at all.
+    SeveralItemsError: if it holds several trees, none called `default` or `state`.
   """
-  items = sorted(p.name for p in step_dir.iterdir() if (p / run.ITEM_METADATA).exists())
-  for name in (run.DEFAULT_ITEM, "state"):
-    if name in items:
-      return step_dir / name
-  if len(items) == 1:
-    return step_dir / items[0]
-  if not items:
-    raise CorruptCheckpointError(f"{step_dir}: no item with a {run.ITEM_METADATA}; the step holds no state")
-  raise CheckpointError(f"{step_dir}: several items ({', '.join(items)}) and none is called default or state")
+  ours = {} if name else run.our_metadata(step_dir)
+  for usual in [name] if name else [run.our_item(ours)] if ours else [run.DEFAULT_ITEM, V1_ITEM]:
+    if run.is_tree(step_dir / usual):
+      return usual
+  if ours:
+    raise CorruptCheckpointError(
+      f"{step_dir / run.our_item(ours)}: no {run.ITEM_METADATA}; the step was saved with its state there"
+    )
+  found = items(step_dir)
+  trees = [item.name for item in found if item.kind == "tree" and "/" not in item.name]
+  if name:
+    kinds = {item.name: item.kind for item in found}
+    if kinds.get(name) in ("tree", "array"):
+      return name
+    if name in kinds:
+      how = (
+        f"`ckpt-jax show` prints it, and it is in {step_dir / name}"
+        if kinds[name] == "json"
+        else "its handler reads it"
+      )
+      raise ConfigError(f"{step_dir}: its item {name} ({kinds[name]}) is no tree of arrays; {how}")
+    there = ", ".join(f"{n} ({kind})" for n, kind in kinds.items()) if trees != [""] else "one tree without a name"
+    near = difflib.get_close_matches(name, kinds, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{step_dir}: no item {name!r}; the step has {there}{hint}")
+  if len(trees) == 1:
+    return trees[0]
+  if not trees:
+    there = ", ".join(f"{item.name} ({item.kind})" for item in found) or "nothing"
+    raise CorruptCheckpointError(f"{step_dir}: holds no state: no item of it is a tree of arrays, it has {there}")
+  raise SeveralItemsError(
+    f"{step_dir}: several items ({', '.join(trees)}), and none is called {run.DEFAULT_ITEM} or {V1_ITEM}; say which "
+    f'holds the state: restore(item="{trees[0]}"), Config(item="{trees[0]}"), or --item {trees[0]}',
+    trees,
+  )
 
 
-def describe(path: str | os.PathLike[str], step: int | None = None) -> StepDescription:
+def item_directory(step_dir: epath.Path, name: str | None = None) -> epath.Path:
+  """The directory of an item, default: of the training state; see `item_name` for arguments and errors."""
+  return step_dir / item_name(step_dir, name)
+
+
+def describe(path: str | os.PathLike[str], step: int | None = None, item: str | None = None) -> StepDescription:
   """Everything about a step (default: the newest) but its values; reads metadata only.
 
   Raises:
     NoCheckpointError: if there is no such step.
+    ConfigError: if the step has no such item.
     CorruptCheckpointError: if its metadata cannot be read.
   """
   directory = run.run_directory(path)
@@ -74,12 +185,41 @@ def describe(path: str | os.PathLike[str], step: int | None = None) -> StepDescr
   ours = run.our_metadata(step_dir)
   shown = {k: v for k, v in ours.items() if k not in ("metrics", "extras", "encoded")}
   metrics = run.step_info(directory, step).metrics
-  return StepDescription(step, shown, metrics, ours.get("extras"), saved_leaves(step_dir))
+  there = tuple(items(step_dir))
+  name, leaves, content = item, [], None
+  if any(part.name == item and part.kind not in ("tree", "array") for part in there):
+    content = json_item(step_dir / str(item))
+  else:
+    try:
+      name = item_name(step_dir, item)
+      leaves = saved_leaves(step_dir, name)
+    except SeveralItemsError:
+      pass
+  return StepDescription(step, shown, metrics, ours.get("extras"), leaves, name, there, content)
 
 
-def saved_leaves(step_dir: epath.Path) -> list[LeafInfo]:
-  """The leaves of a step as its trainer saw them, sorted as in the saved tree."""
-  return leaf_infos(describe_item(item_directory(step_dir)).tree, run.our_metadata(step_dir).get("encoded", {}))
+def json_item(item_dir: epath.Path) -> Any:
+  """What an item holds that is one file of JSON, as `JsonSave` and Orbax's metrics write it; None for another.
+
+  Raises:
+    CorruptCheckpointError: if the file is there and holds no JSON.
+  """
+  for name in JSON_FILES:
+    if (item_dir / name).exists():
+      return untrusted.read_json(item_dir / name)
+  return None
+
+
+def saved_leaves(step_dir: epath.Path, item: str | None = None) -> list[LeafInfo]:
+  """The leaves of an item, default: of the training state, as its trainer saw them, sorted as in the saved tree."""
+  name = item_name(step_dir, item)
+  return leaf_infos(describe_item(step_dir / name).tree, encoded_leaves(step_dir, name))
+
+
+def encoded_leaves(step_dir: epath.Path, item: str) -> dict[str, Any]:
+  """What `layout.encoding` noted of the leaves of an item; empty for one that ckpt_jax did not write."""
+  ours = run.our_metadata(step_dir)
+  return ours.get("encoded", {}) if run.our_item(ours) == item else {}
 
 
 def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
@@ -124,12 +264,14 @@ class ItemDescription:
     info: Orbax's description of an array, without a name; None if only Orbax knows the item, see `layout.direct`.
     index: where its small arrays lie; empty if it is not packed.
     stores: its other arrays, open, by their names in the database.
+    values: those that the description itself holds, by path, as early Orbax wrote them.
   """
 
   tree: Any
   info: Any = None
   index: dict[str, Any] = dataclasses.field(default_factory=dict)
   stores: dict[str, Any] = dataclasses.field(default_factory=dict)
+  values: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def describe_item(item_dir: epath.Path, config: Any = None) -> ItemDescription:
@@ -139,10 +281,14 @@ def describe_item(item_dir: epath.Path, config: Any = None) -> ItemDescription:
     CorruptCheckpointError: if it cannot be read.
   """
   from ckpt_jax.config import Config
-  from ckpt_jax.layout import direct, packing
+  from ckpt_jax.layout import aggregate, direct, packing
   from ckpt_jax.layout.handler import pytree_handler
 
   try:
+    limits = (config or Config()).limits
+    if (old := aggregate.describe(item_dir, limits)) is not None:
+      tree, info, stores, values = old
+      return ItemDescription(tree, info, {}, stores, values)
     data = untrusted.read_json(item_dir / run.ITEM_METADATA)
     untrusted.check_tree(data, str(item_dir / run.ITEM_METADATA))
     index = packing.read_index(item_dir)
@@ -151,7 +297,7 @@ def describe_item(item_dir: epath.Path, config: Any = None) -> ItemDescription:
       tree = pytree_handler(Config()).metadata(item_dir).tree
       _check_claims(tree, item_dir)
       return ItemDescription(tree)
-    info = direct.item_info(item_dir, data, (config or Config()).limits)
+    info = direct.item_info(item_dir, data, limits)
     tree, stores = direct.describe(info, data, index)
     _check_claims(tree, item_dir)
     return ItemDescription(tree, info, index, stores)

@@ -44,6 +44,11 @@ class Naming:
 PLAIN = Naming()
 
 
+def is_temporary(name: str) -> bool:
+  """Whether a directory is what an unfinished save left, or was moved out of the way of one."""
+  return any(mark in name for mark in _TEMPORARY)
+
+
 def naming_of(
   names: Iterable[str], is_step: Callable[[str], bool], is_empty: Callable[[str], bool], where: str
 ) -> Naming | None:
@@ -63,7 +68,7 @@ def naming_of(
   by_prefix: dict[str, list[str]] = {}
   for name in names:
     match = _NUMBERED.fullmatch(name)
-    if match is not None and not name.startswith(".") and not any(mark in name for mark in _TEMPORARY):
+    if match is not None and not name.startswith(".") and not is_temporary(name):
       by_prefix.setdefault(match[1] or "", []).append(match[2])
   plain = by_prefix.pop("", [])
   if plain:

@@ -19,6 +19,7 @@ from ckpt_jax.integrity.verifying import Verifier
 from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.rendezvous import Rendezvous
+from ckpt_jax.restore.item import item_to_read
 from ckpt_jax.restore.placement import on_real_devices
 from ckpt_jax.restore.read import Request, read_state
 from ckpt_jax.restore.result import Restored, RestoreReport
@@ -128,7 +129,8 @@ class Restorer:
         metrics: dict[str, Any] = {}
         check = None
         try:
-          ours, metrics, record = self._described(step)
+          ours, metrics, item, record = self._described(step, request)
+          request = dataclasses.replace(request, item=item)
           check = verifier.expecting(record) if verifier is not None else None
         except Exception as e:
           error = e
@@ -156,11 +158,12 @@ class Restorer:
     _log.info("restored step %d of %s in %.2f s", step, self._directory, report.seconds)
     return Restored(read.state, step, step + 1, metrics, ours.get("extras"), report)
 
-  def _described(self, step: int) -> tuple[dict[str, Any], dict[str, Any], Record | None]:
-    """What a step says of itself: our notes, metrics, fingerprints."""
+  def _described(self, step: int, request: Request) -> tuple[dict[str, Any], dict[str, Any], str, Record | None]:
+    """What a step says of itself: our notes, metrics, the item to read and its fingerprints."""
     damaged = recovery.damage(self._directory, step)
     if damaged is not None:
       raise damaged
     step_dir = run.step_directory(self._directory, step)
-    record = read_record(step_dir) if self._config.restore.verify else None
-    return run.our_metadata(step_dir), run.step_info(self._directory, step).metrics, record
+    item = item_to_read(step_dir, self._config, request.item, request.like)
+    record = read_record(step_dir, item) if self._config.restore.verify else None
+    return run.our_metadata(step_dir), run.step_info(self._directory, step).metrics, item, record

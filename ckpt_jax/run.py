@@ -17,12 +17,13 @@ from ckpt_jax.naming import PLAIN, Naming, naming_of
 from ckpt_jax.seal import is_intact
 from ckpt_jax.storage.kvstore import SCHEMES, connect, is_object_store
 from ckpt_jax.storage.objects import snapshot
-from ckpt_jax.storage.paths import literal, url_scheme
+from ckpt_jax.storage.paths import given, literal, url_scheme
 
 STEP_METADATA = "_CHECKPOINT_METADATA"
 ITEM_METADATA = "_METADATA"
 DEFAULT_ITEM = "default"
 COMMIT_MARKER = "commit_success.txt"
+AGGREGATE = "checkpoint"  # the tree, and its small leaves, as Orbax before 0.4 wrote it
 RECORD = "ckpt_jax.json"  # beside ITEM_METADATA: fingerprints and health, see integrity/record.py
 OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
 # What ckpt_jax notes about a run: RUN/.ckpt_jax/pins/STEP, RUN/.ckpt_jax/deleting/STEP and more. Plain small files,
@@ -61,8 +62,10 @@ def run_directory(path: str | os.PathLike[str]) -> epath.Path:
   """An absolute path, with `~` expanded; URLs stay as they are (plain Orbax refuses relative paths).
 
   Raises:
+    ConfigError: if there is no path in it, as from a variable that is not set.
     StorageError: if it is another kind of URL, or a path in which TensorStore would write elsewhere.
   """
+  path = given(path)
   scheme = url_scheme(path)
   if scheme in SCHEMES:
     connect(path)
@@ -113,6 +116,20 @@ def naming(run: epath.Path, names: Sequence[str] | None = None, *, opening: bool
   return _namings[key]
 
 
+def is_called(run: epath.Path, naming: Naming) -> None:
+  """For processes that did not look: how the steps of a run are called."""
+  _namings[os.fspath(run)] = naming
+
+
+def newest_step(run: epath.Path) -> int | None:
+  """The newest committed step; looks at as few of the others as can be."""
+  names = _names(run)
+  called = naming(run, names)
+  doomed = uncounted_steps(run) if names else set()
+  steps = sorted({step for name in names if (step := called.step(name)) is not None} - doomed, reverse=True)
+  return next((step for step in steps if is_step(run / called.name(step))), None)
+
+
 def step_path(run: epath.Path, step: int) -> epath.Path:
   """The directory of a step, whether it is there or not."""
   return run / naming(run).name(step)
@@ -144,7 +161,34 @@ def is_step(directory: epath.Path) -> bool:
   if is_object_store(directory):
     # Nothing is renamed there: a step is committed once its marker is written, last of all.
     return (directory / COMMIT_MARKER).exists()
-  return (directory / STEP_METADATA).exists() or (directory / DEFAULT_ITEM / ITEM_METADATA).exists()
+  if (directory / STEP_METADATA).exists() or (directory / DEFAULT_ITEM / ITEM_METADATA).exists():
+    return True
+  # Orbax before 0.5.20 wrote nothing about a step as a whole.
+  return is_tree(directory) or any(_is_bare_item(directory / name) for name in _names(directory))
+
+
+def is_tree(directory: epath.Path) -> bool:
+  """Whether `directory` holds a pytree that some version of Orbax wrote."""
+  return (directory / ITEM_METADATA).exists() or is_message_pack(directory / AGGREGATE)
+
+
+def _is_bare_item(path: epath.Path) -> bool:
+  """Whether a directory is an item of a step, rather than a checkpoint by itself in a run of such."""
+  return not path.name[-1:].isdigit() and is_tree(path) and not (path / STEP_METADATA).exists()
+
+
+def is_message_pack(file: epath.Path) -> bool:
+  """Whether a file may be a MessagePack map with text for keys, as flax and early Orbax write a tree.
+
+  TensorFlow's `checkpoint` is text.
+  """
+  if not file.exists() or file.is_dir():
+    return False
+  with file.open("rb") as opened:
+    head = opened.read(6)
+  sizes = {0xDE: 3, 0xDF: 5} | dict.fromkeys(range(0x81, 0x90), 1)
+  key = head[sizes.get(head[0], len(head)) :] if head else b""
+  return bool(key) and (0xA0 <= key[0] <= 0xBF or key[0] in (0xD9, 0xDA))
 
 
 def step_directory(run: epath.Path, step: int) -> epath.Path:
@@ -179,10 +223,10 @@ def latest_committed(run: epath.Path) -> int:
   Raises:
     NoCheckpointError: if there is none.
   """
-  steps = committed_steps(run)
-  if not steps:
+  step = newest_step(run)
+  if step is None:
     raise NoCheckpointError(f"{run}: no committed checkpoint; save one first, or check the path")
-  return steps[-1]
+  return step
 
 
 def newest_to_restore(run: epath.Path) -> int | None:
@@ -237,6 +281,11 @@ def our_metadata(step_dir: epath.Path) -> dict[str, Any]:
     CorruptCheckpointError: if it cannot be read, or is not what was written.
   """
   return _ours(step_metadata(step_dir), step_dir) or {}
+
+
+def our_item(ours: dict[str, Any]) -> str:
+  """The item that ckpt_jax saved the state as, in a step of which `ours` is `our_metadata`."""
+  return str(ours.get("item", DEFAULT_ITEM))
 
 
 def _ours(data: dict[str, Any], step_dir: epath.Path) -> dict[str, Any] | None:

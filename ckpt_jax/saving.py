@@ -29,6 +29,7 @@ from ckpt_jax.integrity.record import (
   RecordedSave,
   Recording,
   RecordingHandler,
+  as_item,
   history,
   record_of,
 )
@@ -84,6 +85,7 @@ class Saver:
     deleter: StepDeleter,
     attempt: AttemptLog,
     gate: Gate,
+    item: str = run.DEFAULT_ITEM,
   ):
     """Opens Orbax's manager.
 
@@ -97,6 +99,7 @@ class Saver:
       deleter: removes the rest.
       attempt: remembers what saves cost.
       gate: admits saves to the storage, and makes their commits durable.
+      item: what the state is saved as within a step.
     """
     self.records: list[SaveRecord] = []
     self._directory = directory
@@ -109,6 +112,7 @@ class Saver:
     self._attempt = attempt
     self._gate = gate
     self._outlook = Outlook(directory, retention, schedule, config.schedule)
+    self._item = item
     self._write: Write | None = None
     self._errand: Errand | None = None
     self._beginning: SaveRecord | None = None  # of a save that has not returned
@@ -159,7 +163,7 @@ class Saver:
     record.waited_s = time.perf_counter() - waited
 
     recording = record_of(step, state, record.nbytes, planned.health.nonfinite, f"{self._directory}: step {step}")
-    metadata |= {"fingerprints": 1, "health": recording.health_told}
+    metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._item}
     in_chunks = chunk_nbytes(self._directory, state, self._config.limits.host_memory)
     self._beginning = record
     told = functools.partial(self._note_commit, committed)
@@ -273,8 +277,11 @@ class Saver:
       with operation.begun():
         self.manager.save(
           step,
-          args=RecordedSave(
-            ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self._config)), recording
+          args=as_item(
+            self._item,
+            RecordedSave(
+              ocp.args.PyTreeSave(encoded, ocdbt_target_data_file_size=target_file_size(self._config)), recording
+            ),
           ),
           metrics=metadata["metrics"],
           custom_metadata={run.OURS: sealed(metadata)},
@@ -297,7 +304,7 @@ class Saver:
         self._directory,
         self._steps_there,
         self._on_end,
-        item_handlers=RecordingHandler(handler, self._norms),
+        item_handlers=as_item(self._item, RecordingHandler(handler, self._norms)),
         options=ocp.CheckpointManagerOptions(
           save_decision_policy=self._policy,
           preservation_policy=self._retention,

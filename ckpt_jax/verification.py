@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from ckpt_jax import contents, foreign, untrusted
 from ckpt_jax import run as run_lib
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CorruptCheckpointError, StorageError
@@ -21,7 +22,7 @@ from ckpt_jax.failures import root_cause
 from ckpt_jax.integrity import aside, databases, fingerprint, record, sums
 from ckpt_jax.layout.keys import database_name, prefix
 from ckpt_jax.layout.memory import transfers_asked_for
-from ckpt_jax.restore.leaf import AS_SAVED, make_plan
+from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, make_plan
 from ckpt_jax.restore.read import Reader, Step
 from ckpt_jax.storage.kvstore import kvstore_spec
 from ckpt_jax.storage.objects import snapshot
@@ -63,6 +64,7 @@ class Verdict:
     fingerprints: leaves that were compared with what training held when it saved.
     how_far: in words.
     findings: what is wrong.
+    items: how far each item of the step could be checked.
   """
 
   step: int
@@ -71,13 +73,25 @@ class Verdict:
   fingerprints: int
   how_far: str
   findings: tuple[Finding, ...]
+  items: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+  """What `Verdict` says, for one item."""
+
+  name: str
+  leaves: int
+  nbytes: int
+  fingerprints: int
+  how_far: str
 
 
 def verify(run: str | os.PathLike[str], step: int | None = None) -> list[Finding]:
   """Reads a step, or all of a run, from storage and compares it with what was saved. Changes nothing.
 
-  Leaf by leaf, in bounded memory. Steps of plain Orbax have no fingerprints: of those it is checked that metadata and
-  databases can be read and each chunk decodes; see `verdicts` for how far each step could be checked.
+  All items, leaf by leaf, in bounded memory. Steps of plain Orbax have no fingerprints: of those it is checked that
+  metadata and databases can be read and each chunk decodes; see `verdicts` for how far each step could be checked.
 
   Args:
     run: the run.
@@ -88,6 +102,7 @@ def verify(run: str | os.PathLike[str], step: int | None = None) -> list[Finding
 
   Raises:
     NoCheckpointError: if there is no such step, or none at all.
+    NotARunError: if there are checkpoints that are no steps of a run.
     StorageError: if storage does not answer.
   """
   return [finding for verdict in verdicts(run, step) for finding in verdict.findings]
@@ -111,7 +126,8 @@ def verdicts(
   else:
     steps = sorted({*run_lib.committed_steps(directory), *damaged})
     if not steps:
-      run_lib.latest_committed(directory)
+      foreign.refuse(directory)
+      run_lib.latest_committed(directory)  # says that there is none
   for number in steps:
     if number in damaged:
       finding = Finding(number, "commit", "", "", str(damaged[number]))
@@ -133,16 +149,43 @@ class _Check:
 
   @transfers_asked_for()
   def verdict(self) -> Verdict:
+    trees: list[tuple[str, Step, list[LeafPlan]]] = []
+    checked: list[_Checked] = []
     try:
-      described = Step(self._step_dir, Config())
-      item = described.item_dir
+      ours = run_lib.our_metadata(self._step_dir)
+      state = contents.item_name(self._step_dir) if ours else None  # it must be there, whatever else is
+      parts = contents.items(self._step_dir)
+      self._missing({part.name for part in parts})
     except CorruptCheckpointError as e:
       self._found("metadata", str(e))
       return Verdict(self._step, 0, 0, 0, "nothing but the metadata, which are damaged", tuple(self._findings))
-    self._stored = {name: database_name(path) for name, path in described.paths.items()}
-    known = self._files(item)
-    plans = [make_plan(n, m, described.notes.get(n), AS_SAVED) for n, m in described.meta.items()]
-    self._total = sum(p.nbytes for p in plans)
+    for part in parts:
+      try:
+        if part.kind not in ("tree", "array"):
+          checked.append(self._other(part))
+          continue
+        described = Step(self._step_dir, Config(), part.name)
+        plans = [make_plan(n, m, described.notes.get(n), AS_SAVED) for n, m in described.meta.items()]
+        trees.append((part.name, described, plans))
+      except CorruptCheckpointError as e:
+        self._found("metadata", str(e), file=part.name)
+        checked.append(_Checked(part.name, 0, 0, 0, "nothing but the metadata, which are damaged"))
+    self._total = sum(plan.nbytes for _, _, plans in trees for plan in plans)
+    checked += [self._tree(name, described, plans, ours if name == state else {}) for name, described, plans in trees]
+    return Verdict(
+      self._step,
+      sum(part.leaves for part in checked),
+      sum(part.nbytes for part in checked),
+      sum(part.fingerprints for part in checked),
+      _in_words(checked),
+      tuple(self._findings),
+      {part.name: part.how_far for part in checked},
+    )
+
+  def _tree(self, name: str, described: Step, plans: list[LeafPlan], ours: dict[str, Any]) -> _Checked:
+    item = described.item_dir
+    self._stored = {leaf: database_name(path) for leaf, path in described.paths.items()}
+    known = self._files(name, item, ours)
     if known is not None and set(known.leaves) != {p.name for p in plans}:
       differ = sorted(set(known.leaves) ^ {p.name for p in plans})
       self._found("structure", f"leaves that were saved and those that there are differ: {', '.join(differ[:10])}")
@@ -152,37 +195,57 @@ class _Check:
     for group in _groups([p for p in plans if p not in large]):
       self._read_group(reader, group, known, item)
     for plan in large:
-      self._read_blocks(plan, known, item, described)
+      self._read_blocks(plan, known, item)
     compared = 0 if known is None else sum(p.name in known.leaves for p in plans)
     if known is None:
       how_far = "databases and chunks are readable; no fingerprints, so that changed values cannot be told"
     else:
       how_far = "all bits compared with what training held"
-    return Verdict(self._step, len(plans), self._total, compared, how_far, tuple(self._findings))
+    return _Checked(name, len(plans), sum(p.nbytes for p in plans), compared, how_far)
+
+  def _other(self, part: contents.Item) -> _Checked:
+    """What is no tree: JSON must be JSON; of what only its handler knows, each file must at least be readable."""
+    directory = self._step_dir / part.name
+    if part.kind == "json":
+      contents.json_item(directory)
+      return _Checked(part.name, 0, 0, 0, "JSON, read; no fingerprints")
+    files = list(_files_below(directory))
+    nbytes = 0
+    for file in files:
+      if file.suffix == ".json":
+        untrusted.read_json(file)
+      nbytes += _read_through(file)
+    who = f"only its handler{f' ({part.handler})' if part.handler else ''} could tell whether they are sound"
+    return _Checked(part.name, 0, nbytes, 0, f"{len(files)} files read; {who}" if files else "holds no file")
 
   # -- metadata
 
-  def _files(self, item: epath.Path) -> record.Record | None:
-    ours = run_lib.our_metadata(self._step_dir)
+  def _missing(self, there: set[str]) -> None:
+    handlers = run_lib.step_metadata(self._step_dir).get("item_handlers")
+    if isinstance(handlers, dict):
+      for name in sorted(set(handlers) - {name.split("/")[0] for name in there}):
+        self._found("structure", "this item was saved, and is not there", file=name)
+
+  def _files(self, name: str, item: epath.Path, ours: dict[str, Any]) -> record.Record | None:
     known = None
     try:
-      known = record.read_record(self._step_dir)
+      known = record.read_record(self._step_dir, name)
     except CorruptCheckpointError as e:
-      self._found("metadata", str(e), file=f"{item.name}/{record.FILE}")
+      self._found("metadata", str(e), file=self._below_step(item / record.FILE))
     if known is not None:
-      for name in record.changed_files(item, known):
-        self._found("metadata", "its bits are not those that were written", file=f"{item.name}/{name}")
+      for file in record.changed_files(item, known):
+        self._found("metadata", "its bits are not those that were written", file=self._below_step(item / file))
     if ours:
       places = [self._step_dir, item, self._step_dir / "metrics"]
       markers = [place / run_lib.COMMIT_MARKER for place in places if place.exists()]
       for marker in markers:
         if not marker.exists():
-          self._found("commit", "missing", file=str(marker)[len(str(self._step_dir)) + 1 :])
+          self._found("commit", "missing", file=self._below_step(marker))
       self._metrics(ours)
     for database in databases.directories(item):
       why = databases.unreadable(database)
       if why is not None:
-        self._found("structure", why, file=str(database)[len(str(self._step_dir)) + 1 :])
+        self._found("structure", why, file=self._below_step(database))
     return known
 
   def _metrics(self, ours: dict[str, Any]) -> None:
@@ -235,10 +298,11 @@ class _Check:
     elif saved.total != total & sums.MASK:
       self._leaf(path, "its bits are not those that training held when it saved", item)
 
-  def _read_blocks(self, plan: Any, known: record.Record | None, item: epath.Path, described: Step) -> None:
+  def _read_blocks(self, plan: Any, known: record.Record | None, item: epath.Path) -> None:
     import tensorstore as ts
 
-    zarr3 = json.loads((item / run_lib.ITEM_METADATA).read_text()).get("use_zarr3", False)
+    described = item / run_lib.ITEM_METADATA
+    zarr3 = described.exists() and json.loads(described.read_text()).get("use_zarr3", False)
     base = kvstore_spec(str(item).rstrip("/") + "/")
     if (item / databases.MANIFEST).exists():
       base = {"driver": "ocdbt", "base": base}
@@ -275,10 +339,40 @@ class _Check:
 
   def _leaf(self, path: str, message: str, item: epath.Path) -> None:
     files = databases.files_of(item, self._stored.get(path, path))
-    self._found("data", message, leaf=path, file=", ".join(f"{item.name}/{file}" for file in files))
+    self._found("data", message, leaf=path, file=", ".join(self._below_step(item / file) for file in files))
+
+  def _below_step(self, path: epath.Path) -> str:
+    return str(path)[len(str(self._step_dir)) + 1 :]
 
   def _found(self, kind: str, message: str, *, leaf: str = "", file: str = "") -> None:
     self._findings.append(Finding(self._step, kind, leaf, file, message))
+
+
+def _in_words(checked: Sequence[_Checked]) -> str:
+  """How far the items of a step could be checked; metrics, which are in the step's JSON too, are left out."""
+  by_text: dict[str, list[str]] = {}
+  for part in checked:
+    if part.name != "metrics":
+      by_text.setdefault(part.how_far, []).append(part.name)
+  if len(by_text) < 2:
+    return "".join(by_text)
+  return "; ".join(f"{', '.join(names)}: {text}" for text, names in by_text.items())
+
+
+def _files_below(directory: epath.Path) -> Iterator[epath.Path]:
+  for path in sorted(directory.iterdir()):
+    if path.is_dir():
+      yield from _files_below(path)
+    elif path.name != run_lib.COMMIT_MARKER:
+      yield path
+
+
+def _read_through(file: epath.Path) -> int:
+  try:
+    with file.open("rb") as opened:
+      return sum(len(block) for block in iter(lambda: opened.read(_BLOCK_NBYTES), b""))
+  except OSError as e:
+    raise StorageError(f"{file}: {e.strerror or e}") from e
 
 
 def _groups(plans: Sequence[Any]) -> Iterator[list[Any]]:

@@ -16,6 +16,7 @@ from ckpt_jax.config.units import (
   Bytes,
   Count,
   Duration,
+  ItemName,
   LeafPaths,
   Price,
   Share,
@@ -351,6 +352,9 @@ class Config(_Section):
     preemption: what SIGTERM does.
     timeouts: when an operation counts as failed.
     storage: what the run lies on, and how to reach it.
+    item: the item of a step that holds the state, as in the runs of other programs: `items` of MaxText, `state` of
+      Orbax v1. It is restored, and saved under that name. Null: the one that the run's newest step has, and `default`
+      in a new run, which plain `ocp.CheckpointManager` asks for.
 
   Raises:
     ConfigError: for an unknown key (with the nearest right one) or a wrong value; all of them at once.
@@ -365,6 +369,7 @@ class Config(_Section):
   preemption: PreemptionConfig = Field(default_factory=PreemptionConfig)
   timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
   storage: StorageConfig = Field(default_factory=StorageConfig)
+  item: ItemName | None = None
 
   if TYPE_CHECKING:  # a section may be given as a dict, which the synthesized signature would not allow
 
@@ -380,6 +385,7 @@ class Config(_Section):
       preemption: PreemptionConfig | Mapping[str, Any] = ...,
       timeouts: TimeoutsConfig | Mapping[str, Any] = ...,
       storage: StorageConfig | StorageName | Mapping[str, Any] = ...,
+      item: str | None = ...,
     ) -> None: ...
 
   @pydantic.model_validator(mode="before")

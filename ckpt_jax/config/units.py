@@ -153,12 +153,24 @@ def _whole(value: Any) -> Any:
   return value
 
 
+def item_name(value: Any) -> Any:
+  """A name for an item of a step, which is a directory there.
+
+  Raises:
+    ValueError: if Orbax, or the file system, means something else by it.
+  """
+  if isinstance(value, str) and (value == "metrics" or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", value)):
+    raise ValueError(f"{value!r} is no name of an item; write letters, digits, _, - and points, and not metrics")
+  return value
+
+
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 Share = Annotated[float, BeforeValidator(parse_share)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Count = Annotated[StrictInt, BeforeValidator(_whole), Field(gt=0)]
 StepNumber = Annotated[StrictInt, BeforeValidator(_whole), Field(ge=0)]
 Price = Annotated[float, BeforeValidator(_price)]
+ItemName = Annotated[StrictStr, BeforeValidator(item_name)]
 LeafPaths = Annotated[tuple[StrictStr, ...], BeforeValidator(_leaf_paths)]
 AutoOrBytes = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_bytes)]
 AutoOrDuration = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_duration)]

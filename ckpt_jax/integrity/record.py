@@ -226,6 +226,13 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     self._inner.close()
 
 
+def as_item(name: str, one: Any) -> Any:
+  """Orbax's arguments or handler of a state that is saved as the item `name` of a step."""
+  if name == run.DEFAULT_ITEM:
+    return one  # unnamed: the manager's own name for it
+  return ocp.args.Composite(**{name: one}) if isinstance(one, ocp.args.CheckpointArgs) else {name: one}
+
+
 ocp.args.register_with_handler(RecordingHandler, for_save=True)(RecordedSave)
 ocp.args.register_with_handler(RecordingHandler, for_restore=True)(RecordedRestore)
 
@@ -305,19 +312,23 @@ class Record:
   health: dict[str, Any]
 
 
-def read_record(step_dir: epath.Path) -> Record | None:
-  """The record of a step; None if it was saved without one, by plain Orbax or an older version.
+def read_record(step_dir: epath.Path, item: str | None = None) -> Record | None:
+  """The record of an item; None if it was saved without one, by plain Orbax or an older version.
+
+  Args:
+    step_dir: a committed step.
+    item: default: the one that holds the training state.
 
   Raises:
     CorruptCheckpointError: if it must be there and is not, cannot be read, or does not fit the step's files.
   """
   ours = run.our_metadata(step_dir)
-  item_dir = contents.item_directory(step_dir)
+  item_dir = contents.item_directory(step_dir, item)
   file = item_dir / FILE
   try:
     data = untrusted.read_json(file, is_intact_file)
   except FileNotFoundError:
-    if "fingerprints" not in ours:
+    if "fingerprints" not in ours or item_dir.name != run.our_item(ours):
       return None
     raise CorruptCheckpointError(f"{file}: missing; the step was saved with it") from None
   if not ours:

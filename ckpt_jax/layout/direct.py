@@ -33,7 +33,7 @@ from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.splitting import SEQUENCE
 
 PyTree = Any
-_EMPTY: dict[str, Any] = {"Dict": dict, "List": list, "Tuple": tuple, "None": lambda: None, "NamedTuple": lambda: None}
+EMPTY: dict[str, Any] = {"Dict": dict, "List": list, "Tuple": tuple, "None": lambda: None, "NamedTuple": lambda: None}
 
 
 def is_known(item: epath.Path, data: Mapping[str, Any]) -> bool:
@@ -41,7 +41,7 @@ def is_known(item: epath.Path, data: Mapping[str, Any]) -> bool:
   if not data.get("use_ocdbt") or "value_metadata_tree" in data or not (item / run.RECORD).exists():
     return False
   found = {entry["value_metadata"].get("value_type") for entry in data.get("tree_metadata", {}).values()}
-  return found <= {*_EMPTY, *(handler.typestr() for handler in handlers(Config()).values())}
+  return found <= {*EMPTY, *(handler.typestr() for handler in handlers(Config()).values())}
 
 
 def item_info(item: epath.Path, data: Mapping[str, Any], limits: LimitsConfig) -> ocp.type_handlers.ParamInfo:
@@ -84,8 +84,8 @@ def describe(
     written = tuple(written) if written is not None else None
     if (packed := index.get(name)) is not None:
       leaf = describe_array(name, item, packed, written)
-    elif kind in _EMPTY:
-      leaf = _EMPTY[kind]()
+    elif kind in EMPTY:
+      leaf = EMPTY[kind]()
     else:
       others.setdefault(kind, []).append((len(flat), name, written))
     flat.append((names, kinds, leaf))

@@ -28,7 +28,7 @@ from ckpt_jax.storage.kvstore import is_object_store
 _log = logging.getLogger(__name__)
 _WORKERS = 8
 _MARKS_AT_ONCE = 16
-_HEADS = (run.ITEM_METADATA, run.COMMIT_MARKER, run.STEP_METADATA)
+_HEADS = (run.ITEM_METADATA, run.AGGREGATE, run.COMMIT_MARKER, run.STEP_METADATA)
 
 
 class StepDeleter:

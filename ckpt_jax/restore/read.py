@@ -21,7 +21,7 @@ from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.integrity.fingerprint import label
-from ckpt_jax.layout import direct
+from ckpt_jax.layout import aggregate, direct
 from ckpt_jax.layout.forms import shared_names
 from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.layout.keys import database_name
@@ -42,6 +42,7 @@ from ckpt_jax.restore.choose import (
 from ckpt_jax.restore.exchange import compile_seconds, is_compiled
 from ckpt_jax.restore.fetch import fetch
 from ckpt_jax.restore.initial import Initialise, initial_value, initialisers, patterns_inside
+from ckpt_jax.restore.item import item_to_read
 from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, finish_arrays, make_plan
 from ckpt_jax.restore.match import castable, match
 from ckpt_jax.restore.paths import as_patterns, matches, rebuild, selected
@@ -66,6 +67,7 @@ class Request:
   only: str | Iterable[str] | None = None
   init_missing: str | Iterable[str] | Mapping[str, Initialise] | None = None
   cast: bool | Mapping[str, Any] | None = None
+  item: str | None = None
   initial: bool = False
 
 
@@ -124,7 +126,7 @@ def read_state(
   error: BaseException | None = None
   planned: _Planned | None = None
   try:
-    step = Step(step_dir, config)
+    step = Step(step_dir, config, item_to_read(step_dir, config, request.item, request.like))
     planned = _plan(step, request)
   except Exception as e:
     error = e
@@ -219,13 +221,14 @@ def _compile_seconds(routes: list[Route]) -> float:
 class Step:
   """A step's item, as Orbax describes it, with its arrays open for a restore within the limits of `config`."""
 
-  def __init__(self, step_dir: epath.Path, config: Config):
+  def __init__(self, step_dir: epath.Path, config: Config, item: str | None = None):
     self.name = str(step_dir)
-    self.item_dir = contents.item_directory(step_dir)
+    name = contents.item_name(step_dir, item)
+    self.item_dir = step_dir / name
     self.item = contents.describe_item(self.item_dir, config)
     ours = run.our_metadata(step_dir)
-    self.notes: dict[str, Any] = ours.get("encoded", {})
-    weak = ours.get("weak")
+    self.notes: dict[str, Any] = contents.encoded_leaves(step_dir, name)
+    weak = ours.get("weak") if run.our_item(ours) == name else None
     self._weak: frozenset[str] | None = None if weak is None else frozenset(weak)
     self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
     leaves, structure = jax.tree_util.tree_flatten_with_path(self.item.tree)
@@ -265,9 +268,13 @@ class Reader:
       StorageError: if storage does not answer.
       CorruptCheckpointError: if it holds something else than its metadata says.
     """
+    step = self._step
+    here = [(plan, sharding) for plan, sharding in wanted if plan.name in step.item.values]
+    if here:
+      found = {p.name: aggregate.as_asked(step.item.values[p.name], p.scalar, sharding) for p, sharding in here}
+      return found | self.read([w for w in wanted if w[0].name not in found], arrived)
     if not wanted:
       return {}
-    step = self._step
     try:
       return self._read_tree(wanted, arrived) if step.item.info is None else self._read_directly(wanted, arrived)
     except (MemoryError, CheckpointError):

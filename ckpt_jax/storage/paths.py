@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from ckpt_jax.errors import StorageError
+from ckpt_jax.errors import ConfigError, StorageError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _MAGIC = re.compile(r"[*?[]")
@@ -53,6 +53,41 @@ class LiteralPath(_Base):
     except (FileNotFoundError, NotADirectoryError):
       return iter(())
     return iter([path for path in found if fnmatch.fnmatchcase(path.name, last)])
+
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
+
+
+def given(path: Any) -> str:
+  """The path that a user means: `$RUN/a` with the variable's value, unless a file is really called so.
+
+  Raises:
+    ConfigError: if it is empty or no path, as from a variable that is not set. Nothing may be written then: the empty
+      path is the working directory.
+    StorageError: if it is bytes.
+  """
+  try:
+    text = os.fspath(path)
+  except TypeError:
+    raise ConfigError(
+      f"the directory of a run is {path!r}; pass a path, gs://BUCKET/PATH or s3://BUCKET/PATH. Is the variable or the "
+      "argument that should hold it set?"
+    ) from None
+  if not isinstance(text, str):
+    raise StorageError(f"{text!r}: a path must be text, not bytes")
+  if not text.strip():
+    raise ConfigError(
+      f"the directory of a run is {text!r}; pass a path, gs://BUCKET/PATH or s3://BUCKET/PATH. Is the variable that "
+      'should hold it set? The working directory is "."'
+    )
+  names = [match[1] or match[2] for match in _VARIABLE.finditer(text)]
+  if not names or (not url_scheme(text) and os.path.lexists(os.path.expanduser(text))):
+    return text
+  for name in names:
+    if not os.environ.get(name, "").strip():
+      state = "is empty" if name in os.environ else "is not set"
+      raise ConfigError(f"{text}: ${name} {state}; set it, or write the directory out")
+  return _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)
 
 
 def literal(path: str | os.PathLike[str]) -> epath.Path:

@@ -1,0 +1,40 @@
+"""Which item of a step is restored, where a step has several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from etils import epath
+
+from ckpt_jax import contents, run
+from ckpt_jax.config import Config
+from ckpt_jax.layout.structure import path_name
+
+
+def item_to_read(step_dir: epath.Path, config: Config, item: str | None, like: Any) -> str:
+  """The name of the item that a restore takes.
+
+  Args:
+    step_dir: a committed step.
+    config: its `item` says where the state is in steps that another program wrote.
+    item: what was asked for; it must be there.
+    like: the tree that is to be restored, or None. Of several trees, none of which is called as a state is, the only
+      one with the leaves of `like` is taken.
+
+  Raises:
+    ConfigError: if there is no such item.
+    SeveralItemsError: if it is not clear which is meant; the message names them.
+  """
+  if item is not None:
+    return contents.item_name(step_dir, item)
+  try:
+    # A step that was saved before `Config.item` was set has its state elsewhere.
+    return contents.item_name(step_dir, None if run.our_metadata(step_dir) else config.item)
+  except contents.SeveralItemsError as e:
+    if like is not None:
+      wanted = {path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]}
+      fitting = [name for name in e.names if {leaf.path for leaf in contents.saved_leaves(step_dir, name)} == wanted]
+      if len(fitting) == 1:
+        return fitting[0]
+    raise
