@@ -269,13 +269,13 @@ class Checkpointer:
     return True
 
   def _begin(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
+    self._order.begins(step)  # before: an interrupt may end this call, and the save goes on
     collect_again = garbage.hold(_NO_COLLECTION_S)  # until the commit, since the write makes as many objects
     try:
       self._saver.save(step, state, metrics, extras, started, collect_again)
     except BaseException:
       collect_again()
       raise
-    self._order.began(step)
 
   @transfers_asked_for()
   def wait(self) -> None:

@@ -36,8 +36,8 @@ class StepOrder:
     """Notes that the schedule did not ask for this step."""
     self._offered = step
 
-  def began(self, step: int) -> None:
-    """Notes that a save of this step has begun."""
+  def begins(self, step: int) -> None:
+    """Notes that a save of this step begins. If it fails, storage will say so."""
     self._saved = self._from = step
     if self._offered is not None and self._offered <= step:
       self._offered = None

@@ -25,6 +25,8 @@ from ckpt_jax.failures import is_timeout, root_cause, storage_errors
 from ckpt_jax.host_memory import chunk_nbytes
 from ckpt_jax.integrity.filling import Outlook
 from ckpt_jax.integrity.gate import Gate
+from ckpt_jax.integrity.health import Health
+from ckpt_jax.integrity.meant import Meant
 from ckpt_jax.integrity.record import (
   RecordedSave,
   Recording,
@@ -46,6 +48,7 @@ from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.policies.schedule import Schedule
 from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
+from ckpt_jax.restore.counting import count_nonfinite
 from ckpt_jax.save_errors import left_hanging, not_saved
 from ckpt_jax.seal import sealed
 from ckpt_jax.tuning.planner import Planner
@@ -118,6 +121,7 @@ class Saver:
     self._beginning: SaveRecord | None = None  # of a save that has not returned
     self._hung = 0  # writes that were left to themselves
     self._norms = history()
+    self._meant = Meant(directory, item, count_nonfinite)
     self._known: Sequence[int] | None = None  # what the manager knew that is being replaced
     self._rendezvous = Rendezvous(f"save {directory}")
     self._asking = Rendezvous(f"steps of {directory}")
@@ -162,7 +166,8 @@ class Saver:
     self.wait()
     record.waited_s = time.perf_counter() - waited
 
-    recording = record_of(step, state, record.nbytes, planned.health.nonfinite, f"{self._directory}: step {step}")
+    where = f"{self._directory}: step {step}"
+    recording = record_of(step, state, record.nbytes, planned.health.nonfinite, where, self._judge)
     metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._item}
     in_chunks = chunk_nbytes(self._directory, state, self._config.limits.host_memory)
     self._beginning = record
@@ -235,6 +240,11 @@ class Saver:
 
   # -- inside
 
+  def _judge(self, health: Health) -> Health:
+    """What of a state's non-finite numbers is meant to be there. All processes call it alike."""
+    timeout = self._config.timeouts.save_s
+    return self._meant.judge(health, lambda decide: decided_by_process_zero(decide, self._asking, timeout))
+
   def _do(self, work: Callable[[], None]) -> None:
     """Runs `work` to its end, even if the caller is interrupted; then the next call of `_finish` raises what it did."""
     self._errand = Errand(work)
@@ -304,7 +314,7 @@ class Saver:
         self._directory,
         self._steps_there,
         self._on_end,
-        item_handlers=as_item(self._item, RecordingHandler(handler, self._norms)),
+        item_handlers=as_item(self._item, RecordingHandler(handler, self._norms, self._meant)),
         options=ocp.CheckpointManagerOptions(
           save_decision_policy=self._policy,
           preservation_policy=self._retention,

@@ -134,8 +134,10 @@ def _recording(on: bool) -> Iterator[None]:
   """Saves without a record while `on` is False, to have something to compare with."""
   original = saving.record_of
 
-  def nothing(step: int, state: Any, nbytes: int, nonfinite: str, where: str) -> record.Recording:
-    return record.Recording(step, fingerprint.take({}), None, False, where, {})
+  def nothing(
+    step: int, state: Any, nbytes: int, nonfinite: str, where: str, judge: Callable[[Any], Any]
+  ) -> record.Recording:
+    return record.Recording(step, fingerprint.take({}), None, judge, False, where, {})
 
   if not on:
     saving.record_of = nothing

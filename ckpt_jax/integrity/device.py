@@ -41,7 +41,9 @@ def _is_on_accelerator(sharding: jax.sharding.Sharding) -> bool:
 
 
 def dispatch(arrays: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:
-  """Starts the sums of `arrays` and returns what `result` reads, one tuple an array: sum, non-finite count, squares.
+  """Starts the sums of `arrays` and returns what `result` reads, one tuple an array: sum, counts, squares.
+
+  The counts are of non-finite numbers, and of NaNs among them: one array, since each that is fetched takes its time.
 
   Arrays of one shape, dtype and sharding share programs, so that a model compiles a handful of them once.
   """
@@ -62,9 +64,9 @@ def dispatch(arrays: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:
 def result(found: tuple[jax.Array, ...]) -> sums.Tally:
   """Waits for one array's sums."""
   tally = sums.Tally()
-  total, nonfinite, squares = (x.addressable_data(0) for x in found)
+  total, counts, squares = (x.addressable_data(0) for x in found)
   tally.total = int(np.asarray(total))
-  tally.nonfinite = int(np.asarray(nonfinite))
+  tally.nonfinite, tally.nan = np.asarray(counts).tolist()
   tally.squares = float(np.asarray(squares))
   return tally
 
@@ -81,12 +83,13 @@ def _tally(x: jax.Array) -> tuple[jax.Array, ...]:
     finite = [jnp.isfinite(p) for p in parts]
     wide = [jnp.where(ok, p, 0).astype(jnp.float32) for ok, p in zip(finite, parts, strict=True)]
     squares = functools.reduce(jnp.add, [jnp.sum(p * p) for p in wide])
-    nonfinite = functools.reduce(jnp.add, [jnp.sum(~ok, dtype=jnp.int64) for ok in finite])
+    bad = [(~ok, jnp.isnan(p)) for ok, p in zip(finite, parts, strict=True)]
+    counts = functools.reduce(jnp.add, [jnp.stack([jnp.sum(b, dtype=jnp.int64) for b in both]) for both in bad])
   else:
-    nonfinite, squares = jnp.zeros((), jnp.int64), jnp.zeros((), jnp.float32)
+    counts, squares = jnp.zeros(2, jnp.int64), jnp.zeros((), jnp.float32)
   shape = x.shape
   if x.size == 0:
-    return jnp.zeros((), jnp.uint64), nonfinite, squares
+    return jnp.zeros((), jnp.uint64), counts, squares
   first = sums.columns_from(shape, itemsize)
   rows = _mixed(_flat_index(shape[:first]), sums.ROW_SEED)
   rows = lax.optimization_barrier(rows.reshape(shape[:first] + (1,) * (len(shape) - first)))
@@ -95,7 +98,7 @@ def _tally(x: jax.Array) -> tuple[jax.Array, ...]:
   for offset, plane in planes:
     weights = lax.optimization_barrier(_column_weights(columns * itemsize + offset))
     total += jnp.sum(plane.astype(jnp.uint64) * rows * weights, dtype=jnp.uint64)
-  return total, nonfinite, squares
+  return total, counts, squares
 
 
 def _flat_index(shape: tuple[int, ...]) -> jax.Array:

@@ -187,7 +187,7 @@ class Taken:
       if held.on_device is not None:
         tally = device.result(held.on_device)
         if held.leaf.floats is None or not health:
-          tally.nonfinite, tally.squares = 0, 0.0
+          tally.nonfinite, tally.nan, tally.squares = 0, 0, 0.0
         out[held.leaf.path].add(tally)
     return out
 

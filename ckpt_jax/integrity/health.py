@@ -30,14 +30,28 @@ class Health:
   Attributes:
     nonfinite: how many NaN and infinite numbers a leaf holds, by path; leaves without any are left out.
     norms: Euclidean norm by top-level group (`params`, `opt_state`), without the non-finite numbers.
+    nan: how many of `nonfinite` are NaN.
+    meant: how many infinities and NaNs the leaves of `nonfinite` may hold, see `meant.Meant`.
   """
 
   nonfinite: dict[str, int]
   norms: dict[str, float]
+  nan: dict[str, int] = dataclasses.field(default_factory=dict)
+  meant: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+  @property
+  def unexpected(self) -> list[str]:
+    """The leaves that hold more than they are meant to."""
+    return [
+      path
+      for path, count in self.nonfinite.items()
+      if count - self.nan.get(path, 0) > self.meant.get(path, (0, 0))[0]
+      or self.nan.get(path, 0) > self.meant.get(path, (0, 0))[1]
+    ]
 
   @property
   def healthy(self) -> bool:
-    return not self.nonfinite
+    return not self.unexpected
 
   def to_json(self) -> dict[str, Any]:
     norms = {group: norm if math.isfinite(norm) else None for group, norm in self.norms.items()}
@@ -45,13 +59,20 @@ class Health:
 
   def error(self, where: str) -> UnhealthyStateError:
     """What `health.nonfinite: refuse` raises; names the leaves."""
-    named = [f"{path}: {count}" for path, count in self.nonfinite.items()]
-    if len(named) > _MAX_NAMED:
-      named = [*named[:_MAX_NAMED], f"and {len(named) - _MAX_NAMED} more leaves"]
+    unexpected = self.unexpected
+    named = [self._described(path) for path in unexpected[:_MAX_NAMED]]
+    if len(unexpected) > _MAX_NAMED:
+      named.append(f"and {len(unexpected) - _MAX_NAMED} more leaves")
     return UnhealthyStateError(
       f"{where} was not saved: the state holds non-finite numbers ({', '.join(named)}). Go back with "
       "restore(healthy=True), or save it all the same with health: {nonfinite: tag}"
     )
+
+  def _described(self, path: str) -> str:
+    nan = self.nan.get(path, 0)
+    found = f"{path}: {self.nonfinite[path]}, {nan} of them NaN" if nan else f"{path}: {self.nonfinite[path]}"
+    meant = self.meant.get(path, (0, 0))
+    return f"{found}; {meant[0]} infinities and {meant[1]} NaNs are meant to be there" if any(meant) else found
 
 
 def group_of(path: str) -> str:
@@ -61,12 +82,13 @@ def group_of(path: str) -> str:
 def from_tallies(tallies: Mapping[str, Tally]) -> Health:
   """Health given the totals of all leaves."""
   nonfinite = {path: t.nonfinite for path, t in tallies.items() if t.nonfinite}
+  nan = {path: tallies[path].nan for path in nonfinite if tallies[path].nan}
   squares: dict[str, float] = {}
   for path, t in tallies.items():
     squares[group_of(path)] = squares.get(group_of(path), 0.0) + t.squares
   if len(squares) > _MAX_GROUPS:  # a flat dict of leaves: no groups
     squares = {"": sum(squares.values())}
-  return Health(nonfinite, {group: math.sqrt(s) for group, s in squares.items() if s})
+  return Health(nonfinite, {group: math.sqrt(s) for group, s in squares.items() if s}, nan)
 
 
 def before_save(taken: Taken, nbytes: int, *, always: bool) -> Health | None:
@@ -88,15 +110,15 @@ def before_save(taken: Taken, nbytes: int, *, always: bool) -> Health | None:
     return from_tallies(tallies)
   shared = taken.counted_by_all
   names = list(tallies)
-  mine = np.array([[t.nonfinite, t.squares] for t in tallies.values()], np.float64).reshape(len(names), 2)
+  mine = np.array([[t.nonfinite, t.nan, t.squares] for t in tallies.values()], np.float64).reshape(len(names), 3)
   mine[[name in shared and jax.process_index() > 0 for name in names]] = 0
   # As bytes: jax without x64 would cut 64-bit numbers to 32.
   everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8)
-  total = everyone.reshape(jax.process_count(), len(names), 16).view(np.float64).sum(axis=0)
+  total = everyone.reshape(jax.process_count(), len(names), 24).view(np.float64).sum(axis=0)
   out = {}
-  for name, (count, squares) in zip(names, total, strict=True):
+  for name, (count, nan, squares) in zip(names, total, strict=True):
     out[name] = Tally()
-    out[name].nonfinite, out[name].squares = int(count), float(squares)
+    out[name].nonfinite, out[name].nan, out[name].squares = int(count), int(nan), float(squares)
   return from_tallies(out)
 
 

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from ckpt_jax.integrity import databases
 from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
+from ckpt_jax.integrity.meant import Meant
 from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.handler import PyTreeHandler
@@ -47,6 +48,7 @@ class Recording:
     step: its number.
     taken: the state.
     health: if it is known already.
+    judge: says of a state's health what is meant to be there.
     refuse: abort the write if the state turns out to be unhealthy.
     where: run and step, for messages.
     health_told: what `steps()` says of the step's health once it is committed.
@@ -58,6 +60,7 @@ class Recording:
   step: int
   taken: Taken
   health: Health | None
+  judge: Callable[[Health], Health]
   refuse: bool
   where: str
   health_told: dict[str, bool]
@@ -77,7 +80,7 @@ class Recording:
     if jax.process_count() > 1:
       return
     if self.health is None:
-      self.health = health_checks.from_tallies(self.tallies)
+      self.health = self.judge(health_checks.from_tallies(self.tallies))
       if self.refuse and not self.health.healthy:
         raise self.health.error(self.where)
     self.complete([])  # here, where the arrays are being written still
@@ -130,7 +133,9 @@ class Recording:
       )
 
 
-def record_of(step: int, state: Any, nbytes: int, nonfinite: str, where: str) -> Recording:
+def record_of(
+  step: int, state: Any, nbytes: int, nonfinite: str, where: str, judge: Callable[[Health], Health]
+) -> Recording:
   """What is to be recorded of a state that is about to be saved. All processes call it alike.
 
   Args:
@@ -139,19 +144,22 @@ def record_of(step: int, state: Any, nbytes: int, nonfinite: str, where: str) ->
     nbytes: its bytes, over all processes.
     nonfinite: `health.nonfinite`.
     where: run and step, for messages.
+    judge: says of a state's health what is meant to be there.
 
   Raises:
     UnhealthyStateError: if the state is unhealthy, that is not wanted, and could be found out at once.
   """
   taken = take(state)
   known = None if nonfinite == "ignore" else health_checks.before_save(taken, nbytes, always=nonfinite == "tag")
+  if known is not None:
+    known = judge(known)
   if known is not None and not known.healthy:
     if nonfinite == "refuse":
       raise known.error(where)
-    _log.warning("%s is tagged unhealthy: non-finite numbers in %s", where, ", ".join(list(known.nonfinite)[:10]))
+    _log.warning("%s is tagged unhealthy: non-finite numbers in %s", where, ", ".join(known.unexpected[:10]))
   # If it is not known yet, it will be before the commit, and an unhealthy state is not committed.
   told = {} if nonfinite == "ignore" else {"healthy": known is None or known.healthy}
-  return Recording(step, taken, known, nonfinite == "refuse", where, told)
+  return Recording(step, taken, known, judge, nonfinite == "refuse", where, told)
 
 
 @dataclasses.dataclass
@@ -172,10 +180,11 @@ class RecordedRestore(ocp.args.CheckpointArgs):
 class RecordingHandler(ocp.AsyncCheckpointHandler):
   """Orbax's PyTree handler, with a record beside each state that it writes."""
 
-  def __init__(self, inner: PyTreeHandler, past: collections.deque[Mapping[str, float]]):
-    """Wraps `inner`; `past` remembers norms from one save to the next, also when the handler is replaced."""
+  def __init__(self, inner: PyTreeHandler, past: collections.deque[Mapping[str, float]], meant: Meant):
+    """Wraps `inner`; `past` and `meant` remember norms and more from one save to the next, by whatever handler."""
     self._inner = inner
     self._past = past
+    self._meant = meant
     self._recording: Recording | None = None
     # What the step's metadata names as this item's handler: plain Orbax must know it.
     self.typestr = inner.typestr  # type: ignore[method-assign]
@@ -220,7 +229,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     if writers:
       databases.check_merged(directory)
     recording.complete(others)
-    _write_record(recording, directory, self._past)
+    _write_record(recording, directory, self._past, self._meant)
 
   def close(self) -> None:
     self._inner.close()
@@ -253,11 +262,15 @@ def _read_parts(directory: epath.Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in pool.map(lambda p: p.read_text(), parts)]
 
 
-def _write_record(recording: Recording, directory: epath.Path, past: collections.deque[Mapping[str, float]]) -> None:
+def _write_record(
+  recording: Recording, directory: epath.Path, past: collections.deque[Mapping[str, float]], meant: Meant
+) -> None:
   found: dict[str, Any] = {"files": file_digests(directory)}
   if recording.health is not None:
     norms = recording.health.norms
     found["health"] = recording.health.to_json() | {"jumps": health_checks.jumps(norms, past)}
+    if recording.health_told:  # else whatever the state holds is wanted: the next job that minds looks into this step
+      found["health"]["meant"] = meant.saved(recording.taken.leaves, recording.health)
     for group, ratio in found["health"]["jumps"].items():
       if ratio > health_checks.JUMP:
         _log.warning("%s: the norm of %s is %.3g times that of the steps before", recording.where, group, ratio)

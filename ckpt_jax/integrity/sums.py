@@ -95,17 +95,19 @@ _cached_rows = functools.lru_cache(maxsize=256)(_rows)  # shards of many arrays 
 
 
 class Tally:
-  """A sum and a hash under way, and of floats the count of non-finite values and the sum of squares of the others."""
+  """A sum and a hash under way, and of floats the count of non-finite values, how many of them are NaN, and the sum of
+  squares of the others."""
 
-  __slots__ = ("hash", "nonfinite", "squares", "total")
+  __slots__ = ("hash", "nan", "nonfinite", "squares", "total")
 
   def __init__(self) -> None:
-    self.total, self.hash, self.nonfinite, self.squares = 0, 0, 0, 0.0
+    self.total, self.hash, self.nonfinite, self.nan, self.squares = 0, 0, 0, 0, 0.0
 
   def add(self, other: Tally) -> None:
     self.total = (self.total + other.total) & MASK
     self.hash = (self.hash + other.hash) & MASK
     self.nonfinite += other.nonfinite
+    self.nan += other.nan
     self.squares += other.squares
 
 
@@ -274,7 +276,10 @@ def _add_health(tally: Tally, words: np.ndarray, dtype: np.dtype) -> None:
     tally.squares += squares
     return
   finite = np.isfinite(values)
-  tally.nonfinite += int(values.size - np.count_nonzero(finite))
+  nonfinite = int(values.size - np.count_nonzero(finite))
+  if nonfinite:
+    tally.nonfinite += nonfinite
+    tally.nan += int(np.count_nonzero(np.isnan(values)))
   large = values[finite].astype(np.float64)
   with np.errstate(over="ignore"):
     tally.squares += float(np.dot(large, large))
