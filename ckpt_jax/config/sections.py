@@ -239,8 +239,8 @@ class HealthConfig(_Section):
   """What to do with a state that holds NaN or inf.
 
   Attributes:
-    nonfinite: `refuse` to save it, save it with a `tag`, or `ignore` it. Infinities that a leaf holds at the run's first
-      save of it are meant to be there, in that number, and count as healthy; see docs/integrity.md.
+    nonfinite: `refuse` to save it, save it with a `tag`, or `ignore` it. Infinities that a leaf holds at the run's
+      first save of it are meant to be there, in that number, and count as healthy; see docs/integrity.md.
   """
 
   nonfinite: Literal["refuse", "tag", "ignore"] = "refuse"
