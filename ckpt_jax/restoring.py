@@ -12,10 +12,11 @@ from etils import epath
 
 from ckpt_jax import garbage, run
 from ckpt_jax.config import Config
-from ckpt_jax.errors import CheckpointError, NoCheckpointError
+from ckpt_jax.errors import CheckpointError, NoCheckpointError, StructureMismatchError
 from ckpt_jax.integrity import recovery
 from ckpt_jax.integrity.record import Record, read_record
 from ckpt_jax.integrity.verifying import Verifier
+from ckpt_jax.layout.forms import why_not_flat
 from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.rendezvous import Rendezvous
@@ -66,6 +67,8 @@ class Restorer:
 
   def restore(self, step: int | None, request: Request, strategy: str, *, healthy: bool) -> Restored:
     """See `Checkpointer.restore`."""
+    if problem := why_not_flat(request.like):
+      raise StructureMismatchError(f"like= is no tree for jax; nothing was read:\n  {problem}")
     with garbage.paused(), transfers_asked_for():
       return self._restore(step, request, strategy, healthy=healthy)
 

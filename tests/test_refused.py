@@ -142,6 +142,35 @@ def _gone_number():
   return x
 
 
+def test_a_like_that_cannot_be_read_into_is_refused_by_name_and_a_donated_one_can(tmp_path):
+  mlp = eqx.nn.MLP(1, 1, 2, 1, key=jax.random.key(0))
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(0, eqx.filter(mlp, eqx.is_array))
+    c.save(1, {"x": jnp.ones(3), "n": 1})
+    c.wait()
+    assert np.array_equal(c.restore(1, like={"x": donated(), "n": 0}).state["x"], jnp.ones(3))
+    for like, message in (
+      ({"x": jnp.ones(3), "n": Mode.ON}, "n: like has a Mode; pass"),
+      ({"x": [{"0": 1, 0: 2}]}, "x/0: jax cannot order the keys of this dict"),
+    ):
+      with pytest.raises(ckpt.StructureMismatchError, match=message):
+        c.restore(1, like=like)
+      with pytest.raises(ckpt.StructureMismatchError, match=message):
+        c.restore_or_init(lambda like=like: like)
+    with pytest.raises(
+      ckpt.StructureMismatchError, match="x: like has a value that jax is tracing: restore was called"
+    ):
+      jax.jit(lambda x: c.restore(1, like={"x": x, "n": 1}).state["x"])(jnp.ones(3))
+    with pytest.raises(ckpt.StructureMismatchError, match=r"\n  activation: like has a function; .*eqx.filter"):
+      c.restore(0, like=mlp)
+    again = eqx.nn.MLP(1, 1, 2, 1, key=jax.random.key(1))
+    for kept in (
+      eqx.combine(c.restore(0, like=eqx.filter(again, eqx.is_array)).state, again),
+      c.restore(0, like=again, init_missing=["activation", "final_activation"]).state,
+    ):
+      assert np.array_equal(kept(jnp.ones(1)), mlp(jnp.ones(1)))
+
+
 def test_a_leaf_that_is_donated_later_is_named_and_the_next_state_saved(tmp_path):
   state = {"a": jnp.ones(3), "u": jnp.ones(2, jnp.uint4), "k": jax.random.key(0)}
   with ckpt.Checkpointer(tmp_path) as c:

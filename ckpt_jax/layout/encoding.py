@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 
-from ckpt_jax.layout.forms import form_of, refusal, shown
+from ckpt_jax.layout.forms import form_of, refusal, shown, why_not_flat
 from ckpt_jax.layout.structure import look, path_name
 
 PyTree = Any
@@ -31,6 +31,11 @@ def is_prng_key(leaf: Any) -> bool:
   """True for typed PRNG keys (`jax.random.key`), concrete or abstract."""
   dtype = getattr(leaf, "dtype", None)
   return dtype is not None and is_prng_dtype(dtype)
+
+
+def is_traced(leaf: Any) -> bool:
+  """True for what stands for an array while jax traces a function."""
+  return isinstance(leaf, jax.core.Tracer)
 
 
 @functools.cache
@@ -78,35 +83,17 @@ def refuse_unusable(state: PyTree) -> None:
   Raises:
     CheckpointError: naming it, or nothing if it finds none.
   """
-  try:
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-  except Exception as e:
-    raise refusal([_unflattenable(state, (), e)]) from e
+  if problem := why_not_flat(state):
+    raise refusal([problem])
+  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
   found = [f"{shown(path_name(path))}: {problem}" for path, leaf in leaves if (problem := _gone(leaf))]
   if found:
     raise refusal(found)
 
 
-def _unflattenable(node: PyTree, path: tuple[Any, ...], error: Exception) -> str:
-  """The innermost node that jax cannot flatten, and why: a dict with keys that have no order, a node's own error."""
-  children = []
-  with contextlib.suppress(Exception):
-    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
-  for keys, child in children:
-    try:
-      jax.tree.flatten(child)
-    except Exception as e:
-      return _unflattenable(child, (*path, *keys), e)
-  why = f"jax cannot flatten this node ({type(error).__name__}: {' '.join(str(error).split())})"
-  if isinstance(node, dict):
-    kinds = sorted({type(key).__name__ for key in node})
-    why = f"jax cannot order the keys of this dict, which are of type {' and '.join(kinds)}. Use str keys"
-  return f"{shown(path_name(path))}: {why}"
-
-
 def _gone(leaf: Any) -> str | None:
   """Why a leaf has no value."""
-  if isinstance(leaf, jax.core.Tracer):
+  if is_traced(leaf):
     return (
       "a value that jax is tracing: save was called inside jit, grad, vmap or scan. Call it outside, with what the "
       "function returns"

@@ -8,6 +8,7 @@ nodes with keys of their own) become dicts and lists of the same names.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -105,6 +106,31 @@ def shown(name: str) -> str:
   """The path of a leaf in a message."""
   printable = name if name.isprintable() else repr(name)[1:-1]  # a name may hold what no terminal can
   return (printable if len(name) <= _MAX_SHOWN_NAME else f"{printable[:_MAX_SHOWN_NAME]}...") or "(the state itself)"
+
+
+def why_not_flat(tree: PyTree) -> str | None:
+  """The node of a tree that jax cannot flatten, and why: a dict whose keys have no order, a node's own error."""
+  try:
+    jax.tree.flatten(tree)
+  except Exception as e:
+    return _not_flat(tree, (), e)
+  return None
+
+
+def _not_flat(node: PyTree, path: Path, error: Exception) -> str:
+  children = []
+  with contextlib.suppress(Exception):
+    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+  for keys_, child in children:
+    try:
+      jax.tree.flatten(child)
+    except Exception as e:
+      return _not_flat(child, (*path, *keys_), e)
+  why = f"jax cannot flatten this node ({type(error).__name__}: {' '.join(str(error).split())})"
+  if isinstance(node, dict):
+    kinds = sorted({type(key).__name__ for key in node})
+    why = f"jax cannot order the keys of this dict, which are of type {' and '.join(kinds)}. Use str keys"
+  return f"{shown(path_name(path))}: {why}"
 
 
 # -- names that no checkpoint can hold

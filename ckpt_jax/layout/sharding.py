@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import logging
 import math
@@ -14,6 +15,8 @@ import numpy as np
 from jax.extend import core as jex_core
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from ckpt_jax.errors import StructureMismatchError
+from ckpt_jax.layout.forms import why_not_flat
 from ckpt_jax.layout.structure import look
 
 _log = logging.getLogger(__name__)
@@ -66,7 +69,10 @@ def _sizes(leaves: Sequence[Any]) -> tuple[int, int, int]:
 def context_mesh() -> Mesh | None:
   """The mesh that `jax.set_mesh` has put into force, if any."""
   get_mesh = getattr(jax.sharding, "get_mesh", None)  # jax 0.8.0 has none
-  mesh = get_mesh() if get_mesh is not None else None
+  mesh = None
+  if get_mesh is not None:
+    with contextlib.suppress(ValueError):  # inside jit, where there are no devices
+      mesh = get_mesh()
   return None if mesh is None or mesh.empty else mesh
 
 
@@ -110,7 +116,10 @@ def abstract_state(init_fn: Callable[[], PyTree]) -> PyTree:
     return _traced_state(init_fn)
   except _NotDetermined as e:
     _log.info("init_fn is run to learn its shardings (%s); jit it with out_shardings= to avoid that", e)
-  return jax.tree.map(_describe, init_fn())
+  state = init_fn()
+  if problem := why_not_flat(state):
+    raise StructureMismatchError(f"init_fn makes no tree for jax:\n  {problem}")
+  return jax.tree.map(_describe, state)
 
 
 class _NotDetermined(Exception):

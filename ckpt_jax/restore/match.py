@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ckpt_jax.contents import LeafInfo
 from ckpt_jax.errors import ConfigError, StructureMismatchError
-from ckpt_jax.layout.encoding import dtype_name, is_prng_key
+from ckpt_jax.layout.encoding import dtype_name, is_prng_key, is_traced
 from ckpt_jax.layout.forms import shown
 from ckpt_jax.restore.hints import Leaf, brief, explain, nearest
 from ckpt_jax.restore.paths import matches, selected
@@ -81,6 +81,8 @@ def match(
     if name not in saved:
       if any(matches(p, name) for p in init_missing):
         kept[name] = leaf
+      elif callable(leaf) and (problem := _unusable(leaf)):
+        differing[name] = problem
       else:
         missing[name] = leaf
       continue
@@ -133,10 +135,16 @@ def _as_leaf(leaf: Any) -> Leaf:
 
 
 def _unusable(leaf: Any) -> str | None:
+  if is_traced(leaf):
+    return "like has a value that jax is tracing: restore was called inside jit, grad, vmap or scan; call it outside"
   if (hasattr(leaf, "dtype") and hasattr(leaf, "shape")) or type(leaf) in (bool, int, float, complex, str):
     return None
-  way_out = "; put it back with eqx.combine or the like, and pass the arrays alone" if callable(leaf) else ""
-  return f"like has a {type(leaf).__name__}; pass an array, a jax.ShapeDtypeStruct or a scalar{way_out}"
+  if callable(leaf):
+    return (
+      "like has a function; pass the arrays alone, e.g. eqx.filter(model, eqx.is_array), and put it back with "
+      "eqx.combine; or name it in init_missing="
+    )
+  return f"like has a {type(leaf).__name__}; pass an array, a jax.ShapeDtypeStruct or a scalar"
 
 
 def _kind(leaf: Any) -> str:
