@@ -470,7 +470,7 @@ class Saver:
       return True
     with contextlib.suppress(CheckpointError, OSError):
       # A commit that was reported as failed may have reached the storage.
-      return run.is_step(self._directory / str(write.record.step))
+      return run.is_step(run.step_path(self._directory, write.record.step))
     return False
 
 

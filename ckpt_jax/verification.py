@@ -209,6 +209,8 @@ class _Check:
     if part.kind == "json":
       contents.json_item(directory)
       return _Checked(part.name, 0, 0, 0, "JSON, read; no fingerprints")
+    if aside.holds_arrays(directory):
+      raise CorruptCheckpointError(f"{directory}: holds arrays, but its {run_lib.ITEM_METADATA} is gone")
     files = list(_files_below(directory))
     nbytes = 0
     for file in files:

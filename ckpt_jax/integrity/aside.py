@@ -208,12 +208,13 @@ def damaged_steps(directory: epath.Path) -> dict[int, CorruptCheckpointError]:
     step, step_dir = called.step(name), directory / name
     if step is None or step in uncounted or run.is_step(step_dir) or not step_dir.is_dir():
       continue
-    if any(_holds_arrays(item) for item in step_dir.iterdir() if item.is_dir()):
+    if any(holds_arrays(item) for item in step_dir.iterdir() if item.is_dir()):
       found[step] = CorruptCheckpointError(f"{step_dir}: holds arrays, but its metadata files are gone")
   return found
 
 
-def _holds_arrays(item: epath.Path) -> bool:
+def holds_arrays(item: epath.Path) -> bool:
+  """Whether a directory holds what Orbax writes for arrays, described or not."""
   names = set(_names(item))
   return bool(names & {"manifest.ocdbt", "d", "array_metadatas"}) or any(n.startswith("ocdbt.process_") for n in names)
 
