@@ -37,11 +37,31 @@ EMPTY: dict[str, Any] = {"Dict": dict, "List": list, "Tuple": tuple, "None": lam
 
 
 def is_known(item: epath.Path, data: Mapping[str, Any]) -> bool:
-  """Whether an item is one of ours, with nothing in it that only Orbax knows; `data` is its `_METADATA`."""
-  if not data.get("use_ocdbt") or "value_metadata_tree" in data or not (item / run.RECORD).exists():
+  """Whether nothing in an item is known to Orbax alone: it is ours, or Orbax has written what it cannot read.
+
+  Args:
+    item: its directory.
+    data: its `_METADATA`.
+  """
+  if not data.get("use_ocdbt") or "value_metadata_tree" in data:
+    return False
+  if not ((item / run.RECORD).exists() or _is_beyond_orbax(data)):
     return False
   found = {entry["value_metadata"].get("value_type") for entry in data.get("tree_metadata", {}).values()}
   return found <= {*EMPTY, *(handler.typestr() for handler in handlers(Config()).values())}
+
+
+def _is_beyond_orbax(data: Mapping[str, Any]) -> bool:
+  """Whether a node has numbers and names for keys, or numbers with gaps: an nnx module with an `nnx.List`."""
+  children: dict[tuple[str, ...], dict[str, int]] = {}
+  for entry in data["tree_metadata"].values():
+    names = tuple([str(key["key"]) for key in entry["key_metadata"]])
+    for i, key in enumerate(entry["key_metadata"]):
+      children.setdefault(names[:i], {})[names[i]] = key["key_type"]
+  return any(
+    SEQUENCE in kinds.values() and not (set(kinds.values()) == {SEQUENCE} and isinstance(_list(kinds), list))
+    for kinds in map(dict, children.values())
+  )
 
 
 def item_info(item: epath.Path, data: Mapping[str, Any], limits: LimitsConfig) -> ocp.type_handlers.ParamInfo:
