@@ -18,6 +18,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from jax._src import distributed
 
+from ckpt_jax import orbax_saves
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout.memory import host_view
 
@@ -127,16 +128,18 @@ class ToldManager(ocp.CheckpointManager):
     self._steps_there = steps
     self._ended = ended
     super().__init__(directory, **options)
+    orbax_saves.quiet_threads(self)
 
   def _finalize(self, step: int, steps_to_remove: list[int]) -> None:
     error: BaseException | None = None
-    try:
-      super()._finalize(step, steps_to_remove)
-    except BaseException as e:
-      error = e
-      raise
-    finally:
-      self._ended(step, error)
+    with orbax_saves.quietly():
+      try:
+        super()._finalize(step, steps_to_remove)
+      except BaseException as e:
+        error = e
+        raise
+      finally:
+        self._ended(step, error)
 
   def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
     from orbax.checkpoint._src.metadata.checkpoint_info import CheckpointInfo

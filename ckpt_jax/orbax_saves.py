@@ -8,15 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
 import threading
 import time
 from collections.abc import Coroutine, Generator, Iterator
 from typing import Any
 
+import orbax.checkpoint as ocp
 from orbax.checkpoint._src.futures import future, signaling_client, synchronization
 
 _lock = threading.Lock()
 _begun: contextvars.ContextVar[Operation | None] = contextvars.ContextVar("ckpt_jax_operation", default=None)
+_quiet: contextvars.ContextVar[bool] = contextvars.ContextVar("ckpt_jax_quiet", default=False)
+_PREFIX = "ckpt_jax "
 
 
 class Operation:
@@ -28,11 +32,12 @@ class Operation:
   ever. Ours go by names of their own, so that neither another Checkpointer nor a plain Orbax manager can meet them.
 
   Attributes:
-    name: the same on all processes, and of no other save.
+    name: what Orbax knows it by.
   """
 
   def __init__(self, name: str):
-    self.name = name
+    """`name` is the same on all processes, and of no other save."""
+    self.name = f"{_PREFIX}{name}"
     self._threads: list[threading.Thread] = []
     self._parts: list[_Part] = []
     with _lock:
@@ -127,3 +132,48 @@ def _keep_apart() -> None:
   generator.get_current_operation_id = staticmethod(get_current_operation_id)
   future.CommitFuture = CommitFuture  # type: ignore[misc]
   _apart = True
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+  """Within it, and in the threads of our saves, what Orbax logs below a warning is not shown; nor its tracebacks.
+
+  A save of Orbax logs some 40 lines at INFO, and one that fails several tracebacks of what is raised here anyway. They
+  are shown as ever if the level of the `absl` logger was set by the user, or that of `ckpt_jax` is DEBUG; and always
+  where a plain Orbax manager is used beside ours.
+  """
+  token = _quiet.set(True)
+  try:
+    yield
+  finally:
+    _quiet.reset(token)
+
+
+def quiet_threads(manager: ocp.CheckpointManager) -> None:
+  """Has the threads that `manager` will start be quiet too.
+
+  Why private: they begin without the context of whoever starts them.
+  """
+  saving = manager._checkpointer._async_manager  # type: ignore[attr-defined]  # pylint: disable=protected-access
+  run = saving._thread_func
+
+  def run_quietly(*arguments: Any) -> None:
+    with quietly():
+      run(*arguments)
+
+  saving._thread_func = run_quietly
+  store = manager._non_blocking_metadata_store._single_thread_executor  # type: ignore[attr-defined]  # pylint: disable=protected-access
+  store._initializer = lambda: _quiet.set(True)
+
+
+def _shown(record: logging.LogRecord) -> bool:
+  if record.levelno >= logging.WARNING and not record.exc_info:
+    return True
+  # The threads that write parts of a step know which save that is.
+  own = str(getattr(threading.current_thread(), "_operation_id", "")).startswith(_PREFIX)
+  if not (own or _quiet.get()):
+    return True
+  return logging.getLogger("absl").level != logging.NOTSET or logging.getLogger("ckpt_jax").isEnabledFor(logging.DEBUG)
+
+
+logging.getLogger("absl").addFilter(_shown)

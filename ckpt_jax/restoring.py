@@ -19,6 +19,7 @@ from ckpt_jax.integrity.verifying import Verifier
 from ckpt_jax.layout.forms import why_not_flat
 from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.sharding import global_nbytes
+from ckpt_jax.orbax_saves import quietly
 from ckpt_jax.rendezvous import Rendezvous
 from ckpt_jax.restore.item import item_to_read
 from ckpt_jax.restore.placement import on_real_devices
@@ -69,7 +70,7 @@ class Restorer:
     """See `Checkpointer.restore`."""
     if problem := why_not_flat(request.like):
       raise StructureMismatchError(f"like= is no tree for jax; nothing was read:\n  {problem}")
-    with garbage.paused(), transfers_asked_for():
+    with garbage.paused(), quietly(), transfers_asked_for():
       return self._restore(step, request, strategy, healthy=healthy)
 
   # -- inside

@@ -41,7 +41,7 @@ from ckpt_jax.layout.keeping import keeping
 from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
-from ckpt_jax.orbax_saves import Operation
+from ckpt_jax.orbax_saves import Operation, quietly
 from ckpt_jax.policies.agree import decided_by_process_zero, from_process_zero
 from ckpt_jax.policies.attempts import AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
@@ -126,14 +126,16 @@ class Saver:
     self._rendezvous = Rendezvous(f"save {directory}")
     self._asking = Rendezvous(f"steps of {directory}")
     gate.opened()
-    self._manager: orbax_private.ToldManager | None = self._open_manager(pytree_handler(self._config))
+    with quietly():
+      self._manager: orbax_private.ToldManager | None = self._open_manager(pytree_handler(self._config))
 
   @property
   def manager(self) -> orbax_private.ToldManager:
     """Orbax's manager; replaced when a save needs another handler, or hangs."""
     if self._manager is None:
       self._gate.probe()
-      self._manager = self._open_manager(pytree_handler(self._config))
+      with quietly():
+        self._manager = self._open_manager(pytree_handler(self._config))
     return self._manager
 
   @keeping()
@@ -234,7 +236,7 @@ class Saver:
   def close(self) -> None:
     """Releases Orbax's threads and the claim to the run; call `wait` first."""
     if self._manager is not None:
-      with contextlib.suppress(Exception):  # its background failure was raised by wait()
+      with contextlib.suppress(Exception), quietly():  # its background failure was raised by wait()
         self._manager.close()
     self._gate.close()
 
@@ -247,7 +249,8 @@ class Saver:
 
   def _do(self, work: Callable[[], None]) -> None:
     """Runs `work` to its end, even if the caller is interrupted; then the next call of `_finish` raises what it did."""
-    self._errand = Errand(work)
+    with quietly():
+      self._errand = Errand(work)
     self._errand.start()
     self._finish()
 
