@@ -164,9 +164,9 @@ def test_ending_a_save_ends_its_own_threads_alone_and_leaves_no_coroutine_behind
     assert len(operation.threads) == 1
   assert ours.end(60) and not ours.threads
   assert len(theirs.threads) == 1 and not begun
-  future.set_signals([signal], operation_id="theirs")
+  future.set_signals([signal], operation_id=theirs.name)
   threading.Thread.join(theirs.threads[0], 60)
-  assert begun == ["theirs"]
+  assert begun == [theirs.name]
   import gc
 
   gc.collect()
@@ -180,11 +180,11 @@ def test_plain_orbax_counts_its_saves_as_ever_and_does_not_see_ours(tmp_path):
   first = Ids.next_operation_id()
   with operation.begun():
     Ids.next_operation_id()
-    assert Ids.get_current_operation_id() == "ours"
+    assert Ids.get_current_operation_id() == operation.name
   assert Ids.get_current_operation_id() == str(first) and Ids.next_operation_id() == first + 1
   with ocp.CheckpointManager(tmp_path) as manager, operation.begun():
     manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2), "s": "text"}))
-    assert {t._operation_id for t in operation._threads} == {"ours"}
+    assert {t._operation_id for t in operation._threads} == {operation.name}
   assert (tmp_path / "0" / "_CHECKPOINT_METADATA").exists()
 
 

@@ -19,7 +19,7 @@ import tensorstore as ts
 from etils import epath
 
 from ckpt_jax.errors import StructureMismatchError
-from ckpt_jax.layout import packing
+from ckpt_jax.layout import packing, stopping
 from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.keys import prefix
 from ckpt_jax.layout.memory import aligned_empty
@@ -113,8 +113,18 @@ def read(
 
   Raises:
     ValueError: naming the array that cannot be read.
+    CheckpointError: if the restore was given up (see `stopping`).
   """
   flight = _Flight()
+  try:
+    yield from _read(requests, window, enough, flight)
+  finally:
+    flight.settle()
+
+
+def _read(
+  requests: Sequence[Request], window: Window, enough: int, flight: _Flight
+) -> Iterator[tuple[Request, list[np.ndarray]]]:
   for request in requests:
     store = request.store
     dtype = store.dtype.numpy_dtype
@@ -122,6 +132,7 @@ def read(
     wanted = _Wanted(request, [aligned_empty(tuple(b - a for a, b in box), dtype) for box in request.boxes])
     for box, array in zip(request.boxes, wanted.arrays, strict=True):
       for part in split_box(box, chunk, dtype.itemsize, window.part(enough)):
+        stopping.check()
         nbytes = chunk_nbytes(part, chunk, dtype.itemsize)
         while window.is_full(len(flight), flight.nbytes, nbytes, enough):
           yield from flight.land()
@@ -166,20 +177,26 @@ class _Flight:
     self.nbytes += nbytes
     self._flying.append((nbytes, future, wanted))
 
+  def settle(self) -> None:
+    """Waits for all reads, whatever comes of them: none may write into memory given back, or outlive Python."""
+    for _, future, _ in self._flying:
+      future.exception()
+    self._flying.clear()
+
   def land(self, *, wait: bool = True) -> Iterator[tuple[Request, list[np.ndarray]]]:
     """The requests that are complete; waits for one read at least if asked to."""
     landed = 0
     while self._flying and (self._flying[0][1].done() or (wait and not landed)):
       if not self._is_done(self._flying[0][1]):
         # Another one may be there; looked for once in a while, since thousands may be in flight.
-        flying = self._flying
-        self._flying = collections.deque()
-        for read in flying:
-          if read[1].done():
-            landed += 1
-            yield from self._land(read)
-          else:
-            self._flying.append(read)
+        there: list[tuple[int, Any, _Wanted]] = []
+        flying: collections.deque[tuple[int, Any, _Wanted]] = collections.deque()
+        for read in self._flying:
+          (there if read[1].done() else flying).append(read)
+        self._flying = flying
+        landed += len(there)
+        for read in there:
+          yield from self._land(read)
         continue
       landed += 1
       yield from self._land(self._flying.popleft())

@@ -216,26 +216,29 @@ def write(
     for array in arrays
   ]
   flight = _Flight(window, stop, queued or threading.Event())
-  for array, future in zip(arrays, opened, strict=True):
-    store = _result(future, array.info.name)
-    for box, data in _pieces(array):
-      target = store if shape_of(box) == array.shape else store[tuple(slice(a, b) for a, b in box)].translate_to[0]
-      if not box:
-        target, data = store[ts.newaxis], data.reshape(1)
-      flight.start(data.nbytes, functools.partial(_start, target, data), array.info.name)
-  if slab is not None and slab.nbytes:
-    name = packing.slab_name(process if slab_number is None else slab_number)
-    store = _slab_store(slab, name, compressed, root, context, transaction)
-    take, give = functools.partial(_fresh, slab.chunk_nbytes), None
-    if transaction is None:  # which would keep every chunk until the commit
-      memory = memory or SlabMemory()
-      memory.begin(slab.chunk_nbytes)
-      take, give = functools.partial(memory.take, flight), memory.give
-    for offset, nbytes, chunk in slab.chunks(pieces, take):
-      target = store[offset : offset + nbytes].translate_to[0]
-      landed = give and functools.partial(give, chunk)
-      flight.start(nbytes, functools.partial(_start, target, chunk[:nbytes]), name, landed)
-  flight.land_all()
+  try:
+    for array, future in zip(arrays, opened, strict=True):
+      store = _result(future, array.info.name)
+      for box, data in _pieces(array):
+        target = store if shape_of(box) == array.shape else store[tuple(slice(a, b) for a, b in box)].translate_to[0]
+        if not box:
+          target, data = store[ts.newaxis], data.reshape(1)
+        flight.start(data.nbytes, functools.partial(_start, target, data), array.info.name)
+    if slab is not None and slab.nbytes:
+      name = packing.slab_name(process if slab_number is None else slab_number)
+      store = _slab_store(slab, name, compressed, root, context, transaction)
+      take, give = functools.partial(_fresh, slab.chunk_nbytes), None
+      if transaction is None:  # which would keep every chunk until the commit
+        memory = memory or SlabMemory()
+        memory.begin(slab.chunk_nbytes)
+        take, give = functools.partial(memory.take, flight), memory.give
+      for offset, nbytes, chunk in slab.chunks(pieces, take):
+        target = store[offset : offset + nbytes].translate_to[0]
+        landed = give and functools.partial(give, chunk)
+        flight.start(nbytes, functools.partial(_start, target, chunk[:nbytes]), name, landed)
+    flight.land_all()
+  finally:
+    flight.settle()
   if transaction is not None:
     transaction.commit_async().result()
 
@@ -264,6 +267,12 @@ class _Flight:
     self._ahead.set()
     while self._flying:
       self.land()
+
+  def settle(self) -> None:
+    """Waits for what a failure has left in flight, whatever comes of it: the directory is about to be removed."""
+    for _, future, _, _ in self._flying:
+      future.exception()
+    self._flying.clear()
 
   def land(self) -> None:
     """Waits for the write that was started first."""

@@ -191,8 +191,10 @@ def _choose(
   measure = speed is not None and speed.network is None and worth_exchanging(costs, nbytes, speed)
   if together.meet("process 0 to see whether to measure the network", text="measure" if measure else "")[0]:
     worker = Worker("ckpt_jax-network")
-    network = together.wait("a measurement of the network", worker.submit(measure_network))
-    worker.close()
+    try:
+      network = together.wait("a measurement of the network", worker.submit(measure_network))
+    finally:
+      worker.close()
     remember_network(network)
     if speed is not None:
       speed = dataclasses.replace(speed, network=network)

@@ -8,13 +8,15 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 
-from ckpt_jax import errors
+from ckpt_jax import errors, orbax_private
 from ckpt_jax.errors import CheckpointError, RestoreTimeoutError
+from ckpt_jax.layout import stopping
 from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
 
@@ -24,6 +26,7 @@ T = TypeVar("T")
 # knows nothing of a busy store, or of a host that swaps.
 _PATIENCE = 10.0
 _LEAST_S = 60.0
+_LEAVE_S = 10.0  # how long the end of the interpreter waits for a read that was given up
 _TELL_S = 30.0  # how often a wait for devices says that it goes on
 
 
@@ -139,13 +142,18 @@ def _common(failed: dict[int, dict[str, str]], count: int) -> CheckpointError:
   return kind(message)
 
 
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
 class Worker:
-  """A thread that does one thing after the other. It never keeps the interpreter from ending."""
+  """A thread that does one thing after the other. It keeps the interpreter from ending for some seconds only."""
 
   def __init__(self, name: str):
+    self._stop = threading.Event()
     self._jobs: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
     self._thread = threading.Thread(target=self._run, name=name, daemon=True)
     self._thread.start()
+    _workers.add(self)
 
   def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
     """Queues a job."""
@@ -154,14 +162,39 @@ class Worker:
     return future
 
   def close(self) -> None:
-    """Ends the thread after the jobs that are queued; does not wait."""
+    """Ends the thread, and its reads as soon as it can; does not wait, since storage may hang."""
+    self._stop.set()
     self._jobs.put(None)
+
+  def join(self, timeout: float) -> None:
+    """Waits for the end of the thread."""
+    self._thread.join(timeout)
 
   @transfers_asked_for()
   def _run(self) -> None:
+    with stopping.stopped_by(self._stop):
+      self._work()
+
+  def _work(self) -> None:
     while (entry := self._jobs.get()) is not None:
       future, job = entry
       try:
+        stopping.check()
         future.set_result(job())
       except BaseException as e:  # told to whoever waits for it
         future.set_exception(e)
+
+
+def _wait_for_workers() -> None:
+  """At the end of the interpreter: a thread that wakes up within TensorStore or XLA later would abort the process.
+
+  One that hangs for good does not wake up.
+  """
+  deadline = time.monotonic() + _LEAVE_S
+  for worker in list(_workers):
+    worker.close()
+  for worker in list(_workers):
+    worker.join(max(0.0, deadline - time.monotonic()))
+
+
+orbax_private.before_executors_shut_down(_wait_for_workers)
