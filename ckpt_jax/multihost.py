@@ -64,12 +64,6 @@ def initialize(timeout: float = 120.0) -> None:
     where = explicit.get("coordinator_address", "the launcher's coordinator")
     raise CheckpointError(f"waited {timeout:.0f} s at {where} for {count} processes to start: {e}") from e
   _leave_at_once_after_an_exception()
-  os.register_at_fork(after_in_child=_undo_sigterm)
-
-
-def _undo_sigterm() -> None:
-  """jax catches SIGTERM for good, in forked children too, where nobody listens: Pool.terminate() would hang."""
-  signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def _leave_at_once_after_an_exception() -> None:

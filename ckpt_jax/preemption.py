@@ -223,6 +223,9 @@ def _forked() -> None:
   handler, _process = _process.handler, _Process()
   if handler is not None:
     handler.remove()
+  elif jax.distributed.is_initialized():
+    # jax catches it beneath Python, in forked children too, where its own thread is missing: Pool.terminate() hangs.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 os.register_at_fork(after_in_child=_forked)
