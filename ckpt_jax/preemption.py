@@ -217,6 +217,21 @@ def _sync_in_main_thread() -> None:
     ctypes.pythonapi.Py_AddPendingCall(_pending_sync, None)
 
 
+_masks: dict[int, set[Any]] = {}  # signals that were blocked before a fork, by thread
+
+
+def _before_fork() -> None:
+  # A child gets SIGTERM only once it no longer has a handler that would lose it: Pool.terminate() would hang.
+  if _process.handler is not None or jax.distributed.is_initialized():
+    _masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork() -> None:
+  mask = _masks.pop(threading.get_ident(), None)
+  if mask is not None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _forked() -> None:
   """In a forked child SIGTERM does what it did before we came: nobody there saves."""
   global _process
@@ -224,11 +239,12 @@ def _forked() -> None:
   if handler is not None:
     handler.remove()
   elif jax.distributed.is_initialized():
-    # jax catches it beneath Python, in forked children too, where its own thread is missing: Pool.terminate() hangs.
+    # jax catches it beneath Python, in forked children too, where its own thread is missing.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+  _after_fork()
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forked)
 
 
 def _libc() -> Any:

@@ -77,6 +77,12 @@ child(lambda: None, want=0)
 child(lambda: sys.exit(3), want=3)
 child(lambda: os.abort(), want=-signal.SIGABRT)
 child(lambda: time.sleep(60), want=77, sig=signal.SIGTERM)  # the user's own handler
+for _ in range(20):  # at any moment after the fork
+  process = fork.Process(target=time.sleep, args=(60,))
+  process.start()
+  process.terminate()
+  process.join(30)
+  assert process.exitcode in (77, -signal.SIGTERM), process.exitcode
 child(uses_everything, want=0)
 child(drops_it, want=0)
 child(leaves_a_block, want=5)
