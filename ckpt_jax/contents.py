@@ -116,24 +116,26 @@ class SeveralItemsError(CheckpointError):
     self.names = names
 
 
-def item_name(step_dir: epath.Path, name: str | None = None) -> str:
+def item_name(step_dir: epath.Path, name: str | None = None, ours: dict[str, Any] | None = None) -> str:
   """The item of a step that holds the training state, ours or plain Orbax's.
 
   Args:
     step_dir: a committed step.
     name: which was asked for. Default: the one that ckpt_jax wrote, else `default` (of Orbax's CheckpointManager), else
       `state` (of Orbax v1), else the only tree.
+    ours: `run.our_metadata`, if it was read.
 
   Raises:
     ConfigError: if the step lacks the item that was asked for.
     CorruptCheckpointError: if the step holds no tree at all.
     SeveralItemsError: if it holds several trees, none called `default` or `state`.
   """
-  ours = {} if name else run.our_metadata(step_dir)
+  if not name and ours is None:
+    ours = run.our_metadata(step_dir)
   for usual in [name] if name else [run.our_item(ours)] if ours else [run.DEFAULT_ITEM, V1_ITEM]:
     if run.is_tree(step_dir / usual):
       return usual
-  if ours:
+  if ours and not name:
     raise CorruptCheckpointError(
       f"{step_dir / run.our_item(ours)}: no {run.ITEM_METADATA}; the step was saved with its state there"
     )
@@ -191,7 +193,7 @@ def describe(path: str | os.PathLike[str], step: int | None = None, item: str | 
     content = json_item(step_dir / str(item))
   else:
     try:
-      name = item_name(step_dir, item)
+      name = item_name(step_dir, item, ours)
       leaves = saved_leaves(step_dir, name)
     except SeveralItemsError:
       pass
@@ -212,13 +214,13 @@ def json_item(item_dir: epath.Path) -> Any:
 
 def saved_leaves(step_dir: epath.Path, item: str | None = None) -> list[LeafInfo]:
   """The leaves of an item, default: of the training state, as its trainer saw them, sorted as in the saved tree."""
-  name = item_name(step_dir, item)
-  return leaf_infos(describe_item(step_dir / name).tree, encoded_leaves(step_dir, name))
-
-
-def encoded_leaves(step_dir: epath.Path, item: str) -> dict[str, Any]:
-  """What `layout.encoding` noted of the leaves of an item; empty for one that ckpt_jax did not write."""
   ours = run.our_metadata(step_dir)
+  name = item_name(step_dir, item, ours)
+  return leaf_infos(describe_item(step_dir / name).tree, encoded_leaves(ours, name))
+
+
+def encoded_leaves(ours: dict[str, Any], item: str) -> dict[str, Any]:
+  """What `layout.encoding` noted of the leaves of an item; empty for one that ckpt_jax did not write."""
   return ours.get("encoded", {}) if run.our_item(ours) == item else {}
 
 

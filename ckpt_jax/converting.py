@@ -80,7 +80,13 @@ def sources(directory: epath.Path, step: int | None, item: str | None) -> list[S
   if run.is_step(directory):
     number = _needed(directory, foreign.number_of(directory.name), step)
     return [Source(number, directory, lambda: _bare(directory, item))]
-  files = [(n, path) for path in foreign.flax_files(directory) if (n := _trailing(path.name)) is not None]
+  all_files = foreign.flax_files(directory)
+  files = [(n, path) for path in all_files if (n := _trailing(path.name)) is not None]
+  if len(files) < len(all_files):
+    odd = next(path for path in all_files if _trailing(path.name) is None)
+    raise ConfigError(
+      f"{odd}: has no whole step number; convert such files one by one: ckpt-jax convert {odd} RUN --step N"
+    )
   kinds = sorted({path.name.removesuffix(str(n)) for n, path in files})
   if len(kinds) > 1:
     raise CheckpointError(

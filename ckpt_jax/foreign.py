@@ -6,6 +6,7 @@ looks like a checkpoint: in an empty directory, in one with notes of ours and no
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from ckpt_jax import run
 from ckpt_jax.errors import NotARunError
 from ckpt_jax.naming import is_temporary
 
+_log = logging.getLogger(__name__)
 _MOST_LOOKED_AT = 200  # subdirectories
 _NAMED = 5
 # Other checkpoint files, by their names: what trainers call them, and how they keep weights. `config.yaml`,
@@ -36,6 +38,22 @@ def refuse(directory: epath.Path) -> None:
   problem = _itself(directory) or _within(directory)
   if problem is not None:
     raise NotARunError(f"{directory}: {problem}")
+
+
+def warn_of_others(directory: epath.Path) -> None:
+  """For a run with steps called by plain numbers: logs those of another name, which are not counted.
+
+  An earlier job may have overlooked them, and have begun anew beside them.
+  """
+  others = [p for p in directory.iterdir() if re.search(r"[^0-9.][0-9]+$", p.name) and not is_temporary(p.name)]
+  others = [p for p in others if run.is_step(p)] + flax_files(directory)
+  if others:
+    _log.warning(
+      "%s: its steps are called by their numbers; %s beside them are no steps of it, and are not read. If training "
+      "should have gone on from one of those, move the numbered steps away, and open the run again",
+      directory,
+      _some(others),
+    )
 
 
 def _itself(directory: epath.Path) -> str | None:
@@ -63,7 +81,7 @@ def _itself(directory: epath.Path) -> str | None:
 
 def flax_files(directory: epath.Path) -> list[epath.Path]:
   """Files of flax.training.checkpoints, PREFIXstep, in the order of their names."""
-  paths = (p for p in directory.iterdir() if re.search(r"[0-9]$", p.name) and not p.name.startswith("."))
+  paths = (p for p in directory.iterdir() if re.search(r"[^0-9][0-9]+$", p.name) and not p.name.startswith("."))
   return sorted(p for p in paths if not is_temporary(p.name) and run.is_message_pack(p))
 
 

@@ -10,7 +10,7 @@ from etils import epath
 
 from ckpt_jax import contents, foreign, run
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.naming import Naming
+from ckpt_jax.naming import PLAIN, Naming
 from ckpt_jax.policies.agree import decided_by_process_zero
 from ckpt_jax.rendezvous import Rendezvous
 from ckpt_jax.storage.objects import snapshot
@@ -56,6 +56,8 @@ def opened(directory: epath.Path, item: str | None, timeout: float) -> Opened:
       newest = run.newest_step(directory)
       if newest is None:
         foreign.refuse(directory)
+      elif found == PLAIN:
+        foreign.warn_of_others(directory)
       return list(json.dumps([found.prefix, found.width, _item_of(directory, newest, item)]).encode())
 
   told = bytes(decided_by_process_zero(look, Rendezvous(f"open {directory}"), timeout))
@@ -77,6 +79,6 @@ def _item_of(directory: epath.Path, newest: int | None, wanted: str | None) -> s
     return wanted
   try:
     ours = run.our_metadata(step_dir)
-    return run.our_item(ours) if ours else contents.item_name(step_dir)
+    return run.our_item(ours) if ours else contents.item_name(step_dir, None, ours)
   except CheckpointError:  # damaged, or several of which none stands out
     return run.DEFAULT_ITEM

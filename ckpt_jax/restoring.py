@@ -168,6 +168,7 @@ class Restorer:
     if damaged is not None:
       raise damaged
     step_dir = run.step_directory(self._directory, step)
-    item = item_to_read(step_dir, self._config, request.item, request.like)
+    ours = run.our_metadata(step_dir)
+    item = item_to_read(step_dir, self._config, request.item, request.like, ours)
     record = read_record(step_dir, item) if self._config.restore.verify else None
-    return run.our_metadata(step_dir), run.step_info(self._directory, step).metrics, item, record
+    return ours, run.step_info(self._directory, step).metrics, item, record

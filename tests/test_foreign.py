@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import pickle
 import shutil
 
@@ -19,7 +20,10 @@ import ckpt_jax as ckpt
 from ckpt_jax import cli, foreign
 from ckpt_jax.converting import convert, read_flax
 from ckpt_jax.errors import ConfigError, CorruptCheckpointError, NoCheckpointError, NotARunError
+from ckpt_jax.multihost import launch
 from ckpt_jax.run import run_directory
+
+PROGRAM = str(pathlib.Path(__file__).parent / "programs" / "foreign.py")
 
 
 def state(value=0.0):
@@ -138,6 +142,10 @@ def test_files_of_flax_that_cannot_be_read_are_an_error_that_names_the_file(tmp_
     read_flax(run_directory(file))
   with pytest.raises(NoCheckpointError, match="no checkpoint 7 to convert; there are \\[1\\]"):
     list(convert(tmp_path / "old", tmp_path / "new", step=7))
+  flax_files(tmp_path / "half", state, 1.5)
+  assert_refused(tmp_path / "half", "checkpoint_1.5", "ckpt-jax convert")
+  with pytest.raises(ConfigError, match=r"convert .*checkpoint_1\.5 RUN --step N"):
+    list(convert(tmp_path / "half", tmp_path / "new"))
   flax_files(tmp_path / "old", state, 1, prefix="best_")
   with pytest.raises(ckpt.CheckpointError, match=r"several kinds \(best_\*, checkpoint_\*\)"):
     list(convert(tmp_path / "old", tmp_path / "new"))
@@ -208,6 +216,19 @@ def test_a_run_that_holds_another_run_begins_afresh_once_it_was_opened(tmp_path)
     assert c.restore_or_init(state).next_step == 0
 
 
+def test_checkpoints_beside_the_steps_that_an_earlier_job_overlooked_are_a_warning(tmp_path, caplog):
+  orbax_run(tmp_path / "ahead", 12, step_prefix="ckpt")
+  orbax_run(tmp_path, 3)
+  with ckpt.Checkpointer(tmp_path) as c:
+    assert c.latest_step() == 3 and not caplog.records
+  (tmp_path / "ahead" / "ckpt_12").rename(tmp_path / "ckpt_12")
+  flax_files(tmp_path, state, 7)
+  with ckpt.Checkpointer(tmp_path) as c:
+    assert c.restore_or_init(state).next_step == 4
+  (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+  assert "checkpoint_7, ckpt_12" in warning
+
+
 @pytest.mark.parametrize("path", ["", "  ", None, 7, "$CKPT_JAX_NO_SUCH_VARIABLE/run", "gs://${CKPT_JAX_EMPTY}/run"])
 def test_a_directory_that_is_none_is_refused_before_anything_is_written(path, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
@@ -239,3 +260,23 @@ def test_several_kinds_of_checkpoints_are_told_apart(tmp_path):
   with pytest.raises(NotARunError, match=r"model_\*, opt_\*"):
     ckpt.Checkpointer(tmp_path)
   assert json.dumps([p.name for p in foreign.flax_files(run_directory(tmp_path))]) == "[]"
+
+
+@pytest.mark.multiprocess
+def test_a_job_of_several_processes_decides_alike_what_a_directory_is(tmp_path):
+  from orbax.checkpoint import v1
+
+  held = {"w": jnp.full(8, 12, jnp.float32)}
+  with ocp.CheckpointManager(
+    tmp_path / "prefixed", options=ocp.CheckpointManagerOptions(step_prefix="c", step_format_fixed_length=4)
+  ) as manager:
+    manager.save(12, args=ocp.args.StandardSave(held))
+  with v1.training.Checkpointer(tmp_path / "v1") as theirs:
+    theirs.save(12, held)
+  argv = [PROGRAM, *(str(tmp_path / name) for name in ("prefixed", ".", "v1"))]
+  results = launch(argv, processes=2, devices=2, timeout=180)
+  assert [r.returncode for r in results] == [0, 0], results[0].log + results[1].log
+  assert sorted(n for n in os.listdir(tmp_path / "prefixed") if n[0] != ".") == ["c_0012", "c_0013"]
+  with v1.training.Checkpointer(tmp_path / "v1") as theirs:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # saved by devices that this process does not have
+    assert theirs.load(abstract_state={"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=here)})["w"][0] == 13

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,8 @@ import ckpt_jax as ckpt
 from ckpt_jax import run
 from ckpt_jax.bench.buckets import gcs_server, request_kind, s3_server
 from ckpt_jax.config import RetryConfig, StorageConfig
+from ckpt_jax.converting import convert
+from ckpt_jax.errors import NotARunError
 from ckpt_jax.multihost import launch, who_wrote
 from ckpt_jax.storage import kvstore
 from ckpt_jax.storage.kvstore import kvstore_spec
@@ -288,3 +291,31 @@ def test_size_of_a_step_of_plain_orbax_in_a_bucket_is_that_of_its_objects(bucket
     manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.arange(1000.0)}))
   (step,) = run.list_steps(f"{bucket.url}/run")
   assert step.nbytes > 1000
+
+
+def test_what_other_programs_left_in_a_bucket_is_read_continued_or_named(bucket):
+  state = {"w": jnp.full(3, 12, jnp.float32)}
+  url = bucket.url + "/a"
+  with ckpt.Checkpointer(url + "/new") as c:  # connects Orbax to the bucket, as s3:// needs it
+    assert c.restore_or_init(lambda: state).next_step == 0
+  with ocp.CheckpointManager(url + "/old", options=ocp.CheckpointManagerOptions(step_prefix="ckpt")) as manager:
+    manager.save(12, args=ocp.args.Composite(model=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"at": 3})))
+  with ckpt.Checkpointer(url + "/old", {"retention": {"last": 2}}) as c:
+    restored = c.restore_or_init(lambda: {"w": jnp.zeros(3)})
+    assert (restored.next_step, restored.state["w"][0]) == (13, 12)
+    for step in (13, 14):
+      c.save(step, {"w": jnp.full(3, step, jnp.float32)})
+      c.wait()
+    assert [s.step for s in c.steps()] == [13, 14]
+  assert ckpt.verify(url + "/old") == []
+  with ocp.CheckpointManager(url + "/old", options=ocp.CheckpointManagerOptions(step_prefix="ckpt")) as manager:
+    found = manager.restore(14, args=ocp.args.Composite(model=ocp.args.PyTreeRestore(state)))
+  assert found["model"]["w"][0] == 14
+  (run.run_directory(url + "/flax") / "checkpoint_7").write_bytes(flax.serialization.to_bytes(state))
+  refused = {"": "holds runs", "/old/ckpt_14": "step 14 of the run", "/flax": "ckpt-jax convert"}
+  for path, why in refused.items():
+    with pytest.raises(NotARunError, match=why):
+      ckpt.Checkpointer(url + path)
+  assert [one.step for one in convert(url + "/flax", url + "/converted")] == [7]
+  with ckpt.Checkpointer(url + "/converted") as c:
+    assert c.restore().state["w"].tolist() == [12, 12, 12]

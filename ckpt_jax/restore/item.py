@@ -12,7 +12,9 @@ from ckpt_jax.config import Config
 from ckpt_jax.layout.structure import path_name
 
 
-def item_to_read(step_dir: epath.Path, config: Config, item: str | None, like: Any) -> str:
+def item_to_read(
+  step_dir: epath.Path, config: Config, item: str | None, like: Any, ours: dict[str, Any] | None = None
+) -> str:
   """The name of the item that a restore takes.
 
   Args:
@@ -21,6 +23,7 @@ def item_to_read(step_dir: epath.Path, config: Config, item: str | None, like: A
     item: what was asked for; it must be there.
     like: the tree that is to be restored, or None. Of several trees, none of which is called as a state is, the only
       one with the leaves of `like` is taken.
+    ours: `run.our_metadata`, if it was read.
 
   Raises:
     ConfigError: if there is no such item.
@@ -28,9 +31,11 @@ def item_to_read(step_dir: epath.Path, config: Config, item: str | None, like: A
   """
   if item is not None:
     return contents.item_name(step_dir, item)
+  if ours is None:
+    ours = run.our_metadata(step_dir)
   try:
     # A step that was saved before `Config.item` was set has its state elsewhere.
-    return contents.item_name(step_dir, None if run.our_metadata(step_dir) else config.item)
+    return contents.item_name(step_dir, None if ours else config.item, ours)
   except contents.SeveralItemsError as e:
     if like is not None:
       wanted = {path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]}

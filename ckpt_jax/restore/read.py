@@ -225,11 +225,11 @@ class Step:
 
   def __init__(self, step_dir: epath.Path, config: Config, item: str | None = None):
     self.name = str(step_dir)
-    name = contents.item_name(step_dir, item)
+    ours = run.our_metadata(step_dir)
+    name = contents.item_name(step_dir, item, ours)
     self.item_dir = step_dir / name
     self.item = contents.describe_item(self.item_dir, config)
-    ours = run.our_metadata(step_dir)
-    self.notes: dict[str, Any] = contents.encoded_leaves(step_dir, name)
+    self.notes: dict[str, Any] = contents.encoded_leaves(ours, name)
     weak = ours.get("weak") if run.our_item(ours) == name else None
     self._weak: frozenset[str] | None = None if weak is None else frozenset(weak)
     self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
