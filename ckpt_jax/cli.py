@@ -17,7 +17,7 @@ from rich.table import Column, Table
 
 from ckpt_jax import cli_aside, cli_bench, cli_convert, cli_prune, cli_repack, cli_simulate, cli_tune, cli_verify
 from ckpt_jax.cli_common import Json, NearestName, Run, console, fail, pairs, print_json, print_table, size
-from ckpt_jax.errors import CheckpointError, ConfigError
+from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from ckpt_jax.version import __version__
 
 app = typer.Typer(
@@ -59,7 +59,10 @@ def list_command(
   steps, damaged = list_readable_steps(run)
   aside = listed(run_directory(run))
   if as_json:
-    found = [dataclasses.asdict(s) for s in steps] + [{"step": n, "damaged": str(e)} for n, e in damaged.items()]
+    found = [dataclasses.asdict(s) for s in steps] + [
+      {"step": n, "damaged" if isinstance(e, CorruptCheckpointError) else "unreadable": str(e)}
+      for n, e in damaged.items()
+    ]
     print_json(found + (cli_aside.as_json(run, aside) if everything else []))
   elif steps:
     thinned = not all(s.resumable for s in steps)

@@ -11,6 +11,7 @@ import typer
 from ckpt_jax import cli_aside
 from ckpt_jax.cli_common import Json, Run, confirmed, fail, print_json, print_table
 from ckpt_jax.units import size_text
+from ckpt_jax.verification import DELETED, UNREADABLE, Verdict, verdicts
 
 
 def verify(
@@ -24,7 +25,6 @@ def verify(
 
   from ckpt_jax.integrity.aside import listed
   from ckpt_jax.run import run_directory
-  from ckpt_jax.verification import verdicts
 
   columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
   with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
@@ -42,9 +42,7 @@ def verify(
     unread = {"leaves": 0, "nbytes": 0, "fingerprints": 0, "how_far": "not read: it does not count", "findings": []}
     print_json([dataclasses.asdict(v) for v in found] + [unread | a for a in cli_aside.as_json(run, aside)])
   else:
-    rows = [
-      (str(v.step), "damaged" if v.findings else "sound", str(v.leaves), size_text(v.nbytes), v.how_far) for v in found
-    ]
+    rows = [(str(v.step), _state(v), str(v.leaves), size_text(v.nbytes), v.how_far) for v in found]
     print_table(("step", "", "leaves", "size", "checked"), rows)
     if findings:
       print_table(
@@ -54,6 +52,12 @@ def verify(
     cli_aside.show(run, aside, in_full=True)
   if findings:
     raise typer.Exit(1)
+
+
+def _state(verdict: Verdict) -> str:
+  if not verdict.findings:
+    return "deleted" if verdict.how_far == DELETED else "sound"
+  return "could not be read" if all(f.kind == UNREADABLE for f in verdict.findings) else "damaged"
 
 
 def rollback(

@@ -12,7 +12,9 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax import run, untrusted
-from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError
+from ckpt_jax.failures import is_unreachable, root_cause
+from ckpt_jax.storage import look
 
 JSON_FILES = ("metadata", "metrics")
 V1_ITEM = "state"  # what Orbax v1's training.Checkpointer saves and asks for
@@ -83,18 +85,18 @@ def items(step_dir: epath.Path) -> list[Item]:
 
 
 def _items(directory: epath.Path, prefix: str, handlers: dict[str, Any]) -> Iterator[Item]:
-  for path in directory.iterdir():
-    if path.name.startswith(".") or not path.is_dir():
+  for path in [directory / name for name in look.names(directory)]:
+    if path.name.startswith(".") or not look.is_dir(path):
       continue
     name, handler = f"{prefix}{path.name}", _class_name(handlers.get(path.name))
-    files = {p.name for p in path.iterdir()} - {run.COMMIT_MARKER, run.STEP_METADATA}
-    if "checkpoint" in files and (path / "checkpoint" / ".zarray").exists():
+    files = set(look.names(path)) - {run.COMMIT_MARKER, run.STEP_METADATA}
+    if "checkpoint" in files and look.exists(path / "checkpoint" / ".zarray"):
       yield Item(name, "array", handler)
     elif run.is_tree(path):
       yield Item(name, "tree", handler)
     elif len(files) == 1 and files <= set(JSON_FILES):
       yield Item(name, "json", handler)
-    elif not prefix and files and all((path / file).is_dir() for file in files):
+    elif not prefix and files and all(look.is_dir(path / file) for file in files):
       yield from _items(path, f"{name}/", {})
     else:
       yield Item(name, "other", handler)
@@ -182,7 +184,18 @@ def describe(path: str | os.PathLike[str], step: int | None = None, item: str | 
     CorruptCheckpointError: if its metadata cannot be read.
   """
   directory = run.run_directory(path)
-  step = run.latest_committed(directory) if step is None else step
+  if step is not None:
+    return _describe(directory, step, item)
+  while True:  # each time that the newest is deleted under our hands there is a newer one, or none at all
+    newest = run.latest_committed(directory)
+    try:
+      return _describe(directory, newest, item)
+    except CheckpointError:
+      if not run.is_gone(directory, newest):
+        raise
+
+
+def _describe(directory: epath.Path, step: int, item: str | None) -> StepDescription:
   step_dir = run.step_directory(directory, step)
   ours = run.our_metadata(step_dir)
   shown = {k: v for k, v in ours.items() if k not in ("metrics", "extras", "encoded")}
@@ -207,7 +220,7 @@ def json_item(item_dir: epath.Path) -> Any:
     CorruptCheckpointError: if the file is there and holds no JSON.
   """
   for name in JSON_FILES:
-    if (item_dir / name).exists():
+    if look.exists(item_dir / name):
       return untrusted.read_json(item_dir / name)
   return None
 
@@ -280,7 +293,8 @@ def describe_item(item_dir: epath.Path, config: Any = None) -> ItemDescription:
   """Reads what an item, RUN/STEP/default, says of itself, and opens its arrays within the limits of `config`.
 
   Raises:
-    CorruptCheckpointError: if it cannot be read.
+    CorruptCheckpointError: if it is damaged.
+    StorageError: if storage does not answer, or does not let us in.
   """
   from ckpt_jax.config import Config
   from ckpt_jax.layout import aggregate, direct, packing
@@ -306,6 +320,8 @@ def describe_item(item_dir: epath.Path, config: Any = None) -> ItemDescription:
   except (CheckpointError, MemoryError):
     raise
   except Exception as e:
+    if is_unreachable(e):
+      raise StorageError(f"{item_dir}: {root_cause(e)}") from e
     raise CorruptCheckpointError(f"{item_dir}: its metadata cannot be read: {' '.join(str(e).split())[:500]}") from e
 
 

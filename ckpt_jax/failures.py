@@ -29,6 +29,7 @@ def root_cause(error: BaseException) -> str:
   """The innermost message, on one line: Orbax wraps it in several layers of tasks and barriers."""
   *_, root = _causes(error)
   text = without_secrets(" ".join(str(root).split())) or type(root).__name__
+  text = re.sub(r" ?\[tensorstore_spec='\{.*?\}'\]", "", text)  # a page of JSON, before the reason
   text = re.sub(r" ?\[source locations=.*", "", text)
   # TensorStore's own words for an error of the operating system, which stands in the text already.
   text = re.sub(r"^[A-Z_]+: (.*) \[os_error_code='\d+'.*", r"\1", text)
@@ -48,21 +49,41 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     error = error.__context__ if inner is None and not error.__suppress_context__ else inner
 
 
-# What TensorStore's status codes and gRPC's call a store that does not answer, or does not let us in.
+# What TensorStore's status codes and gRPC's call a store that does not answer, or does not let us in ...
 _UNREACHABLE = re.compile(
-  r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED)\b"
+  r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED)\b"
 )
+_OS_ERROR, _HTTP_STATUS = re.compile(r"os_error_code='(\d+)'"), re.compile(r"http_response_code='(\d+)'")
+# ... and one that answers, with something else than was written.
+_DAMAGED = re.compile(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT)\b")
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-  """Whether the storage failed to answer or refused access, rather than holding something damaged."""
-  return any(
-    isinstance(e, StorageError)
-    or (isinstance(e, OSError) and not isinstance(e, FileNotFoundError))
-    or _UNREACHABLE.search(str(e))
-    for e in _causes(error)
-  )
+  """Whether the storage failed to answer or refused access, rather than holding something damaged.
+
+  Permissions, expired credentials, too many open files, stale handles, I/O errors, requests that are refused.
+  """
+  return any(map(_is_unreachable, _causes(error)))
+
+
+def _is_unreachable(error: BaseException) -> bool:
+  if isinstance(error, OSError):
+    return isinstance(error, StorageError) or not isinstance(
+      error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    )
+  text = str(error)
+  if (code := _OS_ERROR.search(text)) is not None:  # TensorStore gives it a status that says less
+    return int(code[1]) not in _NOT_THERE
+  if (code := _HTTP_STATUS.search(text)) is not None:
+    return code[1] not in ("404", "410", "412", "416")
+  return bool(_UNREACHABLE.search(text))
+
+
+def is_damage(error: BaseException | None) -> bool:
+  """Whether TensorStore found a file to be gone, cut short or undecodable. Anything else proves nothing of a step."""
+  return any(isinstance(e, FileNotFoundError) or _DAMAGED.search(str(e)) for e in _causes(error))
 
 
 def without_secrets(text: str) -> str:

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from etils import epath
 
 from ckpt_jax import run
-from ckpt_jax.errors import NotARunError
+from ckpt_jax.errors import NotARunError, StorageError
 from ckpt_jax.naming import is_temporary
+from ckpt_jax.storage.kvstore import is_object_store
 
 _log = logging.getLogger(__name__)
 _MOST_LOOKED_AT = 200  # subdirectories
@@ -108,10 +109,14 @@ def _within(directory: epath.Path) -> str | None:
   runs, alone = [], []
   for path in sorted(paths)[:_MOST_LOOKED_AT]:
     if path.is_dir():
-      if run.is_step(path):
-        alone.append(path)
-      elif _is_run(path):
-        runs.append(path)
+      try:
+        if run.is_step(path):
+          alone.append(path)
+        elif _is_run(path):
+          runs.append(path)
+      except StorageError:  # lost+found, and what else is not ours to look into
+        if is_object_store(path):
+          raise
   # A run may hold others, say of its best steps: one that was opened before is a run.
   if runs and not (directory / run.NOTES).exists():
     which = "a run" if len(runs) == 1 else "runs"

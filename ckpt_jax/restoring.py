@@ -12,7 +12,7 @@ from etils import epath
 
 from ckpt_jax import garbage, run
 from ckpt_jax.config import Config
-from ckpt_jax.errors import CheckpointError, NoCheckpointError, StructureMismatchError
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StructureMismatchError
 from ckpt_jax.integrity import recovery
 from ckpt_jax.integrity.record import Record, read_record
 from ckpt_jax.integrity.verifying import Verifier
@@ -26,6 +26,7 @@ from ckpt_jax.restore.placement import on_real_devices
 from ckpt_jax.restore.read import Request, read_state
 from ckpt_jax.restore.result import Restored, RestoreReport
 from ckpt_jax.restore.together import Together
+from ckpt_jax.storage import look
 from ckpt_jax.storage.objects import snapshot
 from ckpt_jax.tuning.planner import Planner
 
@@ -82,23 +83,28 @@ class Restorer:
       request = dataclasses.replace(request, like=on_real_devices(request.like))
     except Exception as e:
       wrong = e
-    steps = self._candidates(step, healthy, together, wrong)
+    known = self._candidates(step, healthy, together, wrong)
+
+    def read(number: int) -> Restored:
+      return self._read(number, request, strategy, together)
+
+    def steps() -> list[int]:
+      nonlocal known
+      found, known = known, []
+      return found or self._candidates(None, healthy, together)
+
     if step is not None:
-      return self._read(int(step), request, strategy, together)
-    if not steps:
+      return recovery.unless_gone(self._directory, int(step), read, together)
+    fallback = self._config.restore.on_corruption == "fallback"
+    sound = recovery.newest_sound(self._directory, steps, read, together, fallback=fallback)
+    if sound is None:
       which = "no committed checkpoint that is not tagged unhealthy" if healthy else "no committed checkpoint"
       raise NoCheckpointError(f"{self._directory}: {which}; save one first, or check the path")
-    restored, failed = recovery.newest_sound(
-      self._directory,
-      steps,
-      lambda number: self._read(number, request, strategy, together),
-      together,
-      fallback=self._config.restore.on_corruption == "fallback",
-    )
-    if not failed:
-      return restored
-    assert restored.report is not None
-    return dataclasses.replace(restored, report=dataclasses.replace(restored.report, quarantined=failed))
+    if not sound.failed and not sound.gone:
+      return sound.found
+    assert sound.found.report is not None
+    report = dataclasses.replace(sound.found.report, quarantined=sound.failed, gone=sound.gone)
+    return dataclasses.replace(sound.found, report=report)
 
   def _candidates(
     self, step: int | None, healthy: bool, together: Together, error: Exception | None = None
@@ -171,4 +177,10 @@ class Restorer:
     ours = run.our_metadata(step_dir)
     item = item_to_read(step_dir, self._config, request.item, request.like, ours)
     record = read_record(step_dir, item) if self._config.restore.verify else None
+    # Read once: the file that holds them is among the first that a deletion takes, and a step without it is an old
+    # Orbax's, which has no extras.
+    if ours and isinstance(ours.get("metrics"), dict):
+      return ours, dict(ours["metrics"]), item, record
+    if not ours and look.exists(step_dir / item / run.RECORD):
+      raise CorruptCheckpointError(f"{step_dir / run.STEP_METADATA}: what ckpt_jax wrote there is missing")
     return ours, run.step_info(self._directory, step).metrics, item, record

@@ -6,17 +6,19 @@ import concurrent.futures
 import dataclasses
 import datetime
 import os
-from collections.abc import Sequence
+import time as clock
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from etils import epath
 
 from ckpt_jax import untrusted
-from ckpt_jax.errors import CorruptCheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.naming import PLAIN, Naming, naming_of
 from ckpt_jax.seal import is_intact
+from ckpt_jax.storage import look
 from ckpt_jax.storage.kvstore import SCHEMES, connect, is_object_store
-from ckpt_jax.storage.objects import snapshot
+from ckpt_jax.storage.objects import BACKEND, snapshot
 from ckpt_jax.storage.paths import given, literal, url_scheme
 
 STEP_METADATA = "_CHECKPOINT_METADATA"
@@ -33,6 +35,9 @@ PINS, DELETING = "pins", "deleting"
 # Steps in a bucket that count no longer and are still there (RUN/.ckpt_jax/aside/STEP); on a disk they are moved away.
 ASIDE = "aside"
 THINNED = "thinned"  # in our metadata: what was kept of a step that holds a part of its state alone
+# How long to watch a step that cannot be read for somebody who is deleting it, and to wait for its end.
+_LOOKS, _BETWEEN_LOOKS_S, _DELETION_S = 5, 0.05, 60.0
+_LISTINGS = 30  # of a run whose steps are deleted while they are looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +87,22 @@ def committed_steps(run: epath.Path) -> list[int]:
   Raises:
     NotARunError: if steps are called in several ways.
   """
-  with snapshot(run):
-    names = _names(run)
-    if not names:
-      return []
-    doomed = uncounted_steps(run)
-    called = naming(run, names)
-    steps = [step for name in names if (step := called.step(name)) is not None and step not in doomed]
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-      good = list(pool.map(lambda step: is_step(run / called.name(step)), steps))
-  return sorted(step for step, ok in zip(steps, good, strict=True) if ok)
+  seen: set[str] = set()
+  while True:
+    with snapshot(run):
+      names = look.names(run)
+      if not names:
+        return []
+      doomed = uncounted_steps(run)
+      called = naming(run, names)
+      there = [step for name in names if (step := called.step(name)) is not None]
+      steps = [step for step in there if step not in doomed]
+      with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        good = list(pool.map(counts, [run / called.name(step) for step in steps]))
+    # A step that went while it was looked at may have given way to a newer one, which this listing lacks.
+    if (len(steps) == len(there) and all(good)) or seen == set(names):
+      return sorted(step for step, ok in zip(steps, good, strict=True) if ok)
+    seen = set(names)
 
 
 _namings: dict[str, Naming] = {}
@@ -110,8 +121,8 @@ def naming(run: epath.Path, names: Sequence[str] | None = None, *, opening: bool
   """
   key = os.fspath(run)
   if names is not None or opening or key not in _namings:
-    names = _names(run) if names is None else names
-    found = naming_of(names, lambda n: is_step(run / n), lambda n: not _names(run / n), key)
+    names = look.names(run) if names is None else names
+    found = naming_of(names, lambda n: counts(run / n), lambda n: not look.names(run / n), key)
     _namings[key] = found or (PLAIN if opening else _namings.get(key, PLAIN))
   return _namings[key]
 
@@ -123,11 +134,11 @@ def is_called(run: epath.Path, naming: Naming) -> None:
 
 def newest_step(run: epath.Path) -> int | None:
   """The newest committed step; looks at as few of the others as can be."""
-  names = _names(run)
+  names = look.names(run)
   called = naming(run, names)
   doomed = uncounted_steps(run) if names else set()
   steps = sorted({step for name in names if (step := called.step(name)) is not None} - doomed, reverse=True)
-  return next((step for step in steps if is_step(run / called.name(step))), None)
+  return next((step for step in steps if counts(run / called.name(step))), None)
 
 
 def step_path(run: epath.Path, step: int) -> epath.Path:
@@ -135,19 +146,9 @@ def step_path(run: epath.Path, step: int) -> epath.Path:
   return run / naming(run).name(step)
 
 
-def _names(directory: epath.Path) -> list[str]:
-  try:
-    return [p.name for p in directory.iterdir()]
-  except (FileNotFoundError, NotADirectoryError):
-    return []
-
-
 def noted_steps(run: epath.Path, kind: str) -> set[int]:
   """The steps with a note of a kind, `PINS` or `DELETING`."""
-  try:
-    return {int(p.name) for p in (run / NOTES / kind).iterdir() if p.name.isdigit()}
-  except (FileNotFoundError, NotADirectoryError):
-    return set()
+  return {int(name) for name in look.names(run / NOTES / kind) if name.isdigit()}
 
 
 def uncounted_steps(run: epath.Path) -> set[int]:
@@ -157,24 +158,28 @@ def uncounted_steps(run: epath.Path) -> set[int]:
 
 
 def is_step(directory: epath.Path) -> bool:
-  """Whether `directory` holds what every committed Orbax step holds."""
+  """Whether `directory` holds what every committed Orbax step holds.
+
+  Raises:
+    StorageError: if that cannot be found out.
+  """
   if is_object_store(directory):
     # Nothing is renamed there: a step is committed once its marker is written, last of all.
     return (directory / COMMIT_MARKER).exists()
-  if (directory / STEP_METADATA).exists() or (directory / DEFAULT_ITEM / ITEM_METADATA).exists():
+  if look.exists(directory / STEP_METADATA) or look.exists(directory / DEFAULT_ITEM / ITEM_METADATA):
     return True
   # Orbax before 0.5.20 wrote nothing about a step as a whole.
-  return is_tree(directory) or any(_is_bare_item(directory / name) for name in _names(directory))
+  return is_tree(directory) or any(_is_bare_item(directory / name) for name in look.names(directory))
 
 
 def is_tree(directory: epath.Path) -> bool:
   """Whether `directory` holds a pytree that some version of Orbax wrote."""
-  return (directory / ITEM_METADATA).exists() or is_message_pack(directory / AGGREGATE)
+  return look.exists(directory / ITEM_METADATA) or is_message_pack(directory / AGGREGATE)
 
 
 def _is_bare_item(path: epath.Path) -> bool:
   """Whether a directory is an item of a step, rather than a checkpoint by itself in a run of such."""
-  return not path.name[-1:].isdigit() and is_tree(path) and not (path / STEP_METADATA).exists()
+  return not path.name[-1:].isdigit() and is_tree(path) and not look.exists(path / STEP_METADATA)
 
 
 def is_message_pack(file: epath.Path) -> bool:
@@ -182,13 +187,50 @@ def is_message_pack(file: epath.Path) -> bool:
 
   TensorFlow's `checkpoint` is text.
   """
-  if not file.exists() or file.is_dir():
+  if not look.exists(file) or look.is_dir(file):
     return False
-  with file.open("rb") as opened:
-    head = opened.read(6)
+  head = look.read_bytes(file, 6)
   sizes = {0xDE: 3, 0xDF: 5} | dict.fromkeys(range(0x81, 0x90), 1)
   key = head[sizes.get(head[0], len(head)) :] if head else b""
   return bool(key) and (0xA0 <= key[0] <= 0xBF or key[0] in (0xD9, 0xDA))
+
+
+def counts(directory: epath.Path) -> bool:
+  """Whether a directory is a step, or may be: one of a disk that cannot be looked into must not be passed over."""
+  try:
+    return is_step(directory)
+  except StorageError:
+    if is_object_store(directory):
+      raise
+    return True
+
+
+def is_gone(run: epath.Path, step: int) -> bool:
+  """Whether a step that was there is deleted, or will be: to whoever reads it that may look like damage."""
+  if step in uncounted_steps(run):
+    return True
+  directory = step_path(run, step)
+  there = is_step(directory) if is_object_store(directory) else look.exists(directory)
+  return not there or _is_vanishing(directory)
+
+
+def _is_vanishing(directory: epath.Path) -> bool:
+  """Whether somebody is deleting a directory who leaves no mark: another program, or a person."""
+  before = len(_files(directory))
+  for _ in range(_LOOKS):
+    clock.sleep(_BETWEEN_LOOKS_S)
+    if len(_files(directory)) < before:
+      deadline = clock.monotonic() + _DELETION_S
+      while look.exists(directory) and clock.monotonic() < deadline:
+        clock.sleep(_BETWEEN_LOOKS_S)
+      return True
+  return not look.exists(directory)
+
+
+def _files(directory: epath.Path) -> Collection[str]:
+  if is_object_store(directory):
+    return BACKEND.tree(directory)
+  return [os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names]
 
 
 def step_directory(run: epath.Path, step: int) -> epath.Path:
@@ -208,7 +250,7 @@ def step_directory(run: epath.Path, step: int) -> epath.Path:
 def _aside_hint(run: epath.Path, step: int) -> str:
   """Where a step went that is no step any more; see `integrity.aside`, which is a room below."""
   marked = is_object_store(run) and step in noted_steps(run, ASIDE)
-  moved = any(n.split("-", 1)[0] == str(step) for k in ("quarantine", "set_aside") for n in _names(run / NOTES / k))
+  moved = any(n.split("-", 1)[0] == str(step) for k in ("quarantine", "set_aside") for n in look.names(run / NOTES / k))
   return f". Step {step} was put aside: `ckpt-jax ls {run} --all` says why" if marked or moved else ""
 
 
@@ -236,7 +278,7 @@ def newest_to_restore(run: epath.Path) -> int | None:
     try:
       if thinned_to(step_path(run, step)) is None:
         return step
-    except CorruptCheckpointError:
+    except (CorruptCheckpointError, StorageError):
       return step  # reading it tells what is wrong
   return steps[-1] if steps else None
 
@@ -246,7 +288,7 @@ def newest_resumable(run: epath.Path) -> int | None:
   for step in reversed(committed_steps(run)):
     try:
       info = _info(step_path(run, step), step)
-    except CorruptCheckpointError:
+    except (CorruptCheckpointError, StorageError):
       continue
     if info.resumable and info.healthy is not False:
       return step
@@ -300,7 +342,8 @@ def list_steps(path: str | os.PathLike[str]) -> list[StepInfo]:
   """All committed steps of a run, oldest first.
 
   Raises:
-    CorruptCheckpointError: if the metadata of one cannot be read.
+    CorruptCheckpointError: if the metadata of one is damaged.
+    StorageError: if it cannot be read for now.
   """
   steps, damaged = list_readable_steps(path)
   for error in damaged.values():
@@ -317,23 +360,33 @@ def step_info(run: epath.Path, step: int) -> StepInfo:
   return _info(step_path(run, step), step)
 
 
-def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], dict[int, CorruptCheckpointError]]:
-  """The committed steps of a run whose metadata can be read, oldest first, and why the others cannot, by step."""
+def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], dict[int, CheckpointError]]:
+  """The committed steps of a run whose metadata can be read, oldest first, and why the others cannot, by step: a
+  CorruptCheckpointError, or a StorageError for what cannot be read for now. One that is deleted meanwhile is neither.
+  """
   run = run_directory(path)
-  damaged: dict[int, CorruptCheckpointError] = {}
-
-  def info(step: int) -> StepInfo | None:
-    try:
-      return _info(step_path(run, step), step)
-    except CorruptCheckpointError as e:
-      damaged[step] = e
-      return None
-
-  with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    found = list(pool.map(info, committed_steps(run)))
+  found: list[StepInfo | CheckpointError | None] = []
+  listed: list[int] = []
+  for _ in range(_LISTINGS):
+    before, listed = listed, committed_steps(run)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+      found = list(pool.map(lambda step: _info_or_error(run, step), listed))
+    if None not in found or listed == before:  # else newer steps may have come as those went
+      break
   pins = noted_steps(run, PINS)
-  steps = [dataclasses.replace(s, pinned=s.step in pins) for s in found if s is not None]
-  return steps, dict(sorted(damaged.items()))
+  steps = [dataclasses.replace(s, pinned=s.step in pins) for s in found if isinstance(s, StepInfo)]
+  return steps, {step: e for step, e in zip(listed, found, strict=True) if isinstance(e, CheckpointError)}
+
+
+def _info_or_error(run: epath.Path, step: int) -> StepInfo | CheckpointError | None:
+  """None for a step that is deleted meanwhile."""
+  directory = step_path(run, step)
+  try:
+    found = _info(directory, step)
+    # An old Orbax's step does not say when it was committed; nor does one whose metadata has just gone.
+    return found if found.time is not None or is_step(directory) else None
+  except (CorruptCheckpointError, StorageError) as e:
+    return None if is_gone(run, step) else e
 
 
 def _info(step_dir: epath.Path, step: int) -> StepInfo:
@@ -346,11 +399,16 @@ def _info(step_dir: epath.Path, step: int) -> StepInfo:
       healthy = (ours.get("health") or {}).get("healthy")
       return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]), healthy, resumable=THINNED not in ours)
     metrics_file = step_dir / "metrics" / "metrics"
-    metrics = untrusted.read_json(metrics_file) if metrics_file.exists() else {}
+    metrics = untrusted.read_json(metrics_file) if look.exists(metrics_file) else {}
     untrusted.check_metrics(metrics, str(metrics_file))
-  except (KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError) as e:
+    nbytes = tree_nbytes(step_dir)
+  except StorageError:
+    raise
+  except (KeyError, TypeError, AttributeError, ValueError, OverflowError, FileNotFoundError, NotADirectoryError) as e:
     raise CorruptCheckpointError(f"{step_dir}: its metadata is damaged ({type(e).__name__}: {e})") from e
-  return StepInfo(step, time, tree_nbytes(step_dir), metrics)
+  except OSError as e:
+    raise look.cannot_be_read(step_dir, e) from e
+  return StepInfo(step, time, nbytes, metrics)
 
 
 def tree_nbytes(directory: epath.Path) -> int:

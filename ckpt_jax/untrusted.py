@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax.errors import CorruptCheckpointError
-from ckpt_jax.storage.kvstore import is_object_store
+from ckpt_jax.storage import look
 
 # A state of a million leaves takes 300 MB of `_METADATA`; Python's objects take several times the text.
 MAX_JSON_BYTES = 1 << 30
@@ -35,12 +35,13 @@ def read_json(file: epath.Path, is_intact: Callable[[bytes], bool] = lambda text
 
   Raises:
     FileNotFoundError: if it is not there.
+    StorageError: if it cannot be read for now.
     CorruptCheckpointError: if it is no JSON, or too large or too deep for one that was saved.
   """
-  if not is_object_store(file) and (size := file.stat().length) > MAX_JSON_BYTES:
+  if (size := look.file_nbytes(file)) > MAX_JSON_BYTES:
     raise CorruptCheckpointError(f"{file}: {size / 1e9:.1f} GB of JSON; no checkpoint has as much")
+  text = look.read_bytes(file)
   try:
-    text = file.read_bytes()
     data = json.loads(text)
     if not is_intact(text):
       raise CorruptCheckpointError(f"{file}: its bits are not those that were written")

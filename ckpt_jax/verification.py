@@ -17,13 +17,14 @@ from etils import epath
 from ckpt_jax import contents, foreign, untrusted
 from ckpt_jax import run as run_lib
 from ckpt_jax.config import Config
-from ckpt_jax.errors import CorruptCheckpointError, StorageError
-from ckpt_jax.failures import root_cause
+from ckpt_jax.errors import ConfigError, CorruptCheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.integrity import aside, databases, fingerprint, record, sums
 from ckpt_jax.layout.keys import database_name, prefix
 from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, make_plan
 from ckpt_jax.restore.read import Reader, Step
+from ckpt_jax.storage import look
 from ckpt_jax.storage.kvstore import kvstore_spec
 from ckpt_jax.storage.objects import snapshot
 
@@ -32,6 +33,10 @@ _GROUP_NBYTES = 128 << 20  # leaves read together
 _GROUP_LEAVES = 256
 _BLOCK_NBYTES = 64 << 20  # a larger leaf is read in blocks of about this size
 _AT_ONCE = 4  # blocks
+_MOST_UNREADABLE = 3  # leaves that cannot be read, after which the others are not tried
+_UNREAD = "could not be read"
+UNREADABLE = "unreadable"  # a kind of finding
+DELETED = "deleted while it was read"  # how far a step was checked
 Progress = Callable[[int, int, int], None]
 
 
@@ -41,7 +46,8 @@ class Finding:
 
   Attributes:
     step: the step.
-    kind: `commit` (marker missing), `metadata`, `structure` (an OCDBT database or the tree), `data` (a leaf).
+    kind: `commit` (marker missing), `metadata`, `structure` (an OCDBT database or the tree), `data` (a leaf);
+      `unreadable` for what could not be read, which says nothing about what it holds.
     leaf: its path; empty if it is not about one.
     file: the file, or files, relative to the step, as far as it can be told.
     message: what is wrong.
@@ -103,7 +109,7 @@ def verify(run: str | os.PathLike[str], step: int | None = None) -> list[Finding
   Raises:
     NoCheckpointError: if there is no such step, or none at all.
     NotARunError: if there are checkpoints that are no steps of a run.
-    StorageError: if storage does not answer.
+    StorageError: if the run cannot be listed.
   """
   return [finding for verdict in verdicts(run, step) for finding in verdict.findings]
 
@@ -120,8 +126,9 @@ def verdicts(
   directory = run_lib.run_directory(run)
   damaged = aside.damaged_steps(directory)
   if step is not None:
-    if step not in damaged:
-      run_lib.step_directory(directory, step)
+    there = run_lib.counts(run_lib.step_path(directory, step)) and step not in run_lib.uncounted_steps(directory)
+    if step not in damaged and not there:
+      run_lib.step_directory(directory, step)  # raises, naming what there is
     steps = [step]
   else:
     steps = sorted({*run_lib.committed_steps(directory), *damaged})
@@ -131,10 +138,15 @@ def verdicts(
   for number in steps:
     if number in damaged:
       finding = Finding(number, "commit", "", "", str(damaged[number]))
-      yield Verdict(number, 0, 0, 0, "nothing could be read", (finding,))
+      verdict = Verdict(number, 0, 0, 0, "nothing could be read", (finding,))
     else:
       with snapshot(run_lib.step_path(directory, number)):
-        yield _Check(directory, number, progress).verdict()
+        verdict = _Check(directory, number, progress).verdict()
+    if verdict.findings and run_lib.is_gone(directory, number):
+      if step is not None:
+        raise NoCheckpointError(f"{directory}: step {step} was deleted while it was read")
+      verdict = Verdict(number, 0, 0, 0, DELETED, ())
+    yield verdict
 
 
 class _Check:
@@ -149,6 +161,15 @@ class _Check:
 
   @transfers_asked_for()
   def verdict(self) -> Verdict:
+    try:
+      found = self._verdict()
+    except StorageError as e:
+      self._unreadable(e)
+      return Verdict(self._step, 0, self._done, 0, _UNREAD, tuple(self._findings))
+    unreadable = any(finding.kind == UNREADABLE for finding in self._findings)
+    return dataclasses.replace(found, how_far="not all of it could be read") if unreadable else found
+
+  def _verdict(self) -> Verdict:
     trees: list[tuple[str, Step, list[LeafPlan]]] = []
     checked: list[_Checked] = []
     try:
@@ -167,9 +188,11 @@ class _Check:
         described = Step(self._step_dir, Config(), part.name)
         plans = [make_plan(n, m, described.notes.get(n), AS_SAVED) for n, m in described.meta.items()]
         trees.append((part.name, described, plans))
-      except CorruptCheckpointError as e:
+      except (ConfigError, CorruptCheckpointError) as e:
         self._found("metadata", str(e), file=part.name)
         checked.append(_Checked(part.name, 0, 0, 0, "nothing but the metadata, which are damaged"))
+      except StorageError as e:
+        checked.append(self._unread_item(part.name, e))
     self._total = sum(plan.nbytes for _, _, plans in trees for plan in plans)
     checked += [self._tree(name, described, plans, ours if name == state else {}) for name, described, plans in trees]
     return Verdict(
@@ -183,6 +206,16 @@ class _Check:
     )
 
   def _tree(self, name: str, described: Step, plans: list[LeafPlan], ours: dict[str, Any]) -> _Checked:
+    try:
+      return self._tree_read(name, described, plans, ours)
+    except StorageError as e:
+      return self._unread_item(name, e)
+
+  def _unread_item(self, name: str, error: Exception) -> _Checked:
+    self._unreadable(error, file=name)
+    return _Checked(name, 0, 0, 0, _UNREAD)
+
+  def _tree_read(self, name: str, described: Step, plans: list[LeafPlan], ours: dict[str, Any]) -> _Checked:
     item = described.item_dir
     self._stored = {leaf: database_name(path) for leaf, path in described.paths.items()}
     known = self._files(name, item, ours)
@@ -232,16 +265,16 @@ class _Check:
     known = None
     try:
       known = record.read_record(self._step_dir, name)
-    except CorruptCheckpointError as e:
+    except (ConfigError, CorruptCheckpointError) as e:  # the item was there a moment ago
       self._found("metadata", str(e), file=self._below_step(item / record.FILE))
     if known is not None:
       for file in record.changed_files(item, known):
         self._found("metadata", "its bits are not those that were written", file=self._below_step(item / file))
     if ours:
       places = [self._step_dir, item, self._step_dir / "metrics"]
-      markers = [place / run_lib.COMMIT_MARKER for place in places if place.exists()]
+      markers = [place / run_lib.COMMIT_MARKER for place in places if look.exists(place)]
       for marker in markers:
-        if not marker.exists():
+        if not look.exists(marker):
           self._found("commit", "missing", file=self._below_step(marker))
       self._metrics(ours)
     for database in databases.directories(item):
@@ -253,9 +286,9 @@ class _Check:
   def _metrics(self, ours: dict[str, Any]) -> None:
     file = self._step_dir / "metrics" / "metrics"
     try:
-      same = json.loads(file.read_text()) == ours.get("metrics")
+      same = json.loads(look.read_bytes(file)) == ours.get("metrics")
     except FileNotFoundError:
-      if file.parent.exists():
+      if look.exists(file.parent):
         self._found("metadata", "missing", file="metrics/metrics")
       return
     except ValueError:
@@ -266,14 +299,14 @@ class _Check:
   # -- leaves
 
   def _read_group(self, reader: Reader, plans: Sequence[Any], known: record.Record | None, item: epath.Path) -> None:
+    if sum(finding.kind == UNREADABLE for finding in self._findings) >= _MOST_UNREADABLE:
+      return
     try:
       values = reader.read([(p, None) for p in plans])
       leaves = {p.name: p.finish(values[p.name]) for p in plans}
-    except StorageError:
-      raise
     except Exception as e:
       if len(plans) == 1:
-        self._leaf(plans[0].name, root_cause(e), item)
+        self._unread_leaf(plans[0].name, e, item)
         self._advance(plans[0].nbytes)
         return
       for plan in plans:  # one by one, to tell which
@@ -304,7 +337,7 @@ class _Check:
     import tensorstore as ts
 
     described = item / run_lib.ITEM_METADATA
-    zarr3 = described.exists() and json.loads(described.read_text()).get("use_zarr3", False)
+    zarr3 = look.exists(described) and json.loads(look.read_bytes(described)).get("use_zarr3", False)
     base = kvstore_spec(str(item).rstrip("/") + "/")
     if (item / databases.MANIFEST).exists():
       base = {"driver": "ocdbt", "base": base}
@@ -327,7 +360,7 @@ class _Check:
           sums.add_block(tally, bits, start, shape)
           self._advance(value.nbytes)
     except Exception as e:
-      self._leaf(plan.name, root_cause(e), item)
+      self._unread_leaf(plan.name, e, item)
       return
     saved = known.leaves.get(plan.name) if known is not None else None
     if saved is not None and saved.total != tally.total:
@@ -338,6 +371,15 @@ class _Check:
   def _advance(self, nbytes: int) -> None:
     self._done += nbytes
     self._progress(self._step, self._done, self._total)
+
+  def _unread_leaf(self, path: str, error: Exception, item: epath.Path) -> None:
+    if is_unreachable(error):
+      self._unreadable(error, path)
+    else:
+      self._leaf(path, root_cause(error), item)
+
+  def _unreadable(self, error: Exception, leaf: str = "", file: str = "") -> None:
+    self._found(UNREADABLE, f"{_UNREAD}: {root_cause(error)}", leaf=leaf, file=file)
 
   def _leaf(self, path: str, message: str, item: epath.Path) -> None:
     files = databases.files_of(item, self._stored.get(path, path))

@@ -55,6 +55,7 @@ class Proxy:
   Attributes:
     fail_share: 0 to 1; 1 refuses everything. May be changed at any time.
     fail_status: e.g. 503 or 429.
+    fails: says by method and path which requests may fail; all may by default.
     delay: seconds that each request waits, as on a network.
     delayed: says by method and path which requests wait; all do by default.
     requests: Counter of the requests served, by kind: list, head, read, write, delete, copy, other.
@@ -66,6 +67,7 @@ class Proxy:
     self.target = target
     self.fail_share = 0.0
     self.fail_status = 503
+    self.fails: Callable[[str, str], bool] = lambda method, path: True
     self.delay = 0.0
     self.delayed: Callable[[str, str], bool] = lambda method, path: True
     self.requests: collections.Counter[str] = collections.Counter()
@@ -137,7 +139,7 @@ class Proxy:
     self.received_nbytes += len(body)
     if self.delay and self.delayed(request.method, request.path_qs):
       await asyncio.sleep(self.delay)
-    if self._random.random() < self.fail_share:
+    if self._random.random() < self.fail_share and self.fails(request.method, request.path_qs):
       self.failed += 1
       return web.Response(status=self.fail_status, text="injected failure")
     hop = {"host", "connection", "keep-alive", "transfer-encoding", "content-length", "expect"}

@@ -15,13 +15,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 from etils import epath
 
 from ckpt_jax import run
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.storage import look
 from ckpt_jax.storage.kvstore import is_object_store
 
 _log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def listed(directory: epath.Path) -> list[AsideStep]:
   found = [
     (int(name.split("-", 1)[0]), kind, directory / run.NOTES / kind / name)
     for kind in (QUARANTINE, SET_ASIDE)
-    for name in _names(directory / run.NOTES / kind)
+    for name in look.names(directory / run.NOTES / kind)
     if name.split("-", 1)[0].isdigit() and not name.endswith(".json")
   ]
   if is_object_store(directory):
@@ -202,28 +203,21 @@ def damaged_steps(directory: epath.Path) -> dict[int, CorruptCheckpointError]:
     return {}
   found = {}
   uncounted = run.uncounted_steps(directory)
-  names = list(_names(directory))
+  names = look.names(directory)
   called = run.naming(directory, names)
   for name in names:
     step, step_dir = called.step(name), directory / name
-    if step is None or step in uncounted or run.is_step(step_dir) or not step_dir.is_dir():
+    if step is None or step in uncounted or run.counts(step_dir) or not look.is_dir(step_dir):
       continue
-    if any(holds_arrays(item) for item in step_dir.iterdir() if item.is_dir()):
+    if any(holds_arrays(step_dir / item) for item in look.names(step_dir)):
       found[step] = CorruptCheckpointError(f"{step_dir}: holds arrays, but its metadata files are gone")
   return found
 
 
 def holds_arrays(item: epath.Path) -> bool:
   """Whether a directory holds what Orbax writes for arrays, described or not."""
-  names = set(_names(item))
+  names = set(look.names(item))
   return bool(names & {"manifest.ocdbt", "d", "array_metadatas"}) or any(n.startswith("ocdbt.process_") for n in names)
-
-
-def _names(directory: epath.Path) -> Iterator[str]:
-  try:
-    return iter([p.name for p in directory.iterdir()])
-  except (FileNotFoundError, NotADirectoryError):
-    return iter(())
 
 
 def _mark(directory: epath.Path, step: int) -> epath.Path:

@@ -11,7 +11,8 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax.errors import StorageError
-from ckpt_jax.failures import root_cause
+from ckpt_jax.failures import is_unreachable, root_cause
+from ckpt_jax.storage import look
 from ckpt_jax.storage.kvstore import is_object_store, kvstore_spec
 
 MANIFEST = "manifest.ocdbt"
@@ -67,19 +68,25 @@ def _has_data(database: epath.Path) -> bool:
 
 def directories(item: epath.Path) -> list[epath.Path]:
   """The item itself, if it is a database, and those of the processes that wrote it, which it refers to."""
-  parts = sorted(p for p in item.iterdir() if p.name.startswith("ocdbt.process_"))
-  return [item, *parts] if (item / MANIFEST).exists() else parts
+  parts = sorted(item / name for name in look.names(item) if name.startswith("ocdbt.process_"))
+  return [item, *parts] if look.exists(item / MANIFEST) else parts
 
 
 def unreadable(database: epath.Path) -> str | None:
-  """Why the keys of a database cannot be listed; its manifest and nodes carry checksums. None if they can."""
+  """Why the keys of a database cannot be listed; its manifest and nodes carry checksums. None if they can.
+
+  Raises:
+    StorageError: if storage does not answer, or does not let us in.
+  """
   import tensorstore as ts
 
-  if not (database / MANIFEST).exists():
+  if not look.exists(database / MANIFEST):
     return f"{MANIFEST} is missing"  # TensorStore would take it for an empty database
   try:
     ts.KvStore.open({"driver": "ocdbt", "base": _base(database)}).result().list().result()
   except Exception as e:
+    if is_unreachable(e):
+      raise StorageError(f"{database}: {root_cause(e)}") from e
     return root_cause(e)
   return None
 

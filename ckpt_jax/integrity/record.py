@@ -33,6 +33,7 @@ from ckpt_jax.layout import packing
 from ckpt_jax.layout.handler import PyTreeHandler
 from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.seal import FILE_KEY, is_intact_file, sealed_file
+from ckpt_jax.storage import look
 
 _log = logging.getLogger(__name__)
 FILE = run.RECORD
@@ -313,7 +314,7 @@ def changed_files(item_dir: epath.Path, record: Record) -> list[str]:
 
 
 def _digest(file: epath.Path) -> str:
-  return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+  return hashlib.blake2b(look.read_bytes(file), digest_size=8).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

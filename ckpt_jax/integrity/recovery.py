@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import jax
 from etils import epath
 
 from ckpt_jax import run
-from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
+from ckpt_jax.errors import (
+  CheckpointError,
+  ConfigError,
+  CorruptCheckpointError,
+  NoCheckpointError,
+  StorageError,
+  StructureMismatchError,
+)
 from ckpt_jax.integrity.aside import QUARANTINE, SET_ASIDE, damaged_steps, listed, put_aside, remove_aside
+from ckpt_jax.storage import look
 
 if TYPE_CHECKING:  # a room below
   from ckpt_jax.restore.together import Together
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+_MOST_GONE, _MOST_REWRITTEN = 30, 3
+_GONE, _REWRITTEN = "gone", "rewritten"
 
 
 def candidates(directory: epath.Path, *, healthy: bool) -> list[int]:
@@ -30,11 +41,11 @@ def candidates(directory: epath.Path, *, healthy: bool) -> list[int]:
     directory: the run.
     healthy: leave out the steps that are tagged unhealthy.
   """
-  damaged = damaged_steps(directory)
+  damaged = set(damaged_steps(directory))
   if healthy:
     steps, unreadable = run.list_readable_steps(directory)
     found = [s.step for s in steps if s.healthy is not False]
-    damaged |= unreadable
+    damaged |= set(unreadable)
     thinned = {s.step for s in steps if not s.resumable}
   else:
     found = run.committed_steps(directory)
@@ -48,35 +59,68 @@ def damage(directory: epath.Path, step: int) -> CorruptCheckpointError | None:
   return None if run.is_step(run.step_path(directory, step)) else damaged_steps(directory).get(step)
 
 
-def newest_sound(
-  directory: epath.Path, steps: Sequence[int], attempt: Callable[[int], T], together: Together, *, fallback: bool
-) -> tuple[T, dict[int, str]]:
-  """What `attempt` makes of the newest step that it can read, and why it could not read newer ones.
+@dataclasses.dataclass(frozen=True)
+class Sound(Generic[T]):
+  """What was made of a step, and of those that came before it.
 
-  Those are put into quarantine, but only once an older step was read: where none can be, the fault may lie elsewhere,
-  and nothing is touched.
+  Attributes:
+    found: what was read.
+    failed: newer steps that could not be read, and why.
+    gone: newer steps that were deleted while they were read.
+  """
+
+  found: T
+  failed: dict[int, str]
+  gone: tuple[int, ...]
+
+
+def newest_sound(
+  directory: epath.Path,
+  steps: Callable[[], Sequence[int]],
+  attempt: Callable[[int], T],
+  together: Together,
+  *,
+  fallback: bool,
+) -> Sound[T] | None:
+  """What `attempt` makes of the newest step that it can read; None if there is no step.
+
+  Newer ones that it cannot read are put into quarantine, but only once an older step was read: where none can be, the
+  fault may lie elsewhere, and nothing is touched. A step that is deleted while it is read (by the retention of a
+  trainer elsewhere, say) is no damaged one: then the newest is looked for again.
 
   Args:
     directory: the run.
-    steps: newest first.
+    steps: looks for steps, newest first; the same on all processes.
     attempt: reads a step; raises the same error on all processes.
     together: the waits of the restore.
     fallback: whether to go on to older steps; else the first error is raised.
 
   Raises:
     CorruptCheckpointError: if no step could be read.
+    NoCheckpointError: if one after the other was deleted.
     CheckpointError: anything else that `attempt` raises: storage that does not answer, or a `like` that does not fit,
       says nothing about the step.
   """
   failed: dict[int, str] = {}
-  for step in steps:
+  gone: list[int] = []
+  waiting = list(steps())
+  while waiting:
+    step = waiting.pop(0)
     try:
-      found = attempt(step)
+      found = unless_gone(directory, step, attempt, together)
+    except NoCheckpointError as e:  # a StepGoneError, or it went before it was begun
+      gone.append(step)
+      if len(gone) >= _MOST_GONE:
+        raise NoCheckpointError(
+          f"{directory}: steps {gone} were deleted one after the other while this process read them; keep more "
+          "(retention.last), or save less often than a restore takes"
+        ) from e
+      _log.info("step %d was deleted while it was read; looking for the newest again", step)
+      waiting = [s for s in steps() if s not in failed]
+      continue
     except CorruptCheckpointError as e:
-      if not fallback:
+      if not fallback or (not failed and not waiting):  # the only one
         raise
-      if not failed and step == steps[-1]:
-        raise  # the only one
       failed[step] = str(e)
       _log.error("step %d cannot be restored (%s); trying the one before", step, e)
       continue
@@ -85,9 +129,50 @@ def newest_sound(
       _log.error(
         "restored step %d in place of %s: see `ckpt-jax ls %s --all`", step, ", ".join(map(str, failed)), directory
       )
-    return found, failed
+    return Sound(found, failed, tuple(gone))
+  if not failed:
+    return None
   reasons = "\n  ".join(f"step {step}: {why}" for step, why in failed.items())
   raise CorruptCheckpointError(f"{directory}: none of the steps {list(failed)} can be restored:\n  {reasons}")
+
+
+class StepGoneError(NoCheckpointError):
+  """A step was deleted while it was read."""
+
+
+def unless_gone(directory: epath.Path, step: int, attempt: Callable[[int], T], together: Together) -> T:
+  """`attempt(step)`, where an error that came of the step's deletion, or of its rewriting, is told from others.
+
+  Raises:
+    StepGoneError: on all processes, if the step was deleted meanwhile.
+    CheckpointError: what `attempt` raises.
+  """
+  for last in (*[False] * (_MOST_REWRITTEN - 1), True):
+    before = look.identity(run.step_path(directory, step)) if jax.process_index() == 0 else None
+    try:
+      return attempt(step)
+    except (ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError) as e:  # no item, no leaf
+      became = _what_became_of(directory, step, before, together)
+      if became == _GONE:
+        raise StepGoneError(f"{directory}: step {step} was deleted while it was read") from e
+      if became != _REWRITTEN or last:
+        raise
+      _log.info("step %d was rewritten while it was read; reading it again", step)
+  raise AssertionError("unreachable")
+
+
+def _what_became_of(directory: epath.Path, step: int, before: tuple[int, ...] | None, together: Together) -> str:
+  """What process 0 sees of a step that could not be read."""
+  became = ""
+  if jax.process_index() == 0:
+    try:
+      if run.is_gone(directory, step):
+        became = _GONE
+      elif before != look.identity(run.step_path(directory, step)):
+        became = _REWRITTEN
+    except (CheckpointError, OSError):  # storage that does not answer: then that is what is wrong
+      pass
+  return together.meet("process 0 to see whether the step is still there", text=became)[0]
 
 
 def _quarantine(directory: epath.Path, failed: dict[int, str], together: Together) -> None:

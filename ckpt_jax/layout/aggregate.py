@@ -22,6 +22,7 @@ from ckpt_jax.layout import reading
 from ckpt_jax.layout.direct import EMPTY
 from ckpt_jax.layout.handler import describe_array, limited_context
 from ckpt_jax.layout.structure import path_name
+from ckpt_jax.storage import look
 
 PyTree = Any
 _ELSEWHERE = "PLACEHOLDER://"
@@ -41,17 +42,17 @@ def describe(
     None if all values are elsewhere, and `_METADATA` describes them.
   """
   file = item / run.AGGREGATE
-  if (file / ".zarray").exists():
+  if look.exists(file / ".zarray"):
     tree = {run.AGGREGATE: f"{_ELSEWHERE}{run.AGGREGATE}"}
-  elif file.exists() and not file.is_dir():
-    tree = msgpack_utils.msgpack_restore(file.read_bytes())
+  elif look.exists(file) and not look.is_dir(file):
+    tree = msgpack_utils.msgpack_restore(look.read_bytes(file))
   else:
     return None
   flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
   values = {name: v for name, v in flat.items() if not (isinstance(v, str) and v.startswith(_ELSEWHERE))}
-  if not values and not file.is_dir() and (item / run.ITEM_METADATA).exists():
+  if not values and not look.is_dir(file) and look.exists(item / run.ITEM_METADATA):
     return None
-  is_ocdbt = (item / _MANIFEST).exists()
+  is_ocdbt = look.exists(item / _MANIFEST)
   info = ocp.type_handlers.ParamInfo(
     name="",
     parent_dir=item,
@@ -84,7 +85,7 @@ def describe(
 def _value_types(item: epath.Path) -> dict[str, str]:
   """Of the leaves, by path, as `_METADATA` has them; empty if Orbax wrote none yet."""
   file = item / run.ITEM_METADATA
-  if not file.exists():
+  if not look.exists(file):
     return {}
   data = untrusted.read_json(file)
   untrusted.check_tree(data, str(file))

@@ -31,6 +31,7 @@ from ckpt_jax.layout.handler import (
 )
 from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.splitting import SEQUENCE
+from ckpt_jax.storage import look
 
 PyTree = Any
 EMPTY: dict[str, Any] = {"Dict": dict, "List": list, "Tuple": tuple, "None": lambda: None, "NamedTuple": lambda: None}
@@ -45,7 +46,7 @@ def is_known(item: epath.Path, data: Mapping[str, Any]) -> bool:
   """
   if not data.get("use_ocdbt") or "value_metadata_tree" in data:
     return False
-  if not ((item / run.RECORD).exists() or _is_beyond_orbax(data)):
+  if not (look.exists(item / run.RECORD) or _is_beyond_orbax(data)):
     return False
   found = {entry["value_metadata"].get("value_type") for entry in data.get("tree_metadata", {}).values()}
   return found <= {*EMPTY, *(handler.typestr() for handler in handlers(Config()).values())}

@@ -27,6 +27,7 @@ from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.keys import SLABS
 from ckpt_jax.layout.memory import ALIGNMENT, aligned_empty
 from ckpt_jax.layout.sharding import Box, intersection, shape_of, within
+from ckpt_jax.storage import look
 
 INDEX = "ckpt_jax_pack.json"
 _FORMAT = 1
@@ -249,7 +250,7 @@ def read_index(item: epath.Path) -> Index:
   """
   file = item / INDEX
   try:
-    data = json.loads(file.read_text())
+    data = json.loads(look.read_bytes(file))
     if data["format"] > _FORMAT:  # no damage
       raise CheckpointError(f"{file}: of format {data['format']}, which a later ckpt_jax wrote; install that")
     return {

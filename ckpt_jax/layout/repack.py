@@ -16,7 +16,8 @@ from etils import epath
 
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import LimitsConfig
-from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StorageError
+from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.layout import packing, reading, writing
 from ckpt_jax.layout.direct import item_info
 from ckpt_jax.layout.sharding import whole_box
@@ -157,6 +158,8 @@ def _values(item: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
       requests = [reading.Request(n, store, (whole_box(store.shape),)) for n, store in zip(alone, stores, strict=True)]
       values |= {request.name: arrays[0] for request, arrays in reading.read(requests, window)}
   except ValueError as e:
+    if is_unreachable(e):
+      raise StorageError(f"{item}: {root_cause(e)}") from e
     raise CorruptCheckpointError(f"{item}: {e}") from e
   return values
 

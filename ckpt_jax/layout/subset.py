@@ -19,6 +19,7 @@ from ckpt_jax import run
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.layout import text
 from ckpt_jax.layout.keys import belongs
+from ckpt_jax.storage import look
 from ckpt_jax.storage.kvstore import kvstore_spec
 
 _AT_ONCE = 4
@@ -76,7 +77,7 @@ def copy_leaves(
 def _metadata(item: epath.Path) -> dict[str, Any]:
   file = item / run.ITEM_METADATA
   try:
-    data = json.loads(file.read_text())
+    data = json.loads(look.read_bytes(file))
     if not isinstance(data["tree_metadata"], dict):
       raise TypeError("tree_metadata is no object")
   except (ValueError, KeyError, TypeError) as e:

@@ -276,7 +276,7 @@ class StepDeleter:
     if self._stop.is_set():
       return
     for folder in reversed(folders):  # os.walk names parents first
-      with self._no_manager_opens():
+      with self._no_manager_opens(), contextlib.suppress(FileNotFoundError):  # another process may be removing it too
         os.rmdir(folder)
 
   def _remove_heads(self, directory: str) -> None:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, Sharding
 from ckpt_jax import contents, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
-from ckpt_jax.failures import is_unreachable, root_cause
+from ckpt_jax.failures import is_damage, is_unreachable, root_cause
 from ckpt_jax.integrity.fingerprint import label
 from ckpt_jax.layout import aggregate, direct
 from ckpt_jax.layout.forms import shared_names
@@ -269,6 +269,7 @@ class Reader:
     Raises:
       StorageError: if storage does not answer.
       CorruptCheckpointError: if it holds something else than its metadata says.
+      CheckpointError: for whatever says nothing about the step, which then stays where it is.
     """
     step = self._step
     here = [(plan, sharding) for plan, sharding in wanted if plan.name in step.item.values]
@@ -286,7 +287,9 @@ class Reader:
         raise ConfigError(f"{step.item_dir}: {root_cause(e)}") from e
       if is_unreachable(e):
         raise StorageError(f"{step.item_dir}: {root_cause(e)}") from e
-      raise CorruptCheckpointError(f"{step.item_dir}: cannot be read: {root_cause(e)}") from e
+      if is_damage(e):
+        raise CorruptCheckpointError(f"{step.item_dir}: cannot be read: {root_cause(e)}") from e
+      raise CheckpointError(f"{step.item_dir}: cannot be read: {type(e).__name__}: {root_cause(e)}") from e
 
   def _read_directly(self, wanted: Sequence[tuple[LeafPlan, Sharding | None]], arrived: Any) -> dict[str, Any]:
     step, item = self._step, self._step.item

@@ -24,6 +24,7 @@ class RestoreReport:
     verified: how many leaves were found to be, bit for bit, what was saved.
     unverified: why none were, if so.
     quarantined: newer steps that could not be restored and count no longer, with the reasons.
+    gone: steps that somebody deleted while they were read, after which the newest was looked for again.
   """
 
   strategy: str
@@ -37,6 +38,7 @@ class RestoreReport:
   verified: int = 0
   unverified: str = ""
   quarantined: dict[int, str] = dataclasses.field(default_factory=dict)
+  gone: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

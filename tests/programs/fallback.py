@@ -1,4 +1,7 @@
-"""Two steps of a sharded state, saved or restored by many: fallback.py RUN save|restore."""
+"""Two steps of a sharded state, saved or restored by many: fallback.py RUN save|restore|deleted.
+
+`deleted`: somebody deletes the newest while it is read.
+"""
 
 import sys
 
@@ -12,6 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
+from ckpt_jax import restoring
+from ckpt_jax.policies.deletion import StepDeleter
 
 mesh = jax.make_mesh((2, jax.device_count() // 2), ("data", "fsdp"))
 
@@ -30,10 +35,21 @@ with ckpt.Checkpointer(sys.argv[1]) as c:
     for step in range(2):
       c.save(step, state(step), extras=step)
   else:
+    if sys.argv[2] == "deleted":
+      read_state = restoring.read_state
+
+      def deleting(step_dir, *arguments, **options):
+        if step_dir.name == "1" and jax.process_index() == 0:
+          deleter = StepDeleter(c.directory)
+          deleter.delete(1)
+          deleter.finish()
+        return read_state(step_dir, *arguments, **options)
+
+      restoring.read_state = deleting
     got = c.restore_or_init(lambda: state(0))
     assert got.extras == got.step == got.state["step"]
     for name, leaf in state(got.step).items():
       if isinstance(leaf, jax.Array):
         for a, b in zip(got.state[name].addressable_shards, leaf.addressable_shards, strict=True):
           assert np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes(), name
-    print("restored step", got.step, "quarantined", list(got.report.quarantined), flush=True)
+    print("restored step", got.step, "quarantined", list(got.report.quarantined), "gone", got.report.gone, flush=True)
