@@ -225,7 +225,10 @@ def _exact(name: str, value: Any, dtype: Any) -> np.ndarray:
   except OverflowError:  # an int beyond 64 bits
     lost = True
   if lost:
-    raise StructureMismatchError(f"{name}: the saved number {value} does not fit into {np.dtype(dtype).name}")
+    raise StructureMismatchError(
+      f"the step does not fit like=: {name}: saved as the number {value}, which {np.dtype(dtype).name} cannot hold; put "
+      "a Python number or a wider dtype into like="
+    )
   return array
 
 
