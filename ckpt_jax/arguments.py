@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ckpt_jax.errors import CheckpointError, ConfigError
@@ -39,6 +40,28 @@ def step_number(value: Any, argument: str = "step") -> int:
   if number < 0:
     raise CheckpointError(f"{argument}: {number} must not be negative")
   return number
+
+
+def check_request(only: Any, init_missing: Any, cast: Any, item: Any) -> None:
+  """Makes sure that the arguments of a restore are of the right types.
+
+  Raises:
+    ConfigError: naming the first one that is not.
+  """
+  for name, value in (("only", only), ("init_missing", init_missing)):
+    if value is not None and not isinstance(value, Iterable):
+      raise ConfigError(f"{name}: expected a leaf path such as 'params', or several, got {value!r:.80}")
+  if not (cast is None or isinstance(cast, (bool, Mapping))):
+    raise ConfigError(f"cast: expected True, or {{'params': 'bfloat16'}}, got {cast!r:.80}")
+  if not (item is None or (isinstance(item, str) and item)):
+    raise ConfigError(f"item: expected the name of an item of the step, such as 'state', got {item!r:.80}")
+  for pattern, dtype in cast.items() if isinstance(cast, Mapping) else ():
+    import jax
+
+    try:
+      jax.numpy.dtype(dtype)
+    except TypeError:
+      raise ConfigError(f"cast={{{pattern!r}: {dtype!r:.60}}}: that is no dtype; write e.g. 'bfloat16'") from None
 
 
 def check_schedule(schedule: Any, argument: str = "schedule") -> None:

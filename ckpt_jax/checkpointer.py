@@ -359,6 +359,8 @@ class Checkpointer:
     cannot be read is an error.
     """
     self._session.check_open()
+    if not callable(init_fn):
+      raise ConfigError(f"init_fn: expected a function that makes the state, without arguments, got {init_fn!r:.80}")
     self._session.wait_for_predecessors()
     self.wait()
     with self._restoring:

@@ -65,6 +65,8 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | int]:
   Raises:
     CheckpointError: naming the metric that is no number.
   """
+  if not (metrics is None or isinstance(metrics, Mapping)):
+    raise CheckpointError(f"metrics: expected {{name: number}}, got {metrics!r:.80}")
   plain: dict[str, float | int] = {}
   for name, value in (metrics or {}).items():
     if isinstance(value, (jax.Array, np.ndarray, np.generic)) and np.size(value) == 1:

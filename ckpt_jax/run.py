@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax import untrusted
+from ckpt_jax.arguments import step_number
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.naming import PLAIN, Naming, naming_of
 from ckpt_jax.seal import is_intact
@@ -237,8 +238,10 @@ def step_directory(run: epath.Path, step: int) -> epath.Path:
   """The directory of a committed step.
 
   Raises:
+    CheckpointError: if `step` is no whole number.
     NoCheckpointError: naming the steps that there are.
   """
+  step = step_number(step)
   directory = step_path(run, step)
   if not is_step(directory) or step in uncounted_steps(run):
     steps = committed_steps(run)

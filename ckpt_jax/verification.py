@@ -16,6 +16,7 @@ from etils import epath
 
 from ckpt_jax import contents, foreign, untrusted
 from ckpt_jax import run as run_lib
+from ckpt_jax.arguments import step_number
 from ckpt_jax.config import Config
 from ckpt_jax.errors import ConfigError, CorruptCheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
@@ -126,6 +127,7 @@ def verdicts(
   directory = run_lib.run_directory(run)
   damaged = aside.damaged_steps(directory)
   if step is not None:
+    step = step_number(step)
     there = run_lib.counts(run_lib.step_path(directory, step)) and step not in run_lib.uncounted_steps(directory)
     if step not in damaged and not there:
       run_lib.step_directory(directory, step)  # raises, naming what there is

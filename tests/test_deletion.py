@@ -49,15 +49,19 @@ def test_without_rules_every_step_stays_and_with_them_each_deletion_is_logged_wi
   with ocp.CheckpointManager(tmp_path) as manager:
     for step in range(5):
       manager.save(step, args=ocp.args.PyTreeSave({"x": jnp.ones(4)}))
-  save_steps(tmp_path, [5])
-  assert numbers(tmp_path) == list(range(6)) and "removed" not in caplog.text
-  save_steps(tmp_path, [6], retention={"last": 2, "every_steps": 2})
-  assert numbers(tmp_path) == [0, 2, 4, 5, 6]
+  (tmp_path / "empty.yaml").write_text("retention:\n")
+  defaults = [None, {"retention": {}}, ckpt.Config(**ckpt.Config().to_dict()), tmp_path / "empty.yaml"]
+  for step, config in enumerate(defaults, start=5):
+    with ckpt.Checkpointer(tmp_path, config) as c:
+      c.save(step, {"x": jnp.full(4, step)})
+  assert numbers(tmp_path) == list(range(9)) and "removed" not in caplog.text
+  save_steps(tmp_path, [9], retention={"last": 5, "every_steps": 2})
+  assert numbers(tmp_path) == [0, 2, 4, 5, 6, 7, 8, 9]
   said = {r.getMessage().partition(": ")[2]: r.levelname for r in caplog.records if "removed step" in r.message}
-  rule = "no retention rule keeps it (last=2, every_steps=2)"
+  rule = "no retention rule keeps it (last=5, every_steps=2)"
   assert said == {f"removed step {n}, which another program wrote: {rule}": "WARNING" for n in (1, 3)}
   caplog.clear()
-  save_steps(tmp_path, [7], retention={"budget": 32})
+  save_steps(tmp_path, [10], retention={"budget": 32})
   said = [r.getMessage().partition(": ")[2] for r in caplog.records if "removed step" in r.message]
   assert "removed step 5: the budget of 32 B has no room for it" in said
 

@@ -188,3 +188,32 @@ def test_all_processes_of_a_job_take_the_same_decision(tmp_path):
   results = launch([program, str(tmp_path)], processes=2, devices=1, timeout=180)
   assert [r.returncode for r in results] == [0, 0], results[0].log + results[1].log
   assert all("said [True, True, False, True, True, True]" in r.log for r in results), results[0].log
+
+
+def test_wrong_arguments_of_other_calls_are_named_too(tmp_path):
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(0, STATE)
+    c.wait()
+    for call, name in (
+      (lambda: c.restore(only=5), "only"),
+      (lambda: c.restore(like=STATE, init_missing=5), "init_missing"),
+      (lambda: c.restore(cast="w"), "cast"),
+      (lambda: c.restore(cast={"w": "float31"}), "cast"),
+      (lambda: c.restore(item=5), "item"),
+      (lambda: c.restore(strategy=5), "strategy"),
+      (lambda: c.restore_or_init(STATE), "init_fn"),
+      (lambda: c.save(1, STATE, metrics=[1.0]), "metrics"),
+      (lambda: ckpt.verify(tmp_path, "0"), "step"),
+      (lambda: ckpt.load_config(5), "load_config"),
+      (lambda: ckpt.detect(5), "directory"),
+      (lambda: ckpt.make_plan(STATE, 5), "directory"),
+    ):
+      with pytest.raises(ckpt.CheckpointError, match=name):
+        call()
+
+
+def test_a_policy_is_a_retention_section_too():
+  policy = ckpt.policies.Retention(last=3, best={"metric": "loss"}, budget="2TiB", within="2d")
+  config = ckpt.Config(retention=policy)
+  assert config == ckpt.Config(retention={"last": 3, "best": {"metric": "loss"}, "budget": "2TiB", "within": "2d"})
+  assert ckpt.policies.Retention.from_config(config.retention) == policy

@@ -46,6 +46,8 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     ConfigError: if the file cannot be read, is not YAML, or holds unknown, doubled or wrong keys: one line a problem,
       `file:line: key path: what is wrong`.
   """
+  if not isinstance(path, (str, os.PathLike)):
+    raise ConfigError(f"load_config: expected the path of a YAML file, got {path!r:.80} ({type(path).__name__})")
   file = pathlib.Path(path).expanduser()
   try:
     text = file.read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -179,6 +180,15 @@ class RetentionConfig(_Section):
   budget: Bytes | None = None
   thin: ThinConfig | None = None
   delete_rate: Count | None = None
+
+  @pydantic.model_validator(mode="before")
+  @classmethod
+  def _policy_is_section(cls, data: Any) -> Any:
+    """`policies.Retention(last=3)`, a room below, has the same fields."""
+    if dataclasses.is_dataclass(data) and not isinstance(data, type) and type(data).__name__ == "Retention":
+      values = ((field.name, getattr(data, field.name)) for field in dataclasses.fields(data))
+      return {name: value for name, value in values if value is not None}
+    return data
 
 
 class LayoutConfig(_Section):

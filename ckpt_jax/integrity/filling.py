@@ -14,7 +14,6 @@ from etils import epath
 
 from ckpt_jax import run
 from ckpt_jax.config import ScheduleConfig
-from ckpt_jax.errors import CheckpointError
 from ckpt_jax.integrity.space import free_bytes, tree_nbytes
 from ckpt_jax.policies.live import LiveRetention
 from ckpt_jax.policies.retention import Retention
@@ -81,14 +80,14 @@ class Outlook:
 
   def committed(self, step: int, nbytes: int) -> None:
     """Looks at the storage after a commit of `nbytes` bytes of arrays. Costs one question to the file system."""
-    now = time.monotonic()
-    pace = self._pace(step, now)
-    self._before = (step, now)
     if self._warned:
       return
+    now = time.monotonic()
     try:
+      pace = self._pace(step, now)
+      self._before = (step, now)
       self._look(step, nbytes, pace)
-    except (CheckpointError, OSError) as e:  # a warning is not worth a failed save
+    except Exception as e:  # e.g. of the user's own schedule: a warning is not worth a failed save
       _log.debug("%s: the outlook of its storage is not known: %s", self._directory, e)
 
   def _pace(self, step: int, now: float) -> _Pace:

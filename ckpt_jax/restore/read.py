@@ -17,6 +17,7 @@ from etils import epath
 from jax.sharding import NamedSharding, Sharding
 
 from ckpt_jax import contents, run
+from ckpt_jax.arguments import check_request
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_damage, is_unreachable, root_cause
@@ -69,6 +70,9 @@ class Request:
   cast: bool | Mapping[str, Any] | None = None
   item: str | None = None
   initial: bool = False
+
+  def __post_init__(self):
+    check_request(self.only, self.init_missing, self.cast, self.item)
 
 
 @dataclasses.dataclass(frozen=True)

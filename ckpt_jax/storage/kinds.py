@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 
 from ckpt_jax.errors import StorageError
-from ckpt_jax.storage.paths import url_scheme
+from ckpt_jax.storage.paths import given, url_scheme
 
 _log = logging.getLogger(__name__)
 
@@ -246,20 +246,20 @@ def detect(path: str | os.PathLike[str], mounts: str | None = None) -> StorageKi
 
 
 def _detect(path: str | os.PathLike[str], mounts: str | None) -> tuple[StorageKind, Mount | None]:
-  text = os.fspath(path)
+  text = given(path)
   scheme = url_scheme(text)
   if scheme and scheme != "file":
     if scheme not in ("gs", "s3"):
       raise StorageError(f"{text}: scheme {scheme}:// is not known; use a path, gs:// or s3://")
     return (StorageKind.GCS if scheme == "gs" else StorageKind.S3), None
-  given = mounts is not None
+  given_table = mounts is not None
   mount = _mount_of(text.removeprefix("file://"), mounts)
   if mount is None:
     return StorageKind.LOCAL, None
   kind = _BY_TYPE.get(mount.type)
   if kind is None and _mounter(mount):
     kind = StorageKind.BUCKET_MOUNT
-  if kind is None and not given and _is_network_disk(mount.device):
+  if kind is None and not given_table and _is_network_disk(mount.device):
     kind = StorageKind.NETWORK_DISK
   return kind or StorageKind.LOCAL, mount
 

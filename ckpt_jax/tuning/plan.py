@@ -13,6 +13,7 @@ from typing import Any
 from ckpt_jax.config import Config
 from ckpt_jax.storage.kinds import StorageKind, detect
 from ckpt_jax.storage.kvstore import connect
+from ckpt_jax.storage.paths import given
 from ckpt_jax.storage.probe import StorageProfile, cached_profile, quick_probe
 from ckpt_jax.tuning.assumed import assumed_profile, is_assumed
 from ckpt_jax.tuning.choices import CHOICES, Choice, Facts, nbytes_text, rate_text, seconds_text
@@ -164,6 +165,7 @@ def storage_profile(storage: StorageProfile | StorageKind | str | os.PathLike[st
     return storage
   if isinstance(storage, StorageKind) or (isinstance(storage, str) and storage in set(StorageKind)):
     return assumed_profile(StorageKind(storage))
+  storage = given(storage)
   connect(storage)
   return cached_profile(storage) or quick_probe(storage)
 
