@@ -1,5 +1,7 @@
 """Damage in a bucket, where nothing can be renamed: marked, gone back from, moved when its number is saved again."""
 
+import contextlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -96,3 +98,23 @@ def test_what_was_put_aside_in_a_bucket_is_listed_and_comes_back(url):
   assert aside.listed(directory) == [] and ckpt.verify(url) == []
   with ckpt.Checkpointer(url) as c:
     assert same(c.restore().state, 1)
+
+
+def test_a_step_that_somebody_else_removed_can_be_saved_again_at_once(url):
+  with ckpt.Checkpointer(url) as c:
+    for step in range(2):
+      c.save(step, state(step))
+    c.wait()
+    with behind_our_back():
+      BACKEND.rmtree(f"{url}/1")
+    assert c.save(1, state(7))
+  with ckpt.Checkpointer(url) as c:
+    assert [s.step for s in c.steps()] == [0, 1] and same(c.restore().state, 7)
+
+
+@contextlib.contextmanager
+def behind_our_back():
+  """What this process has written stays in its memory, as if another process had removed it from the bucket."""
+  own = dict(BACKEND._own)
+  yield
+  BACKEND._own.update(own)

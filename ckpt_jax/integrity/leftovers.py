@@ -23,6 +23,7 @@ from etils import epath
 from ckpt_jax import run
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.storage.kvstore import is_object_store
+from ckpt_jax.storage.objects import BACKEND
 
 _log = logging.getLogger(__name__)
 TRASH = "trash"
@@ -167,7 +168,8 @@ def set_aside(directory: epath.Path, step: int) -> None:
   """
   path = run.step_path(directory, step)
   if is_object_store(directory):
-    if not run.is_step(path) and path.exists():
+    # Asked of the bucket itself: what this process wrote there a moment ago may have been removed by hand.
+    if not run.is_step(path) and BACKEND.tree(path):
       raise CheckpointError(
         f"{path}: something lies there that is no committed step, and saving would delete it. If it is a copy that was "
         "cut off, finish it; else remove it, or save another step"
