@@ -355,8 +355,8 @@ class Checkpointer:
     """The newest committed state, in the shapes and shardings of `init_fn()`; or `init_fn()` in an empty run.
 
     `init_fn` takes no arguments. It is run only if nothing was ever committed, or if its shardings cannot be known
-    without running it (see `layout.sharding.abstract_state`). It starts afresh only where there is no step: one that
-    cannot be read is an error.
+    without running it (see `layout.sharding.abstract_state`). It starts afresh only where there is no step, and nothing
+    that looks like a checkpoint: one that cannot be read is an error, and the constructor refuses the rest.
     """
     self._session.check_open()
     if not callable(init_fn):

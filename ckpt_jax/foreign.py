@@ -16,6 +16,7 @@ from etils import epath
 from ckpt_jax import run
 from ckpt_jax.errors import NotARunError, StorageError
 from ckpt_jax.naming import is_temporary
+from ckpt_jax.storage import look
 from ckpt_jax.storage.kvstore import is_object_store
 
 _log = logging.getLogger(__name__)
@@ -41,13 +42,16 @@ def refuse(directory: epath.Path) -> None:
     raise NotARunError(f"{directory}: {problem}")
 
 
-def warn_of_others(directory: epath.Path) -> None:
+def warn_of_others(directory: epath.Path, names: Iterable[str]) -> None:
   """For a run with steps called by plain numbers: logs those of another name, which are not counted.
 
   An earlier job may have overlooked them, and have begun anew beside them.
+
+  Args:
+    directory: the run.
+    names: what it holds.
   """
-  others = [p for p in directory.iterdir() if re.search(r"[^0-9.][0-9]+$", p.name) and not is_temporary(p.name)]
-  others = [p for p in others if run.is_step(p)] + flax_files(directory)
+  others = [path for path in _numbered(directory, names) if run.is_step(path) or run.is_message_pack(path)]
   if others:
     _log.warning(
       "%s: its steps are called by their numbers; %s beside them are no steps of it, and are not read. If training "
@@ -82,8 +86,13 @@ def _itself(directory: epath.Path) -> str | None:
 
 def flax_files(directory: epath.Path) -> list[epath.Path]:
   """Files of flax.training.checkpoints, PREFIXstep, in the order of their names."""
-  paths = (p for p in directory.iterdir() if re.search(r"[^0-9][0-9]+$", p.name) and not p.name.startswith("."))
-  return sorted(p for p in paths if not is_temporary(p.name) and run.is_message_pack(p))
+  return [path for path in _numbered(directory, look.names(directory)) if run.is_message_pack(path)]
+
+
+def _numbered(directory: epath.Path, names: Iterable[str]) -> list[epath.Path]:
+  """What is called by some name and a number."""
+  fitting = (n for n in names if re.search(r"[^0-9][0-9]+$", n) and not n.startswith(".") and not is_temporary(n))
+  return [directory / name for name in sorted(fitting)]
 
 
 def number_of(name: str) -> int | None:

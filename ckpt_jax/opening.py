@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
@@ -9,10 +10,11 @@ import jax
 from etils import epath
 
 from ckpt_jax import contents, foreign, run
-from ckpt_jax.errors import CheckpointError
+from ckpt_jax.errors import CheckpointError, StorageError
 from ckpt_jax.naming import PLAIN, Naming
 from ckpt_jax.policies.agree import decided_by_process_zero
 from ckpt_jax.rendezvous import Rendezvous
+from ckpt_jax.storage import look
 from ckpt_jax.storage.objects import snapshot
 
 
@@ -50,17 +52,19 @@ def opened(directory: epath.Path, item: str | None, timeout: float) -> Opened:
     NotARunError: if there are checkpoints and no steps; it says how to open them.
   """
 
-  def look() -> list[int]:
+  def found_out() -> list[int]:
     with snapshot(directory):
-      found = run.naming(directory, opening=True)
-      newest = run.newest_step(directory)
+      names = look.names(directory)
+      found = run.naming(directory, names, opening=True)
+      newest = run.newest_step(directory, names)
       if newest is None:
         foreign.refuse(directory)
       elif found == PLAIN:
-        foreign.warn_of_others(directory)
+        with contextlib.suppress(StorageError):  # what cannot be looked into is nothing to stop for
+          foreign.warn_of_others(directory, names)
       return list(json.dumps([found.prefix, found.width, _item_of(directory, newest, item)]).encode())
 
-  told = bytes(decided_by_process_zero(look, Rendezvous(f"open {directory}"), timeout))
+  told = bytes(decided_by_process_zero(found_out, Rendezvous(f"open {directory}"), timeout))
   prefix, width, name = json.loads(told)
   naming = Naming(prefix, width)
   if jax.process_index() > 0:

@@ -133,9 +133,9 @@ def is_called(run: epath.Path, naming: Naming) -> None:
   _namings[os.fspath(run)] = naming
 
 
-def newest_step(run: epath.Path) -> int | None:
-  """The newest committed step; looks at as few of the others as can be."""
-  names = look.names(run)
+def newest_step(run: epath.Path, names: Sequence[str] | None = None) -> int | None:
+  """The newest committed step; looks at as few of the others as can be. `names` as for `naming`."""
+  names = look.names(run) if names is None else names
   called = naming(run, names)
   doomed = uncounted_steps(run) if names else set()
   steps = sorted({step for name in names if (step := called.step(name)) is not None} - doomed, reverse=True)
