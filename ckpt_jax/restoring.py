@@ -140,7 +140,7 @@ class Restorer:
         check = None
         try:
           ours, metrics, item, record = self._described(step, request)
-          request = dataclasses.replace(request, item=item)
+          request = dataclasses.replace(request, item=item or None)  # no name: the step is one tree
           check = verifier.expecting(record) if verifier is not None else None
         except Exception as e:
           error = e

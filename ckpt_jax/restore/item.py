@@ -34,8 +34,9 @@ def item_to_read(
   if ours is None:
     ours = run.our_metadata(step_dir)
   try:
-    # A step that was saved before `Config.item` was set has its state elsewhere.
-    return contents.item_name(step_dir, None if ours else config.item, ours)
+    # A step that was saved before `Config.item` was set has its state elsewhere, one without items has but one.
+    elsewhere = config.item is None or bool(ours) or run.is_tree(step_dir)
+    return contents.item_name(step_dir, None if elsewhere else config.item, ours)
   except contents.SeveralItemsError as e:
     if like is not None:
       wanted = {path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]}
