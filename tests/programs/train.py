@@ -44,11 +44,11 @@ if mode == "save":
   with ckpt.Checkpointer(run) as c:
     c.save(0, init(), metrics={"loss": 1.0}, extras={"data": 3})
 elif mode == "reopen":
-  for step in range(3):
+  for step in range(0, 6, 2):
     with ckpt.Checkpointer(run) as c:
       c.save(step, init())
       c.wait()
-      c.save(step + 10, init())
+      c.save(step + 1, init())
 elif mode == "reads":
   # What a save reads: its own code and small files, and nothing like the shards of another process.
   with ckpt.Checkpointer(run) as c:
