@@ -252,6 +252,7 @@ class Checkpointer:
       if preempted:
         self._before_the_last_save(step)
       else:
+        self._session.raise_outcome()
         self._saver.raise_background_error()
         if not (force or final or self._order.is_due(step)):
           self._order.skipped(step)

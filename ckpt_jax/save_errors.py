@@ -5,8 +5,8 @@ from __future__ import annotations
 from etils import epath
 
 from ckpt_jax import run
-from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, UnhealthyStateError
-from ckpt_jax.failures import is_out_of_space, root_cause
+from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, SaveStorageError, UnhealthyStateError
+from ckpt_jax.failures import is_out_of_space, is_read_only, root_cause
 from ckpt_jax.integrity.record import is_unhealthy
 
 
@@ -34,6 +34,8 @@ def not_saved(directory: epath.Path, step: int, error: BaseException, *, committ
   if is_out_of_space(error):
     hint = "The storage is full: free space, or keep fewer steps (retention)"
     return SaveOutOfSpaceError(f"{message}. {hint}", step)
+  if is_read_only(error):
+    return SaveStorageError(message, step)
   return SaveFailedError(message, step)
 
 

@@ -159,10 +159,15 @@ class Session:
     """Waits for the last save. See `Checkpointer.wait`."""
     self._check_process()
     with self.lock:
-      if self.closed:
-        self._raise_outcome()
-      else:
+      self.raise_outcome()
+      if not self.closed:
         self._saver.wait()
+
+  def raise_outcome(self) -> None:
+    """Raises what the last write has died of, if a newer Checkpointer was told instead of this one's user; once."""
+    error, self._outcome = self._outcome, None
+    if error is not None:
+      raise error
 
   def close(self, how: str = CLOSED, *, clean: bool = False) -> bool:
     """Waits for the last save and ends the session; nothing in a forked child, or if it has ended already.
@@ -188,7 +193,7 @@ class Session:
         except Exception as e:
           self._outcome = e
       unanswered = self._end(how)
-      self._raise_outcome()
+      self.raise_outcome()
       if clean:
         self._order.warn_of_lost_end()
       return unanswered
@@ -211,11 +216,6 @@ class Session:
         f"{os.getpid()}, forked from it. Save and restore where it was opened. A worker that needs a Checkpointer "
         "makes a new one after it was started by spawn or forkserver, since TensorStore does not survive a fork"
       )
-
-  def _raise_outcome(self) -> None:
-    error, self._outcome = self._outcome, None
-    if error is not None:
-      raise error
 
   def _settle(self) -> None:
     """Waits for the write under way, and keeps its error for the user's next `wait` or `close`."""

@@ -34,7 +34,7 @@ def remount(disk, how):
 
 def refused(save, *words):
   with warnings.catch_warnings(), pytest.raises(ckpt.StorageError) as e:
-    warnings.simplefilter("error")
+    warnings.simplefilter("error", RuntimeWarning)  # "coroutine ... was never awaited"
     save()
   for word in words:
     assert word in str(e.value), str(e.value)
@@ -63,6 +63,13 @@ def test_save_into_a_read_only_file_system_is_one_error_and_restoring_goes_on(di
     c.wait()
     remount(disk, "ro")
     refused(lambda: c.save(4, STATE), "step 4 was not saved", "mounted read-only")
+    c.wait()
+    remount(disk, "rw")
+    check = c._saver._gate.lease.check
+    c._saver._gate.lease.check = lambda: (remount(disk, "ro"), check())  # the last moment before the commit
+    c.save(4, STATE)
+    error = refused(c.wait, "step 4 was not saved", "Read-only file system")
+    assert isinstance(error, ckpt.SaveFailedError)
     assert [s.step for s in c.steps()] == [0, 3]
 
 

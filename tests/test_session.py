@@ -1,6 +1,7 @@
 """Several Checkpointers on one run in one process: a notebook cell that is run twice, an object that is dropped."""
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -132,6 +133,22 @@ def test_failure_of_the_last_write_of_an_object_that_lost_its_run_is_raised_by_i
     old.wait()
     old.close()
   assert [s.step for s in ckpt.Checkpointer(tmp_path).steps()] == [0, 2]
+
+
+def test_failure_that_a_newer_object_has_waited_for_is_still_raised_by_the_older_one(tmp_path):
+  old = ckpt.Checkpointer(tmp_path)
+  for step in range(3):
+    old.save(step, STATE)
+    old.wait()
+    run = old._session
+    check, run._saver._gate.lease.check = run._saver._gate.lease.check, lambda: os.mkdir(tmp_path)
+    old.save(step + 100, STATE)
+    with ckpt.Checkpointer(tmp_path) as new:
+      assert new.restore_or_init(lambda: STATE).step == step
+    run._saver._gate.lease.check = check
+    with pytest.raises(ckpt.SaveFailedError, match=f"step {step + 100}"):
+      [old.wait, functools.partial(old.save, step + 1, STATE), old.close][step]()
+    old.close() if step == 2 else old.wait()
 
 
 def test_dropped_object_commits_what_it_writes_and_then_lets_go_of_everything(tmp_path):
