@@ -226,8 +226,8 @@ def _exact(name: str, value: Any, dtype: Any) -> np.ndarray:
     lost = True
   if lost:
     raise StructureMismatchError(
-      f"the step does not fit like=: {name}: saved as the number {value}, which {np.dtype(dtype).name} cannot hold; put "
-      "a Python number or a wider dtype into like="
+      f"the step does not fit like=: {name}: saved as the number {value}, which {np.dtype(dtype).name} cannot hold; "
+      "put a Python number or a wider dtype into like="
     )
   return array
 
