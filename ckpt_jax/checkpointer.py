@@ -294,6 +294,7 @@ class Checkpointer:
 
     Raises:
       SaveFailedError: if the last save failed; told once.
+      SystemExit: with `preemption.exit_code`, if SIGTERM came and neither a save has answered it nor one will.
     """
     self._close(clean=True)
 
