@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -175,29 +176,73 @@ def faults(
   wrong = [name for name in names or [] if name not in (*campaign.FAULTS, "fsync")]
   if wrong:
     raise ConfigError(f"no fault {wrong[0]!r}; there are {', '.join(campaign.FAULTS)}, and fsync (what syncing costs)")
-  results: dict[str, Any] = {}
-  if output and os.path.exists(output):
-    with open(output, encoding="utf-8") as file:
-      results = json.load(file)
+  results = _read_results(output)
   chosen = [name for name in names or campaign.FAULTS if name != "fsync"]
   if "fsync" in (names or ["fsync"]):
     results["fsync"] = campaign.fsync_cost()
   try:
     campaign.campaign(chosen, seeds, kills, minutes, results, lambda text: typer.echo(text, err=True))
   finally:
-    if output:
-      with open(output, "w", encoding="utf-8") as file:
-        file.write(json.dumps(results, indent=1) + "\n")
+    _write_results(output, results)
   page = os.path.splitext(output)[0] + ".md" if output else None
   if page and os.path.exists(page):
-    with open(page, encoding="utf-8") as file:
-      text = campaign.render(results, file.read())
-    with open(page, "w", encoding="utf-8") as file:
-      file.write(text)
+    _rewrite(page, lambda text: campaign.render(results, text))
   if as_json:
     print_json(results)
   elif not output:
     typer.echo(campaign.table(results))
+
+
+@bench.command("people")
+def people(
+  names: Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME]...", help="Tried again; default: what the file lacks.")
+  ] = None,
+  minutes: Annotated[float, typer.Option(min=0.1, help="Stop after this time; the next call goes on.")] = 60.0,
+  output: Annotated[str | None, typer.Option("-o", "--output", help="Add to this JSON.")] = None,
+  fill: Annotated[
+    list[str] | None, typer.Option(help="Put the table between <!-- people --> and <!-- /people --> of this file.")
+  ] = None,
+  as_json: Json = False,
+) -> None:
+  """What people do, and what becomes of it, over ckpt_jax and over plain Orbax."""
+  from ckpt_jax.bench import people as campaign
+
+  wrong = [name for name in names or [] if name not in campaign.PEOPLE]
+  if wrong:
+    raise ConfigError(f"nobody does {wrong[0]!r}; there are {', '.join(campaign.PEOPLE)}")
+  results = _read_results(output)
+  try:
+    chosen = names or list(campaign.PEOPLE)
+    campaign.campaign(chosen, minutes, results, lambda text: typer.echo(text, err=True), again=bool(names))
+  finally:
+    _write_results(output, results)
+  for file in fill or ():
+    _rewrite(file, lambda text: campaign.render(results, text))
+  if as_json:
+    print_json(results)
+  elif not output:
+    typer.echo(campaign.table(results))
+
+
+def _read_results(file: str | None) -> dict[str, Any]:
+  if not (file and os.path.exists(file)):
+    return {}
+  with open(file, encoding="utf-8") as opened:
+    return json.load(opened)
+
+
+def _write_results(file: str | None, results: dict[str, Any]) -> None:
+  if file:
+    with open(file, "w", encoding="utf-8") as opened:
+      opened.write(json.dumps(results, indent=1) + "\n")
+
+
+def _rewrite(file: str, change: Callable[[str], str]) -> None:
+  with open(file, encoding="utf-8") as opened:
+    text = change(opened.read())
+  with open(file, "w", encoding="utf-8") as opened:
+    opened.write(text)
 
 
 @bench.command()

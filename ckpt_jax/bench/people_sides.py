@@ -1,0 +1,124 @@
+"""The two that people use: ckpt_jax and plain Orbax, behind the same few calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+Verdict = tuple[bool, str]
+
+
+def tell(**facts: Any) -> None:
+  print(json.dumps(facts), flush=True)
+
+
+class Ours:
+  """ckpt_jax as its README uses it."""
+
+  name = "ckpt_jax"
+
+  def open(self, path: Any, *, every: int | None = None, last: int | None = None) -> Any:
+    import ckpt_jax as ckpt
+
+    config: dict[str, Any] = {"schedule": {"every_steps": every}} if every else {}
+    return ckpt.Checkpointer(path, config | ({"retention": {"last": last}} if last else {}))
+
+  def save(self, m: Any, step: int, state: Any, *, final: bool = False) -> bool:
+    return m.save(step, state, final=final)
+
+  def wait(self, m: Any) -> None:
+    m.wait()
+
+  def steps(self, path: Any) -> list[int]:
+    """What a reader finds, however it was written."""
+    from ckpt_jax import run
+
+    return [s.step for s in run.list_steps(path)]
+
+  def restore(self, m: Any, step: int | None = None, like: Any = None) -> Any:
+    return m.restore(step, like=like).state
+
+  def start(self, m: Any, init: Callable[[], Any]) -> int:
+    """The step at which training begins."""
+    return m.restore_or_init(init).next_step
+
+
+class Orbax:
+  """`ocp.CheckpointManager` with StandardSave and StandardRestore, as Orbax's documentation uses it."""
+
+  name = "orbax"
+
+  def open(self, path: Any, *, every: int | None = None, last: int | None = None) -> Any:
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(save_interval_steps=every or 1, max_to_keep=last)
+    return ocp.CheckpointManager(path, options=options)
+
+  def save(self, m: Any, step: int, state: Any, *, final: bool = False) -> bool:
+    import orbax.checkpoint as ocp
+
+    return m.save(step, args=ocp.args.StandardSave(state))
+
+  def wait(self, m: Any) -> None:
+    m.wait_until_finished()
+
+  def steps(self, path: Any) -> list[int]:
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(path) as m:
+      return sorted(m.all_steps(read=True))
+
+  def restore(self, m: Any, step: int | None = None, like: Any = None) -> Any:
+    import jax
+    import orbax.checkpoint as ocp
+
+    if step is None:
+      m.reload()
+      step = m.latest_step()
+    if step is None:
+      raise FileNotFoundError("no step")
+    target = None if like is None else jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return m.restore(step, args=ocp.args.StandardRestore(target))
+
+  def start(self, m: Any, init: Callable[[], Any]) -> int:
+    step = m.latest_step()
+    if step is not None:
+      self.restore(m, step, init())
+    return 0 if step is None else step + 1
+
+
+Side = Ours | Orbax
+SIDES: dict[str, type[Ours] | type[Orbax]] = {"ckpt_jax": Ours, "orbax": Orbax}
+
+
+where = "/nowhere"  # the scenario's directory, left out of messages
+
+
+def line(error: BaseException) -> str:
+  """An error in one line: its beginning and its end."""
+  text = f"{type(error).__name__}: {' '.join(str(error).replace(where, '').split())}"
+  text = re.sub(r" ?\[(source locations|tensorstore_spec|os_error_code)=.*", "", text)
+  return text if len(text) <= 150 else f"{text[:90]} ... {text[-55:]}"
+
+
+def small(step: int = 0) -> dict[str, Any]:
+  import jax.numpy as jnp
+
+  return {"w": jnp.full(1000, step, jnp.float32)}
+
+
+def large(step: int) -> dict[str, Any]:
+  """200 MB: long enough to write that something can happen meanwhile."""
+  import jax.numpy as jnp
+
+  return {f"w{i}": jnp.full((2048, 2048), step + i, jnp.float32) for i in range(12)}
+
+
+def is_right(state: Any, wanted: Any) -> bool:
+  import jax
+  import numpy as np
+
+  a, b = jax.tree.leaves(state), jax.tree.leaves(wanted)
+  return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
