@@ -213,6 +213,34 @@ def test_listings_look_again_when_a_step_went_under_their_hands(tmp_path, monkey
     ckpt.verify(tmp_path, 3)
 
 
+def test_threads_restore_the_newest_beside_saves_that_keep_one_step(tmp_path):
+  errors, seen = [], []
+  with ckpt.Checkpointer(tmp_path, {"retention": {"last": 1}}) as c:
+    c.save(0, state(0))
+    c.wait()
+    done = threading.Event()
+
+    def evaluate():
+      while not done.is_set():
+        try:
+          restored = c.restore(like=state(0))
+          assert np.all(restored.state["w"] == restored.step) and restored.extras is None
+          seen.append(restored.step)
+        except Exception as e:
+          errors.append(e)
+
+    threads = [threading.Thread(target=evaluate) for _ in range(2)]
+    for thread in threads:
+      thread.start()
+    for step in range(1, 25):
+      c.save(step, state(step))
+    c.wait()
+    done.set()
+    for thread in threads:
+      thread.join(60)
+  assert not errors and seen, errors
+
+
 @pytest.mark.multiprocess
 def test_processes_of_one_job_agree_on_the_step_before_one_that_went(tmp_path):
   program = str(PROGRAMS / "fallback.py")

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckpt_jax.bench.people_sides import SIDES
+from ckpt_jax.errors import CheckpointError
 from ckpt_jax.multihost import Job
 
 _WORKER = ["-m", "ckpt_jax.bench.people_worker"]
@@ -137,6 +138,8 @@ def _plain(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
 
 def _unreadable(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
   # Root reads everything unless it gives that up.
+  if os.geteuid() == 0 and shutil.which("setpriv") is None:
+    raise CheckpointError(f"{name}: needs setpriv (util-linux) to be refused anything as root")
   refused = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
   process = _Process(side, name, work, refused)
   return _verdict(process.facts, process.end())

@@ -24,6 +24,7 @@ from ckpt_jax import run
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.storage import look
 from ckpt_jax.storage.kvstore import is_object_store
+from ckpt_jax.storage.paths import literal
 
 _log = logging.getLogger(__name__)
 QUARANTINE, SET_ASIDE = "quarantine", "set_aside"
@@ -136,7 +137,7 @@ def put_back(directory: epath.Path, step: int) -> AsideStep:
     there = ", ".join(f"{a.step} ({a.where})" for a in all_steps)
     raise NoCheckpointError(f"{directory}: no step {step} was put aside; there are {there or 'none'}")
   chosen = found[-1]
-  source, target = epath.Path(chosen.path), run.step_path(directory, step)
+  source, target = literal(chosen.path), run.step_path(directory, step)
   if source != target and target.exists():
     raise CheckpointError(
       f"{directory}: there is a step {step} already; roll back behind it first, which sets it aside, or look at the "
@@ -177,7 +178,7 @@ def remove_aside(directory: epath.Path, kind: str, steps: Collection[int]) -> li
   for found in listed(directory):
     if found.kind != kind or found.step not in steps:
       continue
-    path = epath.Path(found.path)
+    path = literal(found.path)
     try:
       path.rmtree(missing_ok=True)
       marked = path == run.step_path(directory, found.step)
