@@ -29,7 +29,7 @@ def root_cause(error: BaseException) -> str:
   """The innermost message, on one line: Orbax wraps it in several layers of tasks and barriers."""
   *_, root = _causes(error)
   text = without_secrets(" ".join(str(root).split())) or type(root).__name__
-  text = re.sub(r" ?\[tensorstore_spec='\{.*?\}'\]", "", text)  # a page of JSON, before the reason
+  text = re.sub(r" ?\[tensorstore_spec(\[\d+\])?='\{.*?\}'\]", "", text)  # a page of JSON, before the reason
   text = re.sub(r" ?\[source locations=.*", "", text)
   # TensorStore's own words for an error of the operating system, which stands in the text already.
   text = re.sub(r"^[A-Z_]+: (.*) \[os_error_code='\d+'.*", r"\1", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -97,10 +98,17 @@ where = "/nowhere"  # the scenario's directory, left out of messages
 
 
 def line(error: BaseException) -> str:
-  """An error in one line: its beginning and its end."""
-  text = f"{type(error).__name__}: {' '.join(str(error).replace(where, '').split())}"
-  text = re.sub(r" ?\[(source locations|tensorstore_spec|os_error_code)=.*", "", text)
-  return text if len(text) <= 150 else f"{text[:90]} ... {text[-55:]}"
+  """The beginning of an error, in one line."""
+  return f"{type(error).__name__}: {brief(str(error))}"
+
+
+def brief(text: str) -> str:
+  """A message in one line of a table, without TensorStore's list of what it was about."""
+  text = " ".join(text.replace(where, "").split())
+  text = re.sub(r" ?\[(source locations|tensorstore_spec|os_error_code).*", "", text)
+  text = re.sub(r'Failed to open: "[^"]*": ', "", text)
+  text = re.sub(r'Error (opening|reading) "[^"]*"( driver)?( in OCDBT database at local file "[^"]*")?: ', "", text)
+  return textwrap.shorten(text, 125, placeholder=" ...")
 
 
 def small(step: int = 0) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from ckpt_jax.bench.people_sides import Verdict, is_right, line, small
+from ckpt_jax.bench.people_sides import Verdict, brief, is_right, line, small
 
 
 def _back(side: Any, path: pathlib.Path, state: Any, like: Any = None) -> tuple[Any, str]:
@@ -124,7 +124,7 @@ def x64_to_x32(side: Any, work: pathlib.Path) -> Verdict:
       got = side.restore(m, 0, like={"n": jax.ShapeDtypeStruct((1,), "int64")})["n"]
     except Exception as e:
       return True, f"an error: {line(e)}"
-  return int(got[0]) == 2**40 + 5, f"2**40 + 5 comes back as {got.dtype} {int(got[0])}"
+  return int(got[0]) == 2**40 + 5, f"2^40 + 5 comes back as {got.dtype} {int(got[0])}"
 
 
 def abstract_mesh(side: Any, work: pathlib.Path) -> Verdict:
@@ -169,7 +169,7 @@ def destroyed_item(side: Any, work: pathlib.Path) -> Verdict:
     import ckpt_jax as ckpt
 
     found = ckpt.verify(work / "run")
-    return bool(found), f"verify: {len(found)} findings" + (f", first: {found[0].message[:80]}" if found else "")
+    return bool(found), f"verify: {len(found)} findings" + (f", first: {brief(found[0].message)}" if found else "")
   with ocp.CheckpointManager(work / "run") as m:
     try:
       got = m.restore(0, args=ocp.args.Composite(params=ocp.args.StandardRestore(state)))["params"]["w"]

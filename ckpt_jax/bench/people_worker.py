@@ -115,7 +115,7 @@ def ctrl_c(side: Side, work: pathlib.Path) -> Verdict:
     early += not (work / "run" / str(step)).is_dir()  # Orbax renames a step to this when it commits
     while not (work / "run" / str(step)).is_dir() and list((work / "run").glob(f"{step}.orbax*")):
       time.sleep(0.05)
-  return early == 0, f"{early} of {tries} times the second wait returned before the step was committed"
+  return early == 0, f"{early} of {tries} times the second wait returned before the commit"
 
 
 def cell_twice(side: Side, work: pathlib.Path) -> Verdict:
