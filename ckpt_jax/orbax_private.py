@@ -295,15 +295,22 @@ def replica_slices_on_host(
   ]
 
 
-def weakly_typed(array: Any) -> Any:
-  """The same buffers as an array that gives way to the types of others, as Python numbers do.
+def array_as(array: Any, *, weak: bool, committed: bool) -> Any:
+  """The same buffers as an array that gives way to the types of others, as Python numbers do, or to other devices.
 
-  Why private: jax makes such arrays of Python numbers only, and forgets a value's bits on the way (a NaN's payload);
-  its own function that keeps them (`lax._convert_element_type`) is private too, and compiles a program for each kind.
+  Why private: jax makes weakly typed arrays of Python numbers only, and uncommitted ones of what it puts on the default
+  device itself; its own function that keeps the bits (`lax._convert_element_type`) is private too, and compiles a
+  program for each kind.
+
+  Args:
+    array: a jax array.
+    weak: whether it is to be weakly typed.
+    committed: whether it is to stay on its devices, whatever it is used with.
   """
-  shards = [shard.data for shard in array.addressable_shards]
-  aval = array.aval.update(weak_type=True)
-  return type(array)(aval, array.sharding, shards, committed=getattr(array, "committed", True))
+  one = len(array.sharding.device_set) == 1
+  shards = [array] if one else [shard.data for shard in array.addressable_shards]
+  aval = array.aval.update(weak_type=True) if weak else array.aval
+  return type(array)(aval, array.sharding, shards, committed=committed, _skip_checks=one)
 
 
 async def prng_key_names(store: Any, item_dir: Any) -> set[str]:

@@ -237,7 +237,7 @@ def test_an_array_made_weakly_typed_is_the_same_array_but_for_that():
   mesh = jax.make_mesh((2,), ("x",))
   spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
   for array in (jnp.arange(4.0), jax.device_put(jnp.arange(4), jax.devices()[1]), jax.device_put(jnp.ones(2), spread)):
-    weak = orbax_private.weakly_typed(array)
+    weak = orbax_private.array_as(array, weak=True, committed=array.committed)
     assert weak.weak_type and not array.weak_type and weak.tolist() == array.tolist()
     assert (weak.sharding, weak.committed, weak.dtype) == (array.sharding, array.committed, array.dtype)
     assert jax.jit(lambda x: x * jnp.bfloat16(1))(weak.astype(jnp.float32)).dtype == jnp.float32

@@ -66,8 +66,11 @@ def test_numpy_and_jax_with_x64_hold_all_64_bits(wide, assert_same):
     assert_same(c.restore().state, WIDE)
     assert_same(c.restore(like=WIDE).state, WIDE)
     with jax.enable_x64(True):
-      got = c.restore(like=shapes()).state
-      assert_same(got, {name: jnp.asarray(x) for name, x in WIDE.items()})
+      mesh = jax.make_mesh((2,), ("x",))
+      for sharding in (None, jax.sharding.SingleDeviceSharding(jax.devices()[1]), NamedSharding(mesh, P())):
+        restored = c.restore(like=shapes(sharding=sharding))
+        assert_same(restored.state, {name: jnp.asarray(x) for name, x in WIDE.items()})
+        assert restored.step == 1 and restored.report.verified == len(WIDE)
 
 
 def test_cast_to_32_bits_where_the_values_allow_it(tmp_path):

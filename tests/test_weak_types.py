@@ -129,7 +129,7 @@ def test_weak_types_are_what_was_saved_whatever_like_says(tmp_path):
 
 def test_a_weakly_typed_array_keeps_every_bit(tmp_path):
   odd = np.array([0x7FC00123, 0x7F800001, 0x80000000, 1], np.uint32).view(np.float32)
-  weak = orbax_private.weakly_typed(jax.device_put(odd))
+  weak = orbax_private.array_as(jax.device_put(odd), weak=True, committed=False)
   assert weak.weak_type and (weak * jnp.bfloat16(1)).dtype == jnp.bfloat16
   with ckpt.Checkpointer(tmp_path, ckpt.Config(health={"nonfinite": "ignore"})) as c:
     c.save(0, {"x": weak})

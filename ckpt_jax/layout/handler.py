@@ -16,9 +16,9 @@ from etils import epath
 
 from ckpt_jax import orbax_private
 from ckpt_jax.config import Config, LayoutConfig, LimitsConfig
-from ckpt_jax.layout import packing, reading, writing
+from ckpt_jax.layout import owned, packing, reading, writing
 from ckpt_jax.layout.encoding import is_prng_key
-from ckpt_jax.layout.sharding import local_regions, whole_box
+from ckpt_jax.layout.sharding import Box, local_regions, shape_of, whole_box
 from ckpt_jax.layout.splitting import Small, split
 from ckpt_jax.layout.structure import path_name
 from ckpt_jax.layout.text import TextHandler
@@ -270,16 +270,21 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
         rows = [(i, store) for i, store in rows if infos[i].name not in keys]
       for i, store in rows:
         reading.check_shape(infos[i].name, tuple(store.shape), args[i].global_shape)
+      boxes = {i: local_regions(shardings[i], tuple(store.shape)) for i, store in rows}
+      own = _own({i: (boxes[i], store.dtype.numpy_dtype, shardings[i]) for i, store in rows})
       requests = {
-        reading.Request(infos[i].name, store, local_regions(shardings[i], tuple(store.shape))): i for i, store in rows
+        reading.Request(infos[i].name, store, boxes[i], (own[i][1],) if i in own else None): i for i, store in rows
       }
       staged = 0
       for request, arrays in reading.read(list(requests), window):
         i, store = requests[request], request.store
-        regions = dict(zip(request.boxes, arrays, strict=True))
-        found[i] = reading.to_jax(tuple(store.shape), shardings[i], regions, store.dtype.numpy_dtype)
+        if i in own:
+          found[i] = reading.placed(tuple(store.shape), own.pop(i)[0], shardings[i])
+        else:
+          regions = dict(zip(request.boxes, arrays, strict=True))
+          found[i] = reading.to_jax(tuple(store.shape), shardings[i], regions, store.dtype.numpy_dtype)
+          staged += sum(array.nbytes for array in arrays)
         self._reads.tell(infos[i], found[i])
-        staged += sum(array.nbytes for array in arrays)
         if staged > window.most:  # an accelerator copies behind our back, out of these arrays
           jax.block_until_ready(list(found.values()))
           staged = 0
@@ -302,7 +307,7 @@ class NumpyHandler(ocp.type_handlers.NumpyHandler):
     self._reads = reads
 
   async def deserialize(self, infos: _ParamInfos, args: Sequence[Any] | None = None) -> Sequence[np.ndarray]:
-    """See Orbax's NumpyHandler. The arrays own their memory, aligned so that jax on CPU can take it over."""
+    """See Orbax's NumpyHandler. The arrays own their memory."""
     dtypes = [getattr(arg, "dtype", None) for arg in args or [None] * len(infos)]
     requests = {
       reading.Request(info.name, reading.as_dtype(store, dtype), (whole_box(store.shape),)): info
@@ -355,6 +360,27 @@ def describe_array(
     chunk = found.chunk_layout.read_chunk_template.shape
   storage = ocp.metadata.StorageMetadata(chunk_shape=chunk, write_shape=write_shape)
   return ocp.metadata.ArrayMetadata(name=name, directory=item, shape=shape, dtype=dtype, sharding=None, storage=storage)
+
+
+def _own(
+  rows: Mapping[int, tuple[tuple[Box, ...], np.dtype, jax.sharding.Sharding]],
+) -> dict[int, tuple[jax.Array, np.ndarray]]:
+  """Arrays to read into, and their memory, for the large ones of which this process holds one part, on a CPU device.
+
+  Args:
+    rows: the parts that this process holds of each array, its dtype, and where it goes.
+  """
+  kinds = {i: (shape_of(boxes[0]), dtype) for i, (boxes, dtype, _) in rows.items() if len(boxes) == 1}
+  devices: dict[jax.Device, list[int]] = {}
+  for i in kinds:
+    if (device := owned.cpu_of(rows[i][2])) is not None:
+      devices.setdefault(device, []).append(i)
+  found: dict[int, tuple[jax.Array, np.ndarray]] = {}
+  for device, mine in devices.items():
+    chosen = [mine[j] for j in owned.large([kinds[i] for i in mine])]
+    if chosen and (made := owned.make([kinds[i] for i in chosen], device)) is not None:
+      found |= dict(zip(chosen, made, strict=True))
+  return found
 
 
 def _sharding(arg: Any) -> jax.sharding.Sharding | None:

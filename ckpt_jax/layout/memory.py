@@ -1,4 +1,4 @@
-"""Host memory that jax can take over."""
+"""Host memory beside that of arrays."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ import numpy as np
 
 from ckpt_jax.layout.keeping import kept
 
-# XLA's CPU client takes over host memory without a copy if it is aligned so.
+# XLA's CPU client takes over host memory without a copy if it is aligned so. It never gives that away to a program
+# whose argument is donated, so what is to become an array is aligned for numpy alone, and XLA copies it.
 ALIGNMENT = 64
+_UNALIGNED = 16
 # Fresh memory is given out page by page, and a page of 4 KiB costs more than it takes to fill it: reading 1 GB into
 # arrays of 2 to 25 MB took 0.52 s, of which huge pages saved 0.11. (numpy asks for them too, but from 4 MiB on.)
 _HUGE_PAGE = 2 * 2**20 if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Memory that nothing else refers to, aligned so that jax on CPU need not copy it."""
+def unaligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """Memory that nothing else refers to, and that jax on CPU copies to make an array of it."""
   nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
   if _HUGE_PAGE is not None and nbytes >= _HUGE_PAGE:
-    pages = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, nbytes + 2 * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory = np.frombuffer(pages, np.uint8)
     start = -memory.ctypes.data % _HUGE_PAGE
     with contextlib.suppress(OSError):  # a kernel without them
       # Whole ones alone: what the last of them held beyond the array would be lost.
       pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE_PAGE * _HUGE_PAGE)
   else:
-    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+    memory = np.empty(nbytes + 2 * ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
+  start += _UNALIGNED
   return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
@@ -43,6 +46,15 @@ def transfers_asked_for() -> Iterator[None]:
   """
   with jax.transfer_guard("allow"):
     yield
+
+
+def to_be_copied(array: np.ndarray) -> np.ndarray:
+  """The array, or a copy of it, as jax on CPU copies it and does not take it over."""
+  if array.__array_interface__["data"][0] % ALIGNMENT or not array.flags.c_contiguous or array.size < 2:
+    return array
+  out = unaligned_empty(array.shape, array.dtype)
+  out[...] = array
+  return out
 
 
 @kept  # a view takes 2 us, and a save asks twice

@@ -25,7 +25,7 @@ from etils import epath
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.keys import SLABS
-from ckpt_jax.layout.memory import ALIGNMENT, aligned_empty
+from ckpt_jax.layout.memory import ALIGNMENT, unaligned_empty
 from ckpt_jax.layout.sharding import Box, intersection, shape_of, within
 from ckpt_jax.storage import look
 
@@ -138,7 +138,7 @@ def lay_out(process: int, arrays: Mapping[str, Parts]) -> Slab:
     for box in boxes:
       pieces.append(Piece(process, end, box))
       offsets.append(end)
-      end += -(-math.prod(shape_of(box)) * itemsize // ALIGNMENT) * ALIGNMENT  # jax on CPU takes over aligned memory
+      end += -(-math.prod(shape_of(box)) * itemsize // ALIGNMENT) * ALIGNMENT
     index[name] = Packed(dtype_name(dtype), tuple(shape), tuple(pieces))
   # Chunks of equal size: zarr fills the last one up.
   count = max(1, -(-end // _CHUNK_NBYTES))
@@ -159,7 +159,7 @@ def gather(packed: Packed, box: Box, slabs: Mapping[int, SlabBytes]) -> np.ndarr
     if piece.box == box:
       return data
     if out is None:
-      out = aligned_empty(shape_of(box), dtype)
+      out = unaligned_empty(shape_of(box), dtype)
     out[within(shared, box)] = data[within(shared, piece.box)]
   assert out is not None
   return out
@@ -199,7 +199,7 @@ class SlabBytes:
       i += 1
     if len(parts) == 1:
       return parts[0]
-    return np.concatenate(parts, out=aligned_empty((nbytes,), np.dtype(np.uint8)))
+    return np.concatenate(parts, out=unaligned_empty((nbytes,), np.dtype(np.uint8)))
 
 
 @functools.cache

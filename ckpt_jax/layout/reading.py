@@ -1,8 +1,8 @@
 """Arrays out of a checkpoint with little Python a leaf: one store, few large reads, each once for the whole process.
 
 Orbax reads shard by shard through its event loop: about 1 ms a shard, and three copies (a zeroed array, TensorStore's
-buffer, `device_put`). Here all reads are queued at once under a limit of bytes, straight into memory that jax on CPU
-takes over as it is, and an array that several devices of the process share is read once and divided in memory.
+buffer, `device_put`). Here all reads are queued at once under a limit of bytes, large arrays straight into jax's own
+memory on a CPU, and an array that several devices of the process share is read once and divided in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ckpt_jax.errors import StructureMismatchError
 from ckpt_jax.layout import packing, stopping
 from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.keys import prefix
-from ckpt_jax.layout.memory import aligned_empty
+from ckpt_jax.layout.memory import to_be_copied, unaligned_empty
 from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, local_regions, one_device, split_box, whole_box
 from ckpt_jax.storage.kvstore import is_object_store
 
@@ -35,11 +35,19 @@ _SEVERAL = 4  # reads
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-  """One array to read: its open store, and the boxes wanted of it."""
+  """One array to read.
+
+  Attributes:
+    name: its name.
+    store: its open store.
+    boxes: the parts wanted of it.
+    memory: where they go, one a box; None for fresh memory.
+  """
 
   name: str
   store: ts.TensorStore
   boxes: tuple[Box, ...]
+  memory: tuple[np.ndarray, ...] | None = None
 
 
 def open_stores(infos: Sequence[ocp.type_handlers.ParamInfo], context: ts.Context) -> list[ts.TensorStore]:
@@ -104,7 +112,7 @@ def window_of(directory: epath.Path, most: int) -> Window:
 def read(
   requests: Sequence[Request], window: Window, enough: int = _ENOUGH_LOCALLY
 ) -> Iterator[tuple[Request, list[np.ndarray]]]:
-  """The boxes of each request as arrays in fresh aligned memory; requests in the order in which they are complete.
+  """The boxes of each request as arrays; requests in the order in which they are complete.
 
   Args:
     requests: what to read.
@@ -129,7 +137,8 @@ def _read(
     store = request.store
     dtype = store.dtype.numpy_dtype
     chunk: tuple[int, ...] = tuple(c or n for c, n in zip(_chunk_shape(store), store.shape, strict=True))
-    wanted = _Wanted(request, [aligned_empty(tuple(b - a for a, b in box), dtype) for box in request.boxes])
+    memory = request.memory or [unaligned_empty(tuple(b - a for a, b in box), dtype) for box in request.boxes]
+    wanted = _Wanted(request, list(memory))
     for box, array in zip(request.boxes, wanted.arrays, strict=True):
       for part in split_box(box, chunk, dtype.itemsize, window.part(enough)):
         stopping.check()
@@ -299,30 +308,38 @@ def read_small(
 def to_jax(
   shape: tuple[int, ...], sharding: jax.sharding.Sharding, regions: dict[Box, np.ndarray], dtype: Any
 ) -> jax.Array:
-  """A jax array from what this process read of it.
+  """A jax array from what this process read of it, in memory of jax's own.
 
   Args:
     shape: of the whole array.
     sharding: where it goes.
-    regions: `local_regions(sharding, shape)` and what they hold. The memory may become the array's own.
+    regions: `local_regions(sharding, shape)` and what they hold.
     dtype: of the array, for a process that holds no part of it.
   """
 
   if one_device(sharding) == "here":
     (whole,) = regions.values()
+    whole = to_be_copied(whole)
     return jax.make_array_from_callback(shape, sharding, lambda _: whole)
 
   def piece(index: tuple[slice, ...] | None) -> np.ndarray:
     assert index is not None  # it is for devices of other processes only
     box = box_of(index, shape)
     if (region := regions.get(box)) is not None:
-      return region
+      return to_be_copied(region)
     for outer, array in regions.items():
       if all(a <= c and d <= b for (a, b), (c, d) in zip(outer, box, strict=True)):
-        return array[tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(outer, box, strict=True))]
+        return to_be_copied(array[tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(outer, box, strict=True))])
     raise AssertionError(f"{box} lies in none of {list(regions)}")
 
   return jax.make_array_from_callback(shape, sharding, piece, dtype=dtype)
+
+
+def placed(shape: tuple[int, ...], part: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+  """An array of which this process holds one part, on one device."""
+  if part.sharding == sharding:
+    return part
+  return jax.make_array_from_single_device_arrays(shape, sharding, [part])
 
 
 def check_shape(name: str, saved: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:

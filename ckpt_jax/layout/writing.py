@@ -22,7 +22,7 @@ from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.keys import prefix
-from ckpt_jax.layout.memory import aligned_empty, host_view
+from ckpt_jax.layout.memory import host_view, unaligned_empty
 from ckpt_jax.layout.sharding import Box, box_of, merge_boxes, one_device, replicas, shape_of, whole_box, within
 
 # Pieces of one array that make up a whole of at most this are stored as one chunk: one request instead of one a device.
@@ -317,7 +317,7 @@ class SlabMemory:
 
 
 def _fresh(nbytes: int) -> np.ndarray:
-  return aligned_empty((nbytes,), np.dtype(np.uint8))
+  return unaligned_empty((nbytes,), np.dtype(np.uint8))
 
 
 def _start(store: ts.TensorStore, data: np.ndarray) -> Any:
@@ -329,7 +329,7 @@ def _pieces(array: Written) -> Sequence[tuple[Box, np.ndarray]]:
   if array.write_shape != array.shape or len(array.pieces) < 2:
     return array.pieces
   whole = whole_box(array.shape)
-  out = aligned_empty(array.shape, array.dtype)
+  out = unaligned_empty(array.shape, array.dtype)
   for box, data in array.pieces:
     out[within(box, whole)] = data
   return [(whole, out)]

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
 from ckpt_jax.layout.encoding import is_prng_key
+from ckpt_jax.layout.memory import to_be_copied
 from ckpt_jax.restore import exchange
 from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.strategies import DIRECT, REPLICA, SPREAD, WHOLE, Route, primary_mesh, process_grid
@@ -210,7 +211,7 @@ def _exchange_whole(routes: Sequence[Route], values: dict[str, Any]) -> list[tup
   for owned, pieces in zip(by_owner, received, strict=True):
     for route, piece in zip(owned, pieces, strict=True):
       plan = route.plan
-      # Copies, so that a small leaf does not keep what came with it in memory.
+      # jax copies it, so that a small leaf does not keep what came with it in memory.
       array = piece.view(np.dtype(plan.dtype)).reshape(plan.shape)
       out.append((plan, _put(array, plan.sharding)))
   return out
@@ -218,4 +219,4 @@ def _exchange_whole(routes: Sequence[Route], values: dict[str, Any]) -> list[tup
 
 def _put(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
   assert sharding is not None
-  return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))
+  return jax.make_array_from_callback(array.shape, sharding, lambda index: to_be_copied(array[index]))

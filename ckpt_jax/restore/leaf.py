@@ -17,6 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StructureMismatchError
 from ckpt_jax.layout.encoding import decode_leaf, is_prng_key
+from ckpt_jax.layout.memory import to_be_copied
+from ckpt_jax.layout.owned import default_cpu
 from ckpt_jax.layout.sharding import is_weak
 from ckpt_jax.restore.placement import is_held_by_jax
 
@@ -47,6 +49,8 @@ class LeafPlan:
     cast: the dtype that the value becomes after reading; None for the saved one.
     sharding: where the stored form shall lie; None for host memory and for the default device.
     weak: whether a jax array is to be weakly typed, as a Python number is.
+    loose: whether a jax array is to be committed to no device, free for jit to move it; `sharding` is then where it
+      is read to meanwhile.
   """
 
   name: str
@@ -59,6 +63,7 @@ class LeafPlan:
   cast: Any = None
   sharding: Sharding | None = None
   weak: bool = False
+  loose: bool = False
 
   @property
   def nbytes(self) -> int:
@@ -126,6 +131,8 @@ def make_plan(
     return LeafPlan(name, shape, dtype, None, scalar, None, like, cast, weak=is_weak(like) if weak is None else number)
   storage = getattr(meta, "storage", None)
   chunk = getattr(storage, "chunk_shape", None)
+  sharding = _stored_sharding(shape, dtype, note, like)
+  loose = sharding is None and note is None and cast is None and _is_array(like) and not is_prng_key(like)
   return LeafPlan(
     name,
     shape,
@@ -135,13 +142,18 @@ def make_plan(
     note,
     like,
     cast,
-    _stored_sharding(shape, dtype, note, like),
+    default_cpu() if loose else sharding,
     is_weak(like) if weak is None else weak or bool(note and note["kind"] == "complex"),
+    loose,
   )
 
 
+def _is_array(like: Any) -> bool:
+  return isinstance(like, (jax.Array, jax.ShapeDtypeStruct))
+
+
 def _stored_sharding(shape: tuple[int, ...], dtype: Any, note: Note | None, like: Any) -> Sharding | None:
-  if not isinstance(like, (jax.Array, jax.ShapeDtypeStruct)) or (note and note["kind"] == "empty"):
+  if not _is_array(like) or (note and note["kind"] == "empty"):
     return None
   if not is_held_by_jax(dtype):
     return None  # it is cast, in host memory: jax would cut it to 32 bits
@@ -157,17 +169,19 @@ def _target_sharding(leaf: Any) -> Sharding | None:
 
 
 def finish_arrays(plans: Sequence[LeafPlan], values: dict[str, Any]) -> None:
-  """Makes arrays of the leaves of `like` that are committed to no device, free for jit to move them, and types weakly.
+  """Makes arrays of what was read into host memory and goes to the default device, and types weakly what was so.
 
-  The former were read into host memory, which jax on CPU takes over as it is.
+  Leaves of `like` that are committed to no device come back so.
   """
-  wanted = [p for p in plans if isinstance(p.like, (jax.Array, jax.ShapeDtypeStruct))]
-  loose = [p.name for p in wanted if isinstance(values[p.name], (np.ndarray, np.generic))]
-  arrays = jax.device_put([values[name] for name in loose], may_alias=True)
-  values.update(zip(loose, arrays, strict=True))
+  wanted = [p for p in plans if _is_array(p.like)]
+  held = [p.name for p in wanted if isinstance(values[p.name], (np.ndarray, np.generic))]
+  arrays = jax.device_put([to_be_copied(np.asarray(values[name])) for name in held])
+  values.update(zip(held, arrays, strict=True))
   for plan in wanted:
-    if plan.weak and not is_prng_key(value := values[plan.name]):
-      values[plan.name] = orbax_private.weakly_typed(value)
+    value = values[plan.name]
+    weak, loose = plan.weak and not is_prng_key(value), plan.loose and value.committed
+    if weak or loose:
+      values[plan.name] = orbax_private.array_as(value, weak=weak, committed=value.committed and not loose)
 
 
 def _as_like(name: str, value: Any, like: Any) -> Any:
@@ -205,7 +219,7 @@ def _impl(dtype: Any) -> str:
 
 
 def _put(value: np.ndarray, sharding: Sharding) -> jax.Array:
-  return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+  return jax.make_array_from_callback(value.shape, sharding, lambda index: to_be_copied(value[index]))
 
 
 def _exact(name: str, value: Any, dtype: Any) -> np.ndarray:

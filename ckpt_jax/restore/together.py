@@ -146,7 +146,11 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 class Worker:
-  """A thread that does one thing after the other. It keeps the interpreter from ending for some seconds only."""
+  """A thread that does one thing after the other. It keeps the interpreter from ending for some seconds only.
+
+  jax holds 64 bits in it if it does so where a job is handed in: `with jax.enable_x64(True):` is of a thread, and in
+  another one jax would cut what is read to 32.
+  """
 
   def __init__(self, name: str):
     self._stop = threading.Event()
@@ -158,7 +162,13 @@ class Worker:
   def submit(self, job: Callable[[], T]) -> concurrent.futures.Future[T]:
     """Queues a job."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
-    self._jobs.put((future, job))
+    x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+
+    def alike() -> T:
+      with jax.enable_x64(x64):
+        return job()
+
+    self._jobs.put((future, alike))
     return future
 
   def close(self) -> None:

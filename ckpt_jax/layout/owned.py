@@ -1,0 +1,123 @@
+"""Arrays on a CPU device whose memory jax may give away again, filled from outside.
+
+jax on CPU takes memory that is aligned over as it is, but never writes into what it did not make: a first step that is
+given its state to keep (`donate_argnums`) would copy all of it, and need it twice. What is read is therefore read
+straight into memory of jax's own making, which costs nothing but a program that makes it. Small arrays are not worth
+that: jax copies those that are not aligned (see `memory.unaligned_empty`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import math
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+_log = logging.getLogger(__name__)
+_LARGE_NBYTES = 2**18
+_WORTH_NBYTES = 2**26  # the program takes 15 ms and 0.1 ms an array to compile, a copy into fresh memory 0.8 s/GB
+_HUGE_PAGE = 2 * 2**20
+_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
+Kind = tuple[tuple[int, ...], np.dtype]
+
+
+@functools.lru_cache(maxsize=4096)
+def cpu_of(sharding: jax.sharding.Sharding) -> jax.Device | None:
+  """The one device of this process that an array lies on, if that is a CPU; None if it lies on several here."""
+  here = sharding.addressable_devices
+  if len(here) != 1:
+    return None
+  device: Any = next(iter(here))
+  ordinary = sharding.memory_kind in (None, device.default_memory().kind)
+  return device if device.platform == "cpu" and ordinary else None
+
+
+def default_cpu() -> jax.sharding.Sharding | None:
+  """Where jax puts arrays that are given no place, if that is a CPU device."""
+  device: Any = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
+  return jax.sharding.SingleDeviceSharding(device) if getattr(device, "platform", None) == "cpu" else None
+
+
+def large(kinds: Sequence[Kind]) -> list[int]:
+  """Which of some arrays are worth to be made by `make`: those that are large, if that is much in all."""
+  found = [i for i, (shape, dtype) in enumerate(kinds) if _is_large(shape, dtype)]
+  nbytes = sum(math.prod(kinds[i][0]) * kinds[i][1].itemsize for i in found)
+  return found if nbytes >= _WORTH_NBYTES else []
+
+
+def _is_large(shape: tuple[int, ...], dtype: np.dtype) -> bool:
+  # jax packs numbers of less than a byte, numpy does not.
+  whole_bytes = not dtype.name.endswith(("int2", "int4", "float4_e2m1fn"))
+  return whole_bytes and math.prod(shape) * dtype.itemsize >= _LARGE_NBYTES
+
+
+def make(kinds: Sequence[Kind], device: jax.Device) -> list[tuple[jax.Array, np.ndarray]] | None:
+  """Arrays on a CPU device with whatever their memory holds, and their memory; None if jax cannot do that.
+
+  The memory is to be filled before anybody else sees the array.
+  """
+  try:
+    arrays = _program(tuple(kinds), device)()
+    jax.block_until_ready(arrays)
+    found = [(array, _memory(array)) for array in arrays]
+  except Exception as e:  # an experimental part of jax; without it arrays are copied
+    _log.debug("no memory of jax's own to read into: %s: %s", type(e).__name__, e)
+    return None
+  _advise([memory for _, memory in found])
+  return found
+
+
+@functools.lru_cache(maxsize=8)
+def _program(kinds: tuple[Kind, ...], device: jax.Device) -> Any:
+  from jax.experimental.buffer_callback import buffer_callback
+
+  results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in kinds]
+
+  def ckpt_jax_memory() -> Any:
+    return buffer_callback(lambda context, out: None, results)()
+
+  place = jax.sharding.SingleDeviceSharding(device)
+  return jax.jit(ckpt_jax_memory, out_shardings=place).lower().compile()
+
+
+class _At:
+  """What numpy makes a view of; keeps the array alive for as long as the view is."""
+
+  def __init__(self, array: jax.Array):
+    self._array = array
+    self.__array_interface__ = {
+      "version": 3,
+      "typestr": "|u1",
+      "shape": (array.nbytes,),
+      "data": (array.unsafe_buffer_pointer(), False),
+    }
+
+
+def _memory(array: jax.Array) -> np.ndarray:
+  if array.on_device_size_in_bytes() != array.nbytes:
+    raise ValueError(f"{array.nbytes} bytes of {array.dtype} take {array.on_device_size_in_bytes()}")
+  return np.asarray(_At(array)).view(array.dtype).reshape(array.shape)
+
+
+def _advise(memory: Sequence[np.ndarray]) -> None:
+  """Asks for huge pages, as `memory.unaligned_empty` does, of whole runs of arrays that lie side by side."""
+  if _ADVICE is None:
+    return
+  spans = sorted((a.__array_interface__["data"][0], a.__array_interface__["data"][0] + a.nbytes) for a in memory)
+  runs = spans[:1]
+  for start, stop in spans[1:]:
+    if start - runs[-1][1] <= 2 * mmap.PAGESIZE:  # what malloc keeps of each
+      runs[-1] = (runs[-1][0], stop)
+    else:
+      runs.append((start, stop))
+  madvise = ctypes.CDLL(None).madvise
+  for start, stop in runs:
+    start, stop = -(-start // _HUGE_PAGE) * _HUGE_PAGE, stop // _HUGE_PAGE * _HUGE_PAGE
+    if stop > start:
+      madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _ADVICE)  # a kernel without them says no
