@@ -1,5 +1,6 @@
 """Restored arrays are jax's own: a step that is given them to keep overwrites them in place."""
 
+import collections
 import json
 import pathlib
 import subprocess
@@ -122,6 +123,18 @@ def test_what_a_restore_gave_stays_what_it_is_when_the_next_one_comes(eager_memo
     got = [c.restore(step, like={"w": jnp.full(5000, 0)}).state["w"] for step in range(3)]
   assert [(int(x[0]), int(x[-1])) for x in got] == [(0, 0), (1, 1), (2, 2)]
   assert len(set(pointers(got))) == 3
+
+
+@pytest.mark.parametrize("counts", [{"a": 1}, {"a": 603}, {"a": 36, "b": 36, "c": 3, "d": 1}, {"a": 7, "b": 11}])
+def test_arrays_of_a_model_are_made_by_small_programs_run_often(counts):
+  made = collections.Counter()
+  compiled = 0
+  for times, some in owned.in_rounds(counts):
+    compiled += len(some)
+    for kind in some:
+      made[kind] += times
+  assert made == counts
+  assert compiled <= min(sum(counts.values()), 60)
 
 
 def test_first_step_after_a_restore_needs_the_state_once(tmp_path):

@@ -8,12 +8,13 @@ that: jax copies those that are not aligned (see `memory.unaligned_empty`).
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import logging
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,10 @@ import numpy as np
 
 _log = logging.getLogger(__name__)
 _LARGE_NBYTES = 2**18
-_WORTH_NBYTES = 2**26  # the program takes 15 ms and 0.1 ms an array to compile, a copy into fresh memory 0.8 s/GB
+_WORTH_NBYTES = 2**26  # a program takes 10 ms and 0.1 ms an array to compile, a copy into fresh memory 0.8 s/GB
+# What a program, and running it, cost in terms of arrays that it makes.
+_A_PROGRAM, _A_RUN = 100, 0.7
+_MOST_ROUNDS = 200
 _HUGE_PAGE = 2 * 2**20
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 Kind = tuple[tuple[int, ...], np.dtype]
@@ -63,14 +67,33 @@ def make(kinds: Sequence[Kind], device: jax.Device) -> list[tuple[jax.Array, np.
   The memory is to be filled before anybody else sees the array.
   """
   try:
-    arrays = _program(tuple(kinds), device)()
-    jax.block_until_ready(arrays)
+    made: dict[Kind, list[jax.Array]] = collections.defaultdict(list)
+    for times, some in in_rounds(collections.Counter(kinds)):
+      program = _program(some, device)
+      for _ in range(times):
+        for kind, array in zip(some, program(), strict=True):
+          made[kind].append(array)
+    arrays = jax.block_until_ready([made[kind].pop() for kind in kinds])
     found = [(array, _memory(array)) for array in arrays]
   except Exception as e:  # an experimental part of jax; without it arrays are copied
     _log.debug("no memory of jax's own to read into: %s: %s", type(e).__name__, e)
     return None
   _advise([memory for _, memory in found])
   return found
+
+
+def in_rounds(counts: Mapping[Kind, int]) -> list[tuple[int, tuple[Kind, ...]]]:
+  """How often to run which programs, so that as few arrays as may be are compiled: a model repeats its layers."""
+
+  def divided(rounds: int) -> list[tuple[int, tuple[Kind, ...]]]:
+    often = tuple(kind for kind, n in counts.items() for _ in range(n // rounds))
+    once = tuple(kind for kind, n in counts.items() for _ in range(n % rounds))
+    return [(times, some) for times, some in ((rounds, often), (1, once)) if some]
+
+  def cost(programs: list[tuple[int, tuple[Kind, ...]]]) -> float:
+    return sum(_A_PROGRAM + len(some) + _A_RUN * times for times, some in programs)
+
+  return min((divided(rounds) for rounds in range(1, min(max(counts.values()), _MOST_ROUNDS) + 1)), key=cost)
 
 
 @functools.lru_cache(maxsize=8)
