@@ -133,7 +133,10 @@ def test_python_numbers_become_the_arrays_that_eval_shape_makes_of_them(pack, tm
   ids=lambda x: x if isinstance(x, str) else f"{type(x).__name__}-{x.dtype}",
 )
 def test_number_that_the_dtype_of_like_cannot_hold_is_an_error_by_leaf(name, like, tmp_path):
-  with numbers(tmp_path, NUMBERS) as c, pytest.raises(ckpt.StructureMismatchError, match=f"{name}: the saved number"):
+  with (
+    numbers(tmp_path, NUMBERS) as c,
+    pytest.raises(ckpt.StructureMismatchError, match=f"{name}: saved as the number"),
+  ):
     c.restore(like=NUMBERS | {name: like})
 
 
