@@ -92,13 +92,16 @@ def test_what_the_user_set_is_not_tried():
 
 
 def test_file_loads_holds_the_users_settings_and_the_measured_table(tmp_path):
-  user = ckpt.Config(retention={"last": 7, "daily": 3}, schedule={"every": "10m"}, layout={"replica_parallel": "off"})
+  user = ckpt.Config(
+    retention={"last": 7, "daily": 3}, schedule={"every": "10m"}, layout={"replica_parallel": "off"}, item="items"
+  )
   found, _ = tuned(lambda c, _: 1.0 if c.layout.compression == "on" else 2.0, user=user)
   file = tmp_path / "tuned.yaml"
   file.write_text(to_yaml(found, PLANNED, user, ["where and when"]))
   loaded = ckpt.load_config(file)
   assert loaded.layout.compression == "on" and loaded.layout.replica_parallel == "off"
   assert loaded.retention.last == 7 and loaded.retention.daily == 3 and loaded.schedule.every == 600
+  assert loaded.item == "items"
   assert loaded.limits.save_concurrency == found.config.limits.save_concurrency
   text = file.read_text()
   assert all(f"# {row}".rstrip() in text for row in table(found)) and "<- taken" in text

@@ -6,10 +6,13 @@ What measures is handed in (bench/trial.py does it on storage), so that the sear
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import pydantic
 
 from ckpt_jax.config import Config
 from ckpt_jax.tuning.choices import nbytes_text, seconds_text
@@ -199,6 +202,10 @@ def to_yaml(tuned: Tuned, plan: Plan, user: Config, header: list[str]) -> str:
   for section in type(tuned.config).model_fields:
     written: list[str] = []
     values = getattr(tuned.config, section)
+    if not isinstance(values, pydantic.BaseModel):  # a setting without a section
+      if section in user.model_fields_set and values is not None:
+        lines += [f"{section}: {json.dumps(values)}", ""]
+      continue
     for key in type(values).model_fields:
       value, path = getattr(values, key), f"{section}.{key}"
       if path in tuned.best.changes:
