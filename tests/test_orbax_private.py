@@ -9,8 +9,11 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
+import ckpt_jax as ckpt
 from ckpt_jax import orbax_private, orbax_saves
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.integrity.record import RecordingHandler
+from ckpt_jax.storage.paths import LiteralPath
 
 
 def test_manager_says_when_a_save_has_ended_and_of_what_it_died(tmp_path, monkeypatch):
@@ -244,3 +247,18 @@ def test_an_array_made_weakly_typed_is_the_same_array_but_for_that():
     if array.dtype == jnp.float32:  # jit sees the type too, and not only Python
       assert jax.jit(lambda x: x * jnp.bfloat16(1))(weak).dtype == jnp.bfloat16
       assert jax.jit(lambda x: x * jnp.bfloat16(1))(array).dtype == jnp.float32
+
+
+def test_orbax_keeps_the_class_of_the_paths_that_it_is_given(tmp_path, monkeypatch):
+  # Else it finds nothing by a pattern where the path itself looks like one: see storage.paths.LiteralPath.
+  seen = []
+  finalize = RecordingHandler.finalize
+
+  def look(self, directory):
+    seen.append(type(directory))
+    finalize(self, directory)
+
+  monkeypatch.setattr(RecordingHandler, "finalize", look)
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(0, {"x": jnp.ones(2)})
+  assert seen == [LiteralPath] and issubclass(LiteralPath, type(epath.Path("/")))

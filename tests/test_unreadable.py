@@ -52,6 +52,26 @@ def test_link_that_leads_nowhere_and_a_loop_of_links_are_told_apart(tmp_path):
     assert restored.step == 0 and list(restored.report.quarantined) == [1]
 
 
+def test_step_that_retention_cannot_read_for_now_stays_and_is_judged_again(tmp_path):
+  rules = {"retention": {"last": 1, "best": {"metric": "loss", "mode": "min", "n": 1}}}
+  with ckpt.Checkpointer(tmp_path, rules) as c:
+    c.save(0, STATE, metrics={"loss": 0.1})
+    c.save(1, STATE, metrics={"loss": 0.5})
+  metadata = tmp_path / "0" / "_CHECKPOINT_METADATA"
+  content = metadata.read_bytes()
+  metadata.unlink()
+  metadata.symlink_to(metadata)  # ELOOP: there, and not to be read
+  with ckpt.Checkpointer(tmp_path, rules) as c:
+    for step in (2, 3):
+      c.save(step, STATE, metrics={"loss": 0.9})
+      c.wait()
+    metadata.unlink()
+    metadata.write_bytes(content)
+    c.save(4, STATE, metrics={"loss": 0.9})
+    c.wait()
+    assert [s.step for s in c.steps()] == [0, 4] and c.best_step() == 0
+
+
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_bucket_that_lets_nobody_in_for_now_loses_no_step(tmp_path, monkeypatch, scheme):
   with gcs_server(tmp_path / "objects") if scheme == "gs" else s3_server() as bucket:

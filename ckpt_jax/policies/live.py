@@ -16,7 +16,7 @@ from orbax.checkpoint import checkpoint_managers as ocp_policies
 
 from ckpt_jax import run
 from ckpt_jax.config import ThinConfig
-from ckpt_jax.errors import CheckpointError
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.retention import Retention, RetentionContext
 from ckpt_jax.policies.thinning import thinned_nbytes
@@ -97,10 +97,10 @@ class LiveRetention(ocp_policies.PreservationPolicy):
       self._ahead.join()
       self._ahead = None
     numbers = [c.step for c in checkpoints]
-    self._read(numbers)
+    unread = self._read(numbers)
     pinned = run.noted_steps(self._directory, run.PINS)
     with self._lock:
-      steps = [self._known[n] for n in numbers]
+      steps = [self._known.get(n) or unread[n] for n in numbers]
     decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
     if decided.removed and (vanished := self._vanished(numbers)):
       # Removed by hand: it must not take the place of one that is there.
@@ -109,7 +109,7 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     for note in set(decided.notes) - self._told:
       self._told.add(note)
       _log.warning("%s: %s", self._directory, note)
-    removed = decided.removed
+    removed = [step for step in decided.removed if step not in unread]
     with self._lock:
       for step in removed:
         del self._known[step]
@@ -122,21 +122,33 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     names = {p.name for p in self._directory.iterdir()}
     return {s for s in steps if run.step_path(self._directory, s).name not in names and s != self._coming}
 
-  def _read(self, steps: Collection[int]) -> None:
+  def _read(self, steps: Collection[int]) -> dict[int, run.StepInfo]:
+    """Reads what is not known yet. Returns what stands for the steps that cannot be read for now, which stay.
+
+    Such a step may be the best one, or the only healthy one: it is asked again at the next save.
+    """
     with self._lock:
       missing = [step for step in steps if step not in self._known]
     if not missing:
-      return
-    with concurrent.futures.ThreadPoolExecutor(min(16, len(missing))) as pool:
-      found = dict(zip(missing, pool.map(self._info, missing), strict=True))
-    with self._lock:
-      self._known = found | self._known
+      return {}
+    unread: dict[int, run.StepInfo] = {}
 
-  def _info(self, step: int) -> run.StepInfo:
-    try:
-      return run.step_info(self._directory, step)
-    except (CheckpointError, OSError):
-      return run.StepInfo(step, None, 0, {}, healthy=False)  # nothing that the newest healthy step could be
+    def info(step: int) -> run.StepInfo:
+      nothing = run.StepInfo(step, None, 0, {}, healthy=False)  # nothing that the newest healthy step could be
+      try:
+        return run.step_info(self._directory, step)
+      except CorruptCheckpointError:
+        return nothing
+      except (CheckpointError, OSError) as e:
+        unread[step] = nothing
+        _log.warning("%s: step %d cannot be read for now, and stays: %s", self._directory, step, e)
+        return nothing
+
+    with concurrent.futures.ThreadPoolExecutor(min(16, len(missing))) as pool:
+      found = dict(zip(missing, pool.map(info, missing), strict=True))
+    with self._lock:
+      self._known = {step: s for step, s in found.items() if step not in unread} | self._known
+    return unread
 
 
 @dataclasses.dataclass(frozen=True)
