@@ -6,8 +6,7 @@ import concurrent.futures
 import dataclasses
 import datetime
 import os
-import time as clock
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -19,7 +18,7 @@ from ckpt_jax.naming import PLAIN, Naming, naming_of
 from ckpt_jax.seal import is_intact
 from ckpt_jax.storage import look
 from ckpt_jax.storage.kvstore import SCHEMES, connect, is_object_store
-from ckpt_jax.storage.objects import BACKEND, snapshot
+from ckpt_jax.storage.objects import snapshot
 from ckpt_jax.storage.paths import given, literal, url_scheme
 
 STEP_METADATA = "_CHECKPOINT_METADATA"
@@ -36,8 +35,6 @@ PINS, DELETING = "pins", "deleting"
 # Steps in a bucket that count no longer and are still there (RUN/.ckpt_jax/aside/STEP); on a disk they are moved away.
 ASIDE = "aside"
 THINNED = "thinned"  # in our metadata: what was kept of a step that holds a part of its state alone
-# How long to watch a step that cannot be read for somebody who is deleting it, and to wait for its end.
-_LOOKS, _BETWEEN_LOOKS_S, _DELETION_S = 5, 0.05, 60.0
 _LISTINGS = 30  # of a run whose steps are deleted while they are looked at
 
 
@@ -212,26 +209,7 @@ def is_gone(run: epath.Path, step: int) -> bool:
     return True
   directory = step_path(run, step)
   there = is_step(directory) if is_object_store(directory) else look.exists(directory)
-  return not there or _is_vanishing(directory)
-
-
-def _is_vanishing(directory: epath.Path) -> bool:
-  """Whether somebody is deleting a directory who leaves no mark: another program, or a person."""
-  before = len(_files(directory))
-  for _ in range(_LOOKS):
-    clock.sleep(_BETWEEN_LOOKS_S)
-    if len(_files(directory)) < before:
-      deadline = clock.monotonic() + _DELETION_S
-      while look.exists(directory) and clock.monotonic() < deadline:
-        clock.sleep(_BETWEEN_LOOKS_S)
-      return True
-  return not look.exists(directory)
-
-
-def _files(directory: epath.Path) -> Collection[str]:
-  if is_object_store(directory):
-    return BACKEND.tree(directory)
-  return [os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names]
+  return not there or look.is_vanishing(directory)
 
 
 def step_directory(run: epath.Path, step: int) -> epath.Path:

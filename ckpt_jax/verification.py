@@ -246,12 +246,12 @@ class _Check:
       return _Checked(part.name, 0, 0, 0, "JSON, read; no fingerprints")
     if aside.holds_arrays(directory):
       raise CorruptCheckpointError(f"{directory}: holds arrays, but its {run_lib.ITEM_METADATA} is gone")
-    files = list(_files_below(directory))
+    files = [file for file in look.files_below(directory) if file.name != run_lib.COMMIT_MARKER]
     nbytes = 0
     for file in files:
       if file.suffix == ".json":
         untrusted.read_json(file)
-      nbytes += _read_through(file)
+      nbytes += look.read_through(file, _BLOCK_NBYTES)
     who = f"only its handler{f' ({part.handler})' if part.handler else ''} could tell whether they are sound"
     return _Checked(part.name, 0, nbytes, 0, f"{len(files)} files read; {who}" if files else "holds no file")
 
@@ -403,22 +403,6 @@ def _in_words(checked: Sequence[_Checked]) -> str:
   if len(by_text) < 2:
     return "".join(by_text)
   return "; ".join(f"{', '.join(names)}: {text}" for text, names in by_text.items())
-
-
-def _files_below(directory: epath.Path) -> Iterator[epath.Path]:
-  for path in sorted(directory.iterdir()):
-    if path.is_dir():
-      yield from _files_below(path)
-    elif path.name != run_lib.COMMIT_MARKER:
-      yield path
-
-
-def _read_through(file: epath.Path) -> int:
-  try:
-    with file.open("rb") as opened:
-      return sum(len(block) for block in iter(lambda: opened.read(_BLOCK_NBYTES), b""))
-  except OSError as e:
-    raise StorageError(f"{file}: {e.strerror or e}") from e
 
 
 def _groups(plans: Sequence[Any]) -> Iterator[list[Any]]:

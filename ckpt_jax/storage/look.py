@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 
 from etils import epath
 
 from ckpt_jax.errors import StorageError
 from ckpt_jax.failures import without_secrets
 from ckpt_jax.storage.kvstore import is_object_store
+from ckpt_jax.storage.objects import BACKEND
 
+# How long to watch a step that cannot be read for somebody who is deleting it, and to wait for its end.
+_LOOKS, _BETWEEN_LOOKS_S, _DELETION_S = 5, 0.05, 60.0
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 
 
@@ -97,6 +101,58 @@ def identity(directory: epath.Path) -> tuple[int, ...] | None:
   except OSError:
     return None
   return found.st_dev, found.st_ino
+
+
+def is_vanishing(directory: epath.Path) -> bool:
+  """Whether somebody is deleting a directory who leaves no mark: another program, or a person."""
+  before = _count(directory)
+  for _ in range(_LOOKS):
+    time.sleep(_BETWEEN_LOOKS_S)
+    if _count(directory) < before:
+      deadline = time.monotonic() + _DELETION_S
+      while exists(directory) and time.monotonic() < deadline:
+        time.sleep(_BETWEEN_LOOKS_S)
+      return True
+  return not exists(directory)
+
+
+def _count(directory: epath.Path) -> int:
+  try:
+    return len(files_below(directory))
+  except StorageError:
+    return 0
+
+
+def files_below(directory: epath.Path) -> list[epath.Path]:
+  """All files in a directory and in those within, in order.
+
+  Raises:
+    StorageError: if one of the directories cannot be listed.
+  """
+  if is_object_store(directory):
+    return sorted(directory / key for key in BACKEND.tree(directory))
+
+  def refuse(error: OSError) -> None:
+    if not isinstance(error, _NOT_THERE):
+      raise cannot_be_read(directory, error) from error
+
+  found = []
+  for folder, _, files in os.walk(directory, onerror=refuse):
+    found += [directory / os.path.relpath(os.path.join(folder, file), directory) for file in files]
+  return sorted(found)
+
+
+def read_through(file: epath.Path, block: int) -> int:
+  """Reads all of a file, in blocks of so many bytes, and returns its length.
+
+  Raises:
+    StorageError: if it cannot be read.
+  """
+  try:
+    with file.open("rb") as opened:
+      return sum(map(len, iter(lambda: opened.read(block), b"")))
+  except OSError as e:
+    raise cannot_be_read(file, e) from e
 
 
 def cannot_be_read(path: epath.Path, error: OSError) -> StorageError:
