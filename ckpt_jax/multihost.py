@@ -161,10 +161,11 @@ class Job:
   def _read(self, index: int) -> None:
     stream = self.children[index].stdout
     assert stream is not None
-    for line in stream:
-      self._logs[index].append(line)
-      if self._on_line is not None:
-        self._on_line(index, line)
+    with stream:
+      for line in stream:
+        self._logs[index].append(line)
+        if self._on_line is not None:
+          self._on_line(index, line)
 
   @property
   def pids(self) -> list[int]:

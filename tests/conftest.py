@@ -1,15 +1,20 @@
-"""Two virtual CPU devices in the test process itself; multi-process tests start their own."""
+"""Two virtual CPU devices in the test process itself, and a strict jax in all; multi-process tests start their own."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+# As variables, so that the processes that tests start are as strict: no dtype and no rank changes unasked.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from ckpt_jax.bench.buckets import gcs_server, s3_bucket, s3_process
 
 # A busy machine is no finding: how long examples take says nothing about what they show.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -27,6 +32,37 @@ def bits(leaf):
   if isinstance(leaf, (float, complex)):
     return type(leaf), None, None, np.asarray(leaf).tobytes()  # -0.0 and NaN count here too
   return type(leaf), None, None, leaf
+
+
+@pytest.fixture
+def lenient_jax(monkeypatch):
+  """Lets the processes that a test starts promote as jax does by default, which optax and plain trainers need."""
+  monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "standard")
+  monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "allow")
+
+
+@pytest.fixture(scope="session")
+def s3_address():
+  with s3_process() as address:
+    yield address
+
+
+@pytest.fixture
+def s3(s3_address, monkeypatch):
+  """An empty bucket of a real S3 server, which this process and its children reach."""
+  with s3_bucket(s3_address) as bucket:
+    for name, value in bucket.env.items():
+      monkeypatch.setenv(name, value)
+    yield bucket
+
+
+@pytest.fixture
+def gcs(tmp_path_factory, monkeypatch):
+  """An empty bucket of a real GCS server, which this process and its children reach."""
+  with gcs_server(tmp_path_factory.mktemp("objects")) as bucket:
+    for name, value in bucket.env.items():
+      monkeypatch.setenv(name, value)
+    yield bucket
 
 
 @pytest.fixture

@@ -1,15 +1,11 @@
 """One answer for all processes, and one error."""
 
-import pathlib
-
 import pytest
+from jobs import together
 
 from ckpt_jax import errors
-from ckpt_jax.multihost import launch
 from ckpt_jax.policies.agree import decided_by_process_zero, from_process_zero
 from ckpt_jax.rendezvous import Rendezvous
-
-PROGRAM = str(pathlib.Path(__file__).parent / "programs" / "agreement.py")
 
 
 def test_a_single_process_agrees_with_itself():
@@ -27,5 +23,4 @@ def raises(error):
 
 @pytest.mark.multiprocess
 def test_all_processes_have_the_answers_and_errors_of_the_first_and_none_waits_for_a_bug_of_it():
-  results = launch([PROGRAM], processes=3, timeout=180)
-  assert [r.returncode for r in results] == [0, 0, 0], "\n".join(r.log for r in results)
+  together("agreement.py", processes=4)

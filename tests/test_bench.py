@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import commands
 import psutil
 import pytest
 
@@ -35,8 +36,7 @@ def measured(variants, **overrides):
 
 
 def cli(*arguments):
-  command = [sys.executable, "-m", "ckpt_jax", "bench", *map(str, arguments)]
-  return subprocess.run(command, capture_output=True, text=True, timeout=240)
+  return commands.cli("bench", *arguments)
 
 
 def test_a_suite_is_measured_drawn_and_put_into_docs(tmp_path, monkeypatch):
@@ -222,14 +222,14 @@ def test_a_run_that_is_ended_leaves_nothing_behind(tmp_path):
     "--dir",
     tmp_path,
   ]
-  run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-  for line in run.stderr:
-    if line.startswith("tiny 1/1000"):
-      break
-  workers = psutil.Process(run.pid).children(recursive=True)
-  assert workers
-  run.terminate()
-  assert run.wait(60) == 143
+  with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+    for line in run.stderr:
+      if line.startswith("tiny 1/1000"):
+        break
+    workers = psutil.Process(run.pid).children(recursive=True)
+    assert workers
+    run.terminate()
+    assert run.wait(60) == 143
   assert psutil.wait_procs(workers, timeout=30)[1] == []
   assert list(tmp_path.iterdir()) == []
 

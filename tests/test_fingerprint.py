@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jobs import together
 
 import ckpt_jax as ckpt
 from ckpt_jax.integrity import device, sums
 from ckpt_jax.integrity.fingerprint import take
 from ckpt_jax.layout import structure
-from ckpt_jax.multihost import launch
 
 DTYPES = ["float32", "bfloat16", "float16", "int8", "int4", "uint4", "bool", "float8_e4m3fn", "complex64", "uint32"]
 DTYPES += ["float64", "int64", "complex128"]
@@ -213,12 +212,10 @@ def test_a_buffer_that_is_looked_at_is_not_donated_away():
 
 @pytest.mark.multiprocess
 def test_four_processes_and_one_make_the_same_record(tmp_path):
-  program = str(pathlib.Path(__file__).parent / "programs" / "train.py")
   records = []
   for processes, devices in ((4, 2), (1, 8), (1, 2)):
     run = tmp_path / f"{processes}x{devices}"
-    results = launch([program, str(run), "save"], processes=processes, devices=devices, timeout=180)
-    assert [r.returncode for r in results] == [0] * processes, results[0].log
+    together("train.py", run, "save", processes=processes, devices=devices)
     item = run / "0" / "default"
     records.append(json.loads((item / "ckpt_jax.json").read_text()))
     assert not list(item.glob("ckpt_jax.process_*"))

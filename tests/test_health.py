@@ -1,16 +1,15 @@
 """States with NaN or inf: refused, tagged or ignored, and told once."""
 
 import json
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jobs import together
 
 import ckpt_jax as ckpt
 from ckpt_jax.integrity import health
-from ckpt_jax.multihost import launch
 from ckpt_jax.policies.thinning import thin_step
 from ckpt_jax.run import run_directory
 
@@ -200,15 +199,11 @@ def test_an_optimizer_that_begins_with_infinity_can_be_saved_and_restored(tmp_pa
 
 @pytest.mark.multiprocess
 def test_a_job_agrees_on_what_is_meant_to_be_there(tmp_path):
-  program = str(pathlib.Path(__file__).parent / "programs" / "masks.py")
-  results = launch([program, str(tmp_path)], processes=2, devices=2, timeout=180)
-  assert [r.returncode for r in results] == [0, 0], results[0].log + results[1].log
+  results = together("masks.py", tmp_path, processes=2)
   assert all("refused True" in r.log for r in results)
 
 
 @pytest.mark.multiprocess
 def test_all_processes_refuse_what_one_of_them_holds(tmp_path):
-  program = str(pathlib.Path(__file__).parent / "programs" / "unhealthy.py")
-  results = launch([program, str(tmp_path)], processes=2, devices=2, timeout=180)
-  assert [r.returncode for r in results] == [0, 0], results[0].log + results[1].log
+  results = together("unhealthy.py", tmp_path, processes=2)
   assert all("refused w: 1" in r.log for r in results)

@@ -1,7 +1,6 @@
 """Damage of every kind in every file of a step: found, named, and gone back from; nothing is deleted."""
 
 import json
-import pathlib
 import random
 import shutil
 
@@ -12,10 +11,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jobs import together
 
 import ckpt_jax as ckpt
 from ckpt_jax.integrity import verifying
-from ckpt_jax.multihost import launch
 from ckpt_jax.verification import verify
 
 
@@ -331,9 +330,7 @@ def swapped(original):
 
 @pytest.mark.multiprocess
 def test_four_processes_saved_one_bit_flips_and_two_processes_agree_on_the_older_step(tmp_path):
-  program = str(pathlib.Path(__file__).parent / "programs" / "fallback.py")
-  results = launch([program, str(tmp_path), "save"], processes=4, devices=2, timeout=180)
-  assert [r.returncode for r in results] == [0] * 4, results[0].log
+  together("fallback.py", tmp_path, "save", processes=4)
   biggest = max((f for f in files(tmp_path / "1") if f.parent.name == "d"), key=lambda f: f.stat().st_size)
   data = bytearray(biggest.read_bytes())
   data[len(data) // 2] ^= 1
@@ -341,6 +338,5 @@ def test_four_processes_saved_one_bit_flips_and_two_processes_agree_on_the_older
   for processes in (2, 1):
     copy = tmp_path / f"copy{processes}"
     shutil.copytree(tmp_path, copy, ignore=shutil.ignore_patterns("copy*"))
-    results = launch([program, str(copy), "restore"], processes=processes, devices=2, timeout=180)
-    assert [r.returncode for r in results] == [0] * processes, results[0].log
+    results = together("fallback.py", copy, "restore", processes=processes)
     assert all("restored step 0 quarantined [1]" in r.log for r in results), results[0].log

@@ -7,18 +7,14 @@ import numpy as np
 import pytest
 
 import ckpt_jax as ckpt
-from ckpt_jax.bench.buckets import s3_server
 from ckpt_jax.integrity import aside
 from ckpt_jax.run import committed_steps, run_directory
 from ckpt_jax.storage.objects import BACKEND
 
 
 @pytest.fixture
-def url(monkeypatch):
-  with s3_server() as bucket:
-    for name, value in bucket.env.items():
-      monkeypatch.setenv(name, value)
-    yield f"{bucket.url}/run"
+def url(s3):
+  return f"{s3.url}/run"
 
 
 def state(step):

@@ -156,25 +156,20 @@ def test_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.orbax-checkpoint-tmp*"))
 
 
-def test_unfinished_step_in_a_bucket_goes_and_a_copied_one_stays(monkeypatch, tmp_path):
-  from ckpt_jax.bench.buckets import gcs_server
-
-  with gcs_server(tmp_path / "objects") as bucket:
-    for name, value in bucket.env.items():
-      monkeypatch.setenv(name, value)
-    with ckpt.Checkpointer(bucket.url + "/run") as c:
-      c.save(0, STATE)
-      c.wait()
-      run = c.directory
-      c._saver._gate.lease.begin(1)  # as a job that is killed now would leave it
-      (run / "1" / "default" / "manifest.ocdbt").write_text("begun by us")
-      (run / "9" / "default" / "manifest.ocdbt").write_text("a copy that is under way")
-    with ckpt.Checkpointer(bucket.url + "/run") as c:
-      c.save(2, STATE)
-      c.wait()
-      assert leftovers.find(epath.Path(run), {1}).ours == {}
-      assert (run / "9" / "default" / "manifest.ocdbt").exists()
-      assert [s.step for s in c.steps()] == [0, 2]
-      with pytest.raises(ckpt.CheckpointError, match="no committed step, and saving would delete it"):
-        c.save(9, STATE)
-      assert os.fspath(run).startswith("gs://")
+def test_unfinished_step_in_a_bucket_goes_and_a_copied_one_stays(gcs):
+  with ckpt.Checkpointer(gcs.url + "/run") as c:
+    c.save(0, STATE)
+    c.wait()
+    run = c.directory
+    c._saver._gate.lease.begin(1)  # as a job that is killed now would leave it
+    (run / "1" / "default" / "manifest.ocdbt").write_text("begun by us")
+    (run / "9" / "default" / "manifest.ocdbt").write_text("a copy that is under way")
+  with ckpt.Checkpointer(gcs.url + "/run") as c:
+    c.save(2, STATE)
+    c.wait()
+    assert leftovers.find(epath.Path(run), {1}).ours == {}
+    assert (run / "9" / "default" / "manifest.ocdbt").exists()
+    assert [s.step for s in c.steps()] == [0, 2]
+    with pytest.raises(ckpt.CheckpointError, match="no committed step, and saving would delete it"):
+      c.save(9, STATE)
+    assert os.fspath(run).startswith("gs://")

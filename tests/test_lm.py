@@ -18,7 +18,9 @@ def command(run, notes, steps):
   return ["-m", "ckpt_jax.examples.lm", "--run", str(run), "--notes", str(notes), "--steps", str(steps), *SMALL]
 
 
-@pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.usefixtures("lenient_jax")]
+
+
 def test_resumed_on_another_mesh_is_bitwise_what_was_trained(tmp_path):
   run = tmp_path / "run"
   first = launch(command(run, tmp_path / "a", 4), processes=2, devices=2, timeout=180)
@@ -30,7 +32,6 @@ def test_resumed_on_another_mesh_is_bitwise_what_was_trained(tmp_path):
   assert len(trained) > 20 and trained == restored
 
 
-@pytest.mark.multiprocess
 def test_starts_unchanged_under_open_mpi(tmp_path):
   if shutil.which("mpirun") is None:
     assert "CI" not in os.environ, "CI installs openmpi-bin"

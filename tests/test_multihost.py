@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from jobs import together
 
 import ckpt_jax as ckpt
 from ckpt_jax import multihost
@@ -19,9 +20,14 @@ TRAIN = str(pathlib.Path(__file__).parent / "programs" / "train.py")
 pytestmark = pytest.mark.multiprocess
 
 
-def run_all(mode, run, processes, devices=2, *more, returncode=0):
-  results = launch([TRAIN, str(run), mode, *more], processes=processes, devices=devices, timeout=180)
-  assert [r.returncode for r in results] == [returncode] * processes, results[0].log
+def run_all(mode, run, processes):
+  return together("train.py", run, mode, processes=processes)
+
+
+def run_afresh(mode, run, returncode=0):
+  """In processes of their own, which are signalled or fork."""
+  results = launch([TRAIN, str(run), mode], processes=2, devices=2, timeout=180)
+  assert [r.returncode for r in results] == [returncode] * 2, results[0].log
   return results
 
 
@@ -47,7 +53,7 @@ def test_chunk_that_two_processes_wrote_is_reported(tmp_path):
 
 
 def test_sigterm_to_one_process_saves_on_all_and_exits_cleanly(tmp_path):
-  results = run_all("sigterm", tmp_path, 2, returncode=143)
+  results = run_afresh("sigterm", tmp_path, returncode=143)
   assert "preempted" in "".join(r.log for r in results)
   with ckpt.Checkpointer(tmp_path) as c:
     assert len(c.steps()) == 1 and c.latest_step() >= 20
@@ -72,7 +78,7 @@ def test_sigterm_in_a_single_process_saves_and_exits_cleanly(users_handler, tmp_
 
 
 def test_cell_that_is_run_again_takes_over_on_all_processes_and_workers_can_be_terminated(tmp_path):
-  run_all("cells", tmp_path, 2)
+  run_afresh("cells", tmp_path)
 
 
 def test_every_minutes_agrees_across_processes(tmp_path):
@@ -132,7 +138,7 @@ def test_uncaught_exception_in_one_process_ends_the_job_and_is_the_one_reported(
     "time.sleep(120)\n"
   )
   started = time.monotonic()
-  command = [sys.executable, "-m", "ckpt_jax.multihost", "--processes", "2", str(program)]
+  command = [sys.executable, "-m", "ckpt_jax.multihost", "--processes", "2", "--grace", "2", str(program)]
   done = subprocess.run(command, capture_output=True, text=True, timeout=110)
   assert time.monotonic() - started < 60
   assert done.returncode != 0 and "process one is broken" in done.stderr and "process 1 failed" in done.stderr
@@ -145,7 +151,7 @@ def test_empty_launcher_variables_mean_one_process(monkeypatch):
 
 
 def test_failed_write_of_one_process_is_told_to_all_at_once_and_the_next_save_works(tmp_path):
-  results = run_all("one_fails", tmp_path, 4, 1)
+  results = run_all("one_fails", tmp_path, 4)
   for r in results:
     told = re.search(r"told after (\d+\.\d) s: .*step 1 was not saved: .*", r.log)
     assert told and float(told[1]) < 30, r.log
@@ -157,9 +163,9 @@ def test_failed_write_of_one_process_is_told_to_all_at_once_and_the_next_save_wo
 
 
 def test_who_does_not_arrive_is_named(tmp_path):
-  for r in run_all("one_is_late", tmp_path, 3):
+  for r in run_all("one_is_late", tmp_path, 4):
     if r.process != 1:
-      assert "told: waited 2 s for the late one; of 3 processes these did not arrive: 1" in r.log
+      assert "told: waited 2 s for the late one; of 4 processes these did not arrive: 1" in r.log
 
 
 def test_run_opened_again_and_again_by_the_same_processes_goes_on_saving(tmp_path):

@@ -1,6 +1,5 @@
 """Steps ascend, the disk is the truth, and the end of training is not lost in silence."""
 
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -10,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jobs import together
 
 import ckpt_jax as ckpt
 from ckpt_jax.arguments import step_number
-from ckpt_jax.multihost import launch
 from ckpt_jax.policies import AllOf, AnyOf, AtSteps, EveryMinutes, EverySteps
 
 STATE = {"w": jnp.ones(2)}
@@ -184,9 +183,7 @@ def test_a_program_that_ends_without_close_is_warned_of_its_lost_end_too(tmp_pat
 
 @pytest.mark.multiprocess
 def test_all_processes_of_a_job_take_the_same_decision(tmp_path):
-  program = str(pathlib.Path(__file__).parent / "programs" / "order.py")
-  results = launch([program, str(tmp_path)], processes=2, devices=1, timeout=180)
-  assert [r.returncode for r in results] == [0, 0], results[0].log + results[1].log
+  results = together("order.py", tmp_path, processes=2)
   assert all("said [True, True, False, True, True, True]" in r.log for r in results), results[0].log
 
 

@@ -1,20 +1,15 @@
 """Leaves that each process of a job has for itself: eager scalars and keys, numpy arrays, numbers, text."""
 
-import pathlib
-
 import pytest
+from jobs import together
 
 import ckpt_jax as ckpt
-from ckpt_jax.multihost import launch
 
-PROGRAM = str(pathlib.Path(__file__).parent / "programs" / "own_leaves.py")
 pytestmark = pytest.mark.multiprocess
 
 
 def job(run, mode):
-  results = launch([PROGRAM, str(run), mode], processes=2, devices=2, timeout=240)
-  assert [r.returncode for r in results] == [0, 0], "\n".join(r.log[-3000:] for r in results)
-  return results
+  return together("own_leaves.py", run, mode, processes=2)
 
 
 def test_a_job_of_many_resumes_whatever_leaves_init_makes_where_it_stands(tmp_path):

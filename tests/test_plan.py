@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import pathlib
 import re
 import time
 
@@ -14,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jobs import together
 
 import ckpt_jax as ckpt
-from ckpt_jax.multihost import launch
 from ckpt_jax.run import our_metadata
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import RangeRead, Throughput
@@ -383,9 +382,7 @@ def test_users_values_win_in_the_checkpointer(fresh_cache, tmp_path):
 
 @pytest.mark.multiprocess
 def test_all_processes_have_the_plan_of_the_first(fresh_cache, tmp_path):
-  program = str(pathlib.Path(__file__).parent / "programs" / "plans.py")
-  results = launch([program, str(tmp_path / "run")], processes=2, devices=2, timeout=180)
-  assert [r.returncode for r in results] == [0, 0], results[0].log
+  results = together("plans.py", tmp_path / "run", processes=2)
   plans = [json.loads(re.search(r"PLAN(\{.*\})", r.log)[1]) for r in results]
   assert {p.pop("process") for p in plans} == {0, 1} and plans[0] == plans[1]
   assert plans[0]["values"]["layout.replica_parallel"] == "on" and plans[0]["state"] == 12 << 22

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -12,9 +11,9 @@ import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jobs import together
 
 import ckpt_jax as ckpt
-from ckpt_jax.multihost import launch
 from ckpt_jax.policies import AllOf, AnyOf, AtSteps, EveryMinutes, EverySteps, Never, YoungDaly
 from ckpt_jax.policies.attempts import AttemptLog, exposure, read_attempts
 from ckpt_jax.policies.youngdaly import daly_interval, learned_mtti, young_interval
@@ -298,14 +297,10 @@ def test_schedules_in_a_file_that_make_no_sense_are_named_with_their_line(tmp_pa
     ckpt.load_config(tmp_path / "run.yaml")
 
 
-PROGRAM = str(pathlib.Path(__file__).parent / "programs" / "schedule.py")
-
-
 @pytest.mark.multiprocess
 def test_processes_agree_on_when_to_save_and_steps_that_cannot_be_due_cost_no_collective(tmp_path):
   def found(every, steps):
-    done = launch([PROGRAM, str(tmp_path / every), every, str(steps)], processes=2, devices=1, timeout=240)
-    assert [r.returncode for r in done] == [0, 0], done[0].log
+    done = together("schedule.py", tmp_path / every, every, steps, processes=2)
     lines = [line for r in done for line in r.log.splitlines() if "found {" in line]
     return [json.loads(line.partition("found ")[2]) for line in lines]
 

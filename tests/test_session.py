@@ -15,7 +15,6 @@ import pytest
 
 import ckpt_jax as ckpt
 from ckpt_jax import session
-from ckpt_jax.bench.buckets import s3_server
 
 STATE = {"x": jnp.arange(4.0)}
 
@@ -69,18 +68,15 @@ def test_the_same_run_under_another_name_is_the_same_run(alias, tmp_path):
       old.save(2, STATE)
 
 
-def test_a_run_in_a_bucket_is_taken_over_too(monkeypatch):
-  with s3_server() as bucket:
-    for name, value in bucket.env.items():
-      monkeypatch.setenv(name, value)
-    old = ckpt.Checkpointer(bucket.url + "/run")
-    old.save(0, STATE)
-    with ckpt.Checkpointer(bucket.url + "/run/") as new:
-      assert new.save(1, STATE)
-      with pytest.raises(ckpt.CheckpointError, match="taken it over"):
-        old.save(2, STATE)
-      new.wait()
-      assert [s.step for s in new.steps()] == [0, 1]
+def test_a_run_in_a_bucket_is_taken_over_too(s3):
+  old = ckpt.Checkpointer(s3.url + "/run")
+  old.save(0, STATE)
+  with ckpt.Checkpointer(s3.url + "/run/") as new:
+    assert new.save(1, STATE)
+    with pytest.raises(ckpt.CheckpointError, match="taken it over"):
+      old.save(2, STATE)
+    new.wait()
+    assert [s.step for s in new.steps()] == [0, 1]
 
 
 def test_an_older_object_cannot_take_the_run_back(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jobs import together
 
 from ckpt_jax.multihost import launch, who_wrote
 from ckpt_jax.restore import choose, fetch
@@ -18,31 +19,25 @@ PROGRAMS = pathlib.Path(__file__).parent / "programs"
 multiprocess = pytest.mark.multiprocess
 
 
-def job(program, *args, processes, devices=1, timeout=300, codes=(0,)):
-  results = launch([str(PROGRAMS / program), *map(str, args)], processes=processes, devices=devices, timeout=timeout)
-  assert {r.returncode for r in results} == set(codes), "\n".join(r.log[-3000:] for r in results)
-  return results
-
-
 @multiprocess
 def test_random_states_come_back_bit_for_bit_on_any_number_of_processes(tmp_path):
-  job("reshard.py", tmp_path, "save", 0, 3, processes=2, devices=2)
-  job("reshard.py", tmp_path, "save", 3, 2, processes=4)
-  job("reshard.py", tmp_path, "save", 5, 1, processes=1, devices=4)
-  for processes, devices in ((4, 1), (2, 2), (1, 2)):
-    job("reshard.py", tmp_path, "direct,gather,broadcast", 0, 6, processes=processes, devices=devices)
+  together("reshard.py", tmp_path, "save", 0, 3, processes=2)
+  together("reshard.py", tmp_path, "save", 3, 2, processes=4)
+  together("reshard.py", tmp_path, "save", 5, 1, processes=1)
+  for processes in (4, 2, 1):
+    together("reshard.py", tmp_path, "direct,gather,broadcast", 0, 6, processes=processes)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
   run = tmp_path_factory.mktemp("restores")
-  job("restores.py", run, "save", processes=4)
+  together("restores.py", run, "save", processes=4)
   return run
 
 
 @multiprocess
 def test_gather_and_broadcast_read_each_byte_once(saved):
-  results = job("restores.py", saved, "count", processes=4)
+  results = together("restores.py", saved, "count", processes=4)
   nbytes = 6 * 256 * 4096 * 4 + 20 * 40 * 4
   read = {}
   for result in results:
@@ -60,7 +55,7 @@ def test_resharding_reads_only_the_bytes_needed(tmp_path):
   nbytes = 4 * 512 * 2048 * 4
   for processes in (4, 2):  # saved by four, in four chunks an array
     read = {}
-    for result in job("restores.py", tmp_path / "run", "reshard", processes=processes):
+    for result in together("restores.py", tmp_path / "run", "reshard", processes=processes):
       for what, count in re.findall(r"read (\w+) (\d+)", result.log):
         read.setdefault(what, []).append(int(count))
     assert max(read["rows"]) < 1.05 * nbytes / processes + 60_000, read
@@ -70,35 +65,36 @@ def test_resharding_reads_only_the_bytes_needed(tmp_path):
 
 @multiprocess
 def test_collectives_move_unsigned_words_only(tmp_path):
-  job("restores.py", tmp_path, "words", processes=2, devices=2)
+  together("restores.py", tmp_path, "words", processes=2)
 
 
 @multiprocess
 def test_process_that_does_not_come_is_named(saved):
-  job("restores.py", saved, "absent", processes=3)
+  together("restores.py", saved, "absent", processes=4)
 
 
 @multiprocess
 def test_process_whose_storage_hangs_is_named(saved):
-  job("restores.py", saved, "slow_reader", processes=2)
+  together("restores.py", saved, "slow_reader", processes=2)
 
 
 @multiprocess
 def test_exchange_that_hangs_ends_with_an_error(saved):
-  results = job("restores.py", saved, "stuck_exchange", processes=2, codes=(1,))
+  results = launch([str(PROGRAMS / "restores.py"), str(saved), "stuck_exchange"], processes=2, timeout=300)
+  assert [r.returncode for r in results] == [1, 1], results
   assert all("raised" in r.log and "the exchange of part" in r.log for r in results), results
 
 
 @multiprocess
 def test_problem_on_one_process_is_the_same_error_on_all(saved):
-  results = job("restores.py", saved, "unreadable", processes=2)
+  results = together("restores.py", saved, "unreadable", processes=2)
   raised = [re.findall(r"raised .*", r.log) for r in results]
   assert raised[0] == raised[1] and len(raised[0]) == 5
 
 
 @multiprocess
 def test_no_process_reads_anothers_shards_on_save_and_shares_are_equal(tmp_path):
-  results = job("train.py", tmp_path / "run", "reads", processes=4, devices=2)
+  results = together("train.py", tmp_path / "run", "reads", processes=4)
   report = who_wrote(tmp_path / "run", 0)
   shares = [p.nbytes for p in report.processes]
   assert len(shares) == 4 and max(shares) < 1.1 * min(shares) and not report.overlaps, report.table()

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import bits
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from jax.tree_util import GetAttrKey, Partial, SequenceKey
 
@@ -276,7 +276,10 @@ def opened(request, tmp_path_factory):
 @settings(max_examples=60)
 @given(recipe=recipes)
 def test_what_save_accepts_comes_back_and_what_it_refuses_is_named(opened, recipe):
-  tree = build(recipe)
+  try:
+    tree = build(recipe)
+  except TypeError:  # flax's own containers refuse what jax cannot order
+    reject()
   step = (opened.latest_step() or 0) + 1
   try:
     opened.save(step, tree)

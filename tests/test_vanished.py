@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jobs import together
 from typer.testing import CliRunner
 
 import ckpt_jax as ckpt
 from ckpt_jax import contents, restoring, run, verification
 from ckpt_jax.cli import app
 from ckpt_jax.integrity import recovery
-from ckpt_jax.multihost import launch
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.rewrite import rewrite_step
 from ckpt_jax.storage import look
@@ -57,7 +57,8 @@ def before(monkeypatch, module, name, action):
 
 def test_evaluator_beside_a_trainer_that_keeps_one_step_reads_the_newest_every_time(tmp_path):
   path, stop = tmp_path / "run", tmp_path / "stop"
-  trainer = subprocess.Popen([sys.executable, PROGRAMS / "trainer.py", path, stop], stderr=subprocess.PIPE, text=True)
+  command = [sys.executable, PROGRAMS / "trainer.py", path, stop]
+  trainer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
   try:
     deadline = time.monotonic() + 120
     while not run.committed_steps(run.run_directory(path)):
@@ -85,7 +86,7 @@ def test_evaluator_beside_a_trainer_that_keeps_one_step_reads_the_newest_every_t
     assert not (path / ".ckpt_jax" / "quarantine").exists()
   finally:
     stop.touch()
-    trainer.wait(120)
+    trainer.communicate(timeout=120)
 
 
 def test_newest_step_that_is_deleted_while_it_is_read_gives_way_to_the_next(tmp_path, monkeypatch):
@@ -243,10 +244,8 @@ def test_threads_restore_the_newest_beside_saves_that_keep_one_step(tmp_path):
 
 @pytest.mark.multiprocess
 def test_processes_of_one_job_agree_on_the_step_before_one_that_went(tmp_path):
-  program = str(PROGRAMS / "fallback.py")
   for mode in ("save", "deleted"):
-    results = launch([program, str(tmp_path), mode], processes=2, devices=2, timeout=180)
-    assert [r.returncode for r in results] == [0, 0], results[0].log
+    results = together("fallback.py", tmp_path, mode, processes=2)
   assert all("restored step 0 quarantined [] gone (1,)" in r.log for r in results), results[0].log
   assert look.names(run.run_directory(tmp_path)).count("1") == 0
   assert not os.path.exists(tmp_path / ".ckpt_jax" / "quarantine")

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +9,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import test_integrity as damage
+from commands import cli
 from etils import epath
 
 import ckpt_jax as ckpt
 from ckpt_jax import verification
 from ckpt_jax.integrity import databases
-
-
-def command(*arguments):
-  done = subprocess.run(
-    [sys.executable, "-m", "ckpt_jax", *map(str, arguments)], capture_output=True, text=True, timeout=120
-  )
-  assert "Traceback" not in done.stderr, done.stderr
-  return done
 
 
 def snapshot(run):
@@ -114,23 +105,23 @@ def test_thinned_steps_are_verified_with_the_fingerprints_of_the_original(tmp_pa
 
 def test_the_command_prints_what_is_wrong_and_exits_1(tmp_path):
   damage.save(tmp_path)
-  assert command("verify", tmp_path).returncode == 0
+  assert cli("verify", tmp_path).returncode == 0
   damage.damage_params(tmp_path, 1)
-  done = command("verify", tmp_path, 1)
+  done = cli("verify", tmp_path, 1)
   assert done.returncode == 1 and "params/w" in done.stdout and "ocdbt.process_0/d/" in done.stdout
-  verdicts = json.loads(command("verify", tmp_path, "--json").stdout)
+  verdicts = json.loads(cli("verify", tmp_path, "--json").stdout)
   assert [len(v["findings"]) for v in verdicts] == [0, 1] and verdicts[1]["findings"][0]["leaf"] == "params/w"
-  assert command("verify", tmp_path, 7).returncode == 1
-  assert command("verify").returncode == 2
+  assert cli("verify", tmp_path, 7).returncode == 1
+  assert cli("verify").returncode == 2
 
 
 def test_the_rollback_command_sets_newer_steps_aside(tmp_path):
   damage.save(tmp_path, range(3))
-  done = command("rollback", tmp_path, 1)
+  done = cli("rollback", tmp_path, 1)
   assert done.returncode == 0 and "newer steps: 2" in done.stdout
   assert ckpt.Checkpointer(tmp_path).latest_step() == 1
-  assert command("rollback", tmp_path, 5).returncode == 1
-  assert json.loads(command("rollback", tmp_path, 0, "--delete", "--yes", "--json").stdout) == {
+  assert cli("rollback", tmp_path, 5).returncode == 1
+  assert json.loads(cli("rollback", tmp_path, 0, "--delete", "--yes", "--json").stdout) == {
     "step": 0,
     "deleted": [1, 2],
   }

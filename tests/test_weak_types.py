@@ -22,6 +22,13 @@ ADAMW = optax.adamw(1e-3)
 WEIGHTS = {"w": np.arange(16.0, dtype=np.float32).reshape(4, 4), "b": np.ones(4, jnp.bfloat16)}
 
 
+@pytest.fixture(autouse=True)
+def types_promoted_as_jax_does_by_default():
+  """Weak types are about nothing else; the tests around are strict."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
 def init():
   params = jax.tree.map(jnp.asarray, WEIGHTS)
   scalars = {"step": 0, "lr": jnp.asarray(0.1), "n": jnp.int32(3), "flag": jnp.asarray(True), "half": 0.5}

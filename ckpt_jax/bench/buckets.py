@@ -11,6 +11,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -94,6 +95,8 @@ class Proxy:
     self._call(self._stop())
     self._loop.call_soon_threadsafe(self._loop.stop)
     self._thread.join(10)
+    if not self._thread.is_alive():
+      self._loop.close()
 
   def _call(self, coroutine: Any) -> Any:
     return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(_START_TIMEOUT)
@@ -146,7 +149,7 @@ class Proxy:
     headers = {k: v for k, v in request.headers.items() if k.lower() not in hop}
     headers["Host"] = request.headers.get("Host", "")
     async with self._client.request(
-      request.method, self.target + request.raw_path, headers=headers, data=body, allow_redirects=False
+      request.method, self.target + request.raw_path, headers=headers, data=io.BytesIO(body), allow_redirects=False
     ) as answer:
       content = await answer.read()
       self.sent_nbytes += len(content)
@@ -295,22 +298,36 @@ def gcs_process(
 
 
 @contextlib.contextmanager
-def s3_server(bucket: str = "bucket", *, seed: int = 0) -> Iterator[Bucket]:
-  """Serves an empty `s3://BUCKET` from memory while the block runs."""
+def s3_process() -> Iterator[str]:
+  """moto's server while the block runs, with no bucket yet; gives its address, for `s3_bucket`."""
   port = free_port()
-  proxy = Proxy(f"http://127.0.0.1:{port}", seed=seed)
+  own = f"http://127.0.0.1:{port}"
   args = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+  with _process(args, "moto's S3 server", f"{own}/moto-api/"):
+    yield own
+
+
+@contextlib.contextmanager
+def s3_bucket(server: str, bucket: str = "bucket", *, seed: int = 0) -> Iterator[Bucket]:
+  """Empties a server of `s3_process`, and serves an empty `s3://BUCKET` from its memory while the block runs."""
+  for path, method in (("moto-api/reset", "POST"), (bucket, "PUT")):
+    urllib.request.urlopen(urllib.request.Request(f"{server}/{path}", method=method), timeout=30).close()
+  proxy = Proxy(server, seed=seed)
   try:
-    with _process(args, "moto's S3 server", f"http://127.0.0.1:{port}/moto-api/"):
-      make = urllib.request.Request(f"http://127.0.0.1:{port}/{bucket}", method="PUT")
-      urllib.request.urlopen(make, timeout=30).close()
-      env = {
-        "AWS_ENDPOINT_URL": proxy.address,
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_REGION": "us-east-1",
-      }
-      yield Bucket(f"s3://{bucket}", proxy.address, env, proxy)
+    env = {
+      "AWS_ENDPOINT_URL": proxy.address,
+      "AWS_ACCESS_KEY_ID": "testing",
+      "AWS_SECRET_ACCESS_KEY": "testing",
+      "AWS_DEFAULT_REGION": "us-east-1",
+      "AWS_REGION": "us-east-1",
+    }
+    yield Bucket(f"s3://{bucket}", proxy.address, env, proxy)
   finally:
     proxy.close()
+
+
+@contextlib.contextmanager
+def s3_server(bucket: str = "bucket", *, seed: int = 0) -> Iterator[Bucket]:
+  """Serves an empty `s3://BUCKET` from memory while the block runs."""
+  with s3_process() as server, s3_bucket(server, bucket, seed=seed) as made:
+    yield made

@@ -64,8 +64,9 @@ class Worker:
 
   def _read(self) -> None:
     assert self.child.stdout is not None
-    for line in self.child.stdout:
-      self._lines.put(line)
+    with self.child.stdout:
+      for line in self.child.stdout:
+        self._lines.put(line)
     self._lines.put(None)
 
   def until(self, key: str, timeout: float) -> bool:

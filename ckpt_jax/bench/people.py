@@ -90,8 +90,9 @@ class _Process:
 
   def _read(self) -> None:
     assert self.child.stdout is not None
-    for text in self.child.stdout:
-      _take(text, self.facts)
+    with self.child.stdout:
+      for text in self.child.stdout:
+        _take(text, self.facts)
 
   def until(self, key: str) -> bool:
     """Waits for a fact; False if the process ends without it."""

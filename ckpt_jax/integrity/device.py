@@ -94,7 +94,7 @@ def _tally(x: jax.Array) -> tuple[jax.Array, ...]:
   rows = _mixed(_flat_index(shape[:first]), sums.ROW_SEED)
   rows = lax.optimization_barrier(rows.reshape(shape[:first] + (1,) * (len(shape) - first)))
   total = jnp.zeros((), jnp.uint64)
-  columns = _flat_index(shape[first:])
+  columns = _flat_index(shape[first:]).reshape((1,) * first + shape[first:])
   for offset, plane in planes:
     weights = lax.optimization_barrier(_column_weights(columns * itemsize + offset))
     total += jnp.sum(plane.astype(jnp.uint64) * rows * weights, dtype=jnp.uint64)

@@ -100,17 +100,16 @@ elif mode == "words":
       assert lines and all(f"= u{jnp.dtype(dtype).itemsize * 8}[" in x for x in lines), (dtype, lines)
 elif mode == "absent":
   with ckpt.Checkpointer(run, ckpt.Config(timeouts={"restore": 3})) as c:
-    if me == 1:
-      time.sleep(8)
-    else:
+    if me != 1:
       expect(ckpt.errors.RestoreTimeoutError, "these did not arrive: 1", lambda: c.restore(like=abstract(state())))
 elif mode == "slow_reader":
   with ckpt.Checkpointer(run, ckpt.Config(timeouts={"restore": 4})) as c:
+    whole = read.Reader.read
     if me == 1:
-      whole = read.Reader.read
       read.Reader.read = lambda self, *args: time.sleep(9) or whole(self, *args)
     what = "storage to read" if me == 1 else "1"
     expect(ckpt.CheckpointError, what, lambda: c.restore(like=abstract(state()), strategy="gather"))
+    read.Reader.read = whole
 elif mode == "stuck_exchange":
   with ckpt.Checkpointer(run, ckpt.Config(timeouts={"restore": 6})) as c:
     if me == 1:
