@@ -463,10 +463,11 @@ class Saver:
 
   def _ends(self, write: Write) -> bool:
     """Waits until nothing writes the step any more, however far its save has come; False if it hangs."""
-    if write.ended.is_set():
-      return not write.operation.threads
-    assert self._manager is not None
-    return orbax_private.end_save(self._manager, write.ended, write.left) and write.operation.end(write.left)
+    if not write.ended.is_set():
+      assert self._manager is not None
+      if not orbax_private.end_save(self._manager, write.ended, write.left):
+        return False
+    return write.operation.end(write.left)
 
   def _is_committed(self, write: Write) -> bool:
     if write.durable:

@@ -148,14 +148,21 @@ def wait_for_trash(directory: epath.Path, timeout: float) -> None:
 
 def _empty(trash: str) -> None:
   for _ in range(100):  # what is moved aside meanwhile is taken along
-    names = os.listdir(trash)
+    names = _listed(trash)
     if not names:
       break
     for name in names:
       shutil.rmtree(os.path.join(trash, name), ignore_errors=True)
-    if os.listdir(trash) == names:
+    if _listed(trash) == names:
       _log.warning("%s: cannot be emptied; the next open tries again", trash)
       return
+
+
+def _listed(trash: str) -> list[str]:
+  try:
+    return os.listdir(trash)
+  except (FileNotFoundError, NotADirectoryError):  # the run was deleted or moved
+    return []
 
 
 def set_aside(directory: epath.Path, step: int) -> None:
