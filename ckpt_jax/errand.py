@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 import threading
+import time
 from collections.abc import Callable
 
 import jax
+
+_SLICE_S = 0.5
+
+
+def wait_for(event: threading.Event, timeout: float = math.inf) -> bool:
+  """`event.wait`, which a Ctrl-C always ends soon.
+
+  One that comes after Python's last look at signals, and before the thread sleeps, is seen when it wakes up: so it
+  sleeps in slices.
+  """
+  deadline = time.monotonic() + timeout
+  while not event.wait(max(0.0, min(_SLICE_S, deadline - time.monotonic()))):
+    if time.monotonic() >= deadline:
+      return False
+  return True
 
 
 class Errand:
@@ -42,7 +59,7 @@ class Errand:
     if self._thread.ident is None and self._claimed.acquire(blocking=False):
       self._lost, self._work = True, None
       self._done.set()
-    self._done.wait()
+    wait_for(self._done)
     return not self._lost
 
   def outcome(self) -> None:

@@ -19,7 +19,7 @@ from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax import orbax_private, run
 from ckpt_jax.config import Config
-from ckpt_jax.errand import Errand
+from ckpt_jax.errand import Errand, wait_for
 from ckpt_jax.errors import CheckpointError, SaveFailedError
 from ckpt_jax.failures import is_timeout, root_cause, storage_errors
 from ckpt_jax.host_memory import chunk_nbytes
@@ -192,7 +192,7 @@ class Saver:
     """
     self._finish()
     while (write := self._write) is not None:
-      if not write.ended.wait(write.left):
+      if not wait_for(write.ended, write.left):
         raise self._hangs(write)
       if self._write is not write:
         continue  # a signal handler has saved, or waited, meanwhile

@@ -3,6 +3,7 @@
 They are forked before anything touches jax or TensorStore, which is fine, and spares six imports.
 """
 
+import faulthandler
 import json
 import logging
 import os
@@ -194,7 +195,7 @@ for mode in MODES:
   child = os.fork()
   if child == 0:
     os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
-    signal.alarm(240)
+    faulthandler.dump_traceback_later(240, exit=True)
     state.update(w=jnp.ones(4))
     mode()
     sys.exit(0)
