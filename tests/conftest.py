@@ -1,12 +1,16 @@
 """Two virtual CPU devices in the test process itself, and a strict jax in all; multi-process tests start their own."""
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 # As variables, so that the processes that tests start are as strict: no dtype and no rank changes unasked.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite that a shell runs in the background
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # so that the programs of tests can be interrupted
 
 import hypothesis
 import jax
