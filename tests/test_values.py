@@ -1,6 +1,7 @@
 """Values that `like` asks for in another form: 64 bits, Python numbers, PRNG keys. Never another value, nor damage."""
 
 import contextlib
+import random
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
+from ckpt_jax.storage import look
 
 # -- 64 bits
 
@@ -93,8 +95,8 @@ NUMBERS = {"lr": 0.1, "huge": 1e300, "big": 2**40, "z": 1e300j, "flag": True}
 
 
 @contextlib.contextmanager
-def numbers(tmp_path, state):
-  with ckpt.Checkpointer(tmp_path) as c:
+def numbers(tmp_path, state, config=None):
+  with ckpt.Checkpointer(tmp_path, config) as c:
     for step in range(2):
       c.save(step, state)
     c.wait()
@@ -187,3 +189,73 @@ def test_typed_key_that_plain_orbax_saved_is_restored_by_its_kind_in_like(tmp_pa
   with ckpt.Checkpointer(tmp_path) as c:
     got = c.restore(like={"key": jax.ShapeDtypeStruct((), key.dtype)}).state["key"]
   assert got.dtype == key.dtype and jax.random.key_data(got).tolist() == jax.random.key_data(key).tolist()
+
+
+# -- any leaf, asked for as any other
+
+SAVED = {
+  "bool": True,
+  "int": 2**40,
+  "float": 1e300,
+  "complex": 1 + 2j,
+  "text": "hi",
+  "numpy_float": np.float64(0.1),
+  "numpy_int": np.uint64(2**63 + 5),
+  "numpy": np.arange(4),
+  "numpy_0d": np.array(3),
+  "array": jnp.arange(4.0),
+  "words": jnp.arange(4),
+  "scalar": jnp.int32(3),
+  "weak": jnp.asarray(0.5),
+  "half": jnp.ones(2, jnp.bfloat16),
+  "nibbles": jnp.ones(4, jnp.uint4),
+  "key": jax.random.key(0),
+  "raw": jax.random.PRNGKey(0),
+  "keys": jax.random.split(jax.random.key(0)),
+  "empty": jnp.zeros((0, 3)),
+}
+ASKED = [
+  *SAVED.values(),
+  *(np.dtype(d).type(0) for d in ("float32", "int8", "complex64")),
+  *(
+    jax.ShapeDtypeStruct(shape, jnp.dtype(d), sharding=place)
+    for d in ("bool", "int32", "int64", "float16", "float32", "float64", "complex64", "uint4")
+    for shape in ((), (4,))
+    for place in (None, NamedSharding(jax.make_mesh((2,), ("x",)), P()))
+  ),
+  *(jax.ShapeDtypeStruct(k.shape, k.dtype) for k in (jax.random.key(0), jax.random.key(0, impl="rbg"))),
+]
+
+
+@pytest.mark.parametrize("pack", ["on", "off"])
+def test_any_leaf_comes_back_as_like_asks_or_is_refused_by_name_and_no_step_is_put_aside(pack, tmp_path, monkeypatch):
+  monkeypatch.setattr(look, "_LOOKS", 1)  # an error is waited upon for a quarter of a second: the step may be vanishing
+  pairs = [(name, like, cast) for name in SAVED for like in ASKED for cast in (None, True)]
+  kinds = set()
+  with numbers(tmp_path, SAVED, {"layout": {"pack": pack}}) as c:
+    for name, like, cast in random.Random(pack).sample(pairs, 70):
+      cast = cast if hasattr(like, "dtype") else None
+      try:
+        restored = c.restore(like={name: like}, only=name, cast=cast)
+      except ckpt.CheckpointError as e:
+        assert not isinstance(e, ckpt.CorruptCheckpointError) and name in str(e), (name, like, e)
+        kinds.add(type(e))
+        continue
+      got = restored.state[name]
+      kinds.add(None)
+      assert restored.step == 1 and restored.report.verified == 1, (name, like)
+      if isinstance(like, (jax.Array, jax.ShapeDtypeStruct)):
+        assert isinstance(got, jax.Array) and (got.shape, got.dtype) == (like.shape, like.dtype), (name, like)
+        if getattr(like, "committed", like.sharding is not None):
+          assert got.sharding == like.sharding, (name, like)
+      else:
+        assert type(got) is type(like) and getattr(got, "dtype", 0) == getattr(like, "dtype", 0), (name, like)
+      assert np.allclose(values(got), values(SAVED[name]), rtol=1e-2), (name, like, got)
+  assert kinds >= {None, ckpt.StructureMismatchError}
+
+
+def values(leaf):
+  if isinstance(leaf, str):
+    return [ord(letter) for letter in leaf]
+  is_key = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return np.asarray(jax.random.key_data(leaf) if is_key else leaf).astype(complex)
