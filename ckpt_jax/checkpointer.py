@@ -223,7 +223,8 @@ class Checkpointer:
     Args:
       step: not negative; a step number can be saved once.
       state: any pytree of arrays, typed PRNG keys, numbers, strings and None: dicts, TrainStates, nnx modules, optax
-        and Equinox states, or one array alone. What could not come back as it is, is refused by name.
+        and Equinox states, or one array alone. What could not come back as it is, is refused by name. In a job of
+        many, leaves that are no arrays of the whole job (numbers, numpy arrays) must be the same on all processes.
       metrics: `{name: number}`.
       extras: anything JSON can hold, e.g. the data iterator's state. Tuples come back as lists.
       force: save now, whatever the schedule says, below the newest step too. Retention takes neither the newer steps
@@ -358,7 +359,8 @@ class Checkpointer:
 
     `init_fn` takes no arguments. It is run only if nothing was ever committed, or if its shardings cannot be known
     without running it (see `layout.sharding.abstract_state`). It starts afresh only where there is no step, and nothing
-    that looks like a checkpoint: one that cannot be read is an error, and the constructor refuses the rest.
+    that looks like a checkpoint: one that cannot be read is an error, and the constructor refuses the rest. Leaves that
+    `init_fn` makes on each process for itself (an eager `jnp.int32(0)`) come back so in a job of many.
     """
     self._session.check_open()
     if not callable(init_fn):
