@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 from collections.abc import Iterator
 
@@ -22,17 +23,17 @@ _HUGE_PAGE = 2 * 2**20 if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 def unaligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """Memory that nothing else refers to, and that jax on CPU copies to make an array of it."""
-  nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+  nbytes = math.prod(shape) * dtype.itemsize
   if _HUGE_PAGE is not None and nbytes >= _HUGE_PAGE:
     pages = mmap.mmap(-1, nbytes + 2 * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory = np.frombuffer(pages, np.uint8)
-    start = -memory.ctypes.data % _HUGE_PAGE
+    start = -_address(memory) % _HUGE_PAGE
     with contextlib.suppress(OSError):  # a kernel without them
       # Whole ones alone: what the last of them held beyond the array would be lost.
       pages.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE_PAGE * _HUGE_PAGE)
   else:
     memory = np.empty(nbytes + 2 * ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
+    start = -_address(memory) % ALIGNMENT
   start += _UNALIGNED
   return memory[start : start + nbytes].view(dtype).reshape(shape)
 
@@ -48,9 +49,13 @@ def transfers_asked_for() -> Iterator[None]:
     yield
 
 
+def _address(array: np.ndarray) -> int:
+  return array.__array_interface__["data"][0]  # a third of what `array.ctypes.data` takes
+
+
 def to_be_copied(array: np.ndarray) -> np.ndarray:
   """The array, or a copy of it, as jax on CPU copies it and does not take it over."""
-  if array.__array_interface__["data"][0] % ALIGNMENT or not array.flags.c_contiguous or array.size < 2:
+  if _address(array) % ALIGNMENT or not array.flags.c_contiguous or array.size < 2:
     return array
   out = unaligned_empty(array.shape, array.dtype)
   out[...] = array
