@@ -89,6 +89,16 @@ def test_cast_to_32_bits_where_the_values_allow_it(tmp_path):
     assert got.sharding == spread and np.asarray(got).tobytes() == x.astype(like[name].dtype).tobytes()
 
 
+@pytest.mark.parametrize("pack", ["on", "off"])
+def test_integers_of_less_than_a_byte_are_cast_among_each_other_and_the_rest(pack, tmp_path):
+  dtypes = ("int4", "uint4", "int8", "uint8", "int32")
+  with ckpt.Checkpointer(tmp_path, {"layout": {"pack": pack}}) as c:
+    c.save(0, {d: jnp.arange(8).astype(d) for d in dtypes})
+    for new in dtypes:
+      got = c.restore(like={d: jax.ShapeDtypeStruct((8,), new) for d in dtypes}, cast=True).state
+      assert all(x.dtype == new and x.astype(int).tolist() == list(range(8)) for x in got.values())
+
+
 # -- numbers
 
 NUMBERS = {"lr": 0.1, "huge": 1e300, "big": 2**40, "z": 1e300j, "flag": True}

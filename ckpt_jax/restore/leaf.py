@@ -257,6 +257,8 @@ def _cast(name: str, value: Any, dtype: Any) -> Any:
     least, most = max(new.min, old.min), min(new.max, old.max)
     narrower = (least, most) != (old.min, old.max)
     lost = narrower and bool(value.size and numpy.any((value > most) | (value < least)))
+    if min(new.bits, old.bits) < 8 and isinstance(value, np.ndarray):
+      value = value.astype(np.int64)  # numpy knows no way from uint4 to int4
     out = value.astype(dtype)
   else:
     with np.errstate(over="ignore"):
