@@ -250,6 +250,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     except BaseException:
       stop.set()
       await asyncio.wait([bulk])  # nothing may write there once the save counts as ended
+      _ = bulk.cancelled() or bulk.exception()  # which asyncio would tell of
       raise
 
   async def deserialize(self, infos: _ParamInfos, args: Sequence[Any] | None = None) -> Sequence[jax.Array]:
