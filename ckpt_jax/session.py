@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -79,6 +80,7 @@ class Session:
     self._dropped = False  # its Checkpointer is gone
     self._stale = False  # another session has written since this one listed the steps
     self._outcome: Exception | None = None  # of the last write, until the user has waited for it
+    self._taking: Errand | None = None
     self._ending: Errand | None = None
     self._number = next(_numbers)
     self._pid = os.getpid()
@@ -115,10 +117,11 @@ class Session:
     Raises:
       CheckpointError: if a newer one does already, or an older one does not come to its end.
     """
+    self._finish_taking()
     if self.writes:
       return
     with _claiming:
-      others = [s for s in list(_open) if s is not self and s.writes and s._place & self._place]
+      others = [s for s in list(_open) if s is not self and s.writes and _same_run(s._place, self._place)]
       newer = any(s._number > self._number for s in others)
       self.writes = not newer
     if newer:
@@ -128,8 +131,10 @@ class Session:
       self._notice.listen()
     error: CheckpointError | None = None
     try:
-      for other in sorted(others, key=lambda s: s._number):
-        other._supersede()
+      if others:
+        self._taking = Errand(functools.partial(_supersede, others))
+        self._taking.start()
+        self._finish_taking()
     except CheckpointError as e:
       error = e
 
@@ -144,15 +149,25 @@ class Session:
     if error is not None:
       raise error
 
+  def _finish_taking(self) -> None:
+    taking = self._taking
+    if taking is not None:
+      taking.wait()
+      self._taking = None
+      taking.outcome()
+
   def wait_for_predecessors(self, *, dropped: bool = False) -> None:
     """Waits for what earlier Checkpointers of this process are writing into this run, so that their steps count.
 
     Args:
       dropped: only for those that nobody can wait for any more.
     """
-    for other in sorted((s for s in list(_open) if s is not self and s._place & self._place), key=lambda s: s._number):
-      if other.writes and other._number < self._number and (other._dropped or not dropped):
-        other._settle()
+    for other in sorted((s for s in list(_open) if s.writes and s._number < self._number), key=lambda s: s._number):
+      if (other._dropped or not dropped) and _same_run(other._place, self._place):
+        settling = Errand(other._settle)
+        settling.start()
+        settling.wait()
+        settling.outcome()
         self._stale = True
 
   def wait(self) -> None:
@@ -257,7 +272,7 @@ class Session:
   def _end(self, how: str) -> bool:
     self.closed = True
     for other in list(_open):
-      if self.writes and self in _open and other._place & self._place:
+      if self.writes and self in _open and _same_run(other._place, self._place):
         other._stale = True
     unanswered = self._notice is not None and self._notice.close()
     while self._ending is None or not self._ending.wait():  # it may have been begun by a caller who was interrupted
@@ -276,8 +291,13 @@ class Session:
       _open.discard(self)
 
 
+def _supersede(sessions: Iterable[Session]) -> None:
+  for session in sorted(sessions, key=lambda s: s._number):
+    session._supersede()
+
+
 class _Held:
-  """A lock that is waited for with a limit."""
+  """A lock that is waited for with a limit; within errands only, since an interrupt would leave it taken."""
 
   def __init__(self, lock: Any, limit: float, directory: epath.Path):
     self._lock, self._limit, self._directory = lock, limit, directory
@@ -293,17 +313,22 @@ class _Held:
     self._lock.release()
 
 
-def _place(directory: epath.Path) -> frozenset[Any]:
-  """What tells one run from another: two sets that overlap are one run."""
+def _place(directory: epath.Path) -> str:
+  """Where a run is, without links."""
   if is_object_store(directory):
     scheme, bucket, key = split_url(directory)
-    return frozenset([f"{scheme}://{bucket}/{os.path.normpath(key)}"])
-  path = os.path.realpath(os.fspath(directory))
+    return f"{scheme}://{bucket}/{os.path.normpath(key)}"
+  return os.path.realpath(os.fspath(directory))
+
+
+def _same_run(a: str, b: str) -> bool:
+  """Whether two places are one run now. A run that was deleted leaves its inode to others."""
+  if a == b:
+    return True
   try:
-    info = os.stat(path)
+    return "://" not in a + b and os.path.samefile(a, b)  # a run may be mounted twice
   except OSError:
-    return frozenset([path])
-  return frozenset([path, (info.st_dev, info.st_ino)])  # a run may be mounted twice
+    return False
 
 
 _hooked = 0

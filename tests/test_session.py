@@ -181,3 +181,21 @@ def test_an_error_that_somebody_keeps_does_not_keep_the_run(tmp_path):
   with ckpt.Checkpointer(tmp_path) as new:
     assert new.save(1, STATE)
   assert gone() is not None and kept.value
+
+
+def test_inode_of_a_deleted_run_makes_no_other_run_the_same(tmp_path):
+  """A file system gives the inode of a directory that is gone to the next one."""
+  old = ckpt.Checkpointer(tmp_path / "old")
+  assert old.save(0, STATE)
+  old.wait()
+  inode = os.stat(tmp_path / "old").st_ino
+  assert session._same_run(old._session._place, str(tmp_path / "old"))
+  os.rename(tmp_path / "old", tmp_path / "other")
+  assert os.stat(tmp_path / "other").st_ino == inode
+  with ckpt.Checkpointer(tmp_path / "other", {"preemption": {"enabled": False}}) as other:
+    other.wait()
+    assert not session._same_run(old._session._place, other._session._place)
+  os.rename(tmp_path / "other", tmp_path / "old")
+  assert old.save(1, STATE)
+  old.close()
+  assert old.latest_step() == 1
