@@ -142,6 +142,8 @@ class Book:
     if step is not None and not isinstance(error, KeyboardInterrupt):
       with self.lock:
         self.failed.add(step)
+    if "taken it over" in str(error) or "another job" in str(error):
+      self.wrong.append(f"{what} met another Checkpointer: {error}")
     if not isinstance(error, (ckpt.CheckpointError, KeyboardInterrupt)):
       self.wrong.append(f"{what} raised {type(error).__name__}: {error}")
 
