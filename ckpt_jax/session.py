@@ -80,6 +80,7 @@ class Session:
     self._dropped = False  # its Checkpointer is gone
     self._stale = False  # another session has written since this one listed the steps
     self._outcome: Exception | None = None  # of the last write, until the user has waited for it
+    self._claimed = False  # and nobody else in this process writes there any more
     self._taking: Errand | None = None
     self._ending: Errand | None = None
     self._number = next(_numbers)
@@ -117,9 +118,10 @@ class Session:
     Raises:
       CheckpointError: if a newer one does already, or an older one does not come to its end.
     """
-    self._finish_taking()
-    if self.writes:
+    if self._claimed:
       return
+    if self._taking is not None:  # an interrupt has ended the last call
+      self._taking.wait()
     with _claiming:
       others = [s for s in list(_open) if s is not self and s.writes and _same_run(s._place, self._place)]
       newer = any(s._number > self._number for s in others)
@@ -134,7 +136,8 @@ class Session:
       if others:
         self._taking = Errand(functools.partial(_supersede, others))
         self._taking.start()
-        self._finish_taking()
+        self._taking.wait()
+        self._taking.outcome()
     except CheckpointError as e:
       error = e
 
@@ -146,15 +149,9 @@ class Session:
     # Agreed, since one process may have lost its old Checkpointer to the garbage collector earlier than another.
     if decided_by_process_zero(is_stale, self._rendezvous, self._patience) == [1]:
       self._saver.reload()
+    self._claimed = True
     if error is not None:
       raise error
-
-  def _finish_taking(self) -> None:
-    taking = self._taking
-    if taking is not None:
-      taking.wait()
-      self._taking = None
-      taking.outcome()
 
   def wait_for_predecessors(self, *, dropped: bool = False) -> None:
     """Waits for what earlier Checkpointers of this process are writing into this run, so that their steps count.

@@ -228,3 +228,23 @@ def test_a_killed_process_that_nobody_has_waited_for_is_dead():
   os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
   assert lease_lib._start_of(child.pid) is None
   child.wait()
+
+
+def test_lease_given_back_while_storage_cannot_be_written_is_free_in_this_process(tmp_path):
+  directory = epath.Path(tmp_path / "run")
+  old = Lease(directory)
+  old.acquire()
+  (tmp_path / "run").rename(tmp_path / "away")
+  (tmp_path / "run").write_text("in the way")
+  old.release()
+  (tmp_path / "run").unlink()
+  (tmp_path / "away").rename(tmp_path / "run")
+  new = Lease(directory)
+  new.acquire(wait=0)
+  assert new.held and not old.held
+  new.release()
+  old.acquire(wait=0)
+  assert old.held, "one that was given back can be taken again"
+  with pytest.raises(ckpt.StorageError, match="another job writes"):
+    new.acquire(wait=0)
+  old.release()

@@ -233,6 +233,7 @@ class Lease:
       if not self.held:
         return
       self.held = False
+      _here.pop(self._me.owner, None)  # for this process it is given back, be it that storage cannot be told
       with contextlib.suppress(StorageError):  # it expires by itself
         holder, generation = self._cell.read(_LAST_REQUEST_S)
         if holder is not None and holder.owner == self._me.owner:
@@ -281,6 +282,7 @@ class Lease:
       if written is None or written.owner != self._me.owner:
         return False  # a store without conditional writes, and somebody was faster
       self.held, self._written_at = True, time.monotonic()
+      _here[self._me.owner] = self
       if holder is not None and not holder.released:
         _log.info("%s: took over from process %d on %s, which is gone", self._directory, holder.pid, holder.host)
     thread = threading.Thread(
