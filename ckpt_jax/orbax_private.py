@@ -45,11 +45,16 @@ def end_save(manager: ocp.CheckpointManager, ended: threading.Event, timeout: fl
 def forget_failure(manager: ocp.CheckpointManager) -> None:
   """Has `manager` drop the step of a save that has ended in failure, which is told elsewhere.
 
-  Why private: Orbax raises it once in each thread that asks, in the next save too.
+  Why private: Orbax raises it once in each thread that asks, in the next save too; and in the next save what became of
+  the metadata that it was still writing.
   """
   with contextlib.suppress(BaseException):
     manager.wait_until_finished()
   manager._finalize_thread.set(None)  # pylint: disable=protected-access
+  store = manager._non_blocking_metadata_store  # pylint: disable=protected-access
+  while store._write_futures:
+    with contextlib.suppress(Exception):
+      store.wait_until_finished()
 
 
 _left_behind: list[threading.Thread] = []

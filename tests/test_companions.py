@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint._src.checkpointers import async_checkpointer
+from orbax.checkpoint._src.metadata import checkpoint
 
 import ckpt_jax as ckpt
 from ckpt_jax import orbax_saves, run, underway
 from ckpt_jax.errand import Errand
 from ckpt_jax.integrity import durability, health
+from ckpt_jax.integrity.record import RecordingHandler
 from ckpt_jax.layout.handler import pytree_handler
 
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
@@ -159,6 +161,26 @@ def test_step_that_is_there_is_never_said_to_have_failed(tmp_path, monkeypatch, 
     monkeypatch.undo()
     assert c.save(2, STATE)
   assert [s.step for s in c.steps()] == [1, 2]
+
+
+def test_save_after_one_that_failed_early_does_not_raise_what_became_of_its_metadata(tmp_path, monkeypatch):
+  store = checkpoint._MetadataStoreImpl
+  update, cleared = store.update, threading.Event()
+
+  def update_late(self, file_path, **options):
+    assert cleared.wait(60)
+    update(self, file_path, **options)
+
+  with ckpt.Checkpointer(tmp_path) as c:
+    with monkeypatch.context() as patch:
+      patch.setattr(store, "update", update_late)
+      patch.setattr(RecordingHandler, "finalize", lambda *_: 1 / 0)
+      threading.Timer(0.5, cleared.set).start()
+      assert c.save(1, STATE)
+      with pytest.raises(ckpt.SaveFailedError, match="step 1 was not saved: division by zero"):
+        c.wait()
+    assert c.save(2, STATE)
+  assert [s.step for s in c.steps()] == [2]
 
 
 def test_save_that_ends_without_commit_and_without_error_is_said_to_have_failed(tmp_path, monkeypatch):

@@ -163,7 +163,6 @@ def test_step_is_not_committed_if_its_files_are_not_where_they_belong(tmp_path, 
       with pytest.raises(ckpt.SaveFailedError, match="process_0 is not where"):
         c.wait()
     assert c.steps() == []
-  with ckpt.Checkpointer(tmp_path / "write") as c:
     assert c.save(1, {"text": "has no arrays, and no database"})
     assert c.save(2, state())
     c.wait()
