@@ -7,7 +7,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
 
 import jax.numpy as jnp
 import pytest
@@ -177,12 +176,12 @@ def test_modes_of_directories_and_links(tmp_path):
   assert stat.S_IMODE((tmp_path / "target").stat().st_mode) == 0o666, "links are not followed out of the run"
 
 
-def test_sealing_costs_little(tmp_path):
-  """A bound against an accident; the figure is in docs/faults.md."""
+def test_sealing_syncs_each_file_and_directory_once(tmp_path, monkeypatch):
   folder = tmp_path / "step"
-  folder.mkdir()
+  (folder / "item").mkdir(parents=True)
   for i in range(12):
-    (folder / str(i)).write_bytes(bytes(2000))
-  started = time.perf_counter()
+    (folder / "item" / str(i)).write_bytes(bytes(2000))
+  synced = []
+  monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
   seal(str(folder), Sealing())
-  assert time.perf_counter() - started < 5
+  assert sorted(synced) == sorted(map(str, [folder, *folder.rglob("*")]))

@@ -44,7 +44,7 @@ def test_disk_that_turns_read_only_costs_one_step_and_is_told_once():
 @needs_root
 @pytest.mark.multiprocess
 def test_storage_that_stops_to_answer_is_told_within_the_timeout_and_the_process_can_end():
-  assert survives("hang")["waited_s"] < 15
+  assert survives("hang")["waited_s"] < 60, "the timeout is 5 s, that of storage none"
 
 
 @pytest.mark.multiprocess

@@ -147,7 +147,7 @@ def test_owner_on_another_host_is_dead_once_its_heartbeat_stands_still(tmp_path)
     other = Lease(epath.Path(tmp_path), patience=0.5)
     started = time.monotonic()
     other.acquire()
-    assert 0.4 < time.monotonic() - started < 10
+    assert 0.4 < time.monotonic() - started < 300
   with pytest.raises(ckpt.StorageError, match="has taken this run over"):
     owner.renew()
   with pytest.raises(ckpt.StorageError, match="has taken this run over"):

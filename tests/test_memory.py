@@ -37,8 +37,8 @@ def measured(run, *arguments):
 
 
 def test_host_memory_bounds_what_saving_and_restoring_take_beside_the_state(tmp_path):
-  limit, slack = 64_000_000, 32_000_000  # code and small objects come on top
-  bounded = measured(tmp_path / "a", "64MB", "on")
+  limit, slack = 32_000_000, 32_000_000  # code and small objects come on top
+  bounded = measured(tmp_path / "a", "32MB", "on")
   assert bounded["state"] > 4 * limit
   assert max(bounded["saving"], bounded["restoring"]) < limit + slack, bounded
   free = measured(tmp_path / "b", "none", "on")

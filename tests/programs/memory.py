@@ -20,7 +20,7 @@ def peak():
 
 limits = {} if sys.argv[2] == "none" else {"host_memory": sys.argv[2]}
 rng = np.random.default_rng(0)
-state = {f"x{i}": jax.device_put(rng.standard_normal((1024, 1024), np.float32), jax.devices()[0]) for i in range(96)}
+state = {f"x{i}": jax.device_put(rng.standard_normal((1024, 1024), np.float32), jax.devices()[0]) for i in range(40)}
 nbytes = sum(x.nbytes for x in state.values())
 layout = {"compression": sys.argv[3]}
 with ckpt.Checkpointer(sys.argv[1], ckpt.Config(limits=limits, layout=layout)) as c:
