@@ -1,5 +1,6 @@
 """Two virtual CPU devices in the test process itself, and a strict jax in all; multi-process tests start their own."""
 
+import gc
 import os
 import signal
 
@@ -25,6 +26,12 @@ hypothesis.settings.register_profile("patient", deadline=None, suppress_health_c
 hypothesis.settings.load_profile("patient")
 
 
+def pytest_collection_finish():
+  """Takes what is imported out of each collection of garbage: a million objects, which cost half a second a time."""
+  gc.collect()
+  gc.freeze()
+
+
 def bits(leaf):
   """What must not change: type, dtype, shape and every bit."""
   if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -40,7 +47,11 @@ def bits(leaf):
 
 @pytest.fixture
 def lenient_jax(monkeypatch):
-  """Lets the processes that a test starts promote as jax does by default, which optax and plain trainers need."""
+  """Lets the processes that a test starts promote as jax does by default, which optax and plain trainers need.
+
+  They compile quickly rather than well: nobody waits for their few steps.
+  """
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "standard")
   monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "allow")
 

@@ -116,7 +116,9 @@ def test_numpy_jax_sharded_and_device_sums_are_one_number(dtype):
   rng = np.random.default_rng(1)
   mesh = jax.make_mesh((2,), ("a",))
   with jax.enable_x64(True):
-    for shape, spec in (((8, 16), P("a")), ((8, 16), P(None, "a")), ((1024, 256), P("a")), ((8,), P()), ((), P())):
+    # How an array lies has nothing to do with its dtype: all placements for one dtype of each kind.
+    placements = [((8, 16), P("a")), ((1024, 256), P("a")), ((8, 16), P(None, "a")), ((8,), P()), ((), P())]
+    for shape, spec in placements if dtype in ("float32", "bfloat16", "int4", "complex128") else placements[:2]:
       array = random_bits(rng, shape, dtype)
       sharded = jax.device_put(array, NamedSharding(mesh, spec))
       want = leaf_total(array)

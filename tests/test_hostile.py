@@ -45,20 +45,22 @@ def bits(tree):
   ]
 
 
-def open_and_restore(run, like):
-  """What happened: `right`, or the name of a clean error. Anything else is raised."""
+def open_and_restore(run, *likes):
+  """What happened in each restore: `right`, or the name of a clean error. Anything else is raised."""
   started = time.process_time()
-  try:
-    with ckpt.Checkpointer(run, {"restore": {"on_corruption": "raise"}}) as c:
-      c.latest_step()
-      got = c.restore(like=like)
-    assert bits(got.state) == bits(STATE), "restored with wrong bits"
-    assert got.metrics == {"loss": 0.5} and got.extras == {"seen": [1, 2]}
-    return "right"
-  except CLEAN as e:
-    return type(e).__name__
-  finally:
-    assert time.process_time() - started < 20
+  found = []
+  with ckpt.Checkpointer(run, {"restore": {"on_corruption": "raise"}}) as c:
+    for like in likes:
+      try:
+        c.latest_step()
+        got = c.restore(like=like)
+        assert bits(got.state) == bits(STATE), "restored with wrong bits"
+        assert got.metrics == {"loss": 0.5} and got.extras == {"seen": [1, 2]}
+        found.append("right")
+      except CLEAN as e:
+        found.append(type(e).__name__)
+  assert time.process_time() - started < 20
+  return found
 
 
 def altered(corpus, target, file, content):
@@ -87,9 +89,11 @@ ABSURD = [
 
 @pytest.mark.parametrize("file", JSONS)
 def test_absurd_metadata_is_corrupt_and_nothing_else(file, corpus, tmp_path):
+  # Orbax's file of metrics is for Orbax: ours are in the step's own metadata, under its seal.
+  want = "right" if file == "metrics/metrics" else "CorruptCheckpointError"
   for content in ABSURD:
-    for like in (None, STATE):
-      open_and_restore(altered(corpus, tmp_path / "run", file, content), like)
+    run = altered(corpus, tmp_path / "run", file, content)
+    assert open_and_restore(run, None, STATE) == [want, want], content[:20]
 
 
 values = st.recursive(
@@ -172,7 +176,7 @@ def test_names_that_lead_out_of_the_checkpoint_are_refused(corpus, tmp_path):
     entry["key_metadata"][0]["key"] = name
     entries[str((name, *[k["key"] for k in entry["key_metadata"][1:]]))] = entry
     run = altered(corpus, tmp_path / "run", "default/_METADATA", json.dumps(tree).encode())
-    assert open_and_restore(run, None) == "CorruptCheckpointError"
+    assert open_and_restore(run, None) == ["CorruptCheckpointError"]
 
 
 @pytest.mark.parametrize("name", ["..", "a/../../b", "/abs"])

@@ -45,7 +45,7 @@ def test_hosts_have_their_own_names_and_storages_link_is_limited_and_counted():
 @needs_root
 @pytest.mark.multiprocess
 def test_gather_on_real_hosts_reads_one_copy_over_the_link_and_is_exact():
-  found = hosts.run([2], mbit=200, megabytes=24, repeats=1, local=False)
+  found = hosts.run([2], mbit=200, megabytes=24, repeats=1, peers=False, local=False)
   variants = found["hosts"]["2"]
   assert min(variants["direct"]["link_copies"]) > 1.95
   for name in ("gather", "broadcast"):

@@ -34,6 +34,7 @@ def run(
   repeats: int = 3,
   progress: Callable[[str], None] = lambda _: None,
   *,
+  peers: bool = True,
   local: bool = True,
 ) -> dict[str, Any]:
   """Restores a state that every host holds whole, on so many hosts at a time; JSON-able.
@@ -44,6 +45,7 @@ def run(
     megabytes: 10**6 bytes of the state.
     repeats: restores that count, after one that also compiles.
     progress: told what is measured now.
+    peers: measure raw Orbax beside us.
     local: compare auto with direct on this machine's own disk too.
   """
   leaves = max(1, round(megabytes * 1e6 / _LEAF_NBYTES))
@@ -64,7 +66,7 @@ def run(
       on_storage = ("ip", "netns", "exec", lab.storage.name)
       with gcs_process(objects, "bucket", lab.storage.address, port, on_storage) as env:
         variants: dict[str, Any] = {}
-        for part, names in (("ours", OURS), ("orbax", ORBAX)):
+        for part, names in (("ours", OURS), ("orbax", ORBAX))[: 1 + peers]:
           progress(f"{count} hosts: {', '.join(names)}")
           variants |= _job(lab, env, part, leaves, repeats, nbytes)
         found["hosts"][str(count)] = variants
