@@ -178,7 +178,7 @@ class Job:
 
   def kill(self, process: int, sig: int = signal.SIGKILL) -> None:
     """Sends a signal to one process; nothing if it has ended."""
-    if self.children[process].poll() is None:
+    if self._code(process) is None:
       self.children[process].send_signal(sig)
 
   def wait(self, timeout: float, grace: float = 10.0) -> list[Result]:
@@ -205,7 +205,7 @@ class Job:
       self.stop(grace)
     for reader in self._readers:
       reader.join(5)
-    return [Result(i, child.returncode, self.log(i)) for i, child in enumerate(self.children)]
+    return [Result(i, code or 0, self.log(i)) for i, code in enumerate(self._codes())]
 
   def stop(self, grace: float = 10.0) -> None:
     """Ends what still runs, by pid: SIGTERM, and SIGKILL after `grace` seconds."""
@@ -213,15 +213,32 @@ class Job:
       if patience <= 0:
         continue
       for child in self.children:
-        # The group, also after its leader has ended: what the leader started may still run.
-        with contextlib.suppress(ProcessLookupError):
-          os.killpg(child.pid, sig)
+        # The group, also after its leader has ended: what the leader started may still run. Not once the leader has
+        # been reaped: its number may be another process's by then.
+        if child.returncode is None:
+          with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, sig)
       deadline = time.monotonic() + patience
       while any(code is None for code in self._codes()) and time.monotonic() < deadline:
         time.sleep(0.02)
+    for child in self.children:
+      child.poll()
 
   def _codes(self) -> list[int | None]:
-    return [child.poll() for child in self.children]
+    return [self._code(process) for process in range(len(self.children))]
+
+  def _code(self, process: int) -> int | None:
+    """The exit code of a process that has ended, which is not reaped: until `stop`, its number stays its own."""
+    child = self.children[process]
+    if child.returncode is not None or not hasattr(os, "waitid"):
+      return child.poll()
+    try:
+      ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # reaped by somebody else
+      return child.poll()
+    if ended is None:
+      return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def launch(

@@ -30,15 +30,22 @@ _pools: dict[tuple[int, int], Pool] = {}
 
 
 def together(
-  program: str, *arguments: object, processes: int, devices: int = 2, timeout: float = 300.0
+  program: str, *arguments: object, processes: int, devices: int | None = None, timeout: float = 300.0
 ) -> list[Result]:
   """Runs a program of tests/programs in all processes of a job, in the environment that this process has now.
 
   Fails with what they wrote unless all of them succeed. One process of two devices is the test's own.
 
+  Args:
+    program, arguments: what is run.
+    processes: how many; 1, 2 or 4 where it does not matter.
+    devices: of each; default: two, and one of more than two processes, whose collectives need a thread a device.
+    timeout: seconds.
+
   Raises:
     TimeoutError: naming the processes that still ran; they are killed.
   """
+  devices = devices or (2 if processes <= 2 else 1)
   argv = [str(PROGRAMS / program), *map(str, arguments)]
   shape = (processes, devices)
   if shape == (1, jax.device_count()):

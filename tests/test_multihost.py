@@ -120,6 +120,23 @@ def test_hanging_job_is_ended_with_a_message_that_names_who(tmp_path):
     launch([str(script)], processes=2, timeout=1)
 
 
+def test_number_of_a_process_that_has_ended_stays_its_own_until_the_job_is_stopped(tmp_path, monkeypatch):
+  """Numbers come again, within minutes on a busy machine: whoever kills by a number that is free kills a stranger."""
+  script = tmp_path / "ends.py"
+  script.write_text("import os, time; time.sleep(600 * int(os.environ['CKPT_JAX_PROCESS_INDEX']))\n")
+  job = Job([str(script)], processes=2)
+  try:
+    os.waitid(os.P_PID, job.pids[0], os.WEXITED | os.WNOWAIT)
+    job.kill(0)
+    assert job.children[0].returncode is None
+  finally:
+    job.stop(grace=0)
+  killed = []
+  monkeypatch.setattr(os, "killpg", lambda number, sig: killed.append(number))
+  job.stop(grace=0)
+  assert killed == [] and [child.returncode for child in job.children] == [0, -signal.SIGKILL]
+
+
 def test_mistyped_script_exits_2(tmp_path):
   done = subprocess.run(
     [sys.executable, "-m", "ckpt_jax.multihost", "nope.py"], capture_output=True, text=True, timeout=60
