@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +16,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax import orbax_private, run
+from ckpt_jax.commit_notes import CommitNotes
 from ckpt_jax.config import Config
 from ckpt_jax.errand import Errand, wait_for
 from ckpt_jax.errors import CheckpointError, SaveFailedError
@@ -40,24 +39,22 @@ from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_s
 from ckpt_jax.layout.keeping import keeping
 from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.sharding import global_nbytes
+from ckpt_jax.managers import Managers, Reports
 from ckpt_jax.metadata import checked_json, plain_metrics, run_metadata
 from ckpt_jax.orbax_saves import Operation, quietly
-from ckpt_jax.policies.agree import decided_by_process_zero, from_process_zero
+from ckpt_jax.policies.agree import decided_by_process_zero
 from ckpt_jax.policies.attempts import AttemptLog
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
-from ckpt_jax.policies.schedule import Schedule
 from ckpt_jax.rendezvous import PeerFailedError, Rendezvous
 from ckpt_jax.restore.counting import count_nonfinite
 from ckpt_jax.save_errors import left_hanging, not_saved
 from ckpt_jax.seal import sealed
 from ckpt_jax.tuning.planner import Planner
 from ckpt_jax.underway import SaveRecord, Write
-from ckpt_jax.units import size_text
 
 _log = logging.getLogger(__name__)
 PyTree = Any
-_LONG_AGO = datetime.datetime.min.replace(tzinfo=datetime.timezone.utc)
 # What Orbax may take beyond timeouts.save to tell by itself that a write has timed out.
 _GRACE_S = 5.0
 orbax_private.never_wait_for_hanging_threads()
@@ -108,13 +105,11 @@ class Saver:
     self._directory = directory
     self._config = planner.unplanned
     self._planner = planner
-    self._policy = policy
-    self._schedule = schedule
     self._retention = retention
     self._deleter = deleter
-    self._attempt = attempt
     self._gate = gate
-    self._outlook = Outlook(directory, retention, schedule, config.schedule)
+    outlook = Outlook(directory, retention, schedule, config.schedule)
+    self._notes = CommitNotes(directory, schedule, attempt, outlook)
     self._item = item
     self._write: Write | None = None
     self._errand: Errand | None = None
@@ -122,20 +117,21 @@ class Saver:
     self._hung = 0  # writes that were left to themselves
     self._norms = history()
     self._meant = Meant(directory, item, count_nonfinite)
-    self._known: Sequence[int] | None = None  # what the manager knew that is being replaced
     self._rendezvous = Rendezvous(f"save {directory}")
     self._asking = Rendezvous(f"steps of {directory}")
+    reports = Reports(
+      self._on_committing, self._on_commit, self._on_end, lambda: functools.partial(self._meet, self._hung)
+    )
+    self._managers = Managers(directory, policy, schedule, retention, deleter, gate, reports)
     gate.opened()
-    with quietly():
-      self._manager: orbax_private.ToldManager | None = self._open_manager(pytree_handler(self._config))
+    self._manager: orbax_private.ToldManager | None = self._opened(pytree_handler(self._config))
 
   @property
   def manager(self) -> orbax_private.ToldManager:
     """Orbax's manager; replaced when a save needs another handler, or hangs."""
     if self._manager is None:
       self._gate.probe()
-      with quietly():
-        self._manager = self._open_manager(pytree_handler(self._config))
+      self._manager = self._opened(pytree_handler(self._config))
     return self._manager
 
   @keeping()
@@ -173,7 +169,7 @@ class Saver:
     metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._item}
     in_chunks = chunk_nbytes(self._directory, state, self._config.limits.host_memory)
     self._beginning = record
-    told = functools.partial(self._note_commit, committed)
+    told = functools.partial(self._notes.committed, committed)
     self._do(functools.partial(self._begin, planned, encoded, recording, metadata, record, told, in_chunks, started))
 
   @property
@@ -286,7 +282,7 @@ class Saver:
       if in_chunks is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=in_chunks))
       self._retention.note(step, record.nbytes, recording.health_told.get("healthy"), metadata["metrics"])
-      self._told_schedule("begun", step)
+      self._notes.begun(step)
       with operation.begun():
         self.manager.save(
           step,
@@ -309,59 +305,15 @@ class Saver:
     write.returned(started)
     self.records.append(record)
 
-  def _open_manager(self, handler: PyTreeHandler) -> orbax_private.ToldManager:
-    best = self._config.retention.best
-    with self._deleter.paused():
-      self._deleter.resume()
-      manager = orbax_private.ToldManager(
-        self._directory,
-        self._steps_there,
-        self._on_end,
-        item_handlers=as_item(self._item, RecordingHandler(handler, self._norms, self._meant)),
-        options=ocp.CheckpointManagerOptions(
-          save_decision_policy=self._policy,
-          preservation_policy=self._retention,
-          # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
-          best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
-          temporary_path_class=self._gate.path_class(self._on_committing, self._on_commit),
-          step_name_format=self._gate.step_names(),
-          async_options=ocp.options.AsyncOptions(
-            timeout_secs=math.ceil(self._config.timeouts.save_s),
-            barrier_sync_fn=self._gate.barrier(functools.partial(self._meet, self._hung)),
-          ),
-        ),
-      )
-      orbax_private.use_deleter(manager, self._deleter)
-      orbax_private.forget_steps(manager, from_process_zero(sorted(self._deleter.pending)))
-    self._retention.read_ahead(manager.all_steps())
-    return manager
+  def _opened(self, handler: PyTreeHandler, known: Sequence[int] | None = None) -> orbax_private.ToldManager:
+    handlers = as_item(self._item, RecordingHandler(handler, self._norms, self._meant))
+    return self._managers.open(handlers, self._config, known)
 
   def _replace_manager(self, handler: PyTreeHandler) -> None:
-    self._known = self.manager.all_steps()
+    known = self.manager.all_steps()
     self.manager.close()
     self._manager = None
-    self._manager = self._open_manager(handler)
-
-  def _steps_there(self) -> list[tuple[int, datetime.datetime]]:
-    """For a manager that opens or reloads."""
-    steps, self._known = self._known, None
-    if steps is None:
-      steps = run.committed_steps(self._directory)
-    if isinstance(self._schedule, Schedule) and not self._schedule.needs_times:
-      return [(step, _LONG_AGO) for step in steps]
-    return [(step, self._commit_time(step)) for step in steps]
-
-  def _commit_time(self, step: int) -> datetime.datetime:
-    try:
-      return run.step_info(self._directory, step).time or _LONG_AGO
-    except CheckpointError:  # damaged: that is told by whoever wants to restore it
-      return _LONG_AGO
-
-  def _told_schedule(self, event: str, *arguments: Any) -> None:
-    # Orbax's own policies can be given too; they do not listen.
-    listener = getattr(self._schedule, event, None)
-    if listener is not None:
-      listener(*arguments)
+    self._manager = self._opened(handler, known)
 
   # -- what Orbax's threads report
 
@@ -395,28 +347,6 @@ class Saver:
     if error is not None and jax.process_count() == 1:
       write.operation.end(write.left)
     write.ended.set()
-
-  def _note_commit(self, committed: Callable[[], None], record: SaveRecord) -> None:
-    assert record.background_s is not None
-    committed()
-    seconds = max(record.background_s, 1e-3)
-    _log.info(
-      "%s: step %d is committed: %s in %.2f s (%s/s) behind training, which waited %.2f s",
-      self._directory,
-      record.step,
-      size_text(record.nbytes),
-      record.background_s,
-      size_text(int(record.nbytes / seconds)),
-      record.blocking_s,
-    )
-    # What a save waited for its predecessor is not its own cost.
-    blocking = record.blocking_s - record.waited_s
-    try:
-      self._told_schedule("finished", blocking, record.background_s)
-    except Exception as e:  # the user's own; the step is committed all the same
-      _log.warning("%s: the schedule failed when it was told of a commit: %r", self._directory, e)
-    self._attempt.committed(record.step, record.nbytes, blocking, record.background_s)
-    self._outlook.committed(record.step, record.nbytes)
 
   # -- failures
 
