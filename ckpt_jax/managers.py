@@ -16,7 +16,6 @@ from ckpt_jax import orbax_private, run
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.integrity.gate import Gate
-from ckpt_jax.orbax_saves import quietly
 from ckpt_jax.policies.agree import from_process_zero
 from ckpt_jax.policies.deletion import StepDeleter
 from ckpt_jax.policies.live import LiveRetention
@@ -71,7 +70,7 @@ class Managers:
       known: the steps there are, if somebody has just looked.
     """
     best, found = config.retention.best, [known]
-    with quietly(), self.deleter.paused():
+    with self.deleter.paused():
       self.deleter.resume()
       manager = orbax_private.ToldManager(
         self.directory,

@@ -124,14 +124,16 @@ class Saver:
     )
     self._managers = Managers(directory, policy, schedule, retention, deleter, gate, reports)
     gate.opened()
-    self._manager: orbax_private.ToldManager | None = self._opened(pytree_handler(self._config))
+    with quietly():
+      self._manager: orbax_private.ToldManager | None = self._opened(pytree_handler(self._config))
 
   @property
   def manager(self) -> orbax_private.ToldManager:
     """Orbax's manager; replaced when a save needs another handler, or hangs."""
     if self._manager is None:
       self._gate.probe()
-      self._manager = self._opened(pytree_handler(self._config))
+      with quietly():
+        self._manager = self._opened(pytree_handler(self._config))
     return self._manager
 
   @keeping()
