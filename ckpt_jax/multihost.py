@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -132,7 +133,7 @@ class Job:
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": flags,
       "PYTHONUNBUFFERED": "1",
-      _COORDINATOR: f"127.0.0.1:{_free_port()}",
+      _COORDINATOR: f"127.0.0.1:{free_port()}",
       _COUNT: str(processes),
       **(env or {}),
     }
@@ -258,10 +259,22 @@ def launch(
     job.stop(grace=0)
 
 
-def _free_port() -> int:
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
+def free_port() -> int:
+  """A TCP port that nobody listens on now, and that no outgoing connection takes before it is listened on.
+
+  The kernel takes the ports of outgoing connections from a range of its own, also the one that it just gave to somebody
+  who asked for any; a job's coordinator listens seconds later.
+  """
+  try:
+    low, high = map(int, pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+  except (OSError, ValueError):
+    low, high = 32768, 60999
+  outside = [port for port in range(10_000, 65_536) if not low <= port <= high]
+  for port in [*random.sample(outside, min(100, len(outside))), 0]:
+    with socket.socket() as s, contextlib.suppress(OSError):
+      s.bind(("127.0.0.1", port))
+      return s.getsockname()[1]
+  raise CheckpointError("no TCP port is free on 127.0.0.1")
 
 
 @dataclasses.dataclass(frozen=True)

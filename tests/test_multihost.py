@@ -137,6 +137,11 @@ def test_number_of_a_process_that_has_ended_stays_its_own_until_the_job_is_stopp
   assert killed == [] and [child.returncode for child in job.children] == [0, -signal.SIGKILL]
 
 
+def test_ports_of_a_job_are_not_those_of_outgoing_connections():
+  low, high = map(int, pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+  assert not [port for port in (multihost.free_port() for _ in range(50)) if low <= port <= high]
+
+
 def test_mistyped_script_exits_2(tmp_path):
   done = subprocess.run(
     [sys.executable, "-m", "ckpt_jax.multihost", "nope.py"], capture_output=True, text=True, timeout=60

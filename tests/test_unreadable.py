@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import pytest
 
 import ckpt_jax as ckpt
-from ckpt_jax.bench.buckets import gcs_server, s3_server
 from ckpt_jax.failures import is_damage, is_unreachable
 
 PROGRAM = str(pathlib.Path(__file__).parent / "programs" / "unreadable.py")
@@ -72,34 +71,32 @@ def test_step_that_retention_cannot_read_for_now_stays_and_is_judged_again(tmp_p
     assert [s.step for s in c.steps()] == [0, 4] and c.best_step() == 0
 
 
-@pytest.mark.parametrize("scheme", ["gs", "s3"])
-def test_bucket_that_lets_nobody_in_for_now_loses_no_step(tmp_path, monkeypatch, scheme):
-  with gcs_server(tmp_path / "objects") if scheme == "gs" else s3_server() as bucket:
-    for name, value in bucket.env.items():
-      monkeypatch.setenv(name, value)
-    config = {"storage": {"retry": {"deadline": "1s"}}}
-    with ckpt.Checkpointer(bucket.url + "/run", config) as c:
-      for step in range(2):
-        c.save(step, STATE)
-      c.wait()
-      for status in (401, 403, 503):
-        bucket.proxy.fail_status, bucket.proxy.fail_share = status, 1.0
-        # The arrays alone, behind metadata that can be read; then everything.
-        for fails in (lambda method, path: "ocdbt" in path, lambda method, path: True):
-          bucket.proxy.fails = fails
+@pytest.mark.parametrize("scheme", ["gcs", "s3"])
+def test_bucket_that_lets_nobody_in_for_now_loses_no_step(request, scheme):
+  bucket = request.getfixturevalue(scheme)
+  config = {"storage": {"retry": {"deadline": "300ms"}}}
+  with ckpt.Checkpointer(bucket.url + "/run", config) as c:
+    for step in range(2):
+      c.save(step, STATE)
+    c.wait()
+    for status in (401, 403, 503):
+      bucket.proxy.fail_status, bucket.proxy.fail_share = status, 1.0
+      # The arrays alone, behind metadata that can be read; then everything.
+      for fails in (lambda method, path: "ocdbt" in path, lambda method, path: True):
+        bucket.proxy.fails = fails
+        with pytest.raises(ckpt.StorageError):
+          c.restore(like=STATE)
+        with pytest.raises(ckpt.StorageError):
+          c.restore_or_init(lambda: STATE)
+        if fails("GET", "/"):
           with pytest.raises(ckpt.StorageError):
-            c.restore(like=STATE)
-          with pytest.raises(ckpt.StorageError):
-            c.restore_or_init(lambda: STATE)
-          if fails("GET", "/"):
-            with pytest.raises(ckpt.StorageError):
-              ckpt.verify(c.directory)
-          else:
-            assert {f.kind for f in ckpt.verify(c.directory, 1)} == {"unreadable"}
-        bucket.proxy.fail_share = 0.0
-        restored = c.restore(like=STATE)
-        assert restored.step == 1 and not restored.report.quarantined
-      assert not (c.directory / ".ckpt_jax" / "aside").exists()
+            ckpt.verify(c.directory)
+        else:
+          assert {f.kind for f in ckpt.verify(c.directory, 1)} == {"unreadable"}
+      bucket.proxy.fail_share = 0.0
+      restored = c.restore(like=STATE)
+      assert restored.step == 1 and not restored.report.quarantined
+    assert not (c.directory / ".ckpt_jax" / "aside").exists()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import os
 import pathlib
 import random
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from typing import Any
 
 from ckpt_jax.bench.link import Link
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.multihost import free_port
 
 _START_TIMEOUT = 60.0
 _CONTROL = "/__proxy__"
@@ -190,13 +190,6 @@ def request_kind(method: str, path: str, headers: Any = ()) -> str:
       return "list"
     return "read"
   return "other"
-
-
-def free_port() -> int:
-  """A TCP port that nobody listens on now."""
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
 
 
 def _await_server(process: subprocess.Popen[bytes], url: str, what: str) -> None:

@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ckpt_jax.bench.buckets import free_port, gcs_process
+from ckpt_jax.bench.buckets import gcs_process
 from ckpt_jax.bench.cluster import Cluster, cluster
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.multihost import free_port
 
 OURS = ("direct", "gather", "broadcast", "auto")
 ORBAX = ("orbax", "orbax single replica")
