@@ -11,7 +11,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint types unit test-latest bench clean
+.PHONY: help setup run test lint types unit test-latest fuzz bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,10 @@ test-latest: ## the tests on Python 3.13 with the newest jax, flax and Orbax
 	  $(PYTHON313) -m venv $(LATEST) && \
 	  $(LATEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]' && \
 	  $(LATEST)/bin/python -m pytest; fi
+
+fuzz: setup ## the property tests with new random examples, and 200 random programs of several Checkpointers
+	HYPOTHESIS_PROFILE=random CKPT_JAX_PROGRAMS=200 $(BIN)/python -m pytest \
+	  $$(grep -lE 'hypothesis|CKPT_JAX_PROGRAMS' tests/test_*.py)
 
 bench: setup ## measure side by side with raw Orbax (25 minutes); writes docs/bench.json, bench.png and the tables
 	$(BIN)/python -m ckpt_jax bench suites -o docs/bench.json --plot docs/bench.png \

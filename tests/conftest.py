@@ -23,7 +23,11 @@ from ckpt_jax.bench.buckets import gcs_server, s3_bucket, s3_process
 
 # A busy machine is no finding: how long examples take says nothing about what they show.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("patient")
+# Each run of the suite checks the same examples, so that it says something of the change and not of luck;
+# HYPOTHESIS_PROFILE=random draws new ones (make fuzz).
+hypothesis.settings.register_profile("same", hypothesis.settings.get_profile("patient"), derandomize=True)
+hypothesis.settings.register_profile("random", hypothesis.settings.get_profile("patient"))
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_collection_finish():
