@@ -32,6 +32,7 @@ test: setup lint types unit ## everything: format, lint, types, unit and multi-p
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 
 types: setup
 	$(BIN)/mypy
@@ -47,7 +48,7 @@ test-latest: ## the tests on Python 3.13 with the newest jax, flax and Orbax
 
 fuzz: setup ## the property tests with new random examples, and 200 random programs of several Checkpointers
 	HYPOTHESIS_PROFILE=random CKPT_JAX_PROGRAMS=200 $(BIN)/python -m pytest \
-	  $$(grep -lE 'hypothesis|CKPT_JAX_PROGRAMS' tests/test_*.py)
+	  $$(grep -rlE 'hypothesis|CKPT_JAX_PROGRAMS' --include='test_*.py' tests)
 
 bench: setup ## measure side by side with raw Orbax (25 minutes); writes docs/bench.json, bench.png and the tables
 	$(BIN)/python -m ckpt_jax bench suites -o docs/bench.json --plot docs/bench.png \

@@ -26,18 +26,18 @@ if TYPE_CHECKING:
   from ckpt_jax.checkpointer import Checkpointer
   from ckpt_jax.config import Config, load_config
   from ckpt_jax.restore.result import Restored
-  from ckpt_jax.run import StepInfo
+  from ckpt_jax.restore.verify import Finding, verify
+  from ckpt_jax.run.steps import StepInfo
   from ckpt_jax.storage.kinds import StorageKind, detect
   from ckpt_jax.storage.probe import StorageProfile, probe
   from ckpt_jax.tuning.plan import Plan, make_plan
-  from ckpt_jax.verification import Finding, verify
 
 _LAZY = {
   "Checkpointer": "ckpt_jax.checkpointer",
   "Restored": "ckpt_jax.restore.result",
-  "StepInfo": "ckpt_jax.run",
-  "Finding": "ckpt_jax.verification",
-  "verify": "ckpt_jax.verification",
+  "StepInfo": "ckpt_jax.run.steps",
+  "Finding": "ckpt_jax.restore.verify",
+  "verify": "ckpt_jax.restore.verify",
   "Config": "ckpt_jax.config",
   "load_config": "ckpt_jax.config",
   "Plan": "ckpt_jax.tuning.plan",

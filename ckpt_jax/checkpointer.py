@@ -15,43 +15,44 @@ import jax
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
-from ckpt_jax import garbage, run
-from ckpt_jax.arguments import check_schedule, step_number
 from ckpt_jax.config import BestConfig, Config, as_config
+from ckpt_jax.config.arguments import check_schedule, step_number
+from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.failures import storage_errors
-from ckpt_jax.integrity import recovery
-from ckpt_jax.integrity.gate import Gate
-from ckpt_jax.layout.memory import transfers_asked_for
+from ckpt_jax.job import garbage
+from ckpt_jax.job.agreement import from_process_zero
+from ckpt_jax.job.preemption import PreemptionNotice
+from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout.sharding import abstract_state
-from ckpt_jax.opening import opened
-from ckpt_jax.order import StepOrder
-from ckpt_jax.policies import pins
-from ckpt_jax.policies.agree import from_process_zero
-from ckpt_jax.policies.attempts import PREEMPTED, AttemptLog
-from ckpt_jax.policies.deletion import StepDeleter
-from ckpt_jax.policies.live import LiveRetention
+from ckpt_jax.policies.from_config import make_schedule
 from ckpt_jax.policies.retention import Retention, best_steps
 from ckpt_jax.policies.schedule import AnyOf, OnPreemption
-from ckpt_jax.policies.thinning import Thinner
-from ckpt_jax.policies.wiring import make_schedule
-from ckpt_jax.preemption import PreemptionNotice
-from ckpt_jax.restore.choose import STRATEGIES
+from ckpt_jax.restore import fallback
 from ckpt_jax.restore.initial import Initialise
 from ckpt_jax.restore.read import Request
+from ckpt_jax.restore.restoring import Restorer
 from ckpt_jax.restore.result import Restored
-from ckpt_jax.restoring import Restorer
-from ckpt_jax.rewrite import finish_rewrites
-from ckpt_jax.saving import Saver
-from ckpt_jax.session import Session, check_not_forked
+from ckpt_jax.restore.strategy import STRATEGIES
+from ckpt_jax.rewrite.swap import finish_rewrites
+from ckpt_jax.rewrite.thin import Thinner
+from ckpt_jax.run import pins
+from ckpt_jax.run.attempts import PREEMPTED, AttemptLog
+from ckpt_jax.run.deletion import StepDeleter
+from ckpt_jax.run.steps import StepInfo, committed_steps, list_steps, run_directory
+from ckpt_jax.save.admission import Gate
+from ckpt_jax.save.opening import opened
+from ckpt_jax.save.order import StepOrder
+from ckpt_jax.save.retention import LiveRetention
+from ckpt_jax.save.saving import Saver
+from ckpt_jax.save.session import Session, check_not_forked
+from ckpt_jax.save.underway import SaveRecord
+from ckpt_jax.storage.connect import connect
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
-from ckpt_jax.storage.kvstore import connect
 from ckpt_jax.storage.objects import snapshot
 from ckpt_jax.storage.paths import given
 from ckpt_jax.tuning.plan import Plan
 from ckpt_jax.tuning.planner import Planner
-from ckpt_jax.underway import SaveRecord
-from ckpt_jax.units import size_text
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -108,7 +109,7 @@ class Checkpointer:
     config = self.config = as_config(config)
     directory = given(directory)
     connect(directory, config.storage)
-    self.directory: epath.Path = run.run_directory(directory)
+    self.directory: epath.Path = run_directory(directory)
     self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
     self._planner = Planner(self.directory, config, self.storage, from_process_zero)
     self._restoring = threading.RLock()  # reading a step may take minutes, for which a save elsewhere need not wait
@@ -315,13 +316,13 @@ class Checkpointer:
     """What was decided where the configuration says `auto`: `plan.explain()`. None before the first save or restore."""
     return self._planner.plan
 
-  def steps(self) -> list[run.StepInfo]:
+  def steps(self) -> list[StepInfo]:
     """All committed steps, oldest first. A step that is still being written, or whose write failed, is not there."""
-    return run.list_steps(self.directory)
+    return list_steps(self.directory)
 
   def latest_step(self) -> int | None:
     """The newest committed step, or None."""
-    steps = run.committed_steps(self.directory)
+    steps = committed_steps(self.directory)
     return steps[-1] if steps else None
 
   def best_step(self) -> int | None:
@@ -452,7 +453,7 @@ class Checkpointer:
     with self._restoring, self._session.lock:
       self._saver.wait()
       with self._deleter.paused():
-        later = recovery.rolled_back(self.directory, step, self._restorer.together(), delete=delete)
+        later = fallback.rolled_back(self.directory, step, self._restorer.together(), delete=delete)
         self._saver.reload()
     return later
 

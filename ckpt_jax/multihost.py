@@ -320,11 +320,11 @@ def who_wrote(run: str | os.PathLike[str], step: int) -> WriteReport:
   """
   import tensorstore as ts
 
-  from ckpt_jax import contents
-  from ckpt_jax import run as run_lib
-  from ckpt_jax.storage.kvstore import kvstore_spec
+  from ckpt_jax.layout import contents
+  from ckpt_jax.run.steps import run_directory, step_directory
+  from ckpt_jax.storage.clients import kvstore_spec
 
-  item = contents.item_directory(run_lib.step_directory(run_lib.run_directory(run), step))
+  item = contents.item_directory(step_directory(run_directory(run), step))
   parts = sorted((p for p in item.iterdir() if p.name.startswith("ocdbt.process_")), key=lambda p: _process_of(p.name))
   if not parts:
     raise NoCheckpointError(

@@ -9,7 +9,7 @@ import signal
 import sys
 from unittest import mock
 
-from ckpt_jax.cli import main
+from ckpt_jax.cli.app import main
 
 
 @dataclasses.dataclass(frozen=True)

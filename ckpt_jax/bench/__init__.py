@@ -1,0 +1,1 @@
+"""`ckpt-jax bench`: measurements side by side with raw Orbax."""

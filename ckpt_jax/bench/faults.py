@@ -309,7 +309,7 @@ def fsync_cost(rounds: int = 15, megabytes: float = 8.0) -> dict[str, Any]:
   import numpy as np
 
   import ckpt_jax as ckpt
-  from ckpt_jax.integrity.durability import Sealing, seal
+  from ckpt_jax.storage.durable import Sealing, seal
 
   state = {"w": jnp.asarray(np.random.default_rng(0).standard_normal(int(megabytes * 1e6) // 4, dtype=np.float32))}
   seconds: dict[str, list[float]] = {"on": [], "off": []}

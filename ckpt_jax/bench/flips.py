@@ -141,7 +141,7 @@ def _local_campaign(case: Case, side: str, place: pathlib.Path, count: int, rng:
 
 
 def _bucket_campaign(case: Case, url: str, count: int, rng: random.Random) -> dict[str, Any]:
-  from ckpt_jax.run import ASIDE, NOTES, run_directory
+  from ckpt_jax.run.steps import ASIDE, NOTES, run_directory
   from ckpt_jax.storage.objects import BACKEND
 
   _save(case, "ckpt_jax", url)

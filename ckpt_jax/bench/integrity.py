@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 import ckpt_jax as ckpt
-from ckpt_jax import saving
 from ckpt_jax.bench.runner import fill_free_memory
 from ckpt_jax.bench.worker import drop_cache, give_memory_back
 from ckpt_jax.integrity import fingerprint, health, record
 from ckpt_jax.layout.sharding import global_nbytes
+from ckpt_jax.save import saving
 
 _SETTLE_S = 10.0  # a file system that discards what was deleted is busy with it for a while
 

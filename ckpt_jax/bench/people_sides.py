@@ -34,9 +34,9 @@ class Ours:
 
   def steps(self, path: Any) -> list[int]:
     """What a reader finds, however it was written."""
-    from ckpt_jax import run
+    from ckpt_jax.run.steps import list_steps
 
-    return [s.step for s in run.list_steps(path)]
+    return [s.step for s in list_steps(path)]
 
   def restore(self, m: Any, step: int | None = None, like: Any = None) -> Any:
     return m.restore(step, like=like).state

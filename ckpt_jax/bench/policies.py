@@ -18,7 +18,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ckpt_jax import run as runs
+from ckpt_jax.run.steps import (
+  OURS,
+  STEP_METADATA,
+  committed_steps,
+  list_steps,
+  our_metadata,
+  run_directory,
+  step_metadata,
+)
 
 _EVERY_S = 600.0
 RULES: dict[str, Any] = {
@@ -64,13 +72,13 @@ def make_run(path: pathlib.Path, steps: int) -> None:
   import jax.numpy as jnp
 
   import ckpt_jax as ckpt
-  from ckpt_jax.seal import sealed
+  from ckpt_jax.run.checksums import sealed
 
   with ckpt.Checkpointer(path, ckpt.Config(retention={"last": None})) as c:
     c.save(0, {"params": {"w": jnp.ones(1000)}, "opt": {"w": jnp.ones(2000)}}, metrics={"loss": 1.0})
   first = path / "0"
-  metadata = runs.step_metadata(c.directory / "0")
-  ours = runs.our_metadata(c.directory / "0")
+  metadata = step_metadata(c.directory / "0")
+  ours = our_metadata(c.directory / "0")
   now = datetime.datetime.now(datetime.timezone.utc).timestamp()
   for step in range(steps):
     target = path / str(step)
@@ -78,12 +86,12 @@ def make_run(path: pathlib.Path, steps: int) -> None:
       there = target / pathlib.Path(folder).relative_to(first)
       there.mkdir()
       for name in names:
-        if name not in (runs.STEP_METADATA, "metrics"):
+        if name not in (STEP_METADATA, "metrics"):
           os.link(os.path.join(folder, name), there / name)
     metadata["commit_timestamp_nsecs"] = int((now - (steps - step) * _EVERY_S) * 1e9)
-    metadata["custom_metadata"][runs.OURS] = sealed(ours | {"metrics": {"loss": 1 / (step + 1)}})
-    (target / runs.STEP_METADATA).unlink(missing_ok=True)
-    (target / runs.STEP_METADATA).write_text(json.dumps(metadata))
+    metadata["custom_metadata"][OURS] = sealed(ours | {"metrics": {"loss": 1 / (step + 1)}})
+    (target / STEP_METADATA).unlink(missing_ok=True)
+    (target / STEP_METADATA).write_text(json.dumps(metadata))
     (target / "metrics" / "metrics").write_text(json.dumps({"loss": 1 / (step + 1)}))
 
 
@@ -91,10 +99,10 @@ def _decisions(path: pathlib.Path, repeats: int) -> dict[str, float]:
   from ckpt_jax.policies import Retention
 
   rules = Retention(**RULES)
-  listed = runs.list_steps(path)
+  listed = list_steps(path)
   return {
-    "list_steps": _timed(repeats, lambda: runs.list_steps(path)),
-    "committed_steps": _timed(repeats, lambda: runs.committed_steps(runs.run_directory(path))),
+    "list_steps": _timed(repeats, lambda: list_steps(path)),
+    "committed_steps": _timed(repeats, lambda: committed_steps(run_directory(path))),
     # Nothing but computation: what else the machine does can only add to it.
     "decide": min(_timed(1, lambda: rules.decide(listed)) for _ in range(5 * repeats)),
   }

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from ckpt_jax import run
 from ckpt_jax.bench.worker import drop_cache
 from ckpt_jax.checkpointer import Checkpointer
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.storage.kvstore import connect
+from ckpt_jax.run.steps import is_object_store, run_directory
+from ckpt_jax.storage.connect import connect
 from ckpt_jax.tuning.search import Sample
 
 PyTree = Any
@@ -49,7 +49,7 @@ class Trials:
     committed = time.perf_counter()
     step = c.directory / str(self._step)
     nbytes = _stored(step)
-    if not run.is_object_store(step):
+    if not is_object_store(step):
       drop_cache(os.fspath(step))
     reading = time.perf_counter()
     jax.block_until_ready(c.restore(self._step, like=self._like).state)
@@ -83,8 +83,8 @@ class Trials:
 def trials(path: str | os.PathLike[str], state: PyTree) -> Iterator[Trials]:
   """Trials under `path`, made if need be; all that was made is gone afterwards, on Ctrl-C too."""
   connect(path)
-  root = run.run_directory(path)
-  made = [p for p in (root, *root.parents) if not run.is_object_store(p) and not p.exists()]
+  root = run_directory(path)
+  made = [p for p in (root, *root.parents) if not is_object_store(p) and not p.exists()]
   directory = root / f".ckpt_jax-tune-{uuid.uuid4().hex[:12]}"
   directory.mkdir(parents=True)
   found = Trials(directory, state)

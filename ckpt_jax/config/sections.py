@@ -63,7 +63,7 @@ class _Section(pydantic.BaseModel):
         raise config_error(type(self), e) from None
 
     # Without this mark pydantic would call __init__ for nested sections too, and the ConfigError of a section, a
-    # ValueError, would reach the root with its key path lost (tests/test_config.py fails if the mark changes).
+    # ValueError, would reach the root with its key path lost (tests/config/test_config.py fails if the mark changes).
     __init__.__pydantic_base_init__ = True
 
 

@@ -72,6 +72,25 @@ def parse_share(value: Any) -> float:
   return float(share)
 
 
+def size_text(nbytes: float) -> str:
+  """`1.5 GiB`: three digits or so, in powers of 1024."""
+  for unit in ("B", "KiB", "MiB", "GiB"):
+    if abs(nbytes) < 1024:
+      return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+    nbytes /= 1024
+  return f"{nbytes:.1f} TiB"
+
+
+def duration_text(seconds: float) -> str:
+  """`1.5 h`: three digits, in the largest unit of which there are two or more."""
+  if seconds < 1:
+    return f"{seconds * 1e3:.3g} ms"
+  for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+    if seconds >= 2 * length:
+      return f"{seconds / length:.3g} {unit}"
+  return f"{seconds:.3g} s"
+
+
 def _positive(number: float, value: Any, what: str, least: float = 0.0) -> float:
   # An int too big for a float is out of range too, hence the comparison before any conversion.
   if not (least <= number < 2**63) or number <= 0 or math.isnan(number):

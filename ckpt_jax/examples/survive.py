@@ -21,8 +21,8 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from ckpt_jax import run as runs
 from ckpt_jax.multihost import Job, Result, who_wrote
+from ckpt_jax.run.steps import committed_steps, run_directory
 
 _TIMEOUT = 240.0
 
@@ -59,7 +59,7 @@ def _acts(work: pathlib.Path, args: argparse.Namespace, console: Console) -> int
   run, notes = work / "run", work / "notes"
   console.rule("1/3  4 processes x 2 devices train; process 2 dies in the middle of a background write")
   victim_step = _train_and_kill(run, notes / "killed", args, console)
-  committed = runs.committed_steps(runs.run_directory(run))
+  committed = committed_steps(run_directory(run))
   if not committed:
     raise NoKillError("no step was committed before the kill; raise --kill-after")
   resumed_at = committed[-1]
@@ -149,7 +149,7 @@ def _train_and_kill(run: pathlib.Path, notes: pathlib.Path, args: argparse.Names
       job.wait(_TIMEOUT, grace=1.0)
     finally:
       job.stop(grace=0)
-    if step in runs.committed_steps(runs.run_directory(run)):
+    if step in committed_steps(run_directory(run)):
       console.print(f"step {step} was committed before the kill arrived; trying again")
       continue
     console.print(f"process 2 (pid {job.pids[2]}) killed with -9 while step {step} was being written;")

@@ -1,0 +1,1 @@
+"""Bits only: what was saved is what is restored. Sums, fingerprints, health, the record, verification."""

@@ -13,7 +13,8 @@ from etils import epath
 from ckpt_jax.errors import StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.storage import look
-from ckpt_jax.storage.kvstore import is_object_store, kvstore_spec
+from ckpt_jax.storage.clients import kvstore_spec
+from ckpt_jax.storage.urls import is_object_store
 
 MANIFEST = "manifest.ocdbt"
 _VALUES = "d"  # where a database keeps its values and nodes

@@ -14,11 +14,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from etils import epath
 
-from ckpt_jax import run, untrusted
-from ckpt_jax.contents import item_name
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.integrity.health import Health
-from ckpt_jax.seal import is_intact_file
+from ckpt_jax.layout.contents import item_name
+from ckpt_jax.run import untrusted
+from ckpt_jax.run.checksums import is_intact_file
+from ckpt_jax.run.steps import RECORD, committed_steps, step_path
 
 _log = logging.getLogger(__name__)
 Counts = tuple[int, int]  # infinities, NaNs
@@ -115,12 +116,12 @@ class Meant:
       return
     self._loaded = True
     try:
-      steps = run.committed_steps(self._directory)
+      steps = committed_steps(self._directory)
       if not steps:
         return
-      newest = run.step_path(self._directory, steps[-1])
+      newest = step_path(self._directory, steps[-1])
       self._old = newest
-      data = untrusted.read_json(newest / self._item_of(newest) / run.RECORD, is_intact_file)
+      data = untrusted.read_json(newest / self._item_of(newest) / RECORD, is_intact_file)
       known = data.get("health") or {}
       if "meant" in known:
         self._notes = {str(name): (int(n), int(nan)) for name, (n, nan) in known["meant"].items()}

@@ -21,7 +21,6 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckpt_jax import contents, run, untrusted
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, UnhealthyStateError
 from ckpt_jax.integrity import databases
 from ckpt_jax.integrity import health as health_checks
@@ -29,14 +28,16 @@ from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.meant import Meant
 from ckpt_jax.integrity.sums import Tally
-from ckpt_jax.layout import packing
+from ckpt_jax.job.threads import transfers_asked_for
+from ckpt_jax.layout import contents, packing
 from ckpt_jax.layout.handler import PyTreeHandler
-from ckpt_jax.layout.memory import transfers_asked_for
-from ckpt_jax.seal import FILE_KEY, is_intact_file, sealed_file
+from ckpt_jax.run import untrusted
+from ckpt_jax.run.checksums import FILE_KEY, is_intact_file, sealed_file
+from ckpt_jax.run.steps import DEFAULT_ITEM, ITEM_METADATA, RECORD, STEP_METADATA, our_item, our_metadata
 from ckpt_jax.storage import look
 
 _log = logging.getLogger(__name__)
-FILE = run.RECORD
+FILE = RECORD
 _FORMAT = 1
 _PAST = 5  # steps that a norm is compared with
 
@@ -238,7 +239,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
 
 def as_item(name: str, one: Any) -> Any:
   """Orbax's arguments or handler of a state that is saved as the item `name` of a step."""
-  if name == run.DEFAULT_ITEM:
+  if name == DEFAULT_ITEM:
     return one  # unnamed: the manager's own name for it
   return ocp.args.Composite(**{name: one}) if isinstance(one, ocp.args.CheckpointArgs) else {name: one}
 
@@ -287,7 +288,7 @@ def history() -> collections.deque[Mapping[str, float]]:
 
 
 # Those that a restore depends on, and compares before it reads.
-_NEEDED = (run.ITEM_METADATA, "_sharding", "_strings.json", packing.INDEX)
+_NEEDED = (ITEM_METADATA, "_sharding", "_strings.json", packing.INDEX)
 _ARRAY_METADATA = "array_metadatas"
 
 
@@ -336,17 +337,17 @@ def read_record(step_dir: epath.Path, item: str | None = None) -> Record | None:
   Raises:
     CorruptCheckpointError: if it must be there and is not, cannot be read, or does not fit the step's files.
   """
-  ours = run.our_metadata(step_dir)
+  ours = our_metadata(step_dir)
   item_dir = contents.item_directory(step_dir, item)
   file = item_dir / FILE
   try:
     data = untrusted.read_json(file, is_intact_file)
   except FileNotFoundError:
-    if "fingerprints" not in ours or item_dir.name != run.our_item(ours):
+    if "fingerprints" not in ours or item_dir.name != our_item(ours):
       return None
     raise CorruptCheckpointError(f"{file}: missing; the step was saved with it") from None
   if not ours:
-    raise CorruptCheckpointError(f"{step_dir / run.STEP_METADATA}: what ckpt_jax wrote there is missing")
+    raise CorruptCheckpointError(f"{step_dir / STEP_METADATA}: what ckpt_jax wrote there is missing")
   try:
     hashes = {path: (_shape(part), int(h, 16)) for path, (part, h) in data.get("hashes", {}).items()}
     leaves = {

@@ -1,0 +1,1 @@
+"""Arrays in a step: structure, sharding, encoding, packing, reading and writing them through Orbax."""

@@ -16,12 +16,13 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import msgpack_utils
 
-from ckpt_jax import run, untrusted
 from ckpt_jax.config import LimitsConfig
 from ckpt_jax.layout import reading
 from ckpt_jax.layout.direct import EMPTY
 from ckpt_jax.layout.handler import describe_array, limited_context
 from ckpt_jax.layout.structure import path_name
+from ckpt_jax.run import untrusted
+from ckpt_jax.run.steps import AGGREGATE, ITEM_METADATA
 from ckpt_jax.storage import look
 
 PyTree = Any
@@ -41,16 +42,16 @@ def describe(
   Returns:
     None if all values are elsewhere, and `_METADATA` describes them.
   """
-  file = item / run.AGGREGATE
+  file = item / AGGREGATE
   if look.exists(file / ".zarray"):
-    tree = {run.AGGREGATE: f"{_ELSEWHERE}{run.AGGREGATE}"}
+    tree = {AGGREGATE: f"{_ELSEWHERE}{AGGREGATE}"}
   elif look.exists(file) and not look.is_dir(file):
     tree = msgpack_utils.msgpack_restore(look.read_bytes(file))
   else:
     return None
   flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
   values = {name: v for name, v in flat.items() if not (isinstance(v, str) and v.startswith(_ELSEWHERE))}
-  if not values and not look.is_dir(file) and look.exists(item / run.ITEM_METADATA):
+  if not values and not look.is_dir(file) and look.exists(item / ITEM_METADATA):
     return None
   is_ocdbt = look.exists(item / _MANIFEST)
   info = ocp.type_handlers.ParamInfo(
@@ -84,7 +85,7 @@ def describe(
 
 def _value_types(item: epath.Path) -> dict[str, str]:
   """Of the leaves, by path, as `_METADATA` has them; empty if Orbax wrote none yet."""
-  file = item / run.ITEM_METADATA
+  file = item / ITEM_METADATA
   if not look.exists(file):
     return {}
   data = untrusted.read_json(file)

@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from ckpt_jax import run
 from ckpt_jax.config import Config, LimitsConfig
+from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import packing, reading
 from ckpt_jax.layout.handler import (
   ArrayHandler,
@@ -29,8 +29,8 @@ from ckpt_jax.layout.handler import (
   handlers,
   limited_context,
 )
-from ckpt_jax.layout.memory import transfers_asked_for
 from ckpt_jax.layout.splitting import SEQUENCE
+from ckpt_jax.run.steps import RECORD
 from ckpt_jax.storage import look
 
 PyTree = Any
@@ -46,7 +46,7 @@ def is_known(item: epath.Path, data: Mapping[str, Any]) -> bool:
   """
   if not data.get("use_ocdbt") or "value_metadata_tree" in data:
     return False
-  if not (look.exists(item / run.RECORD) or _is_beyond_orbax(data)):
+  if not (look.exists(item / RECORD) or _is_beyond_orbax(data)):
     return False
   found = {entry["value_metadata"].get("value_type") for entry in data.get("tree_metadata", {}).values()}
   return found <= {*EMPTY, *(handler.typestr() for handler in handlers(Config()).values())}

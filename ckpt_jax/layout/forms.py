@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from ckpt_jax import orbax_private, untrusted
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout import keys, text
 from ckpt_jax.layout.structure import Structure, path_name, segment
+from ckpt_jax.orbax import private
+from ckpt_jax.run import untrusted
 
 PyTree = Any
 Path = tuple[Any, ...]
@@ -57,7 +58,7 @@ def form_of(structure: Structure, tree: PyTree) -> Form | None:
   """
   # Empty nodes too: Orbax describes them, and they have keys.
   rows = jax.tree_util.tree_flatten_with_path(
-    tree, is_leaf=lambda x: not isinstance(x, jax.Array) and orbax_private.is_empty_node(x)
+    tree, is_leaf=lambda x: not isinstance(x, jax.Array) and private.is_empty_node(x)
   )[0]
   if not structure.paths and len(rows) == 1 and not rows[0][0]:
     raise CheckpointError(

@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from ckpt_jax import orbax_private
 from ckpt_jax.config import Config, LayoutConfig, LimitsConfig
 from ckpt_jax.layout import owned, packing, reading, writing
 from ckpt_jax.layout.encoding import is_prng_key
@@ -22,6 +21,7 @@ from ckpt_jax.layout.sharding import Box, local_regions, shape_of, whole_box
 from ckpt_jax.layout.splitting import Small, split
 from ckpt_jax.layout.structure import path_name
 from ckpt_jax.layout.text import TextHandler
+from ckpt_jax.orbax import private
 
 # Reads in flight at a time. Enough for 10 GB/s at 100 ms a request; it bounds what TensorStore holds beside the arrays.
 _READ_WINDOW = 10**9
@@ -158,7 +158,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
   def __init__(self, layout: LayoutConfig, reads: Reads):
     self._reads = reads
     # Without one Orbax writes no array_metadatas, and forgets which arrays are PRNG keys.
-    self._store = orbax_private.array_metadata_store()
+    self._store = private.array_metadata_store()
     super().__init__(
       use_replica_parallel={"on": True, "off": False, "auto": None}[layout.replica_parallel],
       min_slice_bytes_for_replica_parallel=_number(layout.min_slice_for_replica_parallel),
@@ -242,8 +242,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       if small is not None:
         packing.write_part(item, process, small.slab)
       if process == 0:
-        _write_shardings(item, orbax_private.shardings_json(shardings), small.shardings_json if small else "{}")
-      await orbax_private.write_array_metadatas(self._store, item, written, chunks, impls)
+        _write_shardings(item, private.shardings_json(shardings), small.shardings_json if small else "{}")
+      await private.write_array_metadatas(self._store, item, written, chunks, impls)
       if small is not None:
         _ = small.description.entries  # made here, where nobody waits for them
       await bulk
@@ -267,7 +267,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       stores = [reading.as_dtype(store, args[i].dtype) for store, i in zip(opened, plain, strict=True)]
       rows = list(zip(plain, stores, strict=True))
       if any(store.dtype.name == "uint32" for store in stores):  # the words of a PRNG key are asked for as words too
-        keys = await orbax_private.prng_key_names(self._store, infos[0].parent_dir)
+        keys = await private.prng_key_names(self._store, infos[0].parent_dir)
         rows = [(i, store) for i, store in rows if infos[i].name not in keys]
       for i, store in rows:
         reading.check_shape(infos[i].name, tuple(store.shape), args[i].global_shape)

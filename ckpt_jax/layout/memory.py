@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -36,17 +35,6 @@ def unaligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     start = -_address(memory) % ALIGNMENT
   start += _UNALIGNED
   return memory[start : start + nbytes].view(dtype).reshape(shape)
-
-
-@contextlib.contextmanager
-def transfers_asked_for() -> Iterator[None]:
-  """Within it, this thread copies between host and devices whatever `jax.transfer_guard` says.
-
-  The guard finds copies that nobody meant to make; whoever saves or restores a state asks for them. It is of the thread
-  where it is a context manager, and of all threads where it is `jax.config`'s: each thread of ours enters this.
-  """
-  with jax.transfer_guard("allow"):
-    yield
 
 
 def _address(array: np.ndarray) -> int:

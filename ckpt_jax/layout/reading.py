@@ -19,12 +19,13 @@ import tensorstore as ts
 from etils import epath
 
 from ckpt_jax.errors import StructureMismatchError
-from ckpt_jax.layout import packing, stopping
+from ckpt_jax.job import threads
+from ckpt_jax.layout import packing
 from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.keys import prefix
 from ckpt_jax.layout.memory import to_be_copied, unaligned_empty
 from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, local_regions, one_device, split_box, whole_box
-from ckpt_jax.storage.kvstore import is_object_store
+from ckpt_jax.storage.urls import is_object_store
 
 # How long to wait for the oldest read before looking at the others, which costs about 0.2 us each.
 _SWEEP_S, _SWEEP_S_A_READ = 0.003, 5e-6
@@ -141,7 +142,7 @@ def _read(
     wanted = _Wanted(request, list(memory))
     for box, array in zip(request.boxes, wanted.arrays, strict=True):
       for part in split_box(box, chunk, dtype.itemsize, window.part(enough)):
-        stopping.check()
+        threads.check()
         nbytes = chunk_nbytes(part, chunk, dtype.itemsize)
         while window.is_full(len(flight), flight.nbytes, nbytes, enough):
           yield from flight.land()

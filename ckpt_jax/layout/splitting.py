@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from ckpt_jax import orbax_private, run
 from ckpt_jax.layout import packing, writing
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.structure import look, segment
+from ckpt_jax.orbax import private
+from ckpt_jax.run.steps import ITEM_METADATA
 
 PyTree = Any
 SEQUENCE, NAMES = 1, 2  # Orbax's KeyType
@@ -54,7 +55,7 @@ class Description:
 
   def complete(self, item: epath.Path) -> None:
     """Describes the whole tree in the item's `_METADATA`."""
-    file = item / run.ITEM_METADATA
+    file = item / ITEM_METADATA
     data = json.loads(file.read_text())
     known = data.pop("tree_metadata")
     tree = [
@@ -83,7 +84,7 @@ class Small:
   @functools.cached_property
   def shardings_json(self) -> str:
     """The shardings as Orbax writes them."""
-    return orbax_private.shardings_json(self.shardings)
+    return private.shardings_json(self.shardings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ def split(tree: PyTree) -> tuple[dict[str, Any], list[jax.Array], Small] | None:
 
 def _cut(tree: PyTree) -> _Cut | None:
   paths = jax.tree_util.tree_flatten_with_path(
-    tree, is_leaf=lambda x: not isinstance(x, jax.Array) and orbax_private.is_empty_node(x)
+    tree, is_leaf=lambda x: not isinstance(x, jax.Array) and private.is_empty_node(x)
   )[0]
   small = [isinstance(leaf, jax.Array) and packing.is_small(leaf.nbytes) and not is_prng_key(leaf) for _, leaf in paths]
   if True in small and not any(

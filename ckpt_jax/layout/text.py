@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ckpt_jax import untrusted
+from ckpt_jax.run import untrusted
 
 FILE = "_strings.json"
 

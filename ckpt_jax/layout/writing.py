@@ -18,12 +18,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.keys import prefix
 from ckpt_jax.layout.memory import host_view, unaligned_empty
 from ckpt_jax.layout.sharding import Box, box_of, merge_boxes, one_device, replicas, shape_of, whole_box, within
+from ckpt_jax.orbax import private
 
 # Pieces of one array that make up a whole of at most this are stored as one chunk: one request instead of one a device.
 # Larger ones stay as they are, since a later restore on more hosts reads whole chunks.
@@ -76,8 +76,8 @@ def on_host(
   alone = [i for i, array in enumerate(arrays) if one_device(array.sharding) == "here"]
   rest = sorted({*range(len(arrays))} - {*alone})
   values = _on_their_way([arrays[i] for i in alone])
-  divided = orbax_private.replica_slices_on_host(
-    [arrays[i] for i in rest], replica_parallel, slice_nbytes, infos[0].enable_pinned_host_transfer
+  divided = private.replica_slices_on_host(
+    [arrays[i] for i in rest], replica_parallel, slice_nbytes, infos[0].enable_pinned_host_transfer, host_view
   )
   found = dict(zip(rest, divided, strict=True))
   for i, value in zip(alone, values, strict=True):

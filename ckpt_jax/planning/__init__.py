@@ -1,0 +1,1 @@
+"""Before the cluster is rented: what a schedule and a retention do to a job."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.policies.retention import Retention
-from ckpt_jax.run import StepInfo
+from ckpt_jax.run.steps import StepInfo
 
 STRATEGIES = ("direct", "gather", "broadcast")
 
@@ -272,9 +272,9 @@ def calibrated(path: Any, restart_s: float = 60.0) -> tuple[Job, int, str]:
     NoCheckpointError: if the run remembers nothing.
   """
   from ckpt_jax.errors import NoCheckpointError
-  from ckpt_jax.policies.attempts import exposure, read_attempts
   from ckpt_jax.policies.youngdaly import learned_mtti
-  from ckpt_jax.run import NOTES, run_directory
+  from ckpt_jax.run.attempts import exposure, read_attempts
+  from ckpt_jax.run.steps import NOTES, run_directory
 
   directory = run_directory(path)
   attempts = [a for a in read_attempts(directory) if a.saves]

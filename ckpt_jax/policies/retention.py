@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from orbax.checkpoint import checkpoint_managers as ocp_policies
 
-from ckpt_jax.arguments import whole_number
 from ckpt_jax.config import BestConfig, RetentionConfig, ThinConfig, parse_bytes, parse_duration
+from ckpt_jax.config.arguments import whole_number
+from ckpt_jax.config.units import duration_text, size_text
 from ckpt_jax.errors import ConfigError
-from ckpt_jax.units import duration_text, size_text
 
 # restic's buckets; weeks are ISO 8601 weeks. All in UTC.
 _PERIODS: dict[str, Callable[[datetime.datetime], Any]] = {

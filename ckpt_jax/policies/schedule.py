@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as ocp_policies
 
-from ckpt_jax.arguments import check_schedule, whole_number
+from ckpt_jax.config.arguments import check_schedule, whole_number
 from ckpt_jax.errors import ConfigError
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ckpt_jax.config import parse_duration, parse_share
+from ckpt_jax.config.units import duration_text
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.policies.schedule import ByClock
-from ckpt_jax.units import duration_text
 
 _WINDOW = 9  # saves whose trimmed mean stands for the next one: one slow save does not move the interval
 _DEFAULT_MTTI = 86400.0  # what a job that was never interrupted is taken for, until it has run for longer

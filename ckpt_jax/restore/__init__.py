@@ -1,0 +1,1 @@
+"""One restore: which step, matching it with `like`, who reads what, and falling back from damage."""

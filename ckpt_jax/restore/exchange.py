@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ckpt_jax.restore.strategies import axes_by_dim, concrete, primary_mesh, replica_axes
+from ckpt_jax.restore.routes import axes_by_dim, concrete, primary_mesh, replica_axes
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 _lock = threading.Lock()

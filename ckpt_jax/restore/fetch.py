@@ -14,12 +14,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
+from ckpt_jax.job.waits import Together, Worker
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.memory import to_be_copied
 from ckpt_jax.restore import exchange
 from ckpt_jax.restore.leaf import LeafPlan
-from ckpt_jax.restore.strategies import DIRECT, REPLICA, SPREAD, WHOLE, Route, primary_mesh, process_grid
-from ckpt_jax.restore.together import Together, Worker
+from ckpt_jax.restore.routes import DIRECT, REPLICA, SPREAD, WHOLE, Route, primary_mesh, process_grid
 
 _log = logging.getLogger(__name__)
 _LEAST_PART = 16 * 2**20

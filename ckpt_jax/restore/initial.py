@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ckpt_jax.errors import ConfigError, StructureMismatchError
-from ckpt_jax.restore.paths import as_patterns, matches, selected
+from ckpt_jax.restore.patterns import as_patterns, matches, selected
 from ckpt_jax.restore.placement import why_impossible
 
 Initialise = Callable[[str, Any], Any]

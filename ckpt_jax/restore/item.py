@@ -7,9 +7,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from ckpt_jax import contents, run
 from ckpt_jax.config import Config
+from ckpt_jax.layout import contents
 from ckpt_jax.layout.structure import path_name
+from ckpt_jax.run.steps import is_tree, our_metadata
 
 
 def item_to_read(
@@ -32,10 +33,10 @@ def item_to_read(
   if item is not None:
     return contents.item_name(step_dir, item)
   if ours is None:
-    ours = run.our_metadata(step_dir)
+    ours = our_metadata(step_dir)
   try:
     # A step that was saved before `Config.item` was set has its state elsewhere, one without items has but one.
-    elsewhere = config.item is None or bool(ours) or run.is_tree(step_dir)
+    elsewhere = config.item is None or bool(ours) or is_tree(step_dir)
     return contents.item_name(step_dir, None if elsewhere else config.item, ours)
   except contents.SeveralItemsError as e:
     if like is not None:

@@ -14,12 +14,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from ckpt_jax import orbax_private
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StructureMismatchError
 from ckpt_jax.layout.encoding import decode_leaf, is_prng_key
 from ckpt_jax.layout.memory import to_be_copied
 from ckpt_jax.layout.owned import default_cpu
 from ckpt_jax.layout.sharding import is_weak
+from ckpt_jax.orbax import private
 from ckpt_jax.restore.placement import is_held_by_jax
 
 Note = dict[str, Any]
@@ -181,7 +181,7 @@ def finish_arrays(plans: Sequence[LeafPlan], values: dict[str, Any]) -> None:
     value = values[plan.name]
     weak, loose = plan.weak and not is_prng_key(value), plan.loose and value.committed
     if weak or loose:
-      values[plan.name] = orbax_private.array_as(value, weak=weak, committed=value.committed and not loose)
+      values[plan.name] = private.array_as(value, weak=weak, committed=value.committed and not loose)
 
 
 def _as_like(name: str, value: Any, like: Any) -> Any:

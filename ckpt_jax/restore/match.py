@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ckpt_jax.contents import LeafInfo
 from ckpt_jax.errors import ConfigError, StructureMismatchError
+from ckpt_jax.layout.contents import LeafInfo
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key, is_traced
 from ckpt_jax.layout.forms import shown
 from ckpt_jax.restore.hints import Leaf, brief, explain, nearest
-from ckpt_jax.restore.paths import matches, selected
+from ckpt_jax.restore.patterns import matches, selected
 from ckpt_jax.restore.placement import why_impossible
 
 Note = dict[str, Any]

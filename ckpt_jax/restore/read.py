@@ -16,19 +16,27 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, Sharding
 
-from ckpt_jax import contents, run
-from ckpt_jax.arguments import check_request
 from ckpt_jax.config import Config
+from ckpt_jax.config.arguments import check_request
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_damage, is_unreachable, root_cause
 from ckpt_jax.integrity.fingerprint import label
-from ckpt_jax.layout import aggregate, direct
+from ckpt_jax.job.rendezvous import Rendezvous
+from ckpt_jax.job.waits import Together, Worker
+from ckpt_jax.layout import aggregate, contents, direct
 from ckpt_jax.layout.forms import shared_names
 from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.layout.keys import database_name
 from ckpt_jax.layout.structure import path_name
-from ckpt_jax.rendezvous import Rendezvous
-from ckpt_jax.restore.choose import (
+from ckpt_jax.restore.exchange import compile_seconds, is_compiled
+from ckpt_jax.restore.fetch import fetch
+from ckpt_jax.restore.initial import Initialise, initial_value, initialisers, patterns_inside
+from ckpt_jax.restore.item import item_to_read
+from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, finish_arrays, make_plan
+from ckpt_jax.restore.match import castable, match
+from ckpt_jax.restore.patterns import as_patterns, matches, rebuild, selected
+from ckpt_jax.restore.routes import Route, plan_routes, totals
+from ckpt_jax.restore.strategy import (
   STRATEGIES,
   Choice,
   choose,
@@ -40,15 +48,7 @@ from ckpt_jax.restore.choose import (
   speeds,
   worth_exchanging,
 )
-from ckpt_jax.restore.exchange import compile_seconds, is_compiled
-from ckpt_jax.restore.fetch import fetch
-from ckpt_jax.restore.initial import Initialise, initial_value, initialisers, patterns_inside
-from ckpt_jax.restore.item import item_to_read
-from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, check_stored, finish_arrays, make_plan
-from ckpt_jax.restore.match import castable, match
-from ckpt_jax.restore.paths import as_patterns, matches, rebuild, selected
-from ckpt_jax.restore.strategies import Route, plan_routes, totals
-from ckpt_jax.restore.together import Together, Worker
+from ckpt_jax.run.steps import THINNED, newest_resumable, our_item, our_metadata
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.tuning.plan import known_profile
 from ckpt_jax.tuning.profile import available_memory
@@ -229,14 +229,14 @@ class Step:
 
   def __init__(self, step_dir: epath.Path, config: Config, item: str | None = None):
     self.name = str(step_dir)
-    ours = run.our_metadata(step_dir)
+    ours = our_metadata(step_dir)
     name = contents.item_name(step_dir, item, ours)
     self.item_dir = step_dir / name
     self.item = contents.describe_item(self.item_dir, config)
     self.notes: dict[str, Any] = contents.encoded_leaves(ours, name)
-    weak = ours.get("weak") if run.our_item(ours) == name else None
+    weak = ours.get("weak") if our_item(ours) == name else None
     self._weak: frozenset[str] | None = None if weak is None else frozenset(weak)
-    self.thinned: list[str] | None = (ours.get(run.THINNED) or {}).get("keep")
+    self.thinned: list[str] | None = (ours.get(THINNED) or {}).get("keep")
     leaves, structure = jax.tree_util.tree_flatten_with_path(self.item.tree)
     self.treedef: Any = structure  # jax's stubs do not know its methods
     self.paths = {path_name(path): path for path, _ in leaves}
@@ -367,7 +367,7 @@ def _refuse_thinned(step: Step, missing: set[str]) -> None:
   if step.thinned is None or not missing:
     return
   directory = epath.Path(step.name)
-  newest = run.newest_resumable(directory.parent)
+  newest = newest_resumable(directory.parent)
   resume = "no step of this run can" if newest is None else f"the newest that can is step {newest}"
   kept = ", ".join(step.thinned)
   raise StructureMismatchError(

@@ -14,8 +14,8 @@ from etils import epath
 
 from ckpt_jax.errors import StorageError
 from ckpt_jax.failures import without_secrets
-from ckpt_jax.storage.kvstore import is_object_store
 from ckpt_jax.storage.objects import BACKEND
+from ckpt_jax.storage.urls import is_object_store
 
 # How long to watch a step that cannot be read for somebody who is deleting it, and to wait for its end.
 _LOOKS, _BETWEEN_LOOKS_S, _DELETION_S = 5, 0.05, 60.0

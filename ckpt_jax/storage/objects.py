@@ -32,7 +32,8 @@ from etils.epath import stat_utils
 
 from ckpt_jax.errors import ConfigError, StorageError
 from ckpt_jax.failures import without_secrets
-from ckpt_jax.storage.kvstore import filesystem, is_object_store, split_url
+from ckpt_jax.storage.clients import filesystem
+from ckpt_jax.storage.urls import is_object_store, split_url
 
 # Long enough for the checks that follow a write at once, short enough that another process's deletion is noticed.
 _OWN_WRITES_S = 10.0
@@ -410,7 +411,7 @@ def _seconds(when: Any) -> float:
   return when.timestamp() if when else 0.0
 
 
-BACKEND = ObjectBackend()  # epath's for the whole process, once `kvstore.connect` was called
+BACKEND = ObjectBackend()  # epath's for the whole process, once `connect` was called
 
 
 @contextlib.contextmanager

@@ -23,8 +23,8 @@ from typing import Any
 from ckpt_jax.config import parse_bytes, parse_duration
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.storage.kinds import StorageKind, detect, storage_identity
-from ckpt_jax.storage.kvstore import is_object_store
 from ckpt_jax.storage.targets import BLOCK, FileTarget, Target, file_target, object_target, random_bytes
+from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
 _SMALLEST = 64 * BLOCK

@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
+from ckpt_jax.config.units import duration_text, size_text
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.storage.probe import StorageProfile
-from ckpt_jax.units import duration_text, size_text
 
 
 def tables(profile: StorageProfile) -> list[Table]:

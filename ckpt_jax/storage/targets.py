@@ -18,7 +18,8 @@ from typing import Any, Protocol
 from etils import epath
 
 from ckpt_jax.errors import StorageError
-from ckpt_jax.storage.kvstore import connect, filesystem, kvstore_spec
+from ckpt_jax.storage.clients import filesystem, kvstore_spec
+from ckpt_jax.storage.connect import connect
 
 BLOCK = 2**20
 

@@ -1,0 +1,1 @@
+"""Profile -> plan -> search: settings that suit this storage and this state."""

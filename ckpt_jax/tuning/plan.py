@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt_jax.config import Config
+from ckpt_jax.storage.connect import connect
 from ckpt_jax.storage.kinds import StorageKind, detect
-from ckpt_jax.storage.kvstore import connect
 from ckpt_jax.storage.paths import given
 from ckpt_jax.storage.probe import StorageProfile, cached_profile, quick_probe
 from ckpt_jax.tuning.assumed import assumed_profile, is_assumed

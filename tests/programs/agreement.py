@@ -9,8 +9,8 @@ multihost.initialize()
 import jax
 
 from ckpt_jax import errors
-from ckpt_jax.policies.agree import decided_by_process_zero, from_process_zero
-from ckpt_jax.rendezvous import Rendezvous
+from ckpt_jax.job.agreement import decided_by_process_zero, from_process_zero
+from ckpt_jax.job.rendezvous import Rendezvous
 
 first = jax.process_index() == 0
 meeting = Rendezvous("agreement")

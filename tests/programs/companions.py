@@ -29,9 +29,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import ckpt_jax as ckpt
-from ckpt_jax import run, session
-from ckpt_jax.integrity import durability, health
+from ckpt_jax.integrity import health
 from ckpt_jax.policies.schedule import Schedule
+from ckpt_jax.run import steps as run
+from ckpt_jax.save import commit, session
 
 LIMIT_S = 120.0  # for one program
 health.BEFORE_SAVE_NBYTES = 1 << 16  # so that small states, too, are found to be unhealthy behind a save
@@ -41,7 +42,7 @@ top, first, count = pathlib.Path(sys.argv[1]).resolve(), int(sys.argv[2]), int(s
 
 broken: dict[str, int] = {}  # in which of four ways the next save of a run fails
 noise = random.Random()
-seal, sync_directory = durability.seal, durability.sync_directory
+seal, sync_directory = commit.seal, commit.sync_directory
 
 
 def fails(path, kinds):
@@ -64,7 +65,7 @@ def failing_sync(path):
   sync_directory(path)
 
 
-durability.seal, durability.sync_directory = failing_seal, failing_sync
+commit.seal, commit.sync_directory = failing_seal, failing_sync
 
 # -- interrupts
 

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax import restoring
-from ckpt_jax.policies.deletion import StepDeleter
+from ckpt_jax.restore import restoring
+from ckpt_jax.run.deletion import StepDeleter
 
 mesh = jax.make_mesh((2, jax.device_count() // 2), ("data", "fsdp"))
 

@@ -16,8 +16,9 @@ import time
 import jax.numpy as jnp
 
 import ckpt_jax as ckpt
-from ckpt_jax.integrity import durability, lease
-from ckpt_jax.layout import stopping
+from ckpt_jax.job import threads
+from ckpt_jax.run import lease
+from ckpt_jax.save import commit
 
 top = pathlib.Path(sys.argv[1])
 state = {}
@@ -91,7 +92,7 @@ def interrupted(call, held):
 
 
 def in_wait():
-  seal = Held(durability, "seal")
+  seal = Held(commit, "seal")
   with ckpt.Checkpointer(top / "in_wait") as c:
     assert c.save(1, state)
     for _ in range(3):
@@ -116,7 +117,7 @@ def in_save_that_fails():
   acquire = Held(lease.Lease, "acquire")
   with ckpt.Checkpointer(top / "in_save_that_fails") as c:
     interrupted(lambda: c.save(1, state), acquire)
-    seal, durability.seal = durability.seal, None  # raises a TypeError
+    seal, commit.seal = commit.seal, None  # raises a TypeError
     once(lambda: True, acquire.free.set)
     try:
       c.wait()
@@ -124,13 +125,13 @@ def in_save_that_fails():
     except ckpt.SaveFailedError as e:
       assert e.step == 1
     c.wait()
-    durability.seal = seal
+    commit.seal = seal
     assert c.save(2, state)
   assert c.latest_step() == 2
 
 
 def in_close():
-  seal = Held(durability, "seal")
+  seal = Held(commit, "seal")
   c = ckpt.Checkpointer(top / "in_close")
   assert c.save(1, state)
   interrupted(c.close, seal)
@@ -140,7 +141,7 @@ def in_close():
 
 
 def in_a_handler():
-  seal = Held(durability, "seal")
+  seal = Held(commit, "seal")
   with ckpt.Checkpointer(top / "in_a_handler") as c:
 
     def on_signal(*_):
@@ -156,7 +157,7 @@ def in_a_handler():
 
 
 def leaves_a_block():
-  seal = Held(durability, "seal")
+  seal = Held(commit, "seal")
   once(Logged("waiting for step 1"), seal.free.set)
   with ckpt.Checkpointer(top / "leaves_a_block") as c:
     assert c.save(1, state)
@@ -164,7 +165,7 @@ def leaves_a_block():
 
 
 def insists():
-  Held(durability, "seal")
+  Held(commit, "seal")
   once(Logged("waiting for step 1"), interrupt)
   once(Logged("at exit: waiting for step 1"), interrupt)
   with ckpt.Checkpointer(top / "insists") as c:
@@ -176,14 +177,14 @@ def in_restore():
   path = top / "in_restore"
   with ckpt.Checkpointer(path) as c:
     c.save(1, {f"w{i}": jnp.ones(1000) for i in range(200)})
-  began, real = threading.Event(), stopping.check
+  began, real = threading.Event(), threads.check
 
   def slow():
     began.set()
     time.sleep(0.01)
     real()
 
-  stopping.check = slow
+  threads.check = slow
   threading.Thread(target=lambda: (began.wait(100), time.sleep(0.05), interrupt())).start()
   ckpt.Checkpointer(path).restore()
 

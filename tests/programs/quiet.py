@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 import ckpt_jax as ckpt
-from ckpt_jax.integrity import durability, health
+from ckpt_jax.integrity import health
 from ckpt_jax.layout.handler import ArrayHandler
+from ckpt_jax.save import commit
 
 logging.basicConfig(level=logging.INFO, format="%(name)s %(levelname)s %(message)s", force=True)
 logging.getLogger("jax").setLevel(logging.WARNING)
@@ -64,7 +65,7 @@ with fails():
 with replaced(health, "BEFORE_SAVE_NBYTES", 0), fails():
   c.save(6, {**state, "x": jnp.full(10**6, jnp.nan)})
   c.wait()
-with replaced(durability, "seal", io_error), fails():
+with replaced(commit, "seal", io_error), fails():
   c.save(7, state)
   c.wait()
 path_class = ocp.path.atomicity.AtomicRenameTemporaryPath

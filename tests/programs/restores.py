@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.restore import exchange, fetch, read, together
+from ckpt_jax.job import waits
+from ckpt_jax.restore import exchange, fetch, read
 
 logging.set_verbosity("error")
 run, mode = sys.argv[1:3]
@@ -115,7 +116,7 @@ elif mode == "stuck_exchange":
     if me == 1:
       whole = fetch._exchange
       fetch._exchange = lambda part, values: time.sleep(60)
-    together._LEAVE_S = 1.0  # ten for a user, whose read may yet end
+    waits._LEAVE_S = 1.0  # ten for a user, whose read may yet end
     expect(ckpt.CheckpointError, "the exchange of part", lambda: c.restore(like=abstract(state()), strategy="gather"))
   time.sleep(4)  # the first to fail takes the others with it
   raise ValueError("leave without jax's shutdown barrier: a device thread is stuck")

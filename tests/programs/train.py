@@ -144,7 +144,7 @@ elif mode == "one_fails":
     c.wait()
     assert [s.step for s in c.steps()] == [0, 2]
 elif mode == "one_is_late":
-  from ckpt_jax.rendezvous import Rendezvous
+  from ckpt_jax.job.rendezvous import Rendezvous
 
   here = Rendezvous("test")
   here.wait("all to start", 60)

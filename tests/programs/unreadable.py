@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from typer.testing import CliRunner
 
 import ckpt_jax as ckpt
-from ckpt_jax import run
-from ckpt_jax.cli import app
+from ckpt_jax.cli.app import app
+from ckpt_jax.run import steps as run
 
 base = pathlib.Path(sys.argv[1])
 path = base / "runs" / "run"

@@ -14,7 +14,7 @@ import warnings
 import jax.numpy as jnp
 
 import ckpt_jax as ckpt
-from ckpt_jax import garbage
+from ckpt_jax.job import garbage
 
 warnings.simplefilter("ignore")  # jax's own about os.fork()
 run = sys.argv[1]

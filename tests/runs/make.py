@@ -1,4 +1,4 @@
-"""Makes the runs that tests/test_old_runs.py reads: small ones, by early versions of Orbax and flax, in all forms.
+"""Makes the runs that tests/run/test_old_runs.py reads: small ones, by early versions of Orbax and flax, in all forms.
 
   python3.11 tests/runs/make.py [VERSION ...]     # all of them take 15 minutes, and the network
 

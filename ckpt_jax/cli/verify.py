@@ -1,0 +1,89 @@
+"""`ckpt-jax verify` and `ckpt-jax rollback`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated
+
+import typer
+
+from ckpt_jax.cli import quarantine
+from ckpt_jax.cli.common import Json, Run, confirmed, fail, print_json, print_table
+from ckpt_jax.config.units import size_text
+from ckpt_jax.restore.verify import DELETED, UNREADABLE, Verdict, verdicts
+
+
+def verify(
+  run: Run,
+  step: Annotated[int | None, typer.Argument(help="Default: all committed steps.", show_default=False)] = None,
+  as_json: Json = False,
+) -> None:
+  """Read steps from storage and compare every bit with what was saved; exit 1 if anything is wrong."""
+  from rich.console import Console
+  from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+  from ckpt_jax.run.quarantine import listed
+  from ckpt_jax.run.steps import run_directory
+
+  columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+  with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    tasks: dict[int, object] = {}
+
+    def show(number: int, done: int, total: int) -> None:
+      if number not in tasks:
+        tasks[number] = bar.add_task(f"step {number}", total=total)
+      bar.update(tasks[number], completed=done)  # type: ignore[arg-type]
+
+    found = list(verdicts(run, step, show))
+  findings = [finding for verdict in found for finding in verdict.findings]
+  aside = listed(run_directory(run)) if step is None else []
+  if as_json:
+    unread = {"leaves": 0, "nbytes": 0, "fingerprints": 0, "how_far": "not read: it does not count", "findings": []}
+    print_json([dataclasses.asdict(v) for v in found] + [unread | a for a in quarantine.as_json(run, aside)])
+  else:
+    rows = [(str(v.step), _state(v), str(v.leaves), size_text(v.nbytes), v.how_far) for v in found]
+    print_table(("step", "", "leaves", "size", "checked"), rows)
+    if findings:
+      print_table(
+        ("step", "kind", "leaf", "file", "what is wrong"),
+        [(str(f.step), f.kind, f.leaf, f.file, f.message) for f in findings],
+      )
+    quarantine.show(run, aside, in_full=True)
+  if findings:
+    raise typer.Exit(1)
+
+
+def _state(verdict: Verdict) -> str:
+  if not verdict.findings:
+    return "deleted" if verdict.how_far == DELETED else "sound"
+  return "could not be read" if all(f.kind == UNREADABLE for f in verdict.findings) else "damaged"
+
+
+def rollback(
+  run: Run,
+  step: Annotated[int, typer.Argument(help="The step that shall be the newest.", show_default=False)],
+  delete: Annotated[bool, typer.Option("--delete", help="Delete the newer steps for good.")] = False,
+  yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before deleting.")] = False,
+  as_json: Json = False,
+) -> None:
+  """Make an older step the newest one; no job may be writing the run."""
+  from ckpt_jax.restore import fallback
+  from ckpt_jax.run.steps import run_directory, step_directory
+
+  directory = run_directory(run)
+  if delete:
+    step_directory(directory, step)  # before the question is asked
+    going = fallback.deleted_by_rollback(directory, step)
+    steps = f"step {going[0]}" if len(going) == 1 else f"steps {', '.join(map(str, going))}"
+    if going and not confirmed(f"Delete {steps} for good?", yes=yes, aloud=not as_json):
+      fail("nothing deleted")
+  newer = fallback.rollback(directory, step, delete=delete)
+  if as_json:
+    print_json({"step": step, "deleted" if delete else "set_aside": newer})
+    return
+  names = ", ".join(map(str, newer)) or "none"
+  where = "deleted" if delete else f"in {directory}/.ckpt_jax/set_aside"
+  typer.echo(f"step {step} is the newest; newer steps: {names}" + (f" ({where})" if newer else ""))
+  if newer and not delete:
+    typer.echo(f"the way back: ckpt-jax restore-quarantined {run} STEP")

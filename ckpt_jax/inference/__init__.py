@@ -1,0 +1,1 @@
+"""From training to serving: checkpoints of other programs, exports."""

@@ -1,0 +1,353 @@
+"""What a committed step holds: its items, and their leaves without the values."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+
+from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError
+from ckpt_jax.failures import is_unreachable, root_cause
+from ckpt_jax.run import untrusted
+from ckpt_jax.run.steps import (
+  COMMIT_MARKER,
+  DEFAULT_ITEM,
+  ITEM_METADATA,
+  STEP_METADATA,
+  is_gone,
+  is_tree,
+  latest_committed,
+  our_item,
+  our_metadata,
+  run_directory,
+  step_directory,
+  step_info,
+  step_metadata,
+  tree_nbytes,
+)
+from ckpt_jax.storage import look
+
+JSON_FILES = ("metadata", "metrics")
+V1_ITEM = "state"  # what Orbax v1's training.Checkpointer saves and asks for
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafInfo:
+  """One leaf as it was saved.
+
+  Attributes:
+    path: names with slashes between, as Orbax names the leaf.
+    shape: () for scalars.
+    dtype: numpy's name; `int`, `float`, `bool`, `str`, `complex` for Python's own; `key<impl>` for PRNG keys.
+    nbytes: bytes of the value.
+    scalar: whether it was a Python number or text rather than an array.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  dtype: str
+  nbytes: int
+  scalar: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """A part of a step, which Orbax saves and restores by itself.
+
+  Attributes:
+    name: its directory below the step; empty where the step is a tree by itself, without items.
+    kind: `tree`: a pytree; `array`: one array or number; `json`; `other`: only its handler knows.
+    handler: the class that wrote it; empty if the step does not say.
+  """
+
+  name: str
+  kind: str
+  handler: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepDescription:
+  """A committed step with everything but its values.
+
+  Attributes:
+    step, metadata, metrics, extras: what was saved beside the state.
+    leaves: those of one item, the training state if no other was asked for; empty if it is none that has leaves.
+    item: the name of that item; None if none of several trees stands out.
+    items: all items of the step.
+    content: what the item holds if that is JSON.
+  """
+
+  step: int
+  metadata: dict[str, Any]
+  metrics: dict[str, Any]
+  extras: Any
+  leaves: list[LeafInfo]
+  item: str | None = DEFAULT_ITEM
+  items: tuple[Item, ...] = ()
+  content: Any = None
+
+
+def items(step_dir: epath.Path) -> list[Item]:
+  """All items of a committed step, by name; those within items (random keys are two in one) after a slash."""
+  handlers = step_metadata(step_dir).get("item_handlers")
+  if is_tree(step_dir):
+    return [Item("", "tree", _class_name(handlers))]
+  return sorted(_items(step_dir, "", handlers if isinstance(handlers, dict) else {}), key=lambda item: item.name)
+
+
+def _items(directory: epath.Path, prefix: str, handlers: dict[str, Any]) -> Iterator[Item]:
+  for path in [directory / name for name in look.names(directory)]:
+    if path.name.startswith(".") or not look.is_dir(path):
+      continue
+    name, handler = f"{prefix}{path.name}", _class_name(handlers.get(path.name))
+    files = set(look.names(path)) - {COMMIT_MARKER, STEP_METADATA}
+    if "checkpoint" in files and look.exists(path / "checkpoint" / ".zarray"):
+      yield Item(name, "array", handler)
+    elif is_tree(path):
+      yield Item(name, "tree", handler)
+    elif len(files) == 1 and files <= set(JSON_FILES):
+      yield Item(name, "json", handler)
+    elif not prefix and files and all(look.is_dir(path / file) for file in files):
+      yield from _items(path, f"{name}/", {})
+    else:
+      yield Item(name, "other", handler)
+
+
+def _class_name(handler: Any) -> str:
+  return handler.rpartition(".")[2] if isinstance(handler, str) else ""
+
+
+class SeveralItemsError(CheckpointError):
+  """A step holds several trees, and which of them is meant is not clear.
+
+  Attributes:
+    names: of the trees.
+  """
+
+  def __init__(self, message: str, names: Sequence[str]):
+    super().__init__(message)
+    self.names = names
+
+
+def item_name(step_dir: epath.Path, name: str | None = None, ours: dict[str, Any] | None = None) -> str:
+  """The item of a step that holds the training state, ours or plain Orbax's.
+
+  Args:
+    step_dir: a committed step.
+    name: which was asked for. Default: the one that ckpt_jax wrote, else `default` (of Orbax's CheckpointManager), else
+      `state` (of Orbax v1), else the only tree.
+    ours: `run.our_metadata`, if it was read.
+
+  Raises:
+    ConfigError: if the step lacks the item that was asked for.
+    CorruptCheckpointError: if the step holds no tree at all.
+    SeveralItemsError: if it holds several trees, none called `default` or `state`.
+  """
+  if not name and ours is None:
+    ours = our_metadata(step_dir)
+  for usual in [name] if name else [our_item(ours)] if ours else [DEFAULT_ITEM, V1_ITEM]:
+    if is_tree(step_dir / usual):
+      return usual
+  if ours and not name:
+    raise CorruptCheckpointError(
+      f"{step_dir / our_item(ours)}: no {ITEM_METADATA}; the step was saved with its state there"
+    )
+  found = items(step_dir)
+  trees = [item.name for item in found if item.kind == "tree" and "/" not in item.name]
+  if name:
+    kinds = {item.name: item.kind for item in found}
+    if kinds.get(name) in ("tree", "array"):
+      return name
+    if name in kinds:
+      how = (
+        f"`ckpt-jax show` prints it, and it is in {step_dir / name}"
+        if kinds[name] == "json"
+        else "its handler reads it"
+      )
+      raise ConfigError(f"{step_dir}: its item {name} ({kinds[name]}) is no tree of arrays; {how}")
+    there = ", ".join(f"{n} ({kind})" for n, kind in kinds.items()) if trees != [""] else "one tree without a name"
+    near = difflib.get_close_matches(name, kinds, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{step_dir}: no item {name!r}; the step has {there}{hint}")
+  if len(trees) == 1:
+    return trees[0]
+  if not trees:
+    there = ", ".join(f"{item.name} ({item.kind})" for item in found) or "nothing"
+    raise CorruptCheckpointError(f"{step_dir}: holds no state: no item of it is a tree of arrays, it has {there}")
+  raise SeveralItemsError(
+    f"{step_dir}: several items ({', '.join(trees)}), and none is called {DEFAULT_ITEM} or {V1_ITEM}; say which "
+    f'holds the state: restore(item="{trees[0]}"), Config(item="{trees[0]}"), or --item {trees[0]}',
+    trees,
+  )
+
+
+def item_directory(step_dir: epath.Path, name: str | None = None) -> epath.Path:
+  """The directory of an item, default: of the training state; see `item_name` for arguments and errors."""
+  return step_dir / item_name(step_dir, name)
+
+
+def describe(path: str | os.PathLike[str], step: int | None = None, item: str | None = None) -> StepDescription:
+  """Everything about a step (default: the newest) but its values; reads metadata only.
+
+  Raises:
+    NoCheckpointError: if there is no such step.
+    ConfigError: if the step has no such item.
+    CorruptCheckpointError: if its metadata cannot be read.
+  """
+  directory = run_directory(path)
+  if step is not None:
+    return _describe(directory, step, item)
+  while True:  # each time that the newest is deleted under our hands there is a newer one, or none at all
+    newest = latest_committed(directory)
+    try:
+      return _describe(directory, newest, item)
+    except CheckpointError:
+      if not is_gone(directory, newest):
+        raise
+
+
+def _describe(directory: epath.Path, step: int, item: str | None) -> StepDescription:
+  step_dir = step_directory(directory, step)
+  ours = our_metadata(step_dir)
+  shown = {k: v for k, v in ours.items() if k not in ("metrics", "extras", "encoded")}
+  metrics = step_info(directory, step).metrics
+  there = tuple(items(step_dir))
+  name, leaves, content = item, [], None
+  if any(part.name == item and part.kind not in ("tree", "array") for part in there):
+    content = json_item(step_dir / str(item))
+  else:
+    try:
+      name = item_name(step_dir, item, ours)
+      leaves = saved_leaves(step_dir, name)
+    except SeveralItemsError:
+      pass
+  return StepDescription(step, shown, metrics, ours.get("extras"), leaves, name, there, content)
+
+
+def json_item(item_dir: epath.Path) -> Any:
+  """What an item holds that is one file of JSON, as `JsonSave` and Orbax's metrics write it; None for another.
+
+  Raises:
+    CorruptCheckpointError: if the file is there and holds no JSON.
+  """
+  for name in JSON_FILES:
+    if look.exists(item_dir / name):
+      return untrusted.read_json(item_dir / name)
+  return None
+
+
+def saved_leaves(step_dir: epath.Path, item: str | None = None) -> list[LeafInfo]:
+  """The leaves of an item, default: of the training state, as its trainer saw them, sorted as in the saved tree."""
+  ours = our_metadata(step_dir)
+  name = item_name(step_dir, item, ours)
+  return leaf_infos(describe_item(step_dir / name).tree, encoded_leaves(ours, name))
+
+
+def encoded_leaves(ours: dict[str, Any], item: str) -> dict[str, Any]:
+  """What `layout.encoding` noted of the leaves of an item; empty for one that ckpt_jax did not write."""
+  return ours.get("encoded", {}) if our_item(ours) == item else {}
+
+
+def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
+  """The leaves that `describe_item` finds, as their trainer saw them; `encoded` is what `layout.encoding` noted."""
+  import jax  # listing steps needs neither jax nor Orbax
+  import numpy as np
+
+  from ckpt_jax.layout.encoding import dtype_name
+  from ckpt_jax.layout.structure import path_name
+
+  leaves = []
+  for path, meta in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    name = path_name(path)
+    note = encoded.get(name, {})
+    kind = type(meta).__name__
+    if kind == "StringMetadata":
+      leaves.append(LeafInfo(name, (), "str", 0, scalar=True))
+      continue
+    shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    label = dtype_name(dtype)
+    if kind == "ScalarMetadata":
+      label = {"b": "bool", "i": "int", "f": "float"}.get(dtype.kind, label)
+    if note.get("kind") == "empty":
+      shape, label, nbytes = tuple(note["shape"]), note["dtype"], 0
+    elif note.get("kind") == "prng_key":
+      shape, label = shape[:-1], note["dtype"]
+    elif note.get("kind") == "complex":
+      label = "complex"
+    elif "dtype" in note:
+      label = note["dtype"]
+    leaves.append(LeafInfo(name, shape, label, nbytes, scalar=kind == "ScalarMetadata"))
+  return leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemDescription:
+  """What an item says of itself.
+
+  Attributes:
+    tree: as Orbax describes it: nested containers with ArrayMetadata, ScalarMetadata, StringMetadata leaves.
+    info: Orbax's description of an array, without a name; None if only Orbax knows the item, see `layout.direct`.
+    index: where its small arrays lie; empty if it is not packed.
+    stores: its other arrays, open, by their names in the database.
+    values: those that the description itself holds, by path, as early Orbax wrote them.
+  """
+
+  tree: Any
+  info: Any = None
+  index: dict[str, Any] = dataclasses.field(default_factory=dict)
+  stores: dict[str, Any] = dataclasses.field(default_factory=dict)
+  values: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def describe_item(item_dir: epath.Path, config: Any = None) -> ItemDescription:
+  """Reads what an item, RUN/STEP/default, says of itself, and opens its arrays within the limits of `config`.
+
+  Raises:
+    CorruptCheckpointError: if it is damaged.
+    StorageError: if storage does not answer, or does not let us in.
+  """
+  from ckpt_jax.config import Config
+  from ckpt_jax.layout import aggregate, direct, packing
+  from ckpt_jax.layout.handler import pytree_handler
+
+  try:
+    limits = (config or Config()).limits
+    if (old := aggregate.describe(item_dir, limits)) is not None:
+      tree, info, stores, values = old
+      return ItemDescription(tree, info, {}, stores, values)
+    data = untrusted.read_json(item_dir / ITEM_METADATA)
+    untrusted.check_tree(data, str(item_dir / ITEM_METADATA))
+    index = packing.read_index(item_dir)
+    known = bool(index) or direct.is_known(item_dir, data)
+    if not known:
+      tree = pytree_handler(Config()).metadata(item_dir).tree
+      _check_claims(tree, item_dir)
+      return ItemDescription(tree)
+    info = direct.item_info(item_dir, data, limits)
+    tree, stores = direct.describe(info, data, index)
+    _check_claims(tree, item_dir)
+    return ItemDescription(tree, info, index, stores)
+  except (CheckpointError, MemoryError):
+    raise
+  except Exception as e:
+    if is_unreachable(e):
+      raise StorageError(f"{item_dir}: {root_cause(e)}") from e
+    raise CorruptCheckpointError(f"{item_dir}: its metadata cannot be read: {' '.join(str(e).split())[:500]}") from e
+
+
+def _check_claims(tree: Any, item_dir: epath.Path) -> None:
+  import jax
+  import numpy as np
+
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if getattr(leaf, "shape", None) is not None]
+  claimed = untrusted.claimed_bytes(
+    ((leaf.shape, np.dtype(leaf.dtype).itemsize if leaf.dtype is not None else 1) for leaf in leaves), str(item_dir)
+  )
+  if claimed > untrusted.FREE_CLAIM:
+    untrusted.check_claim(claimed, tree_nbytes(item_dir), str(item_dir))

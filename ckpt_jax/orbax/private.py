@@ -1,0 +1,395 @@
+"""Private names of Orbax, jax, epath and Python, which no other file touches but orbax_saves.py.
+
+tests/orbax/test_private.py guards them.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from jax._src import distributed
+
+from ckpt_jax.errors import CheckpointError
+from ckpt_jax.orbax import saves
+
+
+def end_save(manager: ocp.CheckpointManager, ended: threading.Event, timeout: float) -> bool:
+  """Waits, after `manager.save` has raised, for what it had started of the commit; False if that takes longer.
+
+  Why private: `save` may raise when the thread that commits runs already (its retention policy raises, no more threads
+  can be started), and does not say so. What that thread then dies of would be raised by the next save.
+  """
+  last = manager._finalize_thread.get()  # pylint: disable=protected-access
+  if last is not None and last.is_alive():
+    return ended.wait(timeout)
+  saving = manager._checkpointer._async_manager  # type: ignore[attr-defined]  # pylint: disable=protected-access
+  if saving._thread is not None and saving._thread.ident is not None:
+    saving._thread.join(timeout)
+    if saving._thread.is_alive():
+      return False
+  with contextlib.suppress(BaseException):
+    saving.check_for_errors()
+  return True
+
+
+def forget_failure(manager: ocp.CheckpointManager) -> None:
+  """Has `manager` drop the step of a save that has ended in failure, which is told elsewhere.
+
+  Why private: Orbax raises it once in each thread that asks, in the next save too; and in the next save what became of
+  the metadata that it was still writing.
+  """
+  with contextlib.suppress(BaseException):
+    manager.wait_until_finished()
+  manager._finalize_thread.set(None)  # pylint: disable=protected-access
+  store = manager._non_blocking_metadata_store  # pylint: disable=protected-access
+  while store._write_futures:
+    with contextlib.suppress(Exception):
+      store.wait_until_finished()
+
+
+_left_behind: list[threading.Thread] = []
+
+
+def leave_behind(manager: ocp.CheckpointManager, writing: Iterable[threading.Thread]) -> None:
+  """Gives up on a manager whose background save hangs in the threads `writing`, also when the interpreter ends.
+
+  Why private: Orbax's threads are no daemons and it has no way to abandon them; `cancel()` cannot reach a thread that
+  waits for the kernel.
+  """
+  saving = manager._checkpointer._async_manager._thread  # type: ignore[attr-defined]  # pylint: disable=protected-access
+  threads = (manager._finalize_thread.get(), saving, *writing)  # pylint: disable=protected-access
+  _left_behind.extend(thread for thread in threads if thread is not None)
+
+
+def never_wait_for_hanging_threads() -> None:
+  """Ends the process at the end of the program although a thread that was left behind still hangs.
+
+  Why private: see `before_executors_shut_down`. Python joins all threads when it ends, and a job would idle for ever.
+  The exit code is 1: what it was to be cannot be known here, and a job with a hanging write is no success.
+  """
+
+  def leave() -> None:
+    if any(thread.is_alive() for thread in _left_behind):
+      sys.stderr.write("ckpt_jax: a background write still hangs; leaving without it\n")
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(1)
+
+  before_executors_shut_down(leave)
+
+
+def coordination_service() -> Any:
+  """The client of the service that `jax.distributed.initialize()` started: a key-value store of the whole job.
+
+  Why private: jax gives barriers and collectives in public, but no way to tell others that one will not come, or to ask
+  who is missing. Orbax uses the same object (`multihost.get_jax_distributed_client`).
+
+  Raises:
+    CheckpointError: if jax.distributed was not initialized.
+  """
+  client = distributed.global_state.client
+  if client is None:
+    raise CheckpointError("jax.distributed is not initialized; call ckpt_jax.multihost.initialize() first")
+  return client
+
+
+class ToldManager(ocp.CheckpointManager):
+  """Orbax's manager, which is told what steps there are instead of looking by itself, and tells when a save has ended.
+
+  Why private: `check_for_errors()` raises nothing after a failed background save; `wait_until_finished()` does, but
+  blocks without a limit (google/orbax#392, #605), returns in silence from a save that was cancelled, and after a Ctrl-C
+  within it at once, since Python then takes the thread that it waited for to have ended (python/cpython#90882).
+
+  Orbax opens two files of each step and takes two turns in thread pools for it, whenever a manager opens:
+  7 s for 5,000 steps, at the first save once more. It also takes leftovers and half deleted steps for steps. Its
+  `lightweight_initialize` spares the files alone.
+  """
+
+  def __init__(
+    self,
+    directory: Any,
+    steps: Callable[[], Iterable[tuple[int, datetime.datetime]]],
+    ended: Callable[[int, BaseException | None], None] = lambda step, error: None,
+    **options: Any,
+  ):
+    """Opens the run.
+
+    Args:
+      directory: the run.
+      steps: asked when it opens and reloads.
+      ended: called in the background with the step of a save whose last thread ends, and what it died of.
+      options: Orbax's.
+    """
+    self._steps_there = steps
+    self._ended = ended
+    super().__init__(directory, **options)
+    saves.quiet_threads(self)
+
+  def _finalize(self, step: int, steps_to_remove: list[int]) -> None:
+    error: BaseException | None = None
+    with saves.quietly():
+      try:
+        super()._finalize(step, steps_to_remove)
+      except BaseException as e:
+        error = e
+        raise
+      finally:
+        self._ended(step, error)
+
+  def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
+    from orbax.checkpoint._src.metadata.checkpoint_info import CheckpointInfo
+
+    del skip_metadata_read
+    return [CheckpointInfo(step=step, time=time, metrics=None) for step, time in self._steps_there()]
+
+  def is_due(self, step: int) -> bool:
+    """What the policy says of a step, be it above the newest one or not.
+
+    Why private: `should_save` is False at or below the newest step without asking the policy, so that nobody can tell
+    a step that was not due from one that was dropped (google/orbax#527).
+    """
+    from orbax.checkpoint._src.metadata.checkpoint_info import CheckpointInfo
+
+    now = datetime.datetime.now(datetime.timezone.utc)
+    context = ocp.checkpoint_managers.DecisionContext(
+      is_saving_in_progress=self.is_saving_in_progress(),
+      reached_preemption=self.reached_preemption(step),
+      multiprocessing_options=self._multiprocessing_options,
+    )
+    info = CheckpointInfo(step=step, time=now, metrics=None)
+    return bool(self._save_decision_policy.should_save(info, previous_steps=self._checkpoints, context=context))
+
+
+def use_deleter(manager: ocp.CheckpointManager, deleter: Any) -> None:
+  """Makes `manager` hand the steps that its retention drops to `deleter` (delete, delete_steps, close).
+
+  Why private: Orbax's own background deleter takes one step after the other, ends for good at the first error, forgets
+  after a crash what it had begun, and `close()` waits for it without a limit; there is no option for another one
+  (AI-Hypercomputer/maxtext#3488).
+  """
+  manager._checkpoint_deleter.close()  # pylint: disable=protected-access
+  manager._checkpoint_deleter = deleter  # pylint: disable=protected-access
+
+
+def forget_steps(manager: ocp.CheckpointManager, steps: Collection[int]) -> None:
+  """Drops steps from what `manager` believes to be there: those whose deletion was begun before a crash.
+
+  Why private: on POSIX Orbax takes any directory with a number for a step, half deleted ones too, and `delete()` would
+  wait for their removal.
+  """
+  manager._checkpoints.delete_if(lambda info: info.step in steps)  # pylint: disable=protected-access
+
+
+def is_empty_node(node: Any) -> bool:
+  """Whether Orbax keeps a node of a tree as an empty one: None, {}, a namedtuple or dataclass without fields.
+
+  Why private: what is empty must be what Orbax finds empty; jax's own function for it is private too.
+  """
+  from orbax.checkpoint._src.tree import utils
+
+  return utils.is_empty_node(node)
+
+
+def array_metadata_store() -> Any:
+  """A store for the `array_metadatas` of a step, to give to an ArrayHandler.
+
+  Why private: `ocp.type_handlers.ArrayHandler(array_metadata_store=...)` is public, the only class that it takes is
+  not; without one nothing records which arrays are PRNG keys, nor the shapes that were written.
+  """
+  from orbax.checkpoint._src.metadata import array_metadata_store as stores
+
+  return stores.Store()
+
+
+async def write_array_metadatas(store: Any, item_dir: Any, arrays: Any, chunks: Any, impls: dict[str, str]) -> None:
+  """Notes shapes, chunks and PRNG implementations as Orbax's own ArrayHandler does; it demands them on commit.
+
+  Why private: the class of the notes is not public either.
+
+  Args:
+    store: see `array_metadata_store`.
+    item_dir: the item.
+    arrays: `layout.writing.Written`s.
+    chunks: the chunk shape of each.
+    impls: of those that are the words of PRNG keys.
+  """
+  import jax
+  from orbax.checkpoint._src.metadata import array_metadata
+
+  notes = [
+    array_metadata.ArrayMetadata(
+      param_name=a.info.name,
+      shape=a.shape,
+      dtype=a.dtype,
+      write_shape=a.write_shape,
+      chunk_shape=chunk,
+      use_ocdbt=True,
+      use_zarr3=bool(a.info.use_zarr3),
+      ext_metadata={array_metadata.RANDOM_KEY_IMPL: impls[a.info.name]} if a.info.name in impls else None,
+    )
+    for a, chunk in zip(arrays, chunks, strict=True)
+  ]
+  await store.write(checkpoint_dir=item_dir, array_metadatas=notes, process_index=jax.process_index())
+
+
+def shardings_json(shardings: Mapping[str, Any]) -> str:
+  """The content of an item's `_sharding` file, from which plain Orbax restores without being told shardings.
+
+  Why private: the text of a sharding is Orbax's own. Orbax writes the file array by array through TensorStore's json
+  driver, half a millisecond each.
+
+  Args:
+    shardings: by the names of the arrays in the database.
+  """
+  from orbax.checkpoint._src.metadata import sharding as metadata
+
+  texts: dict[Any, str | None] = {}
+  found = {}
+  for name, sharding in shardings.items():
+    if sharding not in texts:
+      described = metadata.from_jax_sharding(sharding)
+      texts[sharding] = None if described is None else described.to_serialized_string()
+    if texts[sharding] is not None:
+      found[base64.urlsafe_b64encode(name.encode()).decode()] = texts[sharding]
+  return json.dumps(found)
+
+
+def replica_slices_on_host(
+  arrays: Any, replica_parallel: bool, slice_nbytes: int | None, pinned: bool, host_view: Callable[[Any], Any]
+) -> list[tuple[tuple[int, ...], tuple[Any, ...]]]:
+  """What this process writes of each array: the shape of a piece, and (box, value) of each piece, in host memory.
+
+  Why private: all processes must divide replicas alike, and as Orbax does where it writes itself; its ArrayHandler
+  has no method that says how.
+
+  Args:
+    arrays: jax arrays.
+    replica_parallel, slice_nbytes, pinned: as Orbax's ArrayHandler takes them.
+    host_view: the values of an array on one CPU device, without a copy.
+  """
+  import jax
+  from orbax.checkpoint._src.serialization import replica_slices
+
+  if jax.default_backend() == "cpu":  # there is nothing to copy, and a slice on the "device" costs a compiled call
+    found = [replica_slices.get_replica_slices(a, 0, replica_parallel, slice_nbytes) for a in arrays]
+  else:
+    found = replica_slices.transfer_arrays_to_host(
+      arrays, 0, replica_parallel, enable_pinned_host_transfer=pinned, min_slice_bytes_for_replica_parallel=slice_nbytes
+    )
+
+  def value(piece: Any) -> Any:
+    if piece.is_on_host:
+      return piece.data()
+    view, cut = host_view(piece.unsliced_data), piece.slice_args
+    return view if cut is None else view[(slice(None),) * cut.axis + (slice(cut.start_index, cut.limit_index),)]
+
+  return [
+    (
+      tuple(slices.local_shape),
+      tuple(
+        (tuple(s.indices(n)[:2] for s, n in zip(piece.index, slices.global_shape, strict=True)), value(piece))
+        for piece in slices.replica_slices
+      ),
+    )
+    for slices in found
+  ]
+
+
+def array_as(array: Any, *, weak: bool, committed: bool) -> Any:
+  """The same buffers as an array that gives way to the types of others, as Python numbers do, or to other devices.
+
+  Why private: jax makes weakly typed arrays of Python numbers only, and uncommitted ones of what it puts on the default
+  device itself; its own function that keeps the bits (`lax._convert_element_type`) is private too, and compiles a
+  program for each kind.
+
+  Args:
+    array: a jax array.
+    weak: whether it is to be weakly typed.
+    committed: whether it is to stay on its devices, whatever it is used with.
+  """
+  one = len(array.sharding.device_set) == 1
+  shards = [array] if one else [shard.data for shard in array.addressable_shards]
+  aval = array.aval.update(weak_type=True) if weak else array.aval
+  return type(array)(aval, array.sharding, shards, committed=committed, _skip_checks=one)
+
+
+async def prng_key_names(store: Any, item_dir: Any) -> set[str]:
+  """The arrays of a checkpoint that are the words of PRNG keys, as `store` (see above) has them.
+
+  Why private: as above; the file says so under `ext_metadata`, and Orbax offers nothing else that does.
+  """
+  found = await store.read(item_dir)
+  arrays = next(iter(found.values())) if found else []
+  return {a.param_name for a in arrays if "random_key_impl" in (a.ext_metadata or {})}
+
+
+def before_executors_shut_down(callback: Callable[[], None]) -> None:
+  """Runs `callback` when the interpreter ends, while threads can still be started.
+
+  Why private: `atexit` runs after `concurrent.futures` refuses new work, so a background write that still has work to
+  submit fails there (a script without close() committed nothing, 3 of 3). CPython offers no public hook that is
+  earlier; `concurrent.futures.thread` itself uses this one (python/cpython#86128).
+  """
+  threading._register_atexit(callback)  # type: ignore[attr-defined]  # pylint: disable=protected-access
+
+
+_taught = False
+
+
+def teach_object_stores(backend: Any, kvstore_spec: Callable[[str], dict[str, Any]]) -> None:
+  """Lets Orbax read and write s3:// as it does gs://, both with our clients. Does so once in a process.
+
+  Why private: Orbax takes every path for a local one but gs:// (google/orbax#2739 is open). All its decisions about
+  object stores (commit by marker file instead of rename, size of data files, how to delete, which TensorStore driver)
+  hang on the functions replaced here. epath has a table of back ends and no way to register one; with TensorFlow
+  installed it would use that, without our retries and without S3.
+
+  Args:
+    backend: epath back end for gs:// and s3://.
+    kvstore_spec: TensorStore's JSON for a URL.
+  """
+  global _taught
+  if _taught:
+    return
+  from etils.epath import gpath
+  from orbax.checkpoint._src.path import gcs_utils
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+
+  schemes = ("gs://", "s3://")
+  has_folders = gcs_utils.is_hierarchical_namespace_enabled
+
+  def is_remote(path: Any) -> bool:
+    text = path.as_posix() if hasattr(path, "as_posix") else os.fspath(path)
+    return text.startswith(schemes)
+
+  def normalized(path: str) -> str:
+    scheme, found, rest = str(path).partition("://")
+    return f"{scheme}://{os.path.normpath(rest)}" if found else os.path.normpath(path)
+
+  def hierarchical(path: Any) -> bool:
+    # Asks Google's own client, which needs a project and a permission (storage.buckets.get) that nothing else needs.
+    if not str(path).startswith("gs://") or "STORAGE_EMULATOR_HOST" in os.environ:
+      return False
+    try:
+      return bool(has_folders(path))
+    except Exception:  # whatever it lacks: a bucket that is used flat works, hierarchical or not
+      return False
+
+  gcs_utils.is_gcs_path = is_remote
+  gcs_utils.is_hierarchical_namespace_enabled = hierarchical
+  gcs_utils.get_kvstore_for_gcs = kvstore_spec
+  tensorstore_utils._use_gcs_driver = is_remote
+  tensorstore_utils._normalize_path = normalized
+  gpath._PREFIX_TO_BACKEND["gs"] = gpath._PREFIX_TO_BACKEND["s3"] = backend
+  gpath._GCS_BACKENDS = gpath._GCS_BACKENDS | {backend}
+  gpath._is_tf_installed = lambda: False
+  _taught = True

@@ -1,0 +1,179 @@
+"""The saves of one process, kept apart inside Orbax: their numbers, threads, coroutines and log lines.
+
+With orbax_private.py the only file that touches private names of Orbax; tests/orbax/test_private.py guards them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import threading
+import time
+from collections.abc import Coroutine, Generator, Iterator
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint._src.futures import future, signaling_client, synchronization
+
+_lock = threading.Lock()
+_begun: contextvars.ContextVar[Operation | None] = contextvars.ContextVar("ckpt_jax_operation", default=None)
+_quiet: contextvars.ContextVar[bool] = contextvars.ContextVar("ckpt_jax_quiet", default=False)
+_PREFIX = "ckpt_jax "
+
+
+class Operation:
+  """One save, from Orbax's point of view.
+
+  Why private: Orbax numbers the saves of a process with one counter (`OperationIdGenerator`), which each save increases
+  when it begins and reads several times until it returns. Of two saves that begin in two threads one reads the number
+  of the other: its parts wait for the other one's directory, and write into a place that is not there yet, or wait for
+  ever. Ours go by names of their own, so that neither another Checkpointer nor a plain Orbax manager can meet them.
+
+  Attributes:
+    name: what Orbax knows it by.
+  """
+
+  def __init__(self, name: str):
+    """`name` is the same on all processes, and of no other save."""
+    self.name = f"{_PREFIX}{name}"
+    self._threads: list[threading.Thread] = []
+    self._parts: list[_Part] = []
+    with _lock:
+      _keep_apart()
+
+  @contextlib.contextmanager
+  def begun(self) -> Iterator[None]:
+    """What this thread saves through Orbax within the block belongs to this operation."""
+    token = _begun.set(self)
+    try:
+      yield
+    finally:
+      _begun.reset(token)
+
+  @property
+  def threads(self) -> list[threading.Thread]:
+    """Those that write parts of the step, and still run."""
+    return [thread for thread in self._threads if thread.is_alive()]
+
+  def end(self, timeout: float) -> bool:
+    """Ends what is left of a save that has failed; False if something still runs after `timeout` seconds.
+
+    In a job of one process only: the signals that wake a thread here would wake it on other processes too.
+
+    Why private: each part of a save runs in a thread that waits for the step's directory, and nobody tells them when it
+    cannot be made (a read-only disk): they, and the end of the program with them, would wait for 300 s. A part that was
+    never begun leaves a coroutine that was never awaited, of which Python warns.
+    """
+    deadline = time.monotonic() + timeout
+    for thread in self._threads:
+      with contextlib.suppress(RuntimeError):  # its event loop has just ended
+        thread.cancel()  # type: ignore[attr-defined]
+    for thread in self._threads:
+      future.set_signals(thread._receive_signals, operation_id=self.name)  # type: ignore[attr-defined]  # pylint: disable=protected-access
+    for thread in self._threads:
+      threading.Thread.join(thread, max(0.0, deadline - time.monotonic()))  # Orbax's own would raise
+    if self.threads:
+      return False
+    for part in self._parts:
+      part.close()
+    future.AwaitableSignalsContract.remove_all_awaitable_signals(self.name)
+    return True
+
+
+class _Part:
+  """A coroutine that can be closed although it was never begun."""
+
+  def __init__(self, coroutine: Coroutine[Any, Any, Any]):
+    self._coroutine = coroutine
+
+  def __await__(self) -> Generator[Any, Any, Any]:
+    return self._coroutine.__await__()
+
+  def close(self) -> None:
+    with contextlib.suppress(RuntimeError):  # it runs
+      self._coroutine.close()
+
+
+_apart = False
+
+
+def _keep_apart() -> None:
+  global _apart
+  if _apart:
+    return
+  signaling_client.get_signaling_client()  # Orbax makes two, if two threads are the first to ask
+  generator: Any = synchronization.OperationIdGenerator
+  next_id, current_id = generator.next_operation_id, generator.get_current_operation_id
+  plain = future.CommitFuture
+
+  def next_operation_id() -> Any:
+    operation = _begun.get()
+    return next_id() if operation is None else operation.name  # others' counter stays as it is
+
+  def get_current_operation_id() -> str:
+    operation = _begun.get()
+    return current_id() if operation is None else operation.name
+
+  class CommitFuture(plain):  # type: ignore[valid-type,misc]
+    """Orbax's, known to the operation that it is a part of."""
+
+    def __init__(self, coro: Any, **options: Any):
+      operation = _begun.get()
+      if operation is not None and asyncio.iscoroutine(coro):
+        coro = _Part(coro)
+        operation._parts.append(coro)
+      super().__init__(coro, **options)
+      if operation is not None:
+        operation._threads.append(self._t)
+
+  generator.next_operation_id = staticmethod(next_operation_id)
+  generator.get_current_operation_id = staticmethod(get_current_operation_id)
+  future.CommitFuture = CommitFuture  # type: ignore[misc]
+  _apart = True
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+  """Within it, and in the threads of our saves, what Orbax logs below a warning is not shown; nor its tracebacks.
+
+  A save of Orbax logs some 40 lines at INFO, and one that fails several tracebacks of what is raised here anyway. They
+  are shown as ever if the level of the `absl` logger was set by the user, or that of `ckpt_jax` is DEBUG; and always
+  where a plain Orbax manager is used beside ours.
+  """
+  token = _quiet.set(True)
+  try:
+    yield
+  finally:
+    _quiet.reset(token)
+
+
+def quiet_threads(manager: ocp.CheckpointManager) -> None:
+  """Has the threads that `manager` will start be quiet too.
+
+  Why private: they begin without the context of whoever starts them.
+  """
+  saving = manager._checkpointer._async_manager  # type: ignore[attr-defined]  # pylint: disable=protected-access
+  run = saving._thread_func
+
+  def run_quietly(*arguments: Any) -> None:
+    with quietly():
+      run(*arguments)
+
+  saving._thread_func = run_quietly
+  store = manager._non_blocking_metadata_store._single_thread_executor  # type: ignore[attr-defined]  # pylint: disable=protected-access
+  store._initializer = lambda: _quiet.set(True)
+
+
+def _shown(record: logging.LogRecord) -> bool:
+  if record.levelno >= logging.WARNING and not record.exc_info:
+    return True
+  # The threads that write parts of a step know which save that is.
+  own = str(getattr(threading.current_thread(), "_operation_id", "")).startswith(_PREFIX)
+  if not (own or _quiet.get()):
+    return True
+  return logging.getLogger("absl").level != logging.NOTSET or logging.getLogger("ckpt_jax").isEnabledFor(logging.DEBUG)
+
+
+logging.getLogger("absl").addFilter(_shown)

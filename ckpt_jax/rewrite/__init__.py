@@ -1,0 +1,1 @@
+"""A committed step in another form: replaced by a crash-safe swap, copied, repacked, thinned."""

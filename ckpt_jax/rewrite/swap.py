@@ -1,0 +1,237 @@
+"""Replaces a committed step by another form of itself, so that a crash at any moment leaves one whole form of it.
+
+The new form is written beside the run's steps, checked, and only then declared ready (a small note). What follows, the
+swap, can be repeated from any point: whoever opens the run next finds the note and finishes it. Number, metrics, extras
+and commit time stay.
+
+On a file system the swap is two renames. A bucket has none: there the old objects are deleted, commit marker first, and
+the new ones copied, marker last; for these seconds the step is not committed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from ckpt_jax.errors import CheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.integrity.record import carry_record
+from ckpt_jax.run.checksums import sealed
+from ckpt_jax.run.steps import (
+  COMMIT_MARKER,
+  DELETING,
+  NOTES,
+  OURS,
+  STEP_METADATA,
+  is_step,
+  noted_steps,
+  step_directory,
+  step_metadata,
+  step_path,
+)
+from ckpt_jax.storage.urls import is_object_store
+
+_log = logging.getLogger(__name__)
+REWRITING = "rewriting"  # RUN/.ckpt_jax/rewriting/STEP/{new,old} and STEP.ready
+_COPIES = 16
+Write = Callable[[epath.Path, epath.Path], dict[str, Any]]
+Check = Callable[[epath.Path, epath.Path], None]
+
+
+def rewrite_step(
+  directory: epath.Path,
+  step: int,
+  write: Write,
+  check: Check,
+  *,
+  swapping: contextlib.AbstractContextManager[Any] | None = None,
+) -> bool:
+  """Replaces a step.
+
+  Args:
+    directory: the run.
+    step: a committed step.
+    write: is given the step's directory and an empty one. Puts the new form of the items into the second (what it
+      leaves out is copied as it is), and returns what this package is to note about the step (`run.our_metadata`).
+    check: is given both directories once the new one is complete; raises if it does not hold what it should.
+    swapping: held during the swap.
+
+  Returns:
+    Whether the step was replaced; False if it was deleted, or saved anew, meanwhile.
+
+  Raises:
+    NoCheckpointError: if there is no such step.
+    CheckpointError: what `write` and `check` raise; the step is as it was.
+    StorageError: if storage fails; the step is as it was, or the next open finishes the swap.
+  """
+  old = step_directory(directory, step)
+  commit = step_metadata(old).get("commit_timestamp_nsecs")
+  place = directory / NOTES / REWRITING / str(step)
+  new = place / "new"
+  try:
+    _remove(place)
+    new.mkdir(parents=True)
+    ours = write(old, new)
+    _copy_rest(old, new)
+    _write_metadata(old, new, ours)
+    carry_record(old, new)
+    check(old, new)
+    _sync(new)
+    with swapping or contextlib.nullcontext():
+      if not _is_same(directory, step, commit):
+        _remove(place)
+        return False
+      _ready_note(directory, step).write_text(json.dumps({"commit": commit}))
+      _swap(directory, step)
+  except Exception as e:
+    if not _ready_note(directory, step).exists():  # else the next open finishes what was begun
+      _remove(place)
+      if not _is_same(directory, step, commit):  # it was deleted under our hands, whatever that looked like
+        return False
+    if isinstance(e, OSError) and not isinstance(e, CheckpointError):
+      raise StorageError(f"{directory}: step {step} cannot be rewritten: {new}: {e.strerror or e}") from e
+    raise
+  return True
+
+
+def finish_rewrites(directory: epath.Path) -> list[int]:
+  """Finishes the swaps that a crash cut off, and removes new forms that were never ready. Returns the steps swapped.
+
+  Nobody else may be rewriting steps of this run.
+  """
+  names = _listed(directory / NOTES / REWRITING)
+  ready = [int(n.removesuffix(".ready")) for n in names if n.endswith(".ready")]
+  finished = []
+  for step in ready:
+    note = _ready_note(directory, step)
+    try:
+      commit = json.loads(note.read_text()).get("commit")
+    except ValueError:  # cut short: nothing was swapped yet
+      note.unlink(missing_ok=True)
+      continue
+    if _is_same(directory, step, commit) or not is_step(step_path(directory, step)):
+      _swap(directory, step)
+      finished.append(step)
+    else:
+      note.unlink(missing_ok=True)  # saved anew under this number
+  for name in names:
+    if not name.endswith(".ready"):
+      _remove(directory / NOTES / REWRITING / name)
+  if finished:
+    _log.info("%s: finished the rewriting of steps %s", directory, finished)
+  return finished
+
+
+# -- inside
+
+
+def _ready_note(directory: epath.Path, step: int) -> epath.Path:
+  return directory / NOTES / REWRITING / f"{step}.ready"
+
+
+def _is_same(directory: epath.Path, step: int, commit: Any) -> bool:
+  """Whether the committed step is the one that was read, and not marked for deletion."""
+  if step in noted_steps(directory, DELETING):
+    return False
+  with contextlib.suppress(CheckpointError):
+    step_dir = step_directory(directory, step)
+    return step_metadata(step_dir).get("commit_timestamp_nsecs") == commit
+  return False
+
+
+def _swap(directory: epath.Path, step: int) -> None:
+  step_dir, place = step_path(directory, step), directory / NOTES / REWRITING / str(step)
+  new, old = place / "new", place / "old"
+  if is_object_store(directory):
+    if new.exists():
+      _replace_objects(step_dir, new)
+  elif new.exists():
+    if step_dir.exists():
+      os.rename(step_dir, old)
+    if old.exists():  # else the step was deleted
+      os.rename(new, step_dir)
+      _sync_directory(directory)
+  _ready_note(directory, step).unlink(missing_ok=True)
+  _remove(place)
+
+
+def _replace_objects(step_dir: epath.Path, new: epath.Path) -> None:
+  from ckpt_jax.storage.objects import BACKEND
+
+  with contextlib.suppress(FileNotFoundError):
+    step_dir.rmtree()  # commit markers first
+  keys = list(BACKEND.tree(new))
+  markers = [k for k in keys if k.endswith(COMMIT_MARKER)]
+  with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
+    for _ in pool.map(lambda k: BACKEND.copy(new / k, step_dir / k, True), [k for k in keys if k not in markers]):
+      pass
+  for key in sorted(markers, key=lambda k: k.count("/"), reverse=True):  # the step's own last of all
+    BACKEND.copy(new / key, step_dir / key, True)
+
+
+def _copy_rest(old: epath.Path, new: epath.Path) -> None:
+  for path in old.iterdir():
+    target = new / path.name
+    if path.name == STEP_METADATA or target.exists():
+      continue
+    if path.is_dir():
+      _copy_tree(path, target)
+    else:
+      path.copy(target)
+
+
+def _copy_tree(source: epath.Path, target: epath.Path) -> None:
+  target.mkdir(parents=True, exist_ok=True)
+  for path in source.iterdir():
+    if path.is_dir():
+      _copy_tree(path, target / path.name)
+    else:
+      path.copy(target / path.name)
+
+
+def _write_metadata(old: epath.Path, new: epath.Path, ours: dict[str, Any]) -> None:
+  data = step_metadata(old)
+  if not data:
+    raise NoCheckpointError(f"{old}: has no {STEP_METADATA}; steps of an old Orbax are not rewritten")
+  data["custom_metadata"] = (data.get("custom_metadata") or {}) | {OURS: sealed(ours)}
+  (new / STEP_METADATA).write_text(json.dumps(data))
+
+
+def _sync(directory: epath.Path) -> None:
+  """Everything in `directory` survives a power cut. A bucket needs no telling."""
+  if is_object_store(directory):
+    return
+  for folder, _, names in os.walk(directory):
+    for name in names:
+      _sync_directory(os.path.join(folder, name))
+    _sync_directory(folder)
+
+
+def _sync_directory(path: str | os.PathLike[str]) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _remove(directory: epath.Path) -> None:
+  if is_object_store(directory):
+    with contextlib.suppress(FileNotFoundError):
+      directory.rmtree()
+  else:
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _listed(directory: epath.Path) -> list[str]:
+  try:
+    return [p.name for p in directory.iterdir()]
+  except (FileNotFoundError, NotADirectoryError):
+    return []

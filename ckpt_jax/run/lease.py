@@ -1,0 +1,435 @@
+"""One writer a run: a lease with owner, host and heartbeat, RUN/.ckpt_jax/lease.
+
+Two jobs that write into one run delete and overwrite each other's steps. So the first save takes the lease, and a job
+that finds it held by another one writes nothing. Readers never need it.
+
+The file is one JSON, replaced by compare-and-swap (TensorStore's conditional writes: a lock file on disks, generations
+on gs://, ETags on s3://), and read back before each heartbeat for stores that take conditional writes and ignore them.
+Whether an owner is dead is never judged by comparing clocks: on the same host its process is looked up, and for another
+host it is watched whether the number of its heartbeat still changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import json
+import logging
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+
+from ckpt_jax.errors import StorageError
+from ckpt_jax.failures import is_out_of_space, is_read_only, os_errors, root_cause, storage_errors, why_read_only
+from ckpt_jax.run.steps import NOTES
+from ckpt_jax.storage.clients import kvstore_spec
+from ckpt_jax.storage.durable import restrict
+from ckpt_jax.storage.urls import is_object_store
+
+_log = logging.getLogger(__name__)
+LEASE = "lease"
+_BEAT_S = 10.0
+_REQUEST_S = 60.0  # the longest that one read or write of the lease may take
+_LAST_REQUEST_S = 10.0  # and when it is given back, which a job that ends need not wait long for
+# Whoever opens a run holds the lease for a moment if it clears leftovers; that is no reason to fail.
+_MOMENT_S = 3.0
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+_here: weakref.WeakValueDictionary[str, Lease] = weakref.WeakValueDictionary()  # all of this process, by owner
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+  """Who holds, or held, the lease of a run.
+
+  Attributes:
+    owner: a random name, new for each Checkpointer.
+    host: host name, for messages.
+    boot: boot id and pid namespace; processes with the same one can look each other up.
+    pid, started: process id, and when the process began, which tells it from a later one with the same id.
+    place, inode: path or URL of the run, and the inode of its notes (0 on a bucket): a copied run holds a lease that is
+      not its own, and one path may differ from another to the same run.
+    beat: grows with each heartbeat.
+    interval: seconds between heartbeats.
+    since: seconds since the epoch by the owner's clock; for messages only.
+    saving: steps that were begun and are not known to be committed.
+    released: whether the owner has given it back.
+  """
+
+  owner: str
+  host: str
+  boot: str
+  pid: int
+  started: str
+  place: str
+  inode: int
+  beat: int
+  interval: float
+  since: float
+  saving: tuple[int, ...] = ()
+  released: bool = False
+
+  def to_json(self) -> bytes:
+    return json.dumps(dataclasses.asdict(self)).encode()
+
+
+def parse(data: bytes) -> Holder | None:
+  """The holder in a lease file; None if it holds something else."""
+  try:
+    fields = json.loads(data)
+    fields["saving"] = tuple(int(s) for s in fields["saving"])
+    holder = Holder(**fields)
+    types = {"owner": str, "host": str, "boot": str, "pid": int, "started": str, "place": str, "beat": int}
+    return holder if all(isinstance(getattr(holder, name), kind) for name, kind in types.items()) else None
+  except (ValueError, TypeError, KeyError, RecursionError):
+    return None
+
+
+def judge(holder: Holder | None, me: Holder, start_of: Callable[[int], str | None]) -> str:
+  """What a lease says to `me`: `free`, `dead`, `alive`, or `elsewhere` if only watching its heartbeat can tell.
+
+  Args:
+    holder: who holds it.
+    me: who asks.
+    start_of: when the process with an id began; None if there is none.
+  """
+  if holder is None or holder.released:
+    return "free"
+  if holder.place != me.place and (holder.inode != me.inode or me.inode == 0):
+    return "free"  # the lease of the run that this one was copied from
+  if holder.boot != me.boot:
+    return "elsewhere"
+  return "alive" if start_of(holder.pid) == holder.started else "dead"
+
+
+class Lease:
+  """This process's claim to a run. Nothing is written before `acquire`.
+
+  Attributes:
+    held: whether it is held, as far as the last heartbeat knows.
+  """
+
+  def __init__(
+    self, directory: epath.Path, *, patience: float = 60.0, interval: float = _BEAT_S, mode: int | None = None
+  ):
+    """Writes nothing.
+
+    Args:
+      directory: the run.
+      patience: seconds that the heartbeat of an owner on another host must stand still before it counts as dead.
+      interval: seconds between this owner's heartbeats.
+      mode: permission bits of the file; None: as the umask says.
+    """
+    self.held = False
+    self._directory = directory
+    self._patience = patience
+    self._cell = _Cell(directory, mode)
+    self._me = Holder(
+      owner=uuid.uuid4().hex,
+      host=socket.gethostname(),
+      boot=_boot(),
+      pid=os.getpid(),
+      started=_start_of(os.getpid()) or "",
+      place=os.fspath(directory),
+      inode=0,
+      beat=0,
+      interval=min(interval, patience / 4),
+      since=0.0,
+    )
+    self._saving: set[int] = set()
+    self._lost: Holder | None = None
+    self._seen: tuple[str, int, float] | None = None  # owner, beat, and when that pair was first seen
+    self._written_at = 0.0
+    self._lock = threading.RLock()
+    self._stop = threading.Event()
+    _here[self._me.owner] = self
+
+  @property
+  def saving(self) -> frozenset[int]:
+    """Steps begun under this lease, or inherited from a dead owner, that are not known to be committed or cleared."""
+    return frozenset(self._saving)
+
+  def look(self) -> str:
+    """What the lease says now, as `judge`; begins to watch an owner on another host."""
+    if self.held:
+      return "mine"
+    _, _, verdict = self._read()
+    return verdict
+
+  def acquire(self, wait: float | None = None) -> None:
+    """Takes the lease if nobody alive holds it; at once if this object holds it already.
+
+    Args:
+      wait: seconds to wait for an owner that may be dead; default: `patience`, and a moment.
+
+    Raises:
+      StorageError: naming the other owner, its host and age, and the way out; nothing was written into the run.
+    """
+    with self._lock:
+      if self._lost is not None:
+        raise self._refused(self._lost, "has taken this run over: this process gave no sign of life for too long")
+      if self.held:
+        return
+    limit = time.monotonic() + (self._patience * 1.5 + _MOMENT_S if wait is None else wait)
+    moment = time.monotonic() + min(_MOMENT_S, wait if wait is not None else _MOMENT_S)
+    told = False
+    while True:
+      holder, generation, verdict = self._read()
+      if verdict in ("free", "dead") and self._take(holder, generation):
+        return
+      now = time.monotonic()
+      if holder is not None and ((verdict == "alive" and now > moment) or now > limit):
+        raise self._refused(holder, "writes into this run")
+      if verdict == "elsewhere" and holder is not None and not told:
+        told = True
+        _log.info(
+          "%s: waiting to see whether the job on %s is alive (up to %.0f s)", self._directory, holder.host, limit - now
+        )
+      time.sleep(0.1)
+
+  def begin(self, step: int) -> None:
+    """Notes that a step is being written, so that what a crash leaves of it is known to be ours.
+
+    Raises:
+      StorageError: if another job has taken the lease.
+    """
+    with self._lock:
+      self._saving.add(step)
+      self.renew()
+
+  def done(self, step: int) -> None:
+    """Forgets a step that is committed, or whose leftovers are gone; told to the file with the next write."""
+    with self._lock:
+      self._saving.discard(step)
+
+  def check(self) -> None:
+    """Makes sure, before a commit, that the lease is still ours; asks storage only if the last heartbeat is late.
+
+    Raises:
+      StorageError: if another job has taken it.
+    """
+    with self._lock:
+      if self._lost is not None or time.monotonic() - self._written_at > 2 * self._me.interval:
+        self.renew()
+
+  def ensure_ours(self) -> None:
+    """Raises StorageError if the lease was lost, as far as is known; asks nobody."""
+    if self._lost is not None:
+      raise self._refused(self._lost, "has taken this run over: this process gave no sign of life for too long")
+
+  def release(self) -> None:
+    """Gives the lease back; it can be acquired again."""
+    self._stop.set()
+    self._stop = threading.Event()
+    with self._lock:
+      if not self.held:
+        return
+      self.held = False
+      _here.pop(self._me.owner, None)  # for this process it is given back, be it that storage cannot be told
+      with contextlib.suppress(StorageError):  # it expires by itself
+        holder, generation = self._cell.read(_LAST_REQUEST_S)
+        if holder is not None and holder.owner == self._me.owner:
+          self._cell.swap(self._record(released=True), generation, _LAST_REQUEST_S)
+
+  def __del__(self):
+    # A Checkpointer that was dropped without close(), as in a notebook cell that is run again. A bucket may be gone by
+    # now, and a destructor must not wait for it.
+    with contextlib.suppress(Exception):
+      if os.getpid() == self._me.pid:  # a forked child must not give back what its parent holds
+        self._stop.set()
+        if not is_object_store(self._directory):
+          self.release()
+
+  # -- inside
+
+  def _read(self) -> tuple[Holder | None, bytes, str]:
+    holder, generation = self._cell.read()
+    verdict = judge(holder, dataclasses.replace(self._me, inode=_inode(self._directory)), _start_of)
+    if verdict == "alive" and holder is not None and holder.pid == self._me.pid and holder.owner not in _here:
+      verdict = "dead"  # this process lives, but not who held the lease in it
+    if verdict == "elsewhere" and holder is not None:
+      now = time.monotonic()
+      if self._seen is None or self._seen[0] != holder.owner:
+        self._seen = holder.owner, holder.beat, now
+      elif self._seen[1] != holder.beat:
+        self._seen = holder.owner, holder.beat, now
+        verdict = "alive"
+      elif now - self._seen[2] > max(self._patience, 3 * holder.interval):
+        verdict = "dead"
+    return holder, generation, verdict
+
+  def _record(self, released: bool = False) -> Holder:
+    return dataclasses.replace(self._me, saving=tuple(sorted(self._saving)), released=released)
+
+  def _take(self, holder: Holder | None, generation: bytes) -> bool:
+    if not is_object_store(self._directory):
+      with storage_errors(f"{self._directory / NOTES}"):
+        (self._directory / NOTES).mkdir(parents=True, exist_ok=True)
+    with self._lock:
+      self._me = dataclasses.replace(self._me, inode=_inode(self._directory), since=time.time(), beat=1)
+      self._saving |= set(holder.saving if holder else ())
+      if not self._cell.swap(self._record(), generation):
+        return False
+      written, _ = self._cell.read()
+      if written is None or written.owner != self._me.owner:
+        return False  # a store without conditional writes, and somebody was faster
+      self.held, self._written_at = True, time.monotonic()
+      _here[self._me.owner] = self
+      if holder is not None and not holder.released:
+        _log.info("%s: took over from process %d on %s, which is gone", self._directory, holder.pid, holder.host)
+    thread = threading.Thread(
+      target=_beat, args=(weakref.ref(self), self._stop, self._me.interval), name="ckpt_jax_lease", daemon=True
+    )
+    thread.start()
+    return True
+
+  def renew(self, create: bool = True) -> None:
+    """Writes a heartbeat; `create` also if the file is gone.
+
+    Raises:
+      StorageError: if another job has taken the lease, or storage does not answer.
+    """
+    with self._lock:
+      if self._lost is not None:
+        raise self._refused(self._lost, "has taken this run over: this process gave no sign of life for too long")
+      holder, generation = self._cell.read()
+      if holder is not None and holder.owner != self._me.owner and holder.place == self._me.place:
+        self.held, self._lost = False, holder
+        raise self._refused(holder, "has taken this run over: this process gave no sign of life for too long")
+      if holder is None and not create:
+        return  # the run was deleted; a heartbeat must not bring its directory back
+      self._me = dataclasses.replace(self._me, beat=self._me.beat + 1)
+      if self._cell.swap(self._record(), generation):
+        self._written_at = time.monotonic()
+
+  def _refused(self, holder: Holder, what: str) -> StorageError:
+    age = max(0.0, time.time() - holder.since)
+    when = datetime.datetime.fromtimestamp(holder.since, datetime.timezone.utc)
+    who = f"process {holder.pid} on host {holder.host}"
+    if (holder.pid, holder.boot) == (self._me.pid, self._me.boot):
+      who += " (this very process: a Checkpointer that is not closed)"
+    return StorageError(
+      f"{self._directory}: another job {what}: {who}, owner {holder.owner[:8]}, since {when:%Y-%m-%d %H:%M:%S} UTC "
+      f"({_ago(age)} ago), heartbeat {holder.beat}. Nothing was written. End that job (or close that Checkpointer), or "
+      f"give this one a directory of its own. A job that is gone for good loses its lease by itself: on this host at "
+      f"once, on another one after {self._patience:.0f} s without a heartbeat (timeouts.lease)"
+    )
+
+
+def _beat(lease: weakref.ref[Lease], stop: threading.Event, interval: float) -> None:
+  failing = False
+  while not stop.wait(interval):
+    this = lease()
+    if this is None:
+      return
+    try:
+      this.renew(create=False)
+      failing = False
+    except StorageError as e:
+      if this._lost is not None:
+        _log.error("%s", e)
+        return
+      if not failing:
+        _log.warning("%s: the heartbeat cannot be written: %s", this._directory, e)
+      failing = True
+    del this
+
+
+class _Cell:
+  """The lease file: read, and replaced only if it is what was read."""
+
+  def __init__(self, directory: epath.Path, mode: int | None):
+    self._path = os.fspath(directory / NOTES)
+    self.mode = mode
+    self._store: Any = None
+
+  def read(self, timeout: float = _REQUEST_S) -> tuple[Holder | None, bytes]:
+    found = self._call(lambda store: store.read(LEASE), timeout)
+    return parse(found.value) if found.state == "value" else None, found.stamp.generation
+
+  def swap(self, holder: Holder, generation: bytes, timeout: float = _REQUEST_S) -> bool:
+    data = holder.to_json()
+    written = self._call(lambda store: store.write(LEASE, data, if_equal=generation), timeout).generation != b""
+    if written and not is_object_store(self._path):
+      with contextlib.suppress(OSError):  # each write makes a new file
+        restrict(os.path.join(self._path, LEASE), self.mode)
+    return written
+
+  def _call(self, operation: Callable[[Any], Any], timeout: float) -> Any:
+    try:
+      if self._store is None:
+        self._store = self._open("os")
+      try:
+        return operation(self._store).result(timeout=timeout)
+      except ValueError as e:
+        # Some mounts have no locks (NFS without lockd, Lustre, FUSE). Reading back is all that is left there.
+        if is_object_store(self._path) or not os_errors(e) & _NO_LOCKS:
+          raise
+        self._store = self._open("none")
+        return operation(self._store).result(timeout=timeout)
+    except TimeoutError as e:
+      raise StorageError(f"{self._path}/{LEASE}: no answer in {timeout:.0f} s") from e
+    except (ValueError, OSError) as e:
+      if is_out_of_space(e):
+        why = "No space left on device"
+      else:
+        why = why_read_only(f"{self._path}/{LEASE}", e) if is_read_only(e) else root_cause(e)
+      raise StorageError(f"{self._path}/{LEASE}: {why}") from e
+
+  def _open(self, locking: str) -> Any:
+    import tensorstore as ts
+
+    spec = kvstore_spec(self._path + "/")
+    if spec["driver"] == "file":
+      spec |= {"file_io_sync": False, "file_io_locking": {"mode": locking}}
+    return ts.KvStore.open(spec).result(timeout=_REQUEST_S)
+
+
+def _boot() -> str:
+  """Names what processes must share to look each other up by id: the running kernel and the pid namespace."""
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return socket.gethostname()
+
+
+def _start_of(pid: int) -> str | None:
+  """When a process began; None if there is none, or only its remains."""
+  try:
+    # man 5 proc_pid_stat: the name may hold spaces and brackets; state is field 3, start time in ticks field 22.
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]
+  except (OSError, IndexError):
+    if pathlib.Path("/proc/self/stat").exists():
+      return None
+  import psutil
+
+  try:
+    return str(int(psutil.Process(pid).create_time()))
+  except psutil.Error:
+    return None
+
+
+def _inode(directory: epath.Path) -> int:
+  if is_object_store(directory):
+    return 0
+  try:
+    return os.stat(os.fspath(directory / NOTES)).st_ino
+  except OSError:
+    return -1
+
+
+def _ago(seconds: float) -> str:
+  return (
+    f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+  )

@@ -1,0 +1,340 @@
+"""What stands between a save and the storage: one writer, no leftovers, room, and a durable commit."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ckpt_jax.config import Config
+from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, SaveStorageError, StorageError
+from ckpt_jax.failures import is_out_of_space, is_read_only, storage_errors
+from ckpt_jax.job.agreement import decided_by_process_zero
+from ckpt_jax.job.rendezvous import Rendezvous
+from ckpt_jax.policies.retention import RetentionContext
+from ckpt_jax.run import leftovers, quarantine
+from ckpt_jax.run.deletion import StepDeleter
+from ckpt_jax.run.lease import Lease
+from ckpt_jax.run.naming import PLAIN
+from ckpt_jax.run.steps import (
+  NOTES,
+  PINS,
+  StepInfo,
+  committed_steps,
+  is_step,
+  list_readable_steps,
+  naming_in,
+  noted_steps,
+  step_info,
+  step_path,
+)
+from ckpt_jax.save.commit import Hooks, StepNames, step_path_class, sync_own_files
+from ckpt_jax.save.retention import LiveRetention
+from ckpt_jax.storage.durable import Sealing, restrict
+from ckpt_jax.storage.kinds import StorageKind
+from ckpt_jax.storage.space import Room, free_bytes, planned_bytes, tree_nbytes
+from ckpt_jax.storage.urls import is_object_store
+
+_log = logging.getLogger(__name__)
+
+
+class Gate:
+  """Admits saves to a run. Only process 0 looks at storage; all processes get the same answer.
+
+  Attributes:
+    lease: the claim to the run; only process 0 takes it.
+    sealing: how files are left.
+  """
+
+  def __init__(
+    self, directory: epath.Path, config: Config, kind: StorageKind, retention: LiveRetention, deleter: StepDeleter
+  ):
+    """Writes nothing; on process 0 it looks whether the run has another writer."""
+    self.sealing = sealing_of(config, kind)
+    self.lease = Lease(directory, patience=config.timeouts.lease, mode=self.sealing.mode)
+    self._directory = directory
+    self._config = config
+    self._retention = retention
+    self._deleter = deleter
+    self._rendezvous = Rendezvous(f"admit {directory}")
+    self._abandoned: set[int] = set()
+    self._failed: set[int] = set()
+    self._first = jax.process_index() == 0
+
+  def opened(self) -> None:
+    """Clears what a dead writer left, before Orbax lists the run; nothing if its writer may be alive."""
+    if not self._first:
+      return
+    try:
+      if is_object_store(self._directory):
+        self.lease.look()  # an owner elsewhere is watched from now on; its leftovers wait for the first save
+        return
+      leftovers.empty_trash(self._directory)
+      if self.lease.look() in ("free", "dead") and leftovers.temporary_steps(self._directory):
+        self.lease.acquire(wait=0)
+        self._clear()
+        self.lease.release()
+    except (CheckpointError, OSError) as e:  # a reader may have no right to clean up
+      _log.info("%s: leftovers of unfinished saves stay: %s", self._directory, e)
+
+  def admit(self, step: int, nbytes: int, leaves: int, *, compressed: bool) -> list[int]:
+    """Lets a save begin: takes the lease, clears leftovers, makes room. Call it on all processes.
+
+    Args:
+      step: what is saved.
+      nbytes, leaves: bytes and number of its arrays.
+      compressed: whether they will take less than that.
+
+    Returns:
+      Steps that had to go to make room, which retention would have dropped after this save anyway.
+
+    Raises:
+      StorageError: if another job writes into this run.
+      OutOfSpaceError: if there is no room; a SaveFailedError too. Nothing was written.
+    """
+    if self._failed:
+      self._rendezvous.wait("the failed save to end on every process", self._config.timeouts.save_s)
+    admit = functools.partial(self._admit_or_full, step, nbytes, leaves, compressed)
+    decided = decided_by_process_zero(admit, self._rendezvous, self._config.timeouts.save_s)
+    self._failed.clear()
+    return decided
+
+  def failed(self, step: int | None, *, hangs: bool) -> None:
+    """Cleans up after a save that failed. What a hanging write left stays until the next open: it may still write.
+
+    In a job of many it waits for the next save: another process may still be writing its part, or wait for a directory
+    that would be gone.
+    """
+    if step is None:
+      return
+    if hangs:
+      self._abandoned.add(step)
+      return
+    self._failed.add(step)
+    if jax.process_count() == 1:
+      self._clear_failed()
+
+  def probe(self) -> None:
+    """Makes sure that storage answers again after a write that hung.
+
+    Raises:
+      StorageError: if it does not.
+    """
+
+    def renew() -> list[int]:
+      if self.lease.held:
+        self.lease.renew()
+      return []
+
+    decided_by_process_zero(renew, self._rendezvous, self._config.timeouts.save_s)
+
+  def close(self) -> None:
+    """Gives the lease back."""
+    self._restrict_notes()
+    self.lease.release()
+
+  # -- for Orbax
+
+  def path_class(
+    self, committing: Callable[[int], None], committed: Callable[[int], None]
+  ) -> type[ocp.path.atomicity_types.TemporaryPath]:
+    """Orbax's `temporary_path_class`.
+
+    Args:
+      committing: called on process 0 right before a commit; raises to stop it.
+      committed: called on process 0 once the commit is durable.
+    """
+
+    def on_committing(step: int) -> None:
+      self.lease.check()
+      committing(step)
+
+    def on_committed(step: int) -> None:
+      committed(step)
+      self.lease.done(step)
+      self._restrict_notes()
+
+    def on_beginning(step: int) -> None:
+      if is_object_store(self._directory):
+        self.lease.begin(step)
+
+    return step_path_class(self._directory, self.sealing, Hooks(on_beginning, on_committing, on_committed))
+
+  def step_names(self) -> StepNames | None:
+    """Orbax's `step_name_format`; None for plain numbers."""
+    called = naming_in(self._directory)
+    return None if called == PLAIN else StepNames(called)
+
+  def barrier(self, meet: Callable[..., None]) -> Callable[..., None]:
+    """Orbax's `barrier_sync_fn` around `meet`: before a process says that its part is written, it syncs its files."""
+
+    def sync_and_wait(*, key: str, timeout_ms: int) -> None:
+      if "async_write_complete" in key and self.sealing.fsync and not self._first:
+        for path in self._temporary_items():
+          sync_own_files([path])
+      meet(key=key, timeout_ms=timeout_ms)
+
+    return sync_and_wait
+
+  # -- inside
+
+  def _restrict_notes(self) -> None:
+    """Gives what ckpt_jax notes about the run, and the run's directory, the modes that its steps have."""
+    if not self.lease.held or is_object_store(self._directory):
+      return
+    top = os.fspath(self._directory / NOTES)
+    with contextlib.suppress(OSError):  # somebody else's, or gone meanwhile
+      restrict(os.fspath(self._directory), self.sealing.directory_mode)
+    for folder, folders, names in os.walk(top):
+      folders[:] = [f for f in folders if f != leftovers.TRASH]
+      for path, mode in [(folder, self.sealing.directory_mode), *((f"{folder}/{n}", self.sealing.mode) for n in names)]:
+        with contextlib.suppress(OSError):
+          restrict(path, mode)
+
+  def _temporary_items(self) -> list[str]:
+    if is_object_store(self._directory):
+      return []
+    items = []
+    for path in leftovers.temporary_steps(self._directory):
+      items += [entry.path for entry in os.scandir(path) if entry.is_dir()]
+    return items
+
+  def _clear(self) -> None:
+    if self.lease.saving or not is_object_store(self._directory):
+      begun = self.lease.saving
+      for step in {*leftovers.clear(self._directory, begun), *(s for s in begun if self._is_gone(s))}:
+        self.lease.done(step)
+
+  def _clear_failed(self) -> None:
+    steps, self._failed = self._failed, set()
+    if not (self._first and self.lease.held and steps):
+      return
+    try:
+      for cleared in leftovers.clear(self._directory, steps):
+        self.lease.done(cleared)
+    except OSError as e:
+      _log.warning("%s: what was written of %s stays: %s", self._directory, sorted(steps), e)
+
+  def _is_gone(self, step: int) -> bool:
+    return is_step(step_path(self._directory, step)) or not leftovers.find(self._directory, {step}).ours
+
+  def _admit_or_full(self, step: int, nbytes: int, leaves: int, compressed: bool) -> list[int]:
+    try:
+      return self._admit(step, nbytes, leaves, compressed)
+    except StorageError as e:
+      if isinstance(e, SaveFailedError):
+        raise
+      if is_out_of_space(e):
+        raise SaveOutOfSpaceError(
+          f"{self._directory}: step {step} was not saved: the storage is full: not even a note about the save can be "
+          f"written ({e}). Free space",
+          step,
+        ) from e
+      if is_read_only(e):
+        raise SaveStorageError(
+          f"{self._directory}: step {step} was not saved: {e}. Nothing was written; what is there can be restored", step
+        ) from e
+      raise
+
+  def _admit(self, step: int, nbytes: int, leaves: int, compressed: bool) -> list[int]:
+    if step in self._abandoned:
+      raise CheckpointError(f"{self._directory}: an earlier write of step {step} still hangs; save another step")
+    if not self.lease.held:
+      self.lease.acquire()
+      with storage_errors(f"{self._directory}: leftovers cannot be cleared"):
+        self._clear()
+      self._restrict_notes()
+    self.lease.ensure_ours()
+    self._clear_failed()
+    if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
+      raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
+    with storage_errors(f"{step_path(self._directory, step)}: what lies there cannot be moved away"):
+      quarantine.make_room(self._directory, step)
+    leftovers.set_aside(self._directory, step)
+    dropped = self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
+    if not is_object_store(self._directory):  # two small writes; in a bucket two requests, which wait behind training
+      self.lease.begin(step)
+    return dropped
+
+  def _make_room(self, step: int, nbytes: int, ask: Callable[[], Room | None]) -> list[int]:
+    room = ask()
+    if room is None or room.fits:
+      return []
+    deadline = time.monotonic() + self._config.timeouts.delete
+    leftovers.wait_for_trash(self._directory, deadline - time.monotonic())
+    self._deleter.wait_for(timeout=max(0.0, deadline - time.monotonic()))
+    room = ask()
+    dropped: list[int] = []
+    for old in self._droppable(step, nbytes):
+      if room is None or room.fits:
+        break
+      self._deleter.delete(old, f"to make room for step {step}, after which no retention rule keeps it")
+      dropped.append(old)
+      self._deleter.wait_for({old}, max(0.0, deadline - time.monotonic()))
+      room = ask()
+    if dropped:
+      _log.warning("%s: removed steps %s before step %d to make room for it", self._directory, dropped, step)
+    if room is None or room.fits:
+      return dropped
+    gone = f", {len(dropped)} old steps are removed already" if dropped else ""
+    raise SaveOutOfSpaceError(
+      f"{self._directory}: step {step} was not saved: it needs {_size(room.needed)} and {_size(room.free)} are free"
+      f"{gone}; nothing was written. Free space, or keep fewer steps (retention)",
+      step,
+    )
+
+  def _room(self, nbytes: int, leaves: int, compressed: bool) -> Room | None:
+    free = free_bytes(self._directory)
+    if free is None:
+      return None
+    share: float | None = None
+    if compressed:
+      share = self._stored_share()
+      if share is None:
+        return None  # nobody knows how far it shrinks
+    return Room(free, planned_bytes(nbytes, leaves, share))
+
+  def _stored_share(self) -> float | None:
+    steps = committed_steps(self._directory)
+    if not steps:
+      return None
+    try:
+      nbytes = step_info(self._directory, steps[-1]).nbytes
+      stored = tree_nbytes(os.fspath(step_path(self._directory, steps[-1])))
+      # Metadata outweighs the arrays of a tiny step, which says nothing about how far a large one shrinks.
+      return min(1.0, stored / nbytes) if nbytes else None
+    except (CheckpointError, OSError):
+      return None
+
+  def _droppable(self, step: int, nbytes: int) -> list[int]:
+    """Steps that the rules drop once `step` is committed, oldest first; what they keep today for safety stays."""
+    steps, _ = list_readable_steps(self._directory)
+    if not steps:
+      return []
+    rules = self._retention.rules
+    context = RetentionContext(noted_steps(self._directory, PINS), self._retention.restoring)
+    coming = StepInfo(step, datetime.datetime.now(datetime.timezone.utc), nbytes, {})
+    later = set(rules.decide([*steps, coming], context=context).removed)
+    healthy = [s.step for s in steps if s.healthy is not False]
+    safe = {steps[-1].step, *healthy[-1:]}
+    return sorted(s.step for s in steps if s.step in later and s.step not in safe)
+
+
+def sealing_of(config: Config, kind: StorageKind) -> Sealing:
+  """What `storage.fsync` and `storage.mode` ask for on a kind of storage."""
+  wanted = config.storage.fsync
+  fsync = not kind.traits.durable_on_close if wanted == "auto" else wanted == "on"
+  mode = config.storage.mode
+  return Sealing(fsync, None if mode is None else int(mode, 8))
+
+
+def _size(nbytes: int) -> str:
+  return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

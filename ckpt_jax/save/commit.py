@@ -1,0 +1,147 @@
+"""A commit that survives a power cut, with the right modes: what happens between the last byte and the rename.
+
+TensorStore syncs the data files that it writes. Orbax syncs neither its metadata files and markers nor any directory
+(`_METADATA`, `_CHECKPOINT_METADATA`, `array_metadatas/*`, `commit_success.txt`), so that after a power cut a step may
+be there by name with files of length zero. Here, in this order: the files, their directories, the rename, the directory
+of the run; only then does a save count as committed.
+
+The hook is Orbax's `temporary_path_class` option: the object that makes a step's temporary directory and renames it.
+`post_finalization_callback` comes too early: it is called before the rename.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ckpt_jax.run.naming import Naming
+from ckpt_jax.run.steps import COMMIT_MARKER, STEP_METADATA, committed_steps, is_step, naming_in, orbax_can_list
+from ckpt_jax.storage.durable import Sealing, seal, sync_directory, sync_file
+from ckpt_jax.storage.urls import is_object_store
+
+
+def sync_own_files(item_directories: Iterable[str]) -> None:
+  """Syncs the small files that this process wrote beside process 0: another host's caches are not process 0's."""
+  for folder in item_directories:
+    file = os.path.join(folder, "array_metadatas", f"process_{jax.process_index()}")
+    with contextlib.suppress(FileNotFoundError):
+      sync_file(file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """What a step's directory tells on its way, on process 0; all are called from Orbax's background thread.
+
+  Attributes:
+    beginning: before the directory is made; raises to stop the save.
+    committing: after the last write and before the rename; raises to stop the commit.
+    committed: once the commit is durable.
+  """
+
+  beginning: Callable[[int], None]
+  committing: Callable[[int], None]
+  committed: Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
+  """Orbax's `step_name_format` for a run whose steps are called otherwise than by plain numbers."""
+
+  naming: Naming
+
+  def build_name(self, step: int) -> str:
+    """See Orbax's NameFormat."""
+    return self.naming.name(step)
+
+  def find_step(self, base_path: Any, step: int) -> ocp.path.step.Metadata:
+    """See Orbax's NameFormat."""
+    return ocp.path.step.Metadata(step=step, path=epath.Path(base_path) / self.build_name(step))
+
+  def find_all(self, base_path: Any) -> Iterator[ocp.path.step.Metadata]:
+    """See Orbax's NameFormat."""
+    return (self.find_step(base_path, step) for step in committed_steps(epath.Path(base_path)))
+
+
+def _counts(path: epath.Path) -> bool:
+  # A step that is damaged so that Orbax could not even open the run is left out; reading it says what is wrong.
+  return is_step(path) and (is_object_store(path) or orbax_can_list(path))
+
+
+def step_path_class(
+  directory: epath.Path, sealing: Sealing, hooks: Hooks
+) -> type[ocp.path.atomicity_types.TemporaryPath]:
+  """Orbax's `temporary_path_class` for the steps of a run, and for the items in them.
+
+  It also decides what Orbax takes for a step: on a disk Orbax believes in any directory with a number.
+  """
+  atomicity = ocp.path.atomicity
+  renames = not is_object_store(directory)
+  called = naming_in(directory)
+  base: Any = atomicity.AtomicRenameTemporaryPath if renames else atomicity.CommitFileTemporaryPath
+
+  class StepPath(base):
+    """The temporary directory of a step or item of this run."""
+
+    def __init__(self, temporary_path: Any, final_path: Any, *, checkpoint_metadata_store: Any = None, **options: Any):
+      if sealing.directory_mode is not None:
+        options["file_options"] = ocp.options.FileOptions(path_permission_mode=sealing.directory_mode)
+      super().__init__(temporary_path, final_path, checkpoint_metadata_store=checkpoint_metadata_store, **options)
+      self._store = checkpoint_metadata_store
+
+    @classmethod
+    async def validate_final(cls, final_path: epath.Path) -> None:
+      await super().validate_final(final_path)
+      if final_path.parent == directory and not await asyncio.to_thread(_counts, final_path):
+        raise atomicity.ValidationError(f"{final_path} holds no committed step")
+
+    async def create(self) -> epath.Path:
+      step = self._step()
+      if step is not None:
+        await asyncio.to_thread(hooks.beginning, step)
+      return await super().create()
+
+    async def finalize(self) -> None:
+      step = self._step()
+      if step is None:
+        await super().finalize()  # an item; its files are sealed with the step's
+      elif renames:
+        await asyncio.to_thread(self._commit_by_rename, step)
+      else:
+        await asyncio.to_thread(hooks.committing, step)
+        await super().finalize()
+        await asyncio.to_thread(hooks.committed, step)
+
+    def _commit_by_rename(self, step: int) -> None:
+      # What AtomicRenameTemporaryPath does, with the seal between its last write and its rename.
+
+      temporary, final = self.get(), self.get_final()
+      if self._store is not None:
+        self._store.wait_until_finished()
+        self._store.update(file_path=temporary / STEP_METADATA, commit_timestamp_nsecs=time.time_ns())
+        self._store.wait_until_finished()
+      (temporary / COMMIT_MARKER).write_text(f"Checkpoint commit was successful to {final}")
+      seal(os.fspath(temporary), sealing)
+      hooks.committing(step)
+      temporary.rename(final)
+      if sealing.fsync:
+        try:
+          sync_directory(os.fspath(directory))
+        except OSError:
+          final.rename(temporary)  # what is reported as failed must not be there
+          raise
+      hooks.committed(step)
+
+    def _step(self) -> int | None:
+      final = self.get_final()
+      return called.step(final.name) if final.parent == directory else None
+
+  return StepPath

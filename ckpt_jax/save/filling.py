@@ -1,0 +1,150 @@
+"""Will this run fill its storage? Asked after each commit, and answered once, with the arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from ckpt_jax.config import ScheduleConfig
+from ckpt_jax.config.units import duration_text, size_text
+from ckpt_jax.policies.retention import Retention
+from ckpt_jax.policies.schedule import AnyOf, ByClock, EverySteps
+from ckpt_jax.run.steps import StepInfo, step_path
+from ckpt_jax.save.retention import LiveRetention
+from ckpt_jax.storage.space import free_bytes, tree_nbytes
+
+_log = logging.getLogger(__name__)
+HORIZON = 100  # saves; what lies beyond is warned of in time
+_THIN_SHARE = 1 / 3  # of a step, under Adam
+
+
+def saves_that_fit(
+  rules: Retention, steps: Sequence[StepInfo], coming: Sequence[StepInfo], free: int, step_nbytes: int
+) -> int | None:
+  """How many of the `coming` saves fit into `free` bytes beside what the rules keep; None if all of them do.
+
+  Args:
+    rules: what is deleted meanwhile.
+    steps: those that are there, already within what is not free.
+    coming: the next saves.
+    free: bytes.
+    step_nbytes: bytes that each step takes.
+  """
+
+  def taken(count: int) -> float:
+    """Steps that there are once `count` more are committed."""
+    decided = rules.decide([*steps, *coming[:count]])
+    return len(decided.kept) - (1 - _THIN_SHARE) * len(decided.thinned)
+
+  def fits(count: int) -> bool:  # while the last one is written, nothing that it supersedes is deleted yet
+    return (taken(count - 1) + 1 - len(steps)) * step_nbytes <= free
+
+  if rules.keeps_all and rules.thin is None:
+    found = free // step_nbytes
+    return found if found < len(coming) else None
+  if fits(len(coming)):
+    return None
+  low, high = 0, len(coming)  # `low` fit, `high` do not
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if fits(middle) else (low, middle)
+  return low
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pace:
+  """Steps and seconds from one save to the next; None where that is not known yet."""
+
+  steps: int | None
+  seconds: float | None
+
+
+class Outlook:
+  """Warns, once, of a run that will have filled its storage within the next HORIZON saves. Lives on process 0."""
+
+  def __init__(self, directory: epath.Path, retention: LiveRetention, schedule: Any, config: ScheduleConfig):
+    self._directory = directory
+    self._retention = retention
+    parts = getattr(schedule, "policies", None) if isinstance(schedule, AnyOf) else None
+    self._schedule = parts[0] if parts else schedule  # the others add a few saves, such as the last one
+    self._last = config.last
+    self._warned = False
+    self._before: tuple[int, float] | None = None
+
+  def committed(self, step: int, nbytes: int) -> None:
+    """Looks at the storage after a commit of `nbytes` bytes of arrays. Costs one question to the file system."""
+    if self._warned:
+      return
+    now = time.monotonic()
+    try:
+      pace = self._pace(step, now)
+      self._before = (step, now)
+      self._look(step, nbytes, pace)
+    except Exception as e:  # e.g. of the user's own schedule: a warning is not worth a failed save
+      _log.debug("%s: the outlook of its storage is not known: %s", self._directory, e)
+
+  def _pace(self, step: int, now: float) -> _Pace:
+    seconds = self._schedule.interval() if isinstance(self._schedule, ByClock) else None
+    if self._before is not None and step > self._before[0]:
+      return _Pace(step - self._before[0], max(now - self._before[1], seconds or 0.0))
+    return _Pace(self._schedule.n if isinstance(self._schedule, EverySteps) else None, seconds)
+
+  def _look(self, step: int, nbytes: int, pace: _Pace) -> None:
+    free = free_bytes(self._directory)
+    if free is None or free >= HORIZON * (nbytes + (1 << 20)):
+      return
+    count = self._saves_left(step, pace)
+    if not count:
+      return
+    step_nbytes = tree_nbytes(os.fspath(step_path(self._directory, step)))
+    now = datetime.datetime.now(datetime.timezone.utc)
+    coming = [
+      StepInfo(step + i * (pace.steps or 1), now + datetime.timedelta(seconds=i * (pace.seconds or 600.0)), nbytes, {})
+      for i in range(1, count + 1)
+    ]
+    rules = self._retention.rules
+    fit = saves_that_fit(rules, self._retention.known(), coming, free, step_nbytes)
+    if fit is None:
+      return
+    self._warned = True
+    _log.warning(
+      "%s: this run will fill its storage: %s are free and a step takes %s, so that %d more %s%s. %s",
+      self._directory,
+      size_text(free),
+      size_text(step_nbytes),
+      fit,
+      "fits" if fit == 1 else "fit",
+      self._until(step, fit, pace),
+      self._what_bounds_it(rules, step_nbytes),
+    )
+
+  def _saves_left(self, step: int, pace: _Pace) -> int:
+    """At most HORIZON, and 0 as long as it is not known."""
+    if self._last is None:
+      return HORIZON
+    if pace.steps is None or step >= self._last:
+      return 0
+    return min(HORIZON, -(-(self._last - step) // pace.steps))
+
+  def _until(self, step: int, fit: int, pace: _Pace) -> str:
+    explain = getattr(self._schedule, "explain", None)
+    how_often = explain().splitlines()[0] if explain else repr(self._schedule)
+    when = []
+    if pace.steps is not None:
+      when.append(f"at step {step + (fit + 1) * pace.steps}")
+    if pace.seconds is not None:
+      when.append(f"in about {duration_text((fit + 1) * pace.seconds)}")
+    return f": saving {how_often}, it is full {', '.join(when)}" if when else f", saving {how_often}"
+
+  def _what_bounds_it(self, rules: Retention, step_nbytes: int) -> str:
+    bounds = f"retention: {{last: 3}} takes {size_text(4 * step_nbytes)}, and budget: bounds all steps together"
+    if rules.keeps_all:
+      return f"No rule is set, so that every step stays. {bounds}"
+    return f"The rules ({rules.explain()}) keep more than that. {bounds}"

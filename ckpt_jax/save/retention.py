@@ -1,0 +1,203 @@
+"""Retention inside a running job: decided from what storage says of each step, read once."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import datetime
+import logging
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as ocp_policies
+
+from ckpt_jax.config import ThinConfig
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
+from ckpt_jax.job.agreement import from_process_zero
+from ckpt_jax.policies.retention import Retention, RetentionContext
+from ckpt_jax.rewrite.thin import thinned_nbytes
+from ckpt_jax.run.steps import PINS, StepInfo, list_steps, noted_steps, run_directory, step_info, step_path
+
+_log = logging.getLogger(__name__)
+
+
+class LiveRetention(ocp_policies.PreservationPolicy):
+  """Asks `rules` on process 0 and tells the others, so that all managers agree on which steps there are.
+
+  The metadata of each step is read once, in the background from the moment that the run is opened; each save then costs
+  one listing of the pins.
+
+  Attributes:
+    rules: the retention in force.
+    restoring: steps that this process is reading.
+    thin: is given the steps to thin, on process 0.
+  """
+
+  def __init__(self, rules: Retention, directory: epath.Path):
+    self.rules = rules
+    self.restoring: set[int] = set()
+    self.thin: Callable[[Collection[int]], None] = lambda steps: None
+    self._directory = directory
+    self._known: dict[int, StepInfo] = {}
+    self._told: set[str] = set()
+    self._why: dict[int, str] = {}
+    self._coming: int | None = None
+    self._lock = threading.Lock()
+    self._ahead: threading.Thread | None = None
+
+  def read_ahead(self, steps: Collection[int]) -> None:
+    """Starts to read what will be asked of these steps at the next save."""
+    if jax.process_index() == 0 and not self._idle:
+      self._ahead = threading.Thread(target=self._read, args=[steps], name="ckpt_jax_retention", daemon=True)
+      self._ahead.start()
+
+  def note(self, step: int, nbytes: int, healthy: bool | None, metrics: Mapping[str, Any]) -> None:
+    """Tells what a save is about to write, which storage cannot know before the commit."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    self._coming = step
+    with self._lock:
+      self._known[step] = StepInfo(step, now, nbytes, dict(metrics), healthy)
+
+  def forget(self, step: int) -> None:
+    """Tells that a step has changed in storage."""
+    with self._lock:
+      self._known.pop(step, None)
+
+  def known(self) -> list[StepInfo]:
+    """What is known of the steps that there are, oldest first; nothing if no rule asks for it."""
+    with self._lock:
+      return sorted(self._known.values(), key=lambda s: s.step)
+
+  def why(self, step: int) -> str:
+    """Why a step was dropped."""
+    with self._lock:
+      return self._why.get(step, "")
+
+  @property
+  def _idle(self) -> bool:
+    return self.rules.keeps_all and self.rules.thin is None
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> Sequence[bool]:
+    if self._idle or not checkpoints:
+      return [True] * len(checkpoints)
+    removed: list[int] = []
+    if jax.process_index() == 0:
+      try:
+        removed = self._decide(checkpoints)
+      except (CheckpointError, OSError) as e:  # an unreadable note must neither lose a step nor fail a save
+        _log.warning("%s: retention cannot be decided, every step stays: %s", self._directory, e)
+    gone = set(from_process_zero(removed))
+    return [c.step not in gone for c in checkpoints]
+
+  def _decide(self, checkpoints: Sequence[Any]) -> list[int]:
+    if self._ahead is not None:
+      self._ahead.join()
+      self._ahead = None
+    numbers = [c.step for c in checkpoints]
+    unread = self._read(numbers)
+    pinned = noted_steps(self._directory, PINS)
+    with self._lock:
+      steps = [self._known.get(n) or unread[n] for n in numbers]
+    decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
+    if decided.removed and (vanished := self._vanished(numbers)):
+      # Removed by hand: it must not take the place of one that is there.
+      steps = [s for s in steps if s.step not in vanished]
+      decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
+    for note in set(decided.notes) - self._told:
+      self._told.add(note)
+      _log.warning("%s: %s", self._directory, note)
+    removed = [step for step in decided.removed if step not in unread]
+    with self._lock:
+      for step in removed:
+        del self._known[step]
+        self._why[step] = self.rules.why_removed(step, decided.over_budget)
+    self.thin(decided.thinned)
+    return removed
+
+  def _vanished(self, steps: Collection[int]) -> set[int]:
+    """Those without a directory, but for the one that is being written."""
+    names = {p.name for p in self._directory.iterdir()}
+    return {s for s in steps if step_path(self._directory, s).name not in names and s != self._coming}
+
+  def _read(self, steps: Collection[int]) -> dict[int, StepInfo]:
+    """Reads what is not known yet. Returns what stands for the steps that cannot be read for now, which stay.
+
+    Such a step may be the best one, or the only healthy one: it is asked again at the next save.
+    """
+    with self._lock:
+      missing = [step for step in steps if step not in self._known]
+    if not missing:
+      return {}
+    unread: dict[int, StepInfo] = {}
+
+    def info(step: int) -> StepInfo:
+      nothing = StepInfo(step, None, 0, {}, healthy=False)  # nothing that the newest healthy step could be
+      try:
+        return step_info(self._directory, step)
+      except CorruptCheckpointError:
+        return nothing
+      except (CheckpointError, OSError) as e:
+        unread[step] = nothing
+        _log.warning("%s: step %d cannot be read for now, and stays: %s", self._directory, step, e)
+        return nothing
+
+    with concurrent.futures.ThreadPoolExecutor(min(16, len(missing))) as pool:
+      found = dict(zip(missing, pool.map(info, missing), strict=True))
+    with self._lock:
+      self._known = {step: s for step, s in found.items() if step not in unread} | self._known
+    return unread
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+  """What a prune would do.
+
+  Attributes:
+    steps: all committed steps, oldest first.
+    reasons: step -> the rules that keep it; empty if it goes.
+    over_budget: steps that only the budget removes.
+    thinned: steps that stay, but lose what `thin` does not keep, and their bytes afterwards.
+    notes: what the reader should know.
+  """
+
+  steps: list[StepInfo]
+  reasons: dict[int, tuple[str, ...]]
+  over_budget: frozenset[int]
+  thinned: dict[int, int]
+  notes: tuple[str, ...]
+
+  @property
+  def removed(self) -> list[StepInfo]:
+    return [s for s in self.steps if not self.reasons[s.step]]
+
+  @property
+  def kept_nbytes(self) -> int:
+    """Bytes of all steps afterwards."""
+    return sum(self.thinned.get(s.step, s.nbytes) for s in self.steps if self.reasons[s.step])
+
+  @property
+  def freed_nbytes(self) -> int:
+    return sum(s.nbytes for s in self.steps) - self.kept_nbytes
+
+
+def plan_pruning(path: str, rules: Retention) -> Pruning:
+  """Applies `rules` to the committed steps of a run, as the live policy would; changes nothing.
+
+  Raises:
+    CheckpointError: if a step that is to be thinned cannot be.
+  """
+  steps = list_steps(path)
+  decided = rules.decide(steps)
+  nbytes = {s.step: s.nbytes for s in steps}
+  after: dict[int, int] = {}
+  if isinstance(rules.thin, ThinConfig):
+    directory = run_directory(path)
+    seen: dict[int, int] = {}  # steps of one size have the same leaves
+    for step in sorted(decided.thinned):
+      if nbytes[step] not in seen:
+        seen[nbytes[step]] = thinned_nbytes(step_path(directory, step), rules.thin.keep)
+      after[step] = seen[nbytes[step]]
+  return Pruning(steps, decided.reasons, decided.over_budget, after, decided.notes)

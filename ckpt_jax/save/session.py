@@ -1,0 +1,388 @@
+"""What is open of a run in this process: ended once, by whoever comes first, and never through a forked child.
+
+A Checkpointer is often not closed: a notebook cell is run again, a variable is overwritten, a script ends. So what it
+has opened is held by a Session, which knows nothing of the Checkpointer: dropping the one is noticed at once, and the
+other ends by itself, once its last write has committed. In one process a run has one writer: the newest Checkpointer
+that saves; it waits for the write of the one before, and that one says so if it is used again.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from ckpt_jax.errors import CheckpointError
+from ckpt_jax.job.agreement import decided_by_process_zero
+from ckpt_jax.job.errand import Errand
+from ckpt_jax.job.preemption import PreemptionNotice, end_by_sigterm, in_a_thread
+from ckpt_jax.job.rendezvous import Rendezvous
+from ckpt_jax.orbax import private
+from ckpt_jax.rewrite.thin import Thinner
+from ckpt_jax.run.attempts import CLOSED, AttemptLog
+from ckpt_jax.run.deletion import StepDeleter
+from ckpt_jax.save.order import StepOrder
+from ckpt_jax.save.saving import Saver
+from ckpt_jax.storage.urls import is_object_store, split_url
+
+_log = logging.getLogger(__name__)
+_INTERRUPTED = 130  # what shells report of a program that ended by Ctrl-C
+_MOMENT_S = 10.0  # beyond what a write may take: for the commit, and for deletions to be given up
+_numbers = itertools.count()
+_open: set[Session] = set()
+_claiming = threading.Lock()
+
+
+class Session:
+  """What one Checkpointer has open: Orbax's manager, threads, the lease, the answer to SIGTERM.
+
+  Attributes:
+    lock: held by whoever uses or ends it.
+    closed: whether it has ended.
+    writes: whether it has saved, or was about to.
+    answers_sigterm: False if preemption is switched off.
+  """
+
+  def __init__(
+    self,
+    directory: epath.Path,
+    *,
+    saver: Saver,
+    order: StepOrder,
+    deleter: StepDeleter,
+    thinner: Thinner,
+    attempt: AttemptLog,
+    notice: PreemptionNotice | None,
+    patience: float,
+    others: Any,
+  ):
+    """Opens nothing itself.
+
+    Args:
+      directory: the run, which is there.
+      saver, deleter, thinner, attempt: what is to be ended.
+      order: knows what was offered to be saved.
+      notice: the answer to SIGTERM; None: nothing is changed about it.
+      patience: seconds that one write may take.
+      others: whatever else must not be destroyed in a forked child.
+    """
+    self.lock = threading.RLock()
+    self.closed = False
+    self.writes = False
+    self._superseded = False
+    self._dropped = False  # its Checkpointer is gone
+    self._stale = False  # another session has written since this one listed the steps
+    self._outcome: Exception | None = None  # of the last write, until the user has waited for it
+    self._claimed = False  # and nobody else in this process writes there any more
+    self._taking: Errand | None = None
+    self._ending: Errand | None = None
+    self._number = next(_numbers)
+    self._pid = os.getpid()
+    self._directory = directory
+    self._place = _place(directory)
+    self._saver = saver
+    self._order = order
+    self._deleter = deleter
+    self._thinner = thinner
+    self._attempt = attempt
+    self._notice = notice
+    self._patience = patience
+    self._others = others
+    self._rendezvous = Rendezvous(f"claim {directory}")
+    _open.add(self)
+    _end_all_at_exit()
+
+  # -- for the Checkpointer
+
+  def check_open(self) -> None:
+    """Raises CheckpointError if this session cannot be used: it has ended, or belongs to another process."""
+    self._check_process()
+    if self._superseded:
+      raise CheckpointError(
+        f"{self._directory}: a newer Checkpointer of this process saves into this run and has taken it over; use that "
+        "one, or make a new one"
+      )
+    if self.closed:
+      raise CheckpointError(f"{self._directory}: this Checkpointer is closed; make a new one")
+
+  def claim(self) -> None:
+    """Makes this session the one of this process that writes into the run. All processes call it before each save.
+
+    Raises:
+      CheckpointError: if a newer one does already, or an older one does not come to its end.
+    """
+    if self._claimed:
+      return
+    if self._taking is not None:  # an interrupt has ended the last call
+      self._taking.wait()
+    with _claiming:
+      others = [s for s in list(_open) if s is not self and s.writes and _same_run(s._place, self._place)]
+      newer = any(s._number > self._number for s in others)
+      self.writes = not newer
+    if newer:
+      self._superseded = True
+      self.check_open()
+    if self._notice is not None:
+      self._notice.listen()
+    error: CheckpointError | None = None
+    try:
+      if others:
+        self._taking = Errand(functools.partial(_supersede, others))
+        self._taking.start()
+        self._taking.wait()
+        self._taking.outcome()
+    except CheckpointError as e:
+      error = e
+
+    def is_stale() -> list[int]:
+      if error is not None:
+        raise error
+      return [int(self._stale)]
+
+    # Agreed, since one process may have lost its old Checkpointer to the garbage collector earlier than another.
+    if decided_by_process_zero(is_stale, self._rendezvous, self._patience) == [1]:
+      self._saver.reload()
+    self._claimed = True
+    if error is not None:
+      raise error
+
+  def wait_for_predecessors(self, *, dropped: bool = False) -> None:
+    """Waits for what earlier Checkpointers of this process are writing into this run, so that their steps count.
+
+    Args:
+      dropped: only for those that nobody can wait for any more.
+    """
+    for other in sorted((s for s in list(_open) if s.writes and s._number < self._number), key=lambda s: s._number):
+      if (other._dropped or not dropped) and _same_run(other._place, self._place):
+        settling = Errand(other._settle)
+        settling.start()
+        settling.wait()
+        settling.outcome()
+        self._stale = True
+
+  def wait(self) -> None:
+    """Waits for the last save. See `Checkpointer.wait`."""
+    self._check_process()
+    with self.lock:
+      self.raise_outcome()
+      if not self.closed:
+        self._saver.wait()
+
+  def raise_outcome(self) -> None:
+    """Raises what the last write has died of, if a newer Checkpointer was told instead of this one's user; once."""
+    error, self._outcome = self._outcome, None
+    if error is not None:
+      raise error
+
+  def close(self, how: str = CLOSED, *, clean: bool = False) -> bool:
+    """Waits for the last save and ends the session; nothing in a forked child, or if it has ended already.
+
+    If it is interrupted, it may be called again, and goes on where it was.
+
+    Args:
+      how: how the attempt ends.
+      clean: training has come to its end, as far as is known: warn if that was not saved.
+
+    Returns:
+      Whether this process was told to end (SIGTERM), and neither a save has answered nor will one.
+
+    Raises:
+      SaveFailedError: if the last save failed; told once.
+    """
+    if self._pid != os.getpid():
+      return False
+    with self.lock:
+      if not self.closed:
+        try:
+          self._saver.wait()
+        except Exception as e:
+          self._outcome = e
+      unanswered = self._end(how)
+      self.raise_outcome()
+      if clean:
+        self._order.warn_of_lost_end()
+      return unanswered
+
+  def abandon(self) -> None:
+    """Its Checkpointer is gone. May be called at any point of any thread: takes no lock, and waits for nothing."""
+    if self._pid != os.getpid() or self.closed:
+      return
+    self._dropped = True
+    if self._notice is not None and self._saver.under_way is None and self._notice.close():
+      end_by_sigterm()
+    in_a_thread(self._end_quietly, "ckpt_jax_closer")
+
+  # -- inside
+
+  def _check_process(self) -> None:
+    if self._pid != os.getpid():
+      raise CheckpointError(
+        f"{self._directory}: this Checkpointer was opened in another process, {self._pid}, and this is process "
+        f"{os.getpid()}, forked from it. Save and restore where it was opened. A worker that needs a Checkpointer "
+        "makes a new one after it was started by spawn or forkserver, since TensorStore does not survive a fork"
+      )
+
+  def _settle(self) -> None:
+    """Waits for the write under way, and keeps its error for the user's next `wait` or `close`."""
+    with self._held():
+      if self.closed:
+        return
+      record = self._saver.under_way
+      if record is not None:
+        _log.warning(
+          "%s: waiting for step %d, which an earlier Checkpointer of this process is writing (up to %.0f s)",
+          self._directory,
+          record.step,
+          self._patience,
+        )
+      try:
+        self._saver.wait()
+      except CheckpointError as e:
+        _log.error("%s: of an earlier Checkpointer of this process: %s", self._directory, e)
+        self._outcome = e
+
+  def _supersede(self) -> None:
+    with self._held():
+      self._settle()
+      if not self.closed:
+        self._superseded = True
+        _log.info("%s: an earlier Checkpointer of this process was not closed; the new one takes over", self._directory)
+        self._end(CLOSED)
+
+  def _end_quietly(self) -> None:
+    try:
+      if self.close(clean=True):
+        end_by_sigterm()
+    except Exception as e:
+      _log.error("%s: of a Checkpointer that was dropped without close(): %s", self._directory, e)
+
+  def _held(self) -> Any:
+    return _Held(self.lock, self._patience + _MOMENT_S, self._directory)
+
+  def _end(self, how: str) -> bool:
+    self.closed = True
+    for other in list(_open):
+      if self.writes and self in _open and _same_run(other._place, self._place):
+        other._stale = True
+    unanswered = self._notice is not None and self._notice.close()
+    while self._ending is None or not self._ending.wait():  # it may have been begun by a caller who was interrupted
+      self._ending = Errand(functools.partial(self._let_go, how))
+      self._ending.start()
+    self._ending.outcome()
+    return unanswered
+
+  def _let_go(self, how: str) -> None:
+    try:
+      self._saver.close()
+      self._deleter.finish()
+      self._thinner.finish()
+      self._attempt.ended(how)
+    finally:
+      _open.discard(self)
+
+
+def _supersede(sessions: Iterable[Session]) -> None:
+  for session in sorted(sessions, key=lambda s: s._number):
+    session._supersede()
+
+
+class _Held:
+  """A lock that is waited for with a limit; within errands only, since an interrupt would leave it taken."""
+
+  def __init__(self, lock: Any, limit: float, directory: epath.Path):
+    self._lock, self._limit, self._directory = lock, limit, directory
+
+  def __enter__(self) -> None:
+    if not self._lock.acquire(timeout=self._limit):
+      raise CheckpointError(
+        f"{self._directory}: another thread of this process is still using an earlier Checkpointer of this run, after "
+        f"{self._limit:.0f} s; close that one first"
+      )
+
+  def __exit__(self, *_: Any) -> None:
+    self._lock.release()
+
+
+def _place(directory: epath.Path) -> str:
+  """Where a run is, without links."""
+  if is_object_store(directory):
+    scheme, bucket, key = split_url(directory)
+    return f"{scheme}://{bucket}/{os.path.normpath(key)}"
+  return os.path.realpath(os.fspath(directory))
+
+
+def _same_run(a: str, b: str) -> bool:
+  """Whether two places are one run now. A run that was deleted leaves its inode to others."""
+  if a == b:
+    return True
+  try:
+    return "://" not in a + b and os.path.samefile(a, b)  # a run may be mounted twice
+  except OSError:
+    return False
+
+
+_hooked = 0
+
+
+def _end_all_at_exit() -> None:
+  """Once in a process."""
+  global _hooked
+  if _hooked != os.getpid():
+    _hooked = os.getpid()
+    private.before_executors_shut_down(_end_all)
+
+
+def _end_all() -> None:
+  for session in sorted(list(_open), key=lambda s: s._number):
+    record = session._saver.under_way
+    if record is not None and isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):
+      _log.warning(
+        "%s: at exit: waiting for step %d to commit, Ctrl-C to leave before it has", session._directory, record.step
+      )
+    try:
+      # Not after an uncaught exception, which was shown and says why training has ended.
+      session.close(clean=getattr(sys, "last_value", None) is None)
+    except Exception as e:  # the other sessions are to end too
+      _log.error("at exit: %s", e)
+    except KeyboardInterrupt:
+      if record is not None:
+        _log.error("%s: left before step %d was committed; it may be lost", session._directory, record.step)
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(_INTERRUPTED)  # Python would join the threads that write
+
+
+def check_not_forked() -> None:
+  """Raises CheckpointError in a child that was forked from a process with a Checkpointer: TensorStore aborts there."""
+  if _parent is not None and _parent[0] == os.getpid():
+    raise CheckpointError(
+      f"process {os.getpid()} was forked from process {_parent[1]}, which has used a Checkpointer; TensorStore cannot "
+      "work here any more. Start workers that need a Checkpointer by spawn or forkserver "
+      '(multiprocessing.get_context("spawn")), or fork before the first one is made'
+    )
+
+
+_inherited: list[Session] = []
+_parent: tuple[int, int] | None = (
+  None  # this process, if it cannot use TensorStore, and the one that it was forked from
+)
+
+
+def _forked() -> None:
+  """In a forked child nothing is open, and nothing of the parent's is destroyed: destructors would wait for threads."""
+  global _claiming, _parent
+  _claiming = threading.Lock()
+  if _hooked or _parent is not None:
+    _parent = os.getpid(), os.getppid()
+  _inherited.extend(_open)
+  _open.clear()
+
+
+os.register_at_fork(after_in_child=_forked)

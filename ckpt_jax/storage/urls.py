@@ -1,0 +1,28 @@
+"""URLs of object stores: which paths are some, and their parts."""
+
+from __future__ import annotations
+
+import os
+
+from ckpt_jax.errors import ConfigError
+
+SCHEMES = ("gs", "s3")
+
+
+def is_object_store(path: str | os.PathLike[str]) -> bool:
+  """Whether `path` is a gs:// or s3:// URL."""
+  return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def split_url(url: str | os.PathLike[str]) -> tuple[str, str, str]:
+  """Scheme, bucket and key of a URL; the key has no slash at either end.
+
+  Raises:
+    ConfigError: if it is no gs:// or s3:// URL, or names no bucket.
+  """
+  text = os.fspath(url)
+  scheme, _, rest = text.partition("://")
+  bucket, _, key = rest.partition("/")
+  if scheme not in SCHEMES or not bucket:
+    raise ConfigError(f"{text}: expected gs://BUCKET/PATH or s3://BUCKET/PATH")
+  return scheme, bucket, key.strip("/")

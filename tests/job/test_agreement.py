@@ -1,0 +1,26 @@
+"""One answer for all processes, and one error."""
+
+import pytest
+from jobs import together
+
+from ckpt_jax import errors
+from ckpt_jax.job.agreement import decided_by_process_zero, from_process_zero
+from ckpt_jax.job.rendezvous import Rendezvous
+
+
+def test_a_single_process_agrees_with_itself():
+  assert from_process_zero((3, 2**40)) == [3, 2**40]
+  assert decided_by_process_zero(lambda: (1, 2), Rendezvous("alone"), 0.0) == [1, 2]
+  refused = errors.StorageError("held")
+  with pytest.raises(errors.StorageError) as e:
+    decided_by_process_zero(lambda: raises(refused), Rendezvous("alone"), 0.0)
+  assert e.value is refused
+
+
+def raises(error):
+  raise error
+
+
+@pytest.mark.multiprocess
+def test_all_processes_have_the_answers_and_errors_of_the_first_and_none_waits_for_a_bug_of_it():
+  together("agreement.py", processes=4)
