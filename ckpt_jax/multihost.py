@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckpt_jax.errors import CheckpointError, NoCheckpointError
+from ckpt_jax.orbax.format import is_process_database
 
 _COORDINATOR, _COUNT, _INDEX = "CKPT_JAX_COORDINATOR", "CKPT_JAX_PROCESS_COUNT", "CKPT_JAX_PROCESS_INDEX"
 _LOG_LINES = 200
@@ -325,7 +326,7 @@ def who_wrote(run: str | os.PathLike[str], step: int) -> WriteReport:
   from ckpt_jax.storage.clients import kvstore_spec
 
   item = contents.item_directory(step_directory(run_directory(run), step))
-  parts = sorted((p for p in item.iterdir() if p.name.startswith("ocdbt.process_")), key=lambda p: _process_of(p.name))
+  parts = sorted((p for p in item.iterdir() if is_process_database(p.name)), key=lambda p: _process_of(p.name))
   if not parts:
     raise NoCheckpointError(
       f"{item}: no ocdbt.process_* in it: the step was saved without OCDBT, or was rewritten (repack, thinning)"

@@ -18,15 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ckpt_jax.run.steps import (
-  OURS,
-  STEP_METADATA,
-  committed_steps,
-  list_steps,
-  our_metadata,
-  run_directory,
-  step_metadata,
-)
+from ckpt_jax.orbax.format import STEP_METADATA
+from ckpt_jax.run.steps import OURS, committed_steps, list_steps, our_metadata, run_directory, step_metadata
 
 _EVERY_S = 600.0
 RULES: dict[str, Any] = {

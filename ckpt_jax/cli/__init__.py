@@ -1,5 +1,5 @@
-"""The `ckpt-jax` command: one file a command, thin. `app` puts them together."""
+"""The `ckpt-jax` command: one file a command, thin; `app` puts them together."""
 
-from ckpt_jax.cli.app import app, main
+from ckpt_jax.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -12,12 +12,11 @@ from etils import epath
 
 from ckpt_jax.errors import StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
+from ckpt_jax.orbax.format import MANIFEST, VALUES, is_process_database, process_database
 from ckpt_jax.storage import look
 from ckpt_jax.storage.clients import kvstore_spec
 from ckpt_jax.storage.urls import is_object_store
 
-MANIFEST = "manifest.ocdbt"
-_VALUES = "d"  # where a database keeps its values and nodes
 _PATIENCE_S = 60.0  # for what another host wrote: NFS may answer from a cache of a directory for so long
 
 
@@ -33,7 +32,7 @@ def check_written(item: epath.Path, processes: Sequence[int]) -> None:
     StorageError: naming what is missing.
   """
   deadline = time.monotonic() + (_PATIENCE_S if len(processes) > 1 else 0.0)
-  while missing := [name for name in map(_of_process, processes) if not _has_data(item / name)]:
+  while missing := [name for name in map(process_database, processes) if not _has_data(item / name)]:
     if time.monotonic() >= deadline:
       raise StorageError(
         f"{item}: {', '.join(missing[:5])} {'is' if len(missing) == 1 else 'are'} not where TensorStore was to write "
@@ -53,15 +52,11 @@ def check_merged(item: epath.Path) -> None:
     raise StorageError(f"{item / MANIFEST}: is missing after the save; nothing was committed")
 
 
-def _of_process(process: int) -> str:
-  return f"ocdbt.process_{process}"
-
-
 def _has_data(database: epath.Path) -> bool:
   if is_object_store(database):
     return database.is_dir()  # one request; a bucket does not lose what it has confirmed
   try:
-    with os.scandir(database / _VALUES) as values:
+    with os.scandir(database / VALUES) as values:
       return next(values, None) is not None and (database / MANIFEST).exists()
   except (FileNotFoundError, NotADirectoryError):
     return False
@@ -69,7 +64,7 @@ def _has_data(database: epath.Path) -> bool:
 
 def directories(item: epath.Path) -> list[epath.Path]:
   """The item itself, if it is a database, and those of the processes that wrote it, which it refers to."""
-  parts = sorted(item / name for name in look.names(item) if name.startswith("ocdbt.process_"))
+  parts = sorted(item / name for name in look.names(item) if is_process_database(name))
   return [item, *parts] if look.exists(item / MANIFEST) else parts
 
 

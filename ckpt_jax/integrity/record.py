@@ -31,9 +31,10 @@ from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents, packing
 from ckpt_jax.layout.handler import PyTreeHandler
+from ckpt_jax.orbax.format import ARRAY_METADATAS, DEFAULT_ITEM, ITEM_METADATA, SHARDINGS, STEP_METADATA, TEXTS
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.checksums import FILE_KEY, is_intact_file, sealed_file
-from ckpt_jax.run.steps import DEFAULT_ITEM, ITEM_METADATA, RECORD, STEP_METADATA, our_item, our_metadata
+from ckpt_jax.run.steps import RECORD, our_item, our_metadata
 from ckpt_jax.storage import look
 
 _log = logging.getLogger(__name__)
@@ -288,16 +289,15 @@ def history() -> collections.deque[Mapping[str, float]]:
 
 
 # Those that a restore depends on, and compares before it reads.
-_NEEDED = (ITEM_METADATA, "_sharding", "_strings.json", packing.INDEX)
-_ARRAY_METADATA = "array_metadatas"
+_NEEDED = (ITEM_METADATA, SHARDINGS, TEXTS, packing.INDEX)
 
 
 def file_digests(item_dir: epath.Path) -> dict[str, str]:
   """Digests, by name, of the item's files that carry no checksum of their own: everything but OCDBT data."""
   names = [name for name in _NEEDED if (item_dir / name).exists()]
-  folder = item_dir / _ARRAY_METADATA
+  folder = item_dir / ARRAY_METADATAS
   if folder.exists():
-    names += sorted(f"{_ARRAY_METADATA}/{path.name}" for path in folder.iterdir())
+    names += sorted(f"{ARRAY_METADATAS}/{path.name}" for path in folder.iterdir())
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
     return dict(zip(names, pool.map(lambda name: _digest(item_dir / name), names), strict=True))
 

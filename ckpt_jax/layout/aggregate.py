@@ -21,13 +21,13 @@ from ckpt_jax.layout import reading
 from ckpt_jax.layout.direct import EMPTY
 from ckpt_jax.layout.handler import describe_array, limited_context
 from ckpt_jax.layout.structure import path_name
+from ckpt_jax.orbax import private
+from ckpt_jax.orbax.format import AGGREGATE, ITEM_METADATA, MANIFEST, TREE, VALUE, VALUE_TYPE, key_path
 from ckpt_jax.run import untrusted
-from ckpt_jax.run.steps import AGGREGATE, ITEM_METADATA
 from ckpt_jax.storage import look
 
 PyTree = Any
 _ELSEWHERE = "PLACEHOLDER://"
-_MANIFEST = "manifest.ocdbt"
 
 
 def describe(
@@ -53,13 +53,13 @@ def describe(
   values = {name: v for name, v in flat.items() if not (isinstance(v, str) and v.startswith(_ELSEWHERE))}
   if not values and not look.is_dir(file) and look.exists(item / ITEM_METADATA):
     return None
-  is_ocdbt = look.exists(item / _MANIFEST)
+  is_ocdbt = look.exists(item / MANIFEST)
   info = ocp.type_handlers.ParamInfo(
     name="",
     parent_dir=item,
     is_ocdbt_checkpoint=is_ocdbt,
     use_zarr3=False,
-    ts_context=ocp.type_handlers.get_ts_context(use_ocdbt=is_ocdbt),
+    ts_context=private.tensorstore_context(use_ocdbt=is_ocdbt),
     value_typestr="jax.Array",
   )
   info = info.replace(ts_context=limited_context(limits, info))
@@ -90,10 +90,7 @@ def _value_types(item: epath.Path) -> dict[str, str]:
     return {}
   data = untrusted.read_json(file)
   untrusted.check_tree(data, str(file))
-  return {
-    "/".join(str(key["key"]) for key in entry["key_metadata"]): str(entry["value_metadata"].get("value_type"))
-    for entry in data.get("tree_metadata", {}).values()
-  }
+  return {"/".join(key_path(entry)): str(entry[VALUE].get(VALUE_TYPE)) for entry in data.get(TREE, {}).values()}
 
 
 def _scalar(name: str, item: epath.Path, dtype: Any) -> ocp.metadata.ScalarMetadata:

@@ -13,12 +13,19 @@ from etils import epath
 
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
-from ckpt_jax.run import untrusted
-from ckpt_jax.run.steps import (
+from ckpt_jax.orbax.format import (
+  AGGREGATE,
   COMMIT_MARKER,
   DEFAULT_ITEM,
+  ITEM_HANDLERS,
   ITEM_METADATA,
+  METRICS_ITEM,
   STEP_METADATA,
+  is_number,
+  is_text,
+)
+from ckpt_jax.run import untrusted
+from ckpt_jax.run.steps import (
   is_gone,
   is_tree,
   latest_committed,
@@ -32,7 +39,7 @@ from ckpt_jax.run.steps import (
 )
 from ckpt_jax.storage import look
 
-JSON_FILES = ("metadata", "metrics")
+JSON_FILES = ("metadata", METRICS_ITEM)
 V1_ITEM = "state"  # what Orbax v1's training.Checkpointer saves and asks for
 
 
@@ -94,7 +101,7 @@ class StepDescription:
 
 def items(step_dir: epath.Path) -> list[Item]:
   """All items of a committed step, by name; those within items (random keys are two in one) after a slash."""
-  handlers = step_metadata(step_dir).get("item_handlers")
+  handlers = step_metadata(step_dir).get(ITEM_HANDLERS)
   if is_tree(step_dir):
     return [Item("", "tree", _class_name(handlers))]
   return sorted(_items(step_dir, "", handlers if isinstance(handlers, dict) else {}), key=lambda item: item.name)
@@ -106,7 +113,7 @@ def _items(directory: epath.Path, prefix: str, handlers: dict[str, Any]) -> Iter
       continue
     name, handler = f"{prefix}{path.name}", _class_name(handlers.get(path.name))
     files = set(look.names(path)) - {COMMIT_MARKER, STEP_METADATA}
-    if "checkpoint" in files and look.exists(path / "checkpoint" / ".zarray"):
+    if AGGREGATE in files and look.exists(path / AGGREGATE / ".zarray"):
       yield Item(name, "array", handler)
     elif is_tree(path):
       yield Item(name, "tree", handler)
@@ -265,14 +272,13 @@ def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
   for path, meta in jax.tree_util.tree_flatten_with_path(tree)[0]:
     name = path_name(path)
     note = encoded.get(name, {})
-    kind = type(meta).__name__
-    if kind == "StringMetadata":
+    if is_text(meta):
       leaves.append(LeafInfo(name, (), "str", 0, scalar=True))
       continue
     shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     label = dtype_name(dtype)
-    if kind == "ScalarMetadata":
+    if is_number(meta):
       label = {"b": "bool", "i": "int", "f": "float"}.get(dtype.kind, label)
     if note.get("kind") == "empty":
       shape, label, nbytes = tuple(note["shape"]), note["dtype"], 0
@@ -282,7 +288,7 @@ def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
       label = "complex"
     elif "dtype" in note:
       label = note["dtype"]
-    leaves.append(LeafInfo(name, shape, label, nbytes, scalar=kind == "ScalarMetadata"))
+    leaves.append(LeafInfo(name, shape, label, nbytes, scalar=is_number(meta)))
   return leaves
 
 

@@ -30,6 +30,19 @@ from ckpt_jax.layout.handler import (
   limited_context,
 )
 from ckpt_jax.layout.splitting import SEQUENCE
+from ckpt_jax.orbax import private
+from ckpt_jax.orbax.format import (
+  KEY_TYPE,
+  KEYS,
+  TREE,
+  USE_OCDBT,
+  USE_ZARR3,
+  VALUE,
+  VALUE_TREE,
+  VALUE_TYPE,
+  WRITE_SHAPE,
+  key_path,
+)
 from ckpt_jax.run.steps import RECORD
 from ckpt_jax.storage import look
 
@@ -44,21 +57,21 @@ def is_known(item: epath.Path, data: Mapping[str, Any]) -> bool:
     item: its directory.
     data: its `_METADATA`.
   """
-  if not data.get("use_ocdbt") or "value_metadata_tree" in data:
+  if not data.get(USE_OCDBT) or VALUE_TREE in data:
     return False
   if not (look.exists(item / RECORD) or _is_beyond_orbax(data)):
     return False
-  found = {entry["value_metadata"].get("value_type") for entry in data.get("tree_metadata", {}).values()}
+  found = {entry[VALUE].get(VALUE_TYPE) for entry in data.get(TREE, {}).values()}
   return found <= {*EMPTY, *(handler.typestr() for handler in handlers(Config()).values())}
 
 
 def _is_beyond_orbax(data: Mapping[str, Any]) -> bool:
   """Whether a node has numbers and names for keys, or numbers with gaps: an nnx module with an `nnx.List`."""
   children: dict[tuple[str, ...], dict[str, int]] = {}
-  for entry in data["tree_metadata"].values():
-    names = tuple([str(key["key"]) for key in entry["key_metadata"]])
-    for i, key in enumerate(entry["key_metadata"]):
-      children.setdefault(names[:i], {})[names[i]] = key["key_type"]
+  for entry in data[TREE].values():
+    names = key_path(entry)
+    for i, key in enumerate(entry[KEYS]):
+      children.setdefault(names[:i], {})[names[i]] = key[KEY_TYPE]
   return any(
     SEQUENCE in kinds.values() and not (set(kinds.values()) == {SEQUENCE} and isinstance(_list(kinds), list))
     for kinds in map(dict, children.values())
@@ -71,9 +84,9 @@ def item_info(item: epath.Path, data: Mapping[str, Any], limits: LimitsConfig) -
     name="",
     parent_dir=item,
     is_ocdbt_checkpoint=True,
-    use_zarr3=bool(data.get("use_zarr3")),
+    use_zarr3=bool(data.get(USE_ZARR3)),
     use_compression=False,
-    ts_context=ocp.type_handlers.get_ts_context(use_ocdbt=True),
+    ts_context=private.tensorstore_context(use_ocdbt=True),
     value_typestr="jax.Array",
   )
   return info.replace(ts_context=limited_context(limits, info))
@@ -96,12 +109,12 @@ def describe(
   by_type = {handler.typestr(): handler for handler in handlers(Config()).values()}
   flat: list[tuple[tuple[str, ...], tuple[int, ...], Any]] = []
   others: dict[str, list[tuple[int, str, Any]]] = {}
-  for entry in data["tree_metadata"].values():
-    keys = entry["key_metadata"]
-    names, kinds = tuple([str(key["key"]) for key in keys]), tuple([key["key_type"] for key in keys])
-    kind, name = entry["value_metadata"]["value_type"], ".".join(names)
+  for entry in data[TREE].values():
+    keys = entry[KEYS]
+    names, kinds = tuple([str(key["key"]) for key in keys]), tuple([key[KEY_TYPE] for key in keys])
+    kind, name = entry[VALUE][VALUE_TYPE], ".".join(names)
     leaf: Any = None
-    written = entry["value_metadata"].get("write_shape")
+    written = entry[VALUE].get(WRITE_SHAPE)
     written = tuple(written) if written is not None else None
     if (packed := index.get(name)) is not None:
       leaf = describe_array(name, item, packed, written)

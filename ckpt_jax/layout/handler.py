@@ -22,6 +22,7 @@ from ckpt_jax.layout.splitting import Small, split
 from ckpt_jax.layout.structure import path_name
 from ckpt_jax.layout.text import TextHandler
 from ckpt_jax.orbax import private
+from ckpt_jax.orbax.format import SHARDINGS
 
 # Reads in flight at a time. Enough for 10 GB/s at 100 ms a request; it bounds what TensorStore holds beside the arrays.
 _READ_WINDOW = 10**9
@@ -179,7 +180,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     args = args or [ocp.SaveArgs()] * len(values)
     packed, small = self.to_pack or ([], None)
     self.to_pack, self.writes = None, False
-    ocp.type_handlers.check_input_arguments(values, infos, args)
+    private.check_input_arguments(values, infos, args)
     if self._chunk_nbytes is not None:
       args = [
         arg if arg.chunk_byte_size else dataclasses.replace(arg, chunk_byte_size=self._chunk_nbytes) for arg in args
@@ -191,7 +192,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     impls = {info.name: str(jax.random.key_impl(v)) for v, info in zip(values, infos, strict=True) if is_prng_key(v)}
     arrays = [jax.random.key_data(v) if is_prng_key(v) else v for v in values]
     written = writing.on_host(
-      arrays, infos, args, replica_parallel=self._use_replica_parallel, slice_nbytes=self._slice_nbytes
+      arrays, infos, args, replica_parallel=private.uses_replica_parallel(self), slice_nbytes=self._slice_nbytes
     )
     pieces = writing.small_on_host(packed, small.turns) if small else []
     self.writes = any(array.pieces for array in written) or bool(small and small.slab.nbytes)
@@ -257,7 +258,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     """See Orbax's ArrayHandler; the arrays that it takes over are read without one Python task a shard."""
     if args is None:
       return await super().deserialize(infos, args)
-    ocp.type_handlers.check_input_arguments(infos, args)
+    private.check_input_arguments(infos, args)
     shardings = {i: s for i, arg in enumerate(args) if (s := _sharding(arg)) is not None}
     plain = list(shardings)
     found: dict[int, jax.Array] = {}
@@ -329,7 +330,7 @@ class NumpyHandler(ocp.type_handlers.NumpyHandler):
 def _write_shardings(item: epath.Path, *objects: str) -> None:
   entries = ", ".join(text[1:-1] for text in objects if text != "{}")
   if entries:
-    (item / "_sharding").write_text(f"{{{entries}}}")
+    (item / SHARDINGS).write_text(f"{{{entries}}}")
 
 
 def _metadata(infos: _ParamInfos) -> list[ocp.metadata.ArrayMetadata]:
@@ -398,7 +399,7 @@ def limited_context(limits: LimitsConfig, info: ocp.type_handlers.ParamInfo) -> 
   if limits.file_io_concurrency == "auto" and limits.data_copy_concurrency == "auto":
     return info.ts_context  # Orbax makes one for each save and restore
   # Fresh each time: one that outlives a step has answered NOT_FOUND for the step that replaced it.
-  return ocp.type_handlers.get_ts_context(
+  return private.tensorstore_context(
     use_ocdbt=bool(info.is_ocdbt_checkpoint),
     file_io_concurrency_limit=_number(limits.file_io_concurrency),
     data_copy_concurrency_limit=_number(limits.data_copy_concurrency),

@@ -25,6 +25,7 @@ from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.keys import prefix
 from ckpt_jax.layout.memory import to_be_copied, unaligned_empty
 from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, local_regions, one_device, split_box, whole_box
+from ckpt_jax.orbax import private
 from ckpt_jax.storage.urls import is_object_store
 
 # How long to wait for the oldest read before looking at the others, which costs about 0.2 us each.
@@ -62,7 +63,7 @@ def open_stores(infos: Sequence[ocp.type_handlers.ParamInfo], context: ts.Contex
     ValueError: naming the array that cannot be opened.
   """
   first = infos[0]
-  spec = ocp.type_handlers.get_json_tspec_read(
+  spec = private.tensorstore_read_spec(
     first.replace(name=""),
     use_ocdbt=bool(first.is_ocdbt_checkpoint),
     raise_array_data_missing_error=first.raise_array_data_missing_error,

@@ -21,7 +21,7 @@ from ckpt_jax.layout import packing, writing
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.structure import look, segment
 from ckpt_jax.orbax import private
-from ckpt_jax.run.steps import ITEM_METADATA
+from ckpt_jax.orbax.format import ITEM_METADATA, KEY, KEY_TYPE, KEYS, TREE, VALUE, VALUE_TYPE, WRITE_SHAPE
 
 PyTree = Any
 SEQUENCE, NAMES = 1, 2  # Orbax's KeyType
@@ -46,10 +46,10 @@ class Description:
     """The JSON of each leaf in `_METADATA`, up to the value of those that are not small."""
     out = []
     for leaf in self.leaves:
-      keys = [{"key": name, "key_type": kind} for name, kind in zip(leaf.names, leaf.kinds, strict=True)]
-      head = f'{json.dumps(str(leaf.names))}: {{"key_metadata": {json.dumps(keys)}, "value_metadata": '
+      keys = [{KEY: name, KEY_TYPE: kind} for name, kind in zip(leaf.names, leaf.kinds, strict=True)]
+      head = f'{json.dumps(str(leaf.names))}: {{"{KEYS}": {json.dumps(keys)}, "{VALUE}": '
       shape = None if leaf.packed is None else list(leaf.packed)
-      value = f'{{"value_type": "jax.Array", "skip_deserialize": false, "write_shape": {shape}}}}}'
+      value = f'{{"{VALUE_TYPE}": "jax.Array", "skip_deserialize": false, "{WRITE_SHAPE}": {shape}}}}}'
       out.append(head if leaf.packed is None else head + value)
     return out
 
@@ -57,12 +57,12 @@ class Description:
     """Describes the whole tree in the item's `_METADATA`."""
     file = item / ITEM_METADATA
     data = json.loads(file.read_text())
-    known = data.pop("tree_metadata")
+    known = data.pop(TREE)
     tree = [
-      entry if leaf.packed is not None else f"{entry}{json.dumps(known[str(leaf.names)]['value_metadata'])}}}"
+      entry if leaf.packed is not None else f"{entry}{json.dumps(known[str(leaf.names)][VALUE])}}}"
       for leaf, entry in zip(self.leaves, self.entries, strict=True)
     ]
-    file.write_text(f'{{"tree_metadata": {{{", ".join(tree)}}}, {json.dumps(data)[1:]}')
+    file.write_text(f'{{"{TREE}": {{{", ".join(tree)}}}, {json.dumps(data)[1:]}')
 
 
 @dataclasses.dataclass(frozen=True)

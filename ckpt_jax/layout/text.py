@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from ckpt_jax.orbax.format import TEXTS
 from ckpt_jax.run import untrusted
-
-FILE = "_strings.json"
 
 
 class TextHandler(ocp.type_handlers.StringHandler):
@@ -34,12 +33,12 @@ class TextHandler(ocp.type_handlers.StringHandler):
     for info in infos:
       await info.await_path_creation()
     if jax.process_index() == 0:
-      await asyncio.to_thread((infos[0].parent_dir / FILE).write_text, json.dumps(nested(texts)))
+      await asyncio.to_thread((infos[0].parent_dir / TEXTS).write_text, json.dumps(nested(texts)))
 
   async def deserialize(self, infos: Sequence[ocp.type_handlers.ParamInfo], args: Any = None) -> Sequence[str]:
     """See Orbax's."""
     del args
-    data = await asyncio.to_thread(untrusted.read_json, infos[0].parent_dir / FILE)
+    data = await asyncio.to_thread(untrusted.read_json, infos[0].parent_dir / TEXTS)
     return [str(find(data, info.name)) for info in infos]
 
 
@@ -67,7 +66,7 @@ def find(data: Any, name: str) -> Any:
       node = node.get(part) if isinstance(node, dict) else None
     if node is not None and not isinstance(node, dict):
       return node
-  raise ValueError(f"{FILE} has no text for {name!r}")
+  raise ValueError(f"{TEXTS} has no text for {name!r}")
 
 
 def select(data: Any, names: Collection[str]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class Specs:
     """The spec without its key-value store, which is noted in `kvstore`."""
     key = (array.shape, array.write_shape, array.dtype, array.args.chunk_byte_size, tuple(array.args.shard_axes))
     if (spec := self._known.get(key)) is None:
-      spec = ocp.type_handlers.get_json_tspec_write(
+      spec = private.tensorstore_write_spec(
         array.info,
         use_ocdbt=True,
         global_shape=array.shape,

@@ -1,6 +1,6 @@
 """The saves of one process, kept apart inside Orbax: their numbers, threads, coroutines and log lines.
 
-With orbax_private.py the only file that touches private names of Orbax; tests/orbax/test_private.py guards them.
+Its private names of Orbax are guarded by tests/orbax/test_private.py.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from ckpt_jax.layout.memory import to_be_copied
 from ckpt_jax.layout.owned import default_cpu
 from ckpt_jax.layout.sharding import is_weak
 from ckpt_jax.orbax import private
+from ckpt_jax.orbax.format import is_number, is_text
 from ckpt_jax.restore.placement import is_held_by_jax
 
 Note = dict[str, Any]
@@ -121,11 +122,10 @@ def make_plan(
     cast: the dtype to change to.
     weak: whether it was weakly typed when it was saved; None if nothing says so, and `like` decides.
   """
-  kind = type(meta).__name__
-  if kind == "StringMetadata":
+  if is_text(meta):
     return LeafPlan(name, (), None, None, str, None, like)
   shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
-  if kind == "ScalarMetadata":
+  if is_number(meta):
     scalar = {"b": bool, "i": int, "u": int, "f": float}.get(dtype.kind)
     number = scalar is not bool  # as jax has it: a bool gives way to nothing
     return LeafPlan(name, shape, dtype, None, scalar, None, like, cast, weak=is_weak(like) if weak is None else number)

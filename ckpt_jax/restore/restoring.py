@@ -20,13 +20,14 @@ from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.job.waits import Together
 from ckpt_jax.layout.forms import why_not_flat
 from ckpt_jax.layout.sharding import global_nbytes
+from ckpt_jax.orbax.format import STEP_METADATA
 from ckpt_jax.orbax.saves import quietly
 from ckpt_jax.restore import fallback
 from ckpt_jax.restore.item import item_to_read
 from ckpt_jax.restore.placement import on_real_devices
 from ckpt_jax.restore.read import Request, read_state
 from ckpt_jax.restore.result import Restored, RestoreReport
-from ckpt_jax.run.steps import RECORD, STEP_METADATA, our_metadata, step_directory, step_info, step_path
+from ckpt_jax.run.steps import RECORD, our_metadata, step_directory, step_info, step_path
 from ckpt_jax.storage import look
 from ckpt_jax.storage.objects import snapshot
 from ckpt_jax.tuning.planner import Planner

@@ -22,12 +22,11 @@ from ckpt_jax.integrity import databases, fingerprint, record, sums
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents
 from ckpt_jax.layout.keys import database_name, prefix
+from ckpt_jax.orbax.format import COMMIT_MARKER, ITEM_HANDLERS, ITEM_METADATA, METRICS_ITEM, USE_ZARR3
 from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, make_plan
 from ckpt_jax.restore.read import Reader, Step
 from ckpt_jax.run import foreign, quarantine, untrusted
 from ckpt_jax.run.steps import (
-  COMMIT_MARKER,
-  ITEM_METADATA,
   committed_steps,
   counts,
   is_gone,
@@ -272,7 +271,7 @@ class _Check:
   # -- metadata
 
   def _missing(self, there: set[str]) -> None:
-    handlers = step_metadata(self._step_dir).get("item_handlers")
+    handlers = step_metadata(self._step_dir).get(ITEM_HANDLERS)
     if isinstance(handlers, dict):
       for name in sorted(set(handlers) - {name.split("/")[0] for name in there}):
         self._found("structure", "this item was saved, and is not there", file=name)
@@ -287,7 +286,7 @@ class _Check:
       for file in record.changed_files(item, known):
         self._found("metadata", "its bits are not those that were written", file=self._below_step(item / file))
     if ours:
-      places = [self._step_dir, item, self._step_dir / "metrics"]
+      places = [self._step_dir, item, self._step_dir / METRICS_ITEM]
       markers = [place / COMMIT_MARKER for place in places if look.exists(place)]
       for marker in markers:
         if not look.exists(marker):
@@ -300,7 +299,7 @@ class _Check:
     return known
 
   def _metrics(self, ours: dict[str, Any]) -> None:
-    file = self._step_dir / "metrics" / "metrics"
+    file = self._step_dir / METRICS_ITEM / METRICS_ITEM
     try:
       same = json.loads(look.read_bytes(file)) == ours.get("metrics")
     except FileNotFoundError:
@@ -353,7 +352,7 @@ class _Check:
     import tensorstore as ts
 
     described = item / ITEM_METADATA
-    zarr3 = look.exists(described) and json.loads(look.read_bytes(described)).get("use_zarr3", False)
+    zarr3 = look.exists(described) and json.loads(look.read_bytes(described)).get(USE_ZARR3, False)
     base = kvstore_spec(str(item).rstrip("/") + "/")
     if (item / databases.MANIFEST).exists():
       base = {"driver": "ocdbt", "base": base}
@@ -412,7 +411,7 @@ def _in_words(checked: Sequence[_Checked]) -> str:
   """How far the items of a step could be checked; metrics, which are in the step's JSON too, are left out."""
   by_text: dict[str, list[str]] = {}
   for part in checked:
-    if part.name != "metrics":
+    if part.name != METRICS_ITEM:
       by_text.setdefault(part.how_far, []).append(part.name)
   if len(by_text) < 2:
     return "".join(by_text)

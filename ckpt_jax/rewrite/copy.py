@@ -18,13 +18,21 @@ from etils import epath
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.layout import text
 from ckpt_jax.layout.keys import belongs
-from ckpt_jax.run.steps import COMMIT_MARKER, ITEM_METADATA
+from ckpt_jax.orbax.format import (
+  ARRAY_METADATAS,
+  COMMIT_MARKER,
+  ITEM_METADATA,
+  MANIFEST,
+  SHARDINGS,
+  TEXTS,
+  TREE,
+  key_path,
+)
 from ckpt_jax.storage import look
 from ckpt_jax.storage.clients import kvstore_spec
 
 _AT_ONCE = 4
 _BATCH_NBYTES = 256 * 2**20  # of a transaction, which holds what it writes
-_SHARDINGS = "_sharding"
 
 
 def leaf_names(item: epath.Path) -> list[tuple[str, ...]]:
@@ -33,7 +41,7 @@ def leaf_names(item: epath.Path) -> list[tuple[str, ...]]:
   Raises:
     CorruptCheckpointError: if the item's metadata cannot be read.
   """
-  return [tuple(str(k["key"]) for k in entry["key_metadata"]) for entry in _metadata(item)["tree_metadata"].values()]
+  return [key_path(entry) for entry in _metadata(item)[TREE].values()]
 
 
 def under(names: Collection[tuple[str, ...]], keep: Collection[str]) -> list[tuple[str, ...]]:
@@ -63,7 +71,7 @@ def copy_leaves(
     CheckpointError: if `source` is not an OCDBT database.
     CorruptCheckpointError: if a chunk read back differs from what was copied.
   """
-  if not (source / "manifest.ocdbt").exists():
+  if not (source / MANIFEST).exists():
     raise CheckpointError(f"{source}: not saved through OCDBT; only such steps can be copied in part")
   target.mkdir(parents=True)
   stored = {".".join(name) for name in names}
@@ -78,7 +86,7 @@ def _metadata(item: epath.Path) -> dict[str, Any]:
   file = item / ITEM_METADATA
   try:
     data = json.loads(look.read_bytes(file))
-    if not isinstance(data["tree_metadata"], dict):
+    if not isinstance(data[TREE], dict):
       raise TypeError("tree_metadata is no object")
   except (ValueError, KeyError, TypeError) as e:
     raise CorruptCheckpointError(f"{file}: cannot be read: {e}") from e
@@ -87,23 +95,19 @@ def _metadata(item: epath.Path) -> dict[str, Any]:
 
 def _copy_descriptions(source: epath.Path, target: epath.Path, names: set[tuple[str, ...]], stored: set[str]) -> None:
   data = _metadata(source)
-  data["tree_metadata"] = {
-    key: entry
-    for key, entry in data["tree_metadata"].items()
-    if tuple(str(k["key"]) for k in entry["key_metadata"]) in names
-  }
+  data[TREE] = {key: entry for key, entry in data[TREE].items() if key_path(entry) in names}
   (target / ITEM_METADATA).write_text(json.dumps(data))
-  if (source / _SHARDINGS).exists():
-    found = json.loads((source / _SHARDINGS).read_text())
-    (target / _SHARDINGS).write_text(json.dumps({k: v for k, v in found.items() if _decoded(k) in stored}))
-  if (source / text.FILE).exists():
-    (target / text.FILE).write_text(json.dumps(text.select(json.loads((source / text.FILE).read_text()), stored)))
-  if (source / "array_metadatas").exists():
-    (target / "array_metadatas").mkdir()
-    for path in (source / "array_metadatas").iterdir():
+  if (source / SHARDINGS).exists():
+    found = json.loads((source / SHARDINGS).read_text())
+    (target / SHARDINGS).write_text(json.dumps({k: v for k, v in found.items() if _decoded(k) in stored}))
+  if (source / TEXTS).exists():
+    (target / TEXTS).write_text(json.dumps(text.select(json.loads((source / TEXTS).read_text()), stored)))
+  if (source / ARRAY_METADATAS).exists():
+    (target / ARRAY_METADATAS).mkdir()
+    for path in (source / ARRAY_METADATAS).iterdir():
       found = json.loads(path.read_text())
-      found["array_metadatas"] = [m for m in found["array_metadatas"] if m["array_metadata"]["param_name"] in stored]
-      (target / "array_metadatas" / path.name).write_text(json.dumps(found))
+      found[ARRAY_METADATAS] = [m for m in found[ARRAY_METADATAS] if m["array_metadata"]["param_name"] in stored]
+      (target / ARRAY_METADATAS / path.name).write_text(json.dumps(found))
 
 
 def _decoded(name: str) -> str:

@@ -21,8 +21,8 @@ from ckpt_jax.layout import packing, reading, writing
 from ckpt_jax.layout.direct import item_info
 from ckpt_jax.layout.sharding import whole_box
 from ckpt_jax.orbax import private
+from ckpt_jax.orbax.format import ITEM_METADATA, TREE, VALUE, VALUE_TYPE, key_path
 from ckpt_jax.rewrite.copy import copy_leaves, leaf_names
-from ckpt_jax.run.steps import ITEM_METADATA
 
 _BATCH_NBYTES = 256 * 2**20  # of values in memory at a time
 
@@ -36,12 +36,8 @@ def moving_leaves(item: epath.Path, *, pack: bool) -> dict[str, int]:
   index = packing.read_index(item)
   if not pack:
     return {name: packed.nbytes for name, packed in index.items()}
-  entries = json.loads((item / ITEM_METADATA).read_text())["tree_metadata"].values()
-  arrays = [
-    ".".join(str(k["key"]) for k in entry["key_metadata"])
-    for entry in entries
-    if entry["value_metadata"]["value_type"] == "jax.Array"
-  ]
+  entries = json.loads((item / ITEM_METADATA).read_text())[TREE].values()
+  arrays = [".".join(key_path(entry)) for entry in entries if entry[VALUE][VALUE_TYPE] == "jax.Array"]
   keys = asyncio.run(private.prng_key_names(private.array_metadata_store(), item))
   names = [name for name in arrays if name not in index and name not in keys]
   if not names:

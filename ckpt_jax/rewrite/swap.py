@@ -23,19 +23,9 @@ from etils import epath
 
 from ckpt_jax.errors import CheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.integrity.record import carry_record
+from ckpt_jax.orbax.format import COMMIT_MARKER, COMMITTED_AT, CUSTOM, STEP_METADATA
 from ckpt_jax.run.checksums import sealed
-from ckpt_jax.run.steps import (
-  COMMIT_MARKER,
-  DELETING,
-  NOTES,
-  OURS,
-  STEP_METADATA,
-  is_step,
-  noted_steps,
-  step_directory,
-  step_metadata,
-  step_path,
-)
+from ckpt_jax.run.steps import DELETING, NOTES, OURS, is_step, noted_steps, step_directory, step_metadata, step_path
 from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
@@ -72,7 +62,7 @@ def rewrite_step(
     StorageError: if storage fails; the step is as it was, or the next open finishes the swap.
   """
   old = step_directory(directory, step)
-  commit = step_metadata(old).get("commit_timestamp_nsecs")
+  commit = step_metadata(old).get(COMMITTED_AT)
   place = directory / NOTES / REWRITING / str(step)
   new = place / "new"
   try:
@@ -142,7 +132,7 @@ def _is_same(directory: epath.Path, step: int, commit: Any) -> bool:
     return False
   with contextlib.suppress(CheckpointError):
     step_dir = step_directory(directory, step)
-    return step_metadata(step_dir).get("commit_timestamp_nsecs") == commit
+    return step_metadata(step_dir).get(COMMITTED_AT) == commit
   return False
 
 
@@ -200,7 +190,7 @@ def _write_metadata(old: epath.Path, new: epath.Path, ours: dict[str, Any]) -> N
   data = step_metadata(old)
   if not data:
     raise NoCheckpointError(f"{old}: has no {STEP_METADATA}; steps of an old Orbax are not rewritten")
-  data["custom_metadata"] = (data.get("custom_metadata") or {}) | {OURS: sealed(ours)}
+  data[CUSTOM] = (data.get(CUSTOM) or {}) | {OURS: sealed(ours)}
   (new / STEP_METADATA).write_text(json.dumps(data))
 
 

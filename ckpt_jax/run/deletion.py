@@ -22,19 +22,8 @@ from typing import Any
 
 from etils import epath
 
-from ckpt_jax.run.steps import (
-  AGGREGATE,
-  COMMIT_MARKER,
-  DELETING,
-  ITEM_METADATA,
-  NOTES,
-  OURS,
-  STEP_METADATA,
-  is_step,
-  noted_steps,
-  step_metadata,
-  step_path,
-)
+from ckpt_jax.orbax.format import AGGREGATE, COMMIT_MARKER, COMMITTED_AT, CUSTOM, ITEM_METADATA, STEP_METADATA
+from ckpt_jax.run.steps import DELETING, NOTES, OURS, is_step, noted_steps, step_metadata, step_path
 from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
@@ -219,8 +208,8 @@ class StepDeleter:
       return False
     file = self._mark_file(step)
     data = _metadata(step_dir)
-    ours = None if data is None else OURS in (data.get("custom_metadata") or {})
-    commit = None if data is None else data.get("commit_timestamp_nsecs")
+    ours = None if data is None else OURS in (data.get(CUSTOM) or {})
+    commit = None if data is None else data.get(COMMITTED_AT)
     mark = json.dumps({"commit": commit, "time": time.time(), "why": why, "ours": ours})
     try:
       file.parent.mkdir(parents=True, exist_ok=True)
@@ -322,4 +311,4 @@ def _metadata(step_dir: epath.Path) -> dict[str, Any] | None:
 
 def _commit(step_dir: epath.Path) -> Any:
   """What tells one commit of a step number from another; None if the step does not say."""
-  return (_metadata(step_dir) or {}).get("commit_timestamp_nsecs")
+  return (_metadata(step_dir) or {}).get(COMMITTED_AT)

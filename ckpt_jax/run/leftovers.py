@@ -21,13 +21,14 @@ from collections.abc import Collection
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
+from ckpt_jax.orbax.format import TEMPORARY
 from ckpt_jax.run.steps import NOTES, is_step, naming_in, our_metadata, step_path
 from ckpt_jax.storage.objects import BACKEND
 from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
 TRASH = "trash"
-_TEMPORARY = re.compile(r"(.+)\.orbax-checkpoint-tmp(-\d+)?")
+_TEMPORARY = re.compile(rf"(.+){re.escape(TEMPORARY)}(-\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Iterable
 
 from ckpt_jax.errors import NotARunError
+from ckpt_jax.orbax.format import TEMPORARY
 
 # What unfinished saves and steps that were moved out of the way are called; both may end in digits.
-_TEMPORARY = (".orbax-checkpoint-tmp", ".set-aside-")
+_TEMPORARY = (TEMPORARY, ".set-aside-")
 _NUMBERED = re.compile(r"(.*[^0-9])?([0-9]+)")
 
 

@@ -21,7 +21,8 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
-from ckpt_jax.run.steps import ASIDE, COMMIT_MARKER, NOTES, counts, naming_in, noted_steps, step_path, uncounted_steps
+from ckpt_jax.orbax.format import ARRAY_METADATAS, COMMIT_MARKER, MANIFEST, VALUES, is_process_database
+from ckpt_jax.run.steps import ASIDE, NOTES, counts, naming_in, noted_steps, step_path, uncounted_steps
 from ckpt_jax.storage import look
 from ckpt_jax.storage.paths import literal
 from ckpt_jax.storage.urls import is_object_store
@@ -218,7 +219,7 @@ def damaged_steps(directory: epath.Path) -> dict[int, CorruptCheckpointError]:
 def holds_arrays(item: epath.Path) -> bool:
   """Whether a directory holds what Orbax writes for arrays, described or not."""
   names = set(look.names(item))
-  return bool(names & {"manifest.ocdbt", "d", "array_metadatas"}) or any(n.startswith("ocdbt.process_") for n in names)
+  return bool(names & {MANIFEST, VALUES, ARRAY_METADATAS}) or any(is_process_database(n) for n in names)
 
 
 def _mark(directory: epath.Path, step: int) -> epath.Path:

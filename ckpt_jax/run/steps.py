@@ -13,6 +13,16 @@ from etils import epath
 
 from ckpt_jax.config.arguments import step_number
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.orbax.format import (
+  AGGREGATE,
+  COMMIT_MARKER,
+  COMMITTED_AT,
+  CUSTOM,
+  DEFAULT_ITEM,
+  ITEM_METADATA,
+  METRICS_ITEM,
+  STEP_METADATA,
+)
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.checksums import is_intact
 from ckpt_jax.run.naming import PLAIN, Naming, naming_of
@@ -22,11 +32,6 @@ from ckpt_jax.storage.objects import snapshot
 from ckpt_jax.storage.paths import given, literal, url_scheme
 from ckpt_jax.storage.urls import SCHEMES, is_object_store
 
-STEP_METADATA = "_CHECKPOINT_METADATA"
-ITEM_METADATA = "_METADATA"
-DEFAULT_ITEM = "default"
-COMMIT_MARKER = "commit_success.txt"
-AGGREGATE = "checkpoint"  # the tree, and its small leaves, as Orbax before 0.4 wrote it
 RECORD = "ckpt_jax.json"  # beside ITEM_METADATA: fingerprints and health, see integrity/record.py
 OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
 # What ckpt_jax notes about a run: RUN/.ckpt_jax/pins/STEP, RUN/.ckpt_jax/deleting/STEP and more. Plain small files,
@@ -313,7 +318,7 @@ def our_item(ours: dict[str, Any]) -> str:
 
 
 def _ours(data: dict[str, Any], step_dir: epath.Path) -> dict[str, Any] | None:
-  custom = data.get("custom_metadata") or {}
+  custom = data.get(CUSTOM) or {}
   ours = custom.get(OURS) if isinstance(custom, dict) else None
   if ours is not None and not (isinstance(ours, dict) and is_intact(ours)):
     raise CorruptCheckpointError(f"{step_dir / STEP_METADATA}: what ckpt_jax wrote there has changed")
@@ -375,12 +380,12 @@ def _info(step_dir: epath.Path, step: int) -> StepInfo:
   data = step_metadata(step_dir)
   try:
     ours = _ours(data, step_dir)
-    stamp = data.get("commit_timestamp_nsecs")
+    stamp = data.get(COMMITTED_AT)
     time = datetime.datetime.fromtimestamp(stamp / 1e9, datetime.timezone.utc) if stamp else None
     if ours is not None:
       healthy = (ours.get("health") or {}).get("healthy")
       return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]), healthy, resumable=THINNED not in ours)
-    metrics_file = step_dir / "metrics" / "metrics"
+    metrics_file = step_dir / METRICS_ITEM / METRICS_ITEM
     metrics = untrusted.read_json(metrics_file) if look.exists(metrics_file) else {}
     untrusted.check_metrics(metrics, str(metrics_file))
     nbytes = tree_nbytes(step_dir)
@@ -402,7 +407,7 @@ def orbax_can_list(step_dir: epath.Path) -> bool:
   """Whether Orbax's manager, which reads the metadata of all steps when it opens a run, can read this one's."""
   try:
     untrusted.check_step_metadata(step_metadata(step_dir), str(step_dir / STEP_METADATA))
-    metrics = step_dir / "metrics" / "metrics"
+    metrics = step_dir / METRICS_ITEM / METRICS_ITEM
     if metrics.exists():
       untrusted.check_metrics(untrusted.read_json(metrics), str(metrics))
   except (CorruptCheckpointError, OSError):

@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax.errors import CorruptCheckpointError
+from ckpt_jax.orbax.format import BEGUN_AT, COMMITTED_AT, CUSTOM, ITEM_HANDLERS, KEYS, TREE, VALUE
 from ckpt_jax.storage import look
 
 # A state of a million leaves takes 300 MB of `_METADATA`; Python's objects take several times the text.
@@ -67,13 +68,13 @@ def check_step_metadata(data: Any, where: str) -> None:
   """
   if not isinstance(data, dict):
     raise CorruptCheckpointError(f"{where}: expected a JSON object")
-  for key in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
+  for key in (BEGUN_AT, COMMITTED_AT):
     stamp = data.get(key)
     if stamp is not None and not (isinstance(stamp, int) and not isinstance(stamp, bool) and 0 <= stamp <= _LAST_NS):
       raise CorruptCheckpointError(f"{where}: {key} is {stamp!r:.60}, no time")
-  for key in ("custom_metadata", "metrics", "performance_metrics"):
+  for key in (CUSTOM, "metrics", "performance_metrics"):
     _expect(data, key, dict, where)
-  handlers = data.get("item_handlers")
+  handlers = data.get(ITEM_HANDLERS)
   if handlers is not None and not isinstance(handlers, (str, dict)):
     raise CorruptCheckpointError(f"{where}: item_handlers is {handlers!r:.60}")
   if isinstance(handlers, dict) and not all(isinstance(v, str) for v in handlers.values()):
@@ -97,13 +98,13 @@ def check_tree(data: Any, where: str) -> None:
   """
   if not isinstance(data, dict):
     raise CorruptCheckpointError(f"{where}: expected a JSON object")
-  tree = data.get("tree_metadata", {})
+  tree = data.get(TREE, {})
   if not isinstance(tree, dict):
     raise CorruptCheckpointError(f"{where}: tree_metadata is no JSON object")
   for name, entry in tree.items():
     if not isinstance(entry, dict):
       raise CorruptCheckpointError(f"{where}: the entry {name!r:.80} is no JSON object")
-    keys, value = entry.get("key_metadata"), entry.get("value_metadata")
+    keys, value = entry.get(KEYS), entry.get(VALUE)
     if not isinstance(keys, list) or not isinstance(value, dict):
       raise CorruptCheckpointError(f"{where}: the entry {name!r:.80} has no key_metadata or value_metadata")
     if len(keys) > MAX_DEPTH:

@@ -23,8 +23,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ckpt_jax.orbax.format import ARRAY_METADATAS, COMMIT_MARKER, STEP_METADATA
 from ckpt_jax.run.naming import Naming
-from ckpt_jax.run.steps import COMMIT_MARKER, STEP_METADATA, committed_steps, is_step, naming_in, orbax_can_list
+from ckpt_jax.run.steps import committed_steps, is_step, naming_in, orbax_can_list
 from ckpt_jax.storage.durable import Sealing, seal, sync_directory, sync_file
 from ckpt_jax.storage.urls import is_object_store
 
@@ -32,7 +33,7 @@ from ckpt_jax.storage.urls import is_object_store
 def sync_own_files(item_directories: Iterable[str]) -> None:
   """Syncs the small files that this process wrote beside process 0: another host's caches are not process 0's."""
   for folder in item_directories:
-    file = os.path.join(folder, "array_metadatas", f"process_{jax.process_index()}")
+    file = os.path.join(folder, ARRAY_METADATAS, f"process_{jax.process_index()}")
     with contextlib.suppress(FileNotFoundError):
       sync_file(file)
 

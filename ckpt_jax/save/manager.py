@@ -15,7 +15,7 @@ from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.job.agreement import from_process_zero
-from ckpt_jax.orbax import private
+from ckpt_jax.orbax.manager import ToldManager, forget_steps, use_deleter
 from ckpt_jax.policies.schedule import Schedule
 from ckpt_jax.run.deletion import StepDeleter
 from ckpt_jax.run.steps import committed_steps, step_info
@@ -62,7 +62,7 @@ class Managers:
   gate: Gate
   reports: Reports
 
-  def open(self, handlers: Any, config: Config, known: Sequence[int] | None = None) -> private.ToldManager:
+  def open(self, handlers: Any, config: Config, known: Sequence[int] | None = None) -> ToldManager:
     """Opens one.
 
     Args:
@@ -73,7 +73,7 @@ class Managers:
     best, found = config.retention.best, [known]
     with self.deleter.paused():
       self.deleter.resume()
-      manager = private.ToldManager(
+      manager = ToldManager(
         self.directory,
         lambda: self._steps_there(found.pop() if found else None),
         self.reports.ended,
@@ -91,8 +91,8 @@ class Managers:
           ),
         ),
       )
-      private.use_deleter(manager, self.deleter)
-      private.forget_steps(manager, from_process_zero(sorted(self.deleter.pending)))
+      use_deleter(manager, self.deleter)
+      forget_steps(manager, from_process_zero(sorted(self.deleter.pending)))
     self.retention.read_ahead(manager.all_steps())
     return manager
 

@@ -13,18 +13,10 @@ from ckpt_jax.errors import CheckpointError, StorageError
 from ckpt_jax.job.agreement import decided_by_process_zero
 from ckpt_jax.job.rendezvous import Rendezvous
 from ckpt_jax.layout import contents
+from ckpt_jax.orbax.format import DEFAULT_ITEM
 from ckpt_jax.run import foreign
 from ckpt_jax.run.naming import PLAIN, Naming
-from ckpt_jax.run.steps import (
-  DEFAULT_ITEM,
-  is_called,
-  is_tree,
-  naming_in,
-  newest_step,
-  our_item,
-  our_metadata,
-  step_path,
-)
+from ckpt_jax.run.steps import is_called, is_tree, naming_in, newest_step, our_item, our_metadata, step_path
 from ckpt_jax.storage import look
 from ckpt_jax.storage.objects import snapshot
 

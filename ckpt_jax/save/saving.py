@@ -36,13 +36,21 @@ from ckpt_jax.layout.encoding import encode, refuse_unusable
 from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_size
 from ckpt_jax.layout.keeping import keeping
 from ckpt_jax.layout.sharding import global_nbytes
-from ckpt_jax.orbax import private
+from ckpt_jax.orbax.format import DEFAULT_ITEM
+from ckpt_jax.orbax.manager import (
+  ToldManager,
+  end_save,
+  forget_failure,
+  forget_steps,
+  leave_behind,
+  never_wait_for_hanging_threads,
+)
 from ckpt_jax.orbax.saves import Operation, quietly
 from ckpt_jax.restore.counting import count_nonfinite
 from ckpt_jax.run.attempts import AttemptLog
 from ckpt_jax.run.checksums import sealed
 from ckpt_jax.run.deletion import StepDeleter
-from ckpt_jax.run.steps import DEFAULT_ITEM, OURS, committed_steps, is_step, step_path
+from ckpt_jax.run.steps import OURS, committed_steps, is_step, step_path
 from ckpt_jax.save.admission import Gate
 from ckpt_jax.save.failure import left_hanging, not_saved
 from ckpt_jax.save.filling import Outlook
@@ -58,7 +66,7 @@ _log = logging.getLogger(__name__)
 PyTree = Any
 # What Orbax may take beyond timeouts.save to tell by itself that a write has timed out.
 _GRACE_S = 5.0
-private.never_wait_for_hanging_threads()
+never_wait_for_hanging_threads()
 
 
 class Saver:
@@ -126,10 +134,10 @@ class Saver:
     self._managers = Managers(directory, policy, schedule, retention, deleter, gate, reports)
     gate.opened()
     with quietly():
-      self._manager: private.ToldManager | None = self._opened(pytree_handler(self._config))
+      self._manager: ToldManager | None = self._opened(pytree_handler(self._config))
 
   @property
-  def manager(self) -> private.ToldManager:
+  def manager(self) -> ToldManager:
     """Orbax's manager; replaced when a save needs another handler, or hangs."""
     if self._manager is None:
       self._gate.probe()
@@ -229,7 +237,7 @@ class Saver:
         return committed_steps(self._directory)
 
     there = decided_by_process_zero(look, self._asking, self._config.timeouts.save_s)
-    private.forget_steps(self.manager, set(self.manager.all_steps()) - set(there))
+    forget_steps(self.manager, set(self.manager.all_steps()) - set(there))
     return there
 
   def close(self) -> None:
@@ -278,7 +286,7 @@ class Saver:
       self._config = planned
       self._replace_manager(pytree_handler(planned))
     made_room = self._gate.admit(step, record.nbytes, metadata["leaves"], compressed=planned.layout.compression == "on")
-    private.forget_steps(self.manager, made_room)
+    forget_steps(self.manager, made_room)
     operation = Operation(self._rendezvous.begin())
     write = self._write = Write(record, operation, self._config.timeouts.save_s + _GRACE_S, told)
     try:
@@ -308,7 +316,7 @@ class Saver:
     write.returned(started)
     self.records.append(record)
 
-  def _opened(self, handler: PyTreeHandler, known: Sequence[int] | None = None) -> private.ToldManager:
+  def _opened(self, handler: PyTreeHandler, known: Sequence[int] | None = None) -> ToldManager:
     handlers = as_item(self._item, RecordingHandler(handler, self._norms, self._meant))
     return self._managers.open(handlers, self._config, known)
 
@@ -358,7 +366,7 @@ class Saver:
     step = write.record.step
     uncommitted = write.give_up()
     if self._manager is not None:
-      private.leave_behind(self._manager, write.operation.threads)
+      leave_behind(self._manager, write.operation.threads)
     self._manager = None
     self._hung += 1
     self._gate.failed(step, hangs=True)
@@ -383,12 +391,12 @@ class Saver:
     step = write.record.step
     committed = self._is_committed(write)
     if self._manager is not None:
-      private.forget_failure(self._manager)
+      forget_failure(self._manager)
     if not committed:
       self._gate.failed(step, hangs=False)
     with contextlib.suppress(Exception):  # what is on disk is the truth
       self.manager.reload()
-      private.forget_steps(self.manager, self._deleter.pending)
+      forget_steps(self.manager, self._deleter.pending)
     self._write = None
     if not (committed and single):
       raise not_saved(self._directory, step, error, committed=committed) from error
@@ -398,7 +406,7 @@ class Saver:
     """Waits until nothing writes the step any more, however far its save has come; False if it hangs."""
     if not write.ended.is_set():
       assert self._manager is not None
-      if not private.end_save(self._manager, write.ended, write.left):
+      if not end_save(self._manager, write.ended, write.left):
         return False
     return write.operation.end(write.left)
 

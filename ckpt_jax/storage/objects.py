@@ -32,6 +32,7 @@ from etils.epath import stat_utils
 
 from ckpt_jax.errors import ConfigError, StorageError
 from ckpt_jax.failures import without_secrets
+from ckpt_jax.orbax.format import COMMIT_MARKER
 from ckpt_jax.storage.clients import filesystem
 from ckpt_jax.storage.urls import is_object_store, split_url
 
@@ -208,8 +209,8 @@ class ObjectBackend(epath_backend.Backend):
     if keys:
       # In batches: up to 1000 keys a request on S3, 100 on GCS. Commit markers go first, so that a deletion that is cut
       # off leaves something that nobody takes for a checkpoint.
-      markers = [k for k in keys if k.endswith("commit_success.txt")]
-      for group in (markers, [k for k in keys if not k.endswith("commit_success.txt")]):
+      markers = [k for k in keys if k.endswith(COMMIT_MARKER)]
+      for group in (markers, [k for k in keys if not k.endswith(COMMIT_MARKER)]):
         if group:
           self._delete(url, [f"{url}/{k}" for k in group])
 

@@ -12,7 +12,9 @@ from etils import epath
 import ckpt_jax as ckpt
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.integrity.record import RecordingHandler
+from ckpt_jax.orbax import manager as manager_module
 from ckpt_jax.orbax import private, saves
+from ckpt_jax.orbax.manager import ToldManager, end_save, forget_failure, forget_steps, leave_behind, use_deleter
 from ckpt_jax.storage.paths import LiteralPath
 
 
@@ -23,7 +25,7 @@ def test_manager_says_when_a_save_has_ended_and_of_what_it_died(tmp_path, monkey
     told.append((step, type(error)))
     ended.set()
 
-  with private.ToldManager(tmp_path, lambda: [], on_end) as manager:
+  with ToldManager(tmp_path, lambda: [], on_end) as manager:
     manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
     assert ended.wait(60)
     ended.clear()
@@ -35,7 +37,7 @@ def test_manager_says_when_a_save_has_ended_and_of_what_it_died(tmp_path, monkey
       patch.setattr(ocp.path.atomicity.AtomicRenameTemporaryPath, "finalize", fail)
       manager.save(1, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
       assert ended.wait(60) and told == [(0, type(None)), (1, OSError)]
-    private.forget_failure(manager)
+    forget_failure(manager)
     assert manager.all_steps() == [0]
     manager.save(2, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))  # does not raise what step 1 died of
   assert told[2] == (2, type(None))
@@ -43,7 +45,7 @@ def test_manager_says_when_a_save_has_ended_and_of_what_it_died(tmp_path, monkey
 
 def test_commit_that_runs_when_save_raises_is_waited_for(tmp_path, monkeypatch):
   ended = threading.Event()
-  with private.ToldManager(tmp_path, lambda: [], lambda step, error: ended.set()) as manager:
+  with ToldManager(tmp_path, lambda: [], lambda step, error: ended.set()) as manager:
 
     def fail():
       raise ValueError("a policy that fails")
@@ -51,14 +53,14 @@ def test_commit_that_runs_when_save_raises_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(manager, "_get_old_steps_to_remove", fail)
     with pytest.raises(ValueError, match="a policy"):
       manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
-    assert private.end_save(manager, ended, 60) and not ended.is_set()
+    assert end_save(manager, ended, 60) and not ended.is_set()
   assert (tmp_path / "0" / "_CHECKPOINT_METADATA").exists()
 
 
 def test_manager_asks_us_for_its_steps_when_it_opens_and_reloads(tmp_path):
   times = [datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)]
   steps = [(3, times[0])]
-  with private.ToldManager(tmp_path, lambda: steps) as manager:
+  with ToldManager(tmp_path, lambda: steps) as manager:
     assert manager.all_steps() == [3] and manager._checkpoints[0].time == times[0]
     steps.append((7, times[0]))
     manager.reload()
@@ -115,13 +117,13 @@ def test_managers_deleter_and_step_list_are_where_we_look(tmp_path):
       asked.append("close")
 
   with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
-    private.use_deleter(manager, Deleter())
+    use_deleter(manager, Deleter())
     for step in range(3):
       manager.save(step, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
     manager.wait_until_finished()
     assert asked == [0, 1] and (tmp_path / "0").exists()
     manager.reload()
-    private.forget_steps(manager, {0, 1})
+    forget_steps(manager, {0, 1})
     assert manager.all_steps() == [2]
   assert asked[-1] == "close"
 
@@ -145,9 +147,9 @@ def test_threads_of_a_save_are_where_we_wait_for_them_and_leave_them(tmp_path, m
     manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
     saving, finalizing = manager._checkpointer._async_manager._thread, manager._finalize_thread.get()
     assert isinstance(saving, threading.Thread) and isinstance(finalizing, threading.Thread)
-    monkeypatch.setattr(private, "_left_behind", [])
-    private.leave_behind(manager, [threading.current_thread()])
-    assert private._left_behind == [finalizing, saving, threading.current_thread()]
+    monkeypatch.setattr(manager_module, "_left_behind", [])
+    leave_behind(manager, [threading.current_thread()])
+    assert manager_module._left_behind == [finalizing, saving, threading.current_thread()]
 
 
 def test_ending_a_save_ends_its_own_threads_alone_and_leaves_no_coroutine_behind(recwarn):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import ckpt_jax as ckpt
 from ckpt_jax.layout import contents
+from ckpt_jax.orbax.format import STEP_METADATA
 from ckpt_jax.policies import Retention
 from ckpt_jax.policies.retention import PROMISES
 from ckpt_jax.rewrite import swap
@@ -47,7 +48,7 @@ def save_steps(path, steps, **config):
 
 def age(path, step, days):
   """Moves a step's commit into the past."""
-  file = path / str(step) / run.STEP_METADATA
+  file = path / str(step) / STEP_METADATA
   data = json.loads(file.read_text())
   data["commit_timestamp_nsecs"] -= int(days * 86400e9)
   file.write_text(json.dumps(data))
@@ -169,8 +170,8 @@ def test_a_path_that_leads_nowhere_is_named_and_the_step_stays_whole(tmp_path, c
 KILLED = """
 import os, sys
 from etils import epath
-from ckpt_jax import rewrite
-from ckpt_jax.policies.thinning import thin_step
+from ckpt_jax.rewrite import swap
+from ckpt_jax.rewrite.thin import thin_step
 where, path = sys.argv[1:]
 
 def dies(function, after):
@@ -180,12 +181,12 @@ def dies(function, after):
     os._exit(9)
   return call
 
-if where == "copy": rewrite._copy_rest = dies(rewrite._copy_rest, False)
-if where == "ready": rewrite._swap = dies(rewrite._swap, False)
-if where == "between": rewrite.os.rename = dies(os.rename, True)
+if where == "copy": swap._copy_rest = dies(swap._copy_rest, False)
+if where == "ready": swap._swap = dies(swap._swap, False)
+if where == "between": swap.os.rename = dies(os.rename, True)
 if where == "after":
-  remove = rewrite._remove
-  rewrite._remove = lambda d: os._exit(9) if (d / "old").exists() else remove(d)
+  remove = swap._remove
+  swap._remove = lambda d: os._exit(9) if (d / "old").exists() else remove(d)
 thin_step(epath.Path(path), 1, ["params"])
 """
 

@@ -15,6 +15,7 @@ import pytest
 from etils import epath
 
 import ckpt_jax as ckpt
+from ckpt_jax.orbax.format import STEP_METADATA
 from ckpt_jax.run import steps as run
 from ckpt_jax.run.deletion import StepDeleter
 from ckpt_jax.run.pins import pinned
@@ -123,7 +124,7 @@ def test_a_marked_step_is_no_step_and_the_next_open_removes_it(tmp_path):
   deleter = StepDeleter(epath.Path(tmp_path))
   deleter._enqueue = lambda steps: None  # the process dies right after marking
   deleter.delete(1)
-  (tmp_path / "1" / run.STEP_METADATA).unlink()  # and has got a little further
+  (tmp_path / "1" / STEP_METADATA).unlink()  # and has got a little further
   assert numbers(tmp_path) == [0, 2]
   with pytest.raises(ckpt.NoCheckpointError), ckpt.Checkpointer(tmp_path, ckpt.Config(**KEEP_ALL)) as c:
     assert c._saver.manager.all_steps() == [0, 2]
@@ -187,7 +188,7 @@ def test_a_step_that_cannot_be_removed_is_reported_and_tried_again(tmp_path, cap
 KILLED = """
 import sys, os
 from etils import epath
-from ckpt_jax.policies.deletion import StepDeleter
+from ckpt_jax.run.deletion import StepDeleter
 deleter = StepDeleter(epath.Path(sys.argv[1]), files_per_second=2)
 deleter.delete_steps([0, 1])
 deleter.wait_for(timeout=60)

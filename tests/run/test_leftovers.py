@@ -21,8 +21,8 @@ from orbax.checkpoint._src.path import atomicity
 c = ckpt.Checkpointer(sys.argv[1])
 c.save(0, {"x": jnp.arange(4.0)})
 c.wait()
-from ckpt_jax.integrity import durability
-durability.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from ckpt_jax.save import commit
+commit.seal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 c.save(1, {"x": jnp.arange(4.0)})
 c.wait()
 """

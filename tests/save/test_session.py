@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import ckpt_jax as ckpt
+from ckpt_jax.run.steps import run_directory
 from ckpt_jax.save import session
 
 STATE = {"x": jnp.arange(4.0)}
@@ -23,7 +24,7 @@ STATE = {"x": jnp.arange(4.0)}
 def slow_write(directory):
   """Writes into a run do not end before the block does."""
   released = threading.Event()
-  (run,) = [s for s in session._open if s._directory == ckpt.run.run_directory(directory) and s.writes]
+  (run,) = [s for s in session._open if s._directory == run_directory(directory) and s.writes]
   gate = run._saver._gate
   check = gate.lease.check
   gate.lease.check = lambda: (released.wait(60), check())[1]
