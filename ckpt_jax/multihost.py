@@ -1,4 +1,4 @@
-"""Several jax processes on one machine, and the account of what each wrote.
+"""Starts several jax processes on one machine, and reports what each of them wrote.
 
     python -m ckpt_jax.multihost --processes 4 --devices 2 train.py --steps 100
 
@@ -30,19 +30,21 @@ from ckpt_jax.orbax.format import is_process_database
 
 _COORDINATOR, _COUNT, _INDEX = "CKPT_JAX_COORDINATOR", "CKPT_JAX_PROCESS_COUNT", "CKPT_JAX_PROCESS_INDEX"
 _LOG_LINES = 200
+_POLL_S = 0.02
+_ARRAY_METADATA = {".zarray", ".zattrs", ".zgroup", "zarr.json"}
 
 
 def initialize(timeout: float = 120.0) -> None:
-  """Joins the processes of this job; call it before anything touches a jax device. Harmless to call twice.
+  """Joins the processes of this job. Call it before anything touches a jax device; a second call does nothing.
 
-  Understands the launcher below, Open MPI and SLURM (whose variables `jax.distributed.initialize()` reads); without
-  any of them the job has one process and nothing is done.
+  Works under the launcher below, Open MPI and SLURM (whose variables `jax.distributed.initialize()` reads). Without
+  any of them the job has one process, and nothing is done.
 
   Args:
     timeout: seconds to wait for the other processes.
 
   Raises:
-    CheckpointError: if they do not all arrive in time.
+    CheckpointError: if not all of them arrive in time.
   """
   import jax
 
@@ -71,8 +73,8 @@ def initialize(timeout: float = 120.0) -> None:
 def _leave_at_once_after_an_exception() -> None:
   """Spares a process that failed jax's shutdown barrier, which waits 5 minutes for processes that wait for this one.
 
-  Only jax's own exit is skipped: `with` blocks have been left by then, and what ends before `atexit` (the last
-  background write among it) has ended. `sys.exit` is an orderly end, and goes through the barrier.
+  Only jax's own exit handler is skipped: `with` blocks have been left by then, and the last background write is over.
+  `sys.exit` is an orderly end, and goes through the barrier.
   """
   failed: list[bool] = []
   previous = sys.excepthook
@@ -109,12 +111,12 @@ class Job:
     processes, devices: how many processes, and virtual CPU devices in each.
     env: variables on top of this process's.
     python: the interpreter; default: this one.
-    prefixes: for each process what its command runs under, e.g. `ip netns exec HOST`.
+    prefixes: for each process the command that it runs under, e.g. `ip netns exec HOST`.
     on_line: called with (process index, line) for each line that a process writes, as it comes.
 
   Attributes:
-    first_failed: after `wait`, the index of the process that failed first: the others end because of it. None if
-      none failed.
+    children: the processes, by process index.
+    first_failed: after `wait`, the index of the process that failed first and so ended the others; None if none failed.
   """
 
   def __init__(
@@ -126,25 +128,20 @@ class Job:
     env: Mapping[str, str] | None = None,
     python: str = sys.executable,
     prefixes: Sequence[Sequence[str]] | None = None,
-    on_line: Callable[[int, str], None] | None = None,
+    on_line: Callable[[int, str], None] = lambda process, line: None,
   ):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
     shared = {
       **os.environ,
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": flags,
+      "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip(),
       "PYTHONUNBUFFERED": "1",
       _COORDINATOR: f"127.0.0.1:{free_port()}",
       _COUNT: str(processes),
       **(env or {}),
     }
     self.first_failed: int | None = None
-    self._on_line = on_line
-    self._logs: list[collections.deque[str]] = []
-    self._readers: list[threading.Thread] = []
-    self.children: list[subprocess.Popen[str]] = []
-    for index in range(processes):
-      child = subprocess.Popen(
+    self.children = [
+      subprocess.Popen(
         [*(prefixes[index] if prefixes else ()), python, *argv],
         env={**shared, _INDEX: str(index)},
         stdin=subprocess.DEVNULL,
@@ -154,55 +151,49 @@ class Job:
         errors="replace",
         start_new_session=True,  # so that a process and what it started can be ended together, by pid
       )
-      self.children.append(child)
-      self._logs.append(collections.deque(maxlen=_LOG_LINES))
-      reader = threading.Thread(target=self._read, args=(index,), daemon=True)
+      for index in range(processes)
+    ]
+    self._logs = [collections.deque[str](maxlen=_LOG_LINES) for _ in self.children]
+    self._readers = [
+      threading.Thread(target=self._read, args=(i, on_line), daemon=True) for i, _ in enumerate(self.children)
+    ]
+    for reader in self._readers:
       reader.start()
-      self._readers.append(reader)
 
-  def _read(self, index: int) -> None:
+  def _read(self, index: int, on_line: Callable[[int, str], None]) -> None:
     stream = self.children[index].stdout
     assert stream is not None
     with stream:
       for line in stream:
         self._logs[index].append(line)
-        if self._on_line is not None:
-          self._on_line(index, line)
-
-  @property
-  def pids(self) -> list[int]:
-    """Process ids by process index."""
-    return [child.pid for child in self.children]
+        on_line(index, line)
 
   def log(self, process: int) -> str:
     """The last lines that a process wrote so far."""
     return "".join(list(self._logs[process]))
 
   def kill(self, process: int, sig: int = signal.SIGKILL) -> None:
-    """Sends a signal to one process; nothing if it has ended."""
+    """Sends a signal to one process; does nothing if it has ended."""
     if self._code(process) is None:
       self.children[process].send_signal(sig)
 
   def wait(self, timeout: float, grace: float = 10.0) -> list[Result]:
-    """Waits for all processes; the first that fails takes the others with it (SIGTERM, SIGKILL after `grace` seconds).
+    """Waits for all processes. When one fails, the others get SIGTERM, and SIGKILL after `grace` seconds.
 
     Raises:
       TimeoutError: after `timeout` seconds, naming the processes that still ran; they are killed.
     """
     deadline = time.monotonic() + timeout
-    while True:
-      codes = self._codes()
-      self.first_failed = next((i for i, code in enumerate(codes) if code), None)
-      if self.first_failed is not None or None not in codes:
-        break
+    while None in (codes := self._codes()) and not any(codes):
       if time.monotonic() > deadline:
-        running = [i for i, code in enumerate(self._codes()) if code is None]
+        running = [i for i, code in enumerate(codes) if code is None]
         self.stop(grace=0)
         raise TimeoutError(
-          f"waited {timeout:.0f} s for processes {running} of {len(self.children)} to end; killed. "
+          f"waited {timeout:.0f} s for processes {running} of {len(codes)} to end; killed. "
           f"Process {running[0]} wrote last:\n{self.log(running[0])}"
         )
-      time.sleep(0.02)
+      time.sleep(_POLL_S)
+    self.first_failed = next((i for i, code in enumerate(codes) if code), None)
     if self.first_failed is not None:
       self.stop(grace)
     for reader in self._readers:
@@ -210,19 +201,19 @@ class Job:
     return [Result(i, code or 0, self.log(i)) for i, code in enumerate(self._codes())]
 
   def stop(self, grace: float = 10.0) -> None:
-    """Ends what still runs, by pid: SIGTERM, and SIGKILL after `grace` seconds."""
+    """Ends the processes that still run, and what they started: SIGTERM, and SIGKILL after `grace` seconds."""
     for sig, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
       if patience <= 0:
         continue
       for child in self.children:
-        # The group, also after its leader has ended: what the leader started may still run. Not once the leader has
-        # been reaped: its number may be another process's by then.
+        # The whole group, even if its leader has ended: what the leader started may still run. Not once the leader is
+        # reaped: another process may have its number by then.
         if child.returncode is None:
           with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, sig)
       deadline = time.monotonic() + patience
-      while any(code is None for code in self._codes()) and time.monotonic() < deadline:
-        time.sleep(0.02)
+      while None in self._codes() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
     for child in self.children:
       child.poll()
 
@@ -230,7 +221,7 @@ class Job:
     return [self._code(process) for process in range(len(self.children))]
 
   def _code(self, process: int) -> int | None:
-    """The exit code of a process that has ended, which is not reaped: until `stop`, its number stays its own."""
+    """The exit code of a process that has ended. It is not reaped: its number stays its own until `stop`."""
     child = self.children[process]
     if child.returncode is not None or not hasattr(os, "waitid"):
       return child.poll()
@@ -261,10 +252,9 @@ def launch(
 
 
 def free_port() -> int:
-  """A TCP port that nobody listens on now, and that no outgoing connection takes before it is listened on.
+  """A free TCP port of this machine, outside the range that the kernel takes ports of outgoing connections from.
 
-  The kernel takes the ports of outgoing connections from a range of its own, also the one that it just gave to somebody
-  who asked for any; a job's coordinator listens seconds later.
+  A job's coordinator listens only seconds later: a port of that range could be taken until then.
   """
   try:
     low, high = map(int, pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
@@ -289,11 +279,11 @@ class ProcessWrites:
 
 @dataclasses.dataclass(frozen=True)
 class WriteReport:
-  """Who wrote what in one step.
+  """Which process wrote how much of one step.
 
   Attributes:
-    processes: one entry a process that has an OCDBT database of its own.
-    overlaps: `{chunk: processes that wrote it}` for chunks that more than one wrote.
+    processes: one entry for each process that has an OCDBT database in the step.
+    overlaps: `{chunk: processes that wrote it}` for the chunks that more than one process wrote.
   """
 
   processes: list[ProcessWrites]
@@ -307,17 +297,18 @@ class WriteReport:
   def table(self) -> str:
     """The report as plain text."""
     lines = [f"{'process':>8} {'chunks':>8} {'MB':>10} {'share':>7}"]
-    for p in self.processes:
-      lines.append(f"{p.process:>8} {p.chunks:>8} {p.nbytes / 1e6:>10.2f} {p.nbytes / max(1, self.nbytes):>7.1%}")
-    lines.append(f"chunks written by more than one process: {len(self.overlaps)}")
-    return "\n".join(lines)
+    lines += [
+      f"{p.process:>8} {p.chunks:>8} {p.nbytes / 1e6:>10.2f} {p.nbytes / max(1, self.nbytes):>7.1%}"
+      for p in self.processes
+    ]
+    return "\n".join([*lines, f"chunks written by more than one process: {len(self.overlaps)}"])
 
 
 def who_wrote(run: str | os.PathLike[str], step: int) -> WriteReport:
-  """Bytes and chunks that each process wrote, read from the OCDBT databases that each keeps in a step.
+  """Counts the bytes and chunks that each process wrote, from the OCDBT database that each leaves in a step.
 
   Raises:
-    NoCheckpointError: if the step is not there, or no process left a database (saved without OCDBT).
+    NoCheckpointError: if there is no such step, or if it holds no such database (it was saved without OCDBT).
   """
   import tensorstore as ts
 
@@ -326,34 +317,25 @@ def who_wrote(run: str | os.PathLike[str], step: int) -> WriteReport:
   from ckpt_jax.storage.clients import kvstore_spec
 
   item = contents.item_directory(step_directory(run_directory(run), step))
-  parts = sorted((p for p in item.iterdir() if is_process_database(p.name)), key=lambda p: _process_of(p.name))
-  if not parts:
+  databases = {int(p.name.rpartition("_")[2]): p for p in item.iterdir() if is_process_database(p.name)}
+  if not databases:
     raise NoCheckpointError(
       f"{item}: no ocdbt.process_* in it: the step was saved without OCDBT, or was rewritten (repack, thinning)"
     )
   writers: dict[str, list[int]] = collections.defaultdict(list)
-  processes = []
-  for part in parts:
-    text = str(part)
-    store = ts.KvStore.open({"driver": "ocdbt", "base": kvstore_spec(text.rstrip("/") + "/")}).result()
-    chunks = [key.decode() for key in store.list().result() if not _is_array_metadata(key)]
-    nbytes = sum(len(store.read(key).result().value) for key in chunks)
+  writes = []
+  for process, path in sorted(databases.items()):
+    store = ts.KvStore.open({"driver": "ocdbt", "base": kvstore_spec(f"{str(path).rstrip('/')}/")}).result()
+    keys = [key.decode() for key in store.list().result()]
+    chunks = [key for key in keys if key.rpartition("/")[2] not in _ARRAY_METADATA]
+    writes.append(ProcessWrites(process, len(chunks), sum(len(store.read(key).result().value) for key in chunks)))
     for key in chunks:
-      writers[key].append(_process_of(part.name))
-    processes.append(ProcessWrites(_process_of(part.name), len(chunks), nbytes))
-  return WriteReport(processes, {key: who for key, who in writers.items() if len(who) > 1})
-
-
-def _process_of(name: str) -> int:
-  return int(name.rsplit("_", 1)[1])
-
-
-def _is_array_metadata(key: bytes) -> bool:
-  return key.rsplit(b"/", 1)[-1] in (b".zarray", b".zattrs", b".zgroup", b"zarr.json")
+      writers[key].append(process)
+  return WriteReport(writes, {key: processes for key, processes in writers.items() if len(processes) > 1})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """The command line; returns the exit code of the first process that failed."""
+  """Runs the command line. Returns the exit code of the first process that failed; 124 after the timeout."""
   parser = argparse.ArgumentParser(
     prog="python -m ckpt_jax.multihost", description="Run a script as several jax processes on this machine's CPU."
   )
@@ -372,11 +354,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if not options.module and not pathlib.Path(command[0]).is_file():
     parser.error(f"no such script: {command[0]}")
 
-  def show(process: int, line: str) -> None:
-    sys.stdout.write(f"[{process}] {line}")
-    sys.stdout.flush()
-
-  job = Job(command, processes=options.processes, devices=options.devices, on_line=show)
+  job = Job(
+    command,
+    processes=options.processes,
+    devices=options.devices,
+    on_line=lambda process, line: print(f"[{process}] {line}", end="", flush=True),
+  )
 
   def forward(signum: int, _: Any) -> None:
     for index in range(len(job.children)):
@@ -394,8 +377,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   if job.first_failed is None:
     return 0
   first = results[job.first_failed]
-  if first.returncode == 143:  # preemption.exit_code: a message of an error would mislead
-    print(f"process {first.process} was told to end (SIGTERM), saved and exited with 143", file=sys.stderr)
+  if first.returncode == 143:  # preemption.exit_code: an error message would mislead
+    print(f"process {first.process} received SIGTERM, saved and exited with 143", file=sys.stderr)
     return 143
   tail = "".join(first.log.splitlines(keepends=True)[-30:])
   print(f"process {first.process} failed with exit code {first.returncode}; it wrote last:\n{tail}", file=sys.stderr)

@@ -126,7 +126,7 @@ def test_number_of_a_process_that_has_ended_stays_its_own_until_the_job_is_stopp
   script.write_text("import os, time; time.sleep(600 * int(os.environ['CKPT_JAX_PROCESS_INDEX']))\n")
   job = Job([str(script)], processes=2)
   try:
-    os.waitid(os.P_PID, job.pids[0], os.WEXITED | os.WNOWAIT)
+    os.waitid(os.P_PID, job.children[0].pid, os.WEXITED | os.WNOWAIT)
     job.kill(0)
     assert job.children[0].returncode is None
   finally:

@@ -152,7 +152,7 @@ def _train_and_kill(run: pathlib.Path, notes: pathlib.Path, args: argparse.Names
     if step in committed_steps(run_directory(run)):
       console.print(f"step {step} was committed before the kill arrived; trying again")
       continue
-    console.print(f"process 2 (pid {job.pids[2]}) killed with -9 while step {step} was being written;")
+    console.print(f"process 2 (pid {job.children[2].pid}) killed with -9 while step {step} was being written;")
     console.print(f"the job was down {time.monotonic() - killed:.1f} s later, step {step} is not there.")
     return step
   raise NoKillError("three writes were faster than the kill; use a larger model or slower storage")
