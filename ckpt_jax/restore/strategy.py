@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
-import os
-import pathlib
 import time
 from collections.abc import Mapping
 
@@ -16,6 +11,7 @@ import numpy as np
 
 from ckpt_jax.restore import exchange
 from ckpt_jax.restore.routes import DIRECT, Totals
+from ckpt_jax.storage.cache import recall, remember
 from ckpt_jax.storage.kinds import StorageKind, storage_identity
 from ckpt_jax.storage.probe import StorageProfile
 from ckpt_jax.tuning.assumed import is_assumed
@@ -164,8 +160,8 @@ def measure_network() -> float:
 def seen_readers(path: str) -> Readers | None:
   """What the last telling restore from the storage of `path` saw, in this process or an earlier one on this host."""
   try:
-    return Readers(**json.loads(_seen_file(path).read_text()))
-  except (OSError, ValueError, TypeError):
+    return Readers(**recall("readers", storage_identity(path)) or {})
+  except TypeError:
     return None
 
 
@@ -173,18 +169,7 @@ def see_readers(path: str, count: int, nbytes: float, seconds: float) -> None:
   """Keeps what a restore saw, if it tells anything."""
   if count < 2 or nbytes < _TELLING_NBYTES or seconds < _TELLING_S:
     return
-  file = _seen_file(path)
-  with contextlib.suppress(OSError):  # a read-only home: the next restore knows less
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(f".{os.getpid()}.tmp")
-    new.write_text(json.dumps(dataclasses.asdict(Readers(count, nbytes / seconds))))
-    new.replace(file)
-
-
-def _seen_file(path: str) -> pathlib.Path:
-  root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-  digest = hashlib.sha256(storage_identity(path).encode()).hexdigest()[:20]
-  return root / "ckpt_jax" / "profiles" / f"readers-{digest}.json"
+  remember("readers", storage_identity(path), dataclasses.asdict(Readers(count, nbytes / seconds)))
 
 
 _networks: dict[str, float] = {}

@@ -26,6 +26,7 @@ from ckpt_jax.integrity.record import carry_record
 from ckpt_jax.orbax.format import COMMIT_MARKER, COMMITTED_AT, CUSTOM, STEP_METADATA
 from ckpt_jax.run.checksums import sealed
 from ckpt_jax.run.steps import DELETING, NOTES, OURS, is_step, noted_steps, step_directory, step_metadata, step_path
+from ckpt_jax.storage.durable import Sealing, seal, sync_directory
 from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ def rewrite_step(
     _write_metadata(old, new, ours)
     carry_record(old, new)
     check(old, new)
-    _sync(new)
+    if not is_object_store(new):
+      seal(os.fspath(new), Sealing())  # survives a power cut; a bucket's objects do as soon as they are written
     with swapping or contextlib.nullcontext():
       if not _is_same(directory, step, commit):
         _remove(place)
@@ -147,7 +149,7 @@ def _swap(directory: epath.Path, step: int) -> None:
       os.rename(step_dir, old)
     if old.exists():  # else the step was deleted
       os.rename(new, step_dir)
-      _sync_directory(directory)
+      sync_directory(os.fspath(directory))
   _ready_note(directory, step).unlink(missing_ok=True)
   _remove(place)
 
@@ -192,24 +194,6 @@ def _write_metadata(old: epath.Path, new: epath.Path, ours: dict[str, Any]) -> N
     raise NoCheckpointError(f"{old}: has no {STEP_METADATA}; steps of an old Orbax are not rewritten")
   data[CUSTOM] = (data.get(CUSTOM) or {}) | {OURS: sealed(ours)}
   (new / STEP_METADATA).write_text(json.dumps(data))
-
-
-def _sync(directory: epath.Path) -> None:
-  """Everything in `directory` survives a power cut. A bucket needs no telling."""
-  if is_object_store(directory):
-    return
-  for folder, _, names in os.walk(directory):
-    for name in names:
-      _sync_directory(os.path.join(folder, name))
-    _sync_directory(folder)
-
-
-def _sync_directory(path: str | os.PathLike[str]) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
 
 
 def _remove(directory: epath.Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that survive a power cut, with the right modes: fsync and permission bits of what lies under a directory."""
+"""Files that survive a power cut, with the right permission bits."""
 
 from __future__ import annotations
 
@@ -26,13 +26,8 @@ class Sealing:
 
   @property
   def directory_mode(self) -> int | None:
-    """Permission bits of directories."""
-    return None if self.mode is None else directory_mode(self.mode)
-
-
-def directory_mode(mode: int) -> int:
-  """`mode` with x where r is: 0640 gives 0750."""
-  return mode | (mode & 0o444) >> 2
+    """Permission bits of directories: 0750 for a mode of 0640."""
+    return None if self.mode is None else self.mode | (self.mode & 0o444) >> 2
 
 
 def seal(top: str, how: Sealing) -> None:
@@ -46,25 +41,24 @@ def seal(top: str, how: Sealing) -> None:
   for folder, _, names in os.walk(top):
     folders.append(folder)
     files += [os.path.join(folder, name) for name in names]
-  with concurrent.futures.ThreadPoolExecutor(min(_WORKERS, len(files) or 1)) as pool:
-    for _ in pool.map(lambda file: _seal_one(file, how), files):
-      pass
+
+  def seal_file(file: str) -> None:
+    restrict(file, how.mode)
+    if how.fsync:
+      sync_file(file)
+
+  with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+    list(pool.map(seal_file, files))
   for folder in reversed(folders):  # os.walk names parents first
     restrict(folder, how.directory_mode)
     if how.fsync:
       sync_directory(folder)
 
 
-def _seal_one(file: str, how: Sealing) -> None:
-  restrict(file, how.mode)
-  if how.fsync:
-    sync_file(file)
-
-
 def restrict(path: str, mode: int | None) -> None:
   """Sets permission bits; None only takes writing away from the world, which an umask of 0 would leave.
 
-  Set-group-id and the like stay: shared directories rely on them.
+  Set-group-id and the like stay, since shared directories rely on them. Links are not followed.
   """
   info = os.lstat(path)
   if stat.S_ISLNK(info.st_mode):
@@ -76,7 +70,7 @@ def restrict(path: str, mode: int | None) -> None:
 
 
 def sync_file(path: str) -> None:
-  """fsync."""
+  """Returns once a file is safe from a power cut."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
@@ -85,7 +79,7 @@ def sync_file(path: str) -> None:
 
 
 def sync_directory(path: str) -> None:
-  """fsync of a directory, where the file system knows such a thing."""
+  """Returns once the names in a directory are safe from a power cut; without effect where directories have no fsync."""
   try:
     sync_file(path)
   except OSError as e:

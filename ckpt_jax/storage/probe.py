@@ -9,9 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import datetime
-import hashlib
-import json
-import logging
 import os
 import pathlib
 import random
@@ -22,11 +19,11 @@ from typing import Any
 
 from ckpt_jax.config import parse_bytes, parse_duration
 from ckpt_jax.errors import ConfigError
+from ckpt_jax.storage.cache import recall, remember
 from ckpt_jax.storage.kinds import StorageKind, detect, storage_identity
 from ckpt_jax.storage.targets import BLOCK, FileTarget, Target, file_target, object_target, random_bytes
 from ckpt_jax.storage.urls import is_object_store
 
-_log = logging.getLogger(__name__)
 _SMALLEST = 64 * BLOCK
 _MAX_STREAMS = 64
 # One more doubling of the streams must bring this much, twice in a row, or the curve counts as flat.
@@ -178,7 +175,7 @@ def _probe(path: str | os.PathLike[str], seconds: float, limit: int, least: int)
     seconds=time.monotonic() - started,
     **measured,
   )
-  _remember(path, profile)
+  remember("storage", storage_identity(path), profile.to_dict())
   return profile
 
 
@@ -366,30 +363,10 @@ class _Measurement:
       del self._stored[name]
 
 
-# -- remembered profiles
-
-
 def cached_profile(path: str | os.PathLike[str]) -> StorageProfile | None:
   """What `probe` last measured on this host for the storage (mount or bucket) of `path`, or None."""
+  data = recall("storage", storage_identity(path))
   try:
-    data = json.loads(_cache_file(path).read_text())
-    return StorageProfile.from_dict(data) if data.get("version") == _VERSION else None
-  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    return StorageProfile.from_dict(data) if data and data.get("version") == _VERSION else None
+  except (ValueError, KeyError, TypeError):
     return None
-
-
-def _cache_file(path: str | os.PathLike[str]) -> pathlib.Path:
-  root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-  key = hashlib.sha256(f"{os.uname().nodename}\n{storage_identity(path)}".encode()).hexdigest()[:20]
-  return root / "ckpt_jax" / "profiles" / f"{key}.json"
-
-
-def _remember(path: str | os.PathLike[str], profile: StorageProfile) -> None:
-  file = _cache_file(path)
-  try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(f".{os.getpid()}.tmp")
-    new.write_text(json.dumps(profile.to_dict()))
-    new.replace(file)
-  except OSError as e:  # a read-only home is no reason to lose the measurement
-    _log.info("the profile is not remembered: %s", e)

@@ -6,9 +6,6 @@ import asyncio
 import collections
 import concurrent.futures
 import dataclasses
-import hashlib
-import json
-import logging
 import math
 import mmap
 import os
@@ -19,9 +16,9 @@ from typing import Any
 
 import psutil
 
+from ckpt_jax.storage.cache import recall, remember
 from ckpt_jax.tuning.sampling import Compressibility, measure_compression
 
-_log = logging.getLogger(__name__)
 PyTree = Any
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _VERSION = 3  # of what is remembered
@@ -306,21 +303,9 @@ def available_memory(cgroup: pathlib.Path = _CGROUP) -> int:
 
 def remembered(what: str, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
   """What was measured before on this host under `key`, else what `measure()` gives now, kept for later processes."""
-  root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-  digest = hashlib.sha256(f"{_VERSION} {os.uname().nodename} {key}".encode()).hexdigest()[:20]
-  file = root / "ckpt_jax" / "profiles" / f"{what}-{digest}.json"
-  try:
-    found = json.loads(file.read_text())
-    if isinstance(found, dict) and found.get("version") == _VERSION:
-      return found
-  except (OSError, ValueError):
-    pass
-  found = measure() | {"version": _VERSION}
-  try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(f".{os.getpid()}.tmp")
-    new.write_text(json.dumps(found))
-    new.replace(file)
-  except OSError as e:  # a read-only home is no reason to lose the measurement
-    _log.info("the profile is not remembered: %s", e)
+  key = f"{_VERSION} {key}"
+  found = recall(what, key)
+  if found is None:
+    found = measure()
+    remember(what, key, found)
   return found

@@ -13,7 +13,6 @@ import pytest
 
 import ckpt_jax as ckpt
 from ckpt_jax.save.admission import sealing_of
-from ckpt_jax.storage.durable import Sealing, directory_mode, restrict, seal, sync_directory, sync_file
 from ckpt_jax.storage.kinds import StorageKind
 
 TRAIN = str(pathlib.Path(__file__).parents[1] / "programs" / "train.py")
@@ -149,39 +148,3 @@ def test_fsync_follows_from_the_kind_of_storage():
   assert not sealing_of(auto, StorageKind.NFS).fsync, "close() sends everything to the server"
   assert not sealing_of(auto, StorageKind.GCS).fsync
   assert not sealing_of(ckpt.Config(storage={"fsync": False}), StorageKind.LOCAL).fsync
-
-
-def test_file_that_cannot_be_synced_fails_the_seal(tmp_path, monkeypatch):
-  (tmp_path / "a").write_text("x")
-  seal(str(tmp_path), Sealing())
-
-  def broken(_):
-    raise OSError(5, "Input/output error")
-
-  monkeypatch.setattr(os, "fsync", broken)
-  with pytest.raises(OSError, match="Input/output error"):
-    seal(str(tmp_path), Sealing())
-  monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(22, "Invalid argument")))
-  sync_directory(str(tmp_path))  # SMB and some FUSE mounts know no such thing
-  with pytest.raises(OSError):
-    sync_file(str(tmp_path / "a"))
-
-
-def test_modes_of_directories_and_links(tmp_path):
-  assert [directory_mode(m) for m in (0o640, 0o644, 0o600)] == [0o750, 0o755, 0o700]
-  (tmp_path / "target").write_text("x")
-  os.chmod(tmp_path / "target", 0o666)
-  os.symlink(tmp_path / "target", tmp_path / "link")
-  restrict(str(tmp_path / "link"), 0o600)
-  assert stat.S_IMODE((tmp_path / "target").stat().st_mode) == 0o666, "links are not followed out of the run"
-
-
-def test_sealing_syncs_each_file_and_directory_once(tmp_path, monkeypatch):
-  folder = tmp_path / "step"
-  (folder / "item").mkdir(parents=True)
-  for i in range(12):
-    (folder / "item" / str(i)).write_bytes(bytes(2000))
-  synced = []
-  monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-  seal(str(folder), Sealing())
-  assert sorted(synced) == sorted(map(str, [folder, *folder.rglob("*")]))
