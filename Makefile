@@ -6,6 +6,8 @@ PYTHON313 ?= $(shell for p in python3.13 "$$HOME"/.pyenv/versions/3.13*/bin/pyth
 VENV ?= .venv
 LATEST ?= .venv-latest
 BIN := $(VENV)/bin
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 PIP := -m pip --disable-pip-version-check install --quiet
 # Tests and examples run on virtual CPU devices, whatever the machine has.
 export JAX_PLATFORMS ?= cpu
@@ -37,14 +39,14 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-unit: setup
-	$(BIN)/python -m pytest
+unit: setup ## the tests alone, on WORKERS processes (2)
+	$(BIN)/python $(PYTEST)
 
 test-latest: ## the tests on Python 3.13 with the newest jax, flax and Orbax
 	@if [ -z "$(PYTHON313)" ]; then echo "skipped: no Python 3.13 here (set PYTHON313=...)"; else \
 	  $(PYTHON313) -m venv $(LATEST) && \
 	  $(LATEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]' && \
-	  $(LATEST)/bin/python -m pytest; fi
+	  $(LATEST)/bin/python $(PYTEST); fi
 
 fuzz: setup ## the property tests with new random examples, and 200 random programs of several Checkpointers
 	HYPOTHESIS_PROFILE=random CKPT_JAX_PROGRAMS=200 $(BIN)/python -m pytest \

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import pathlib
 import re
 import shlex
@@ -32,7 +33,7 @@ def codes(page):
 
 
 def is_there(path):
-  """Whether the repository holds a file or directory, named from its root, from the package or, without folder, alone."""
+  """Whether a file or directory exists, named from the root, from the package, from tests/ or without its folder."""
   candidates = [ROOT / path, ROOT / "ckpt_jax" / path, ROOT / "tests" / path]
   if "/" not in path.rstrip("/"):
     candidates += [*ROOT.glob(f"*/**/{path}")] if not path.startswith(".") else []
@@ -147,5 +148,5 @@ def test_the_map_lists_every_room_in_the_order_that_the_linter_checks():
   rows = [re.findall(r"`(\w+)/?`", line.split("|")[1]) for line in table.splitlines()[2:]]
   height = {room: -number for number, layer in enumerate(LAYERS) for room in re.split(r"[\s|]+", layer)}
   assert sorted(room for row in rows for room in row) == sorted(ROOMS)
-  for above, below in zip(rows, rows[1:], strict=False):
+  for above, below in itertools.pairwise(rows):
     assert max(height[room] for room in above) <= min(height[room] for room in below), (above, below)
