@@ -1,4 +1,4 @@
-"""Checkpointer: the one object a trainer holds. Wires the rooms together."""
+"""Checkpointer: the one object that a trainer holds."""
 
 from __future__ import annotations
 
@@ -19,44 +19,26 @@ from ckpt_jax.config import BestConfig, Config, as_config
 from ckpt_jax.config.arguments import check_schedule, step_number
 from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError, ConfigError
-from ckpt_jax.failures import storage_errors
-from ckpt_jax.job import garbage
-from ckpt_jax.job.agreement import from_process_zero
-from ckpt_jax.job.preemption import PreemptionNotice
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout.sharding import abstract_state
-from ckpt_jax.policies.from_config import make_schedule
-from ckpt_jax.policies.retention import Retention, best_steps
-from ckpt_jax.policies.schedule import AnyOf, OnPreemption
+from ckpt_jax.policies.retention import best_steps
 from ckpt_jax.restore import fallback
 from ckpt_jax.restore.initial import Initialise
 from ckpt_jax.restore.read import Request
 from ckpt_jax.restore.restoring import Restorer
 from ckpt_jax.restore.result import Restored
 from ckpt_jax.restore.strategy import STRATEGIES
-from ckpt_jax.rewrite.swap import finish_rewrites
-from ckpt_jax.rewrite.thin import Thinner
 from ckpt_jax.run import pins
-from ckpt_jax.run.attempts import PREEMPTED, AttemptLog
-from ckpt_jax.run.deletion import StepDeleter
-from ckpt_jax.run.steps import StepInfo, committed_steps, list_steps, run_directory
-from ckpt_jax.save.admission import Gate
-from ckpt_jax.save.opening import opened
-from ckpt_jax.save.order import StepOrder
-from ckpt_jax.save.retention import LiveRetention
-from ckpt_jax.save.saving import Saver
+from ckpt_jax.run.attempts import PREEMPTED
+from ckpt_jax.run.steps import StepInfo, committed_steps, list_steps
+from ckpt_jax.save.opening import open_run
 from ckpt_jax.save.session import Session, check_not_forked
-from ckpt_jax.save.underway import SaveRecord
-from ckpt_jax.storage.connect import connect
-from ckpt_jax.storage.kinds import StorageKind, check_suitable
-from ckpt_jax.storage.objects import snapshot
-from ckpt_jax.storage.paths import given
+from ckpt_jax.save.write import SaveRecord
+from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.tuning.plan import Plan
-from ckpt_jax.tuning.planner import Planner
 
 _log = logging.getLogger(__name__)
 PyTree = Any
-_NO_COLLECTION_S = 5.0  # a long write is no longer bound by Python, and training's own garbage should not pile up
 
 
 class Checkpointer:
@@ -76,15 +58,14 @@ class Checkpointer:
   Attributes:
     directory: the run's absolute path.
     config: the settings in force.
-    storage: what kind of storage the run lies on.
+    storage: the kind of storage that the run is on.
     saves: a SaveRecord for each save of this object, oldest first.
-    schedule: what decides when to save, but for preemption; `schedule.explain()` says why.
+    schedule: decides when to save, apart from preemption; `schedule.explain()` gives its reasons.
 
   Raises:
     ConfigError: if `config` or `schedule` is wrong.
-    NotARunError: if `directory` holds checkpoints but no steps of a run; it says how to open them.
-    StorageError: if `directory` cannot be created or reached, or if it is on a disk that the job's other hosts do not
-      see.
+    NotARunError: if `directory` holds checkpoints but no steps of a run; the message says how to open them.
+    StorageError: if `directory` cannot be created or reached, or is on a disk that the job's other hosts do not share.
   """
 
   @transfers_asked_for()
@@ -100,75 +81,22 @@ class Checkpointer:
     Args:
       directory: the run.
       config: settings, or a YAML file with them.
-      schedule: in place of the configuration's, for those that a file cannot say, e.g. `policies.AtSteps`. All
-        processes must give the same.
+      schedule: in place of the configuration's, e.g. `policies.AtSteps`, which a file cannot express. The same on all
+        processes.
     """
     check_not_forked()
     if schedule is not None:
       check_schedule(schedule)
-    config = self.config = as_config(config)
-    directory = given(directory)
-    connect(directory, config.storage)
-    self.directory: epath.Path = run_directory(directory)
-    self.storage: StorageKind = check_suitable(self.directory, config.storage.kind, jax.process_count())
-    self._planner = Planner(self.directory, config, self.storage, from_process_zero)
+    self.config = as_config(config)
+    self._run = run = open_run(directory, self.config, schedule)
+    self.directory: epath.Path = run.directory
+    self.storage: StorageKind = run.storage
+    self.schedule: SaveDecisionPolicy = run.schedule
     self._restoring = threading.RLock()  # reading a step may take minutes, for which a save elsewhere need not wait
-    first = jax.process_index() == 0
-    self._retention = LiveRetention(Retention.from_config(config.retention), self.directory)
-    self._restorer = Restorer(self.directory, config, self._planner, self._retention.restoring)
-    self._deleter = StepDeleter(
-      self.directory,
-      active=first,
-      timeout=config.timeouts.delete,
-      files_per_second=config.retention.delete_rate or 0,
-      why=self._retention.why,
-    )
-    # No callback below may hold `self`: a Checkpointer that is dropped must be gone at once, see `session`.
-    thinner = Thinner(
-      self.directory,
-      config.retention.thin.keep if config.retention.thin else (),
-      self._deleter,
-      active=first,
-      busy=lambda: saver.under_way is not None,
-      restoring=self._retention.restoring,
-      done=self._retention.forget,
-      timeout=config.timeouts.delete,
-    )
-    self._retention.thin = thinner.thin
-    self._attempt = AttemptLog(self.directory, active=first)
-    self._notice = notice = PreemptionNotice() if config.preemption.enabled else None
-    preempted = OnPreemption(lambda: notice is not None and notice.received)
-    with storage_errors(f"{self.directory}: cannot open the run"), snapshot(self.directory):
-      if first:
-        finish_rewrites(self.directory)
-      self._opened = opened(self.directory, config.item, config.timeouts.restore_s)  # nobody lists steps before that
-      self.schedule: SaveDecisionPolicy = schedule or make_schedule(config.schedule, self.directory)
-      saver = Saver(
-        self.directory,
-        config,
-        planner=self._planner,
-        policy=AnyOf([preempted, self.schedule]),
-        schedule=self.schedule,
-        retention=self._retention,
-        deleter=self._deleter,
-        attempt=self._attempt,
-        item=self._opened.item,
-        gate=Gate(self.directory, config, self.storage, self._retention, self._deleter),
-      )
-    self._saver = saver
-    self._order = StepOrder(self.directory, saver)
-    self.saves: list[SaveRecord] = saver.records
-    self._session = Session(
-      self.directory,
-      saver=saver,
-      order=self._order,
-      deleter=self._deleter,
-      thinner=thinner,
-      attempt=self._attempt,
-      notice=notice,
-      patience=config.timeouts.save_s,
-      others=(self._planner, self._restorer),
-    )
+    self._restorer = Restorer(run.directory, self.config, run.planner, run.retention.restoring)
+    self._session = Session(run, others=self._restorer)
+    self._saver = self._session.saver
+    self.saves: list[SaveRecord] = self._saver.records
     weakref.finalize(self, self._session.abandon).atexit = False  # type: ignore[misc]
 
   def __enter__(self) -> Checkpointer:
@@ -192,7 +120,7 @@ class Checkpointer:
       )
     try:
       self._close(clean=False)
-    except CheckpointError as e:  # the first exception is the one to show
+    except CheckpointError as e:  # the first exception matters more
       _log.error("while another error was on its way: %s", e)
     except KeyboardInterrupt:
       record = self._saver.under_way
@@ -218,27 +146,27 @@ class Checkpointer:
     State, metrics, extras and run metadata become visible together, when the background write commits. After a
     preemption notice it saves whatever the schedule says, waits for the commit and raises SystemExit.
 
-    Steps ascend. A save that is due and not above the newest committed step is an error, since training that has begun
-    anew, or has gone back without `rollback`, would otherwise never be saved.
+    Steps ascend. A save that is due and not above the newest committed step is an error, since training that has
+    started over, or has gone back without `rollback`, would otherwise never be saved.
 
     Args:
-      step: not negative; a step number can be saved once.
+      step: not negative; each step number can be saved once.
       state: any pytree of arrays, typed PRNG keys, numbers, strings and None: dicts, TrainStates, nnx modules, optax
-        and Equinox states, or one array alone. What could not come back as it is, is refused by name. In a job of
-        many, leaves that are no arrays of the whole job (numbers, numpy arrays) must be the same on all processes.
+        and Equinox states, or a single array. A leaf that could not be restored as it is, is refused by name. In a job
+        of many, leaves that are not arrays of the whole job (numbers, numpy arrays) must be equal on all processes.
       metrics: `{name: number}`.
       extras: anything JSON can hold, e.g. the data iterator's state. Tuples come back as lists.
-      force: save now, whatever the schedule says, below the newest step too. Retention takes neither the newer steps
-        for it, nor this one before the next save.
-      final: this is the last step of training: save it, whatever the schedule says, unless it is saved.
+      force: save now, whatever the schedule says, also below the newest step. Retention removes neither newer steps
+        because of it, nor this one before the next save.
+      final: this is the last step of training: save it, whatever the schedule says, unless it is saved already.
 
     Returns:
       Whether a save was started. False if the schedule did not ask for one, and for the newest step if this object has
-      saved or restored it: it is there already.
+      saved or restored it.
 
     Raises:
-      SaveFailedError: if this save, or an earlier one in the background, failed; told once. It is an OutOfSpaceError
-        too when the storage was full.
+      SaveFailedError: if this save, or an earlier one in the background, failed; raised once. Also an OutOfSpaceError
+        if the storage was full.
       CheckpointError: if an argument cannot be saved, if the step is saved already, if it is below the newest one and
         not forced, or if a newer Checkpointer of this process saves into this run; the message names the ways out, and
         nothing was written.
@@ -248,55 +176,49 @@ class Checkpointer:
     step = step_number(step)
     with self._session.lock:
       self._session.check_open()
-      self._opened.check_writable(self.directory)
+      self._run.check_writable()
       self._session.claim()
       preempted = self._preempted(step)
       if preempted:
         self._before_the_last_save(step)
-      else:
-        self._session.raise_outcome()
-        self._saver.raise_background_error()
-        if not (force or final or self._order.is_due(step)):
-          self._order.skipped(step)
-          return False
-        if not self._order.admits(step, force=force):
-          return False
-      self._begin(step, state, metrics, extras, started)
+      elif not self._is_wanted(step, force=force, final=final):
+        return False
+      self._session.order.begins(step)  # before the save: an interrupt may end this call, and the save goes on
+      self._saver.save(step, state, metrics, extras, started)
       if preempted:
         _log.warning("preempted: waiting for step %d to commit, then exiting", step)
         self._saver.wait()
-      if self._notice is not None:
-        self._notice.saved(step)
-        if preempted and self._notice.is_complete:
+      if self._run.notice is not None:
+        self._run.notice.saved(step)
+        if preempted and self._run.notice.is_complete:
           self._exit_preempted()
     return True
 
-  def _begin(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
-    self._order.begins(step)  # before: an interrupt may end this call, and the save goes on
-    collect_again = garbage.hold(_NO_COLLECTION_S)  # until the commit, since the write makes as many objects
-    try:
-      self._saver.save(step, state, metrics, extras, started, collect_again)
-    except BaseException:
-      collect_again()
-      raise
+  def _is_wanted(self, step: int, *, force: bool, final: bool) -> bool:
+    self._session.raise_outcome()
+    self._saver.raise_background_error()
+    if not (force or final or self._session.order.is_due(step)):
+      self._session.order.skipped(step)
+      return False
+    return self._session.order.admits(step, force=force)
 
   @transfers_asked_for()
   def wait(self) -> None:
     """Waits until the last save is committed.
 
     Raises:
-      SaveFailedError: if it failed; told once.
+      SaveFailedError: if it failed; raised once.
     """
     self._session.wait()
 
   def close(self) -> None:
     """Waits for the last save, and releases threads and signal handler. May be called twice.
 
-    Logs a warning if the schedule has skipped the steps that were offered to `save` last: see its `final`.
+    Logs a warning if the schedule skipped the last step that was passed to `save`: see its `final`.
 
     Raises:
-      SaveFailedError: if the last save failed; told once.
-      SystemExit: with `preemption.exit_code`, if SIGTERM came and neither a save has answered it nor one will.
+      SaveFailedError: if the last save failed; raised once.
+      SystemExit: with `preemption.exit_code`, if SIGTERM came and no save has answered it, or will.
     """
     self._close(clean=True)
 
@@ -304,7 +226,7 @@ class Checkpointer:
   def _close(self, *, clean: bool) -> None:
     unanswered = self._session.close(clean=clean)
     if unanswered:
-      # Nobody will save any more, and without this object SIGTERM would have ended the process before.
+      # Without this object SIGTERM would have ended the process.
       _log.warning("%s: SIGTERM came after the last save; nothing more was saved", self.directory)
       if sys.exc_info()[1] is None:  # else the exception that is on its way ends the process, and is the one to show
         raise SystemExit(self.config.preemption.exit_code)
@@ -313,11 +235,11 @@ class Checkpointer:
 
   @property
   def plan(self) -> Plan | None:
-    """What was decided where the configuration says `auto`: `plan.explain()`. None before the first save or restore."""
-    return self._planner.plan
+    """Decides the settings that are `auto`; `plan.explain()` gives reasons. None before the first save or restore."""
+    return self._run.planner.plan
 
   def steps(self) -> list[StepInfo]:
-    """All committed steps, oldest first. A step that is still being written, or whose write failed, is not there."""
+    """All committed steps, oldest first; without those still being written, or whose write failed."""
     return list_steps(self.directory)
 
   def latest_step(self) -> int | None:
@@ -452,7 +374,7 @@ class Checkpointer:
     step = step_number(step)
     with self._restoring, self._session.lock:
       self._saver.wait()
-      with self._deleter.paused():
+      with self._run.deleter.paused():
         later = fallback.rolled_back(self.directory, step, self._restorer.together(), delete=delete)
         self._saver.reload()
     return later
@@ -465,15 +387,15 @@ class Checkpointer:
     with self._session.lock:
       if restored.report is not None and restored.report.quarantined:
         self._saver.reload()
-      self._order.restored(restored.step)
+      self._session.order.restored(restored.step)
     return restored
 
   def _preempted(self, step: int) -> bool:
-    if self._notice is None:
+    if self._run.notice is None:
       return False
     if self._saver.manager.reached_preemption(step):
-      self._notice.note()
-    return self._notice.received
+      self._run.notice.note()
+    return self._run.notice.received
 
   def _before_the_last_save(self, step: int) -> None:
     """Clears the way for the save that a preemption notice asks for: nothing may keep it from being made."""
@@ -481,7 +403,7 @@ class Checkpointer:
       self._saver.wait()
     except CheckpointError as e:  # an earlier save; this one may succeed
       _log.error("preempted: %s", e)
-    if self._notice is not None and self._notice.is_alone:
+    if self._run.notice is not None and self._run.notice.is_alone:
       self._exit_preempted()
     if step in self._saver.manager.all_steps():
       _log.warning("preempted: %s: step %d is there already, and steps are never overwritten", self.directory, step)
@@ -489,11 +411,11 @@ class Checkpointer:
 
   def _exit_preempted(self) -> None:
     self._saver.wait()  # what fails here is raised, and tried again by whoever goes on
-    if self._notice is not None:
-      self._notice.answered()
+    if self._run.notice is not None:
+      self._run.notice.answered()
     self._session.close(PREEMPTED)
-    if self._notice is not None:
-      self._notice.run_users_handler()
+    if self._run.notice is not None:
+      self._run.notice.run_users_handler()
     saved = self.saves[-1].step if self.saves else None
     what = "no step was saved by this process" if saved is None else f"the last step saved is {saved}"
     _log.warning("preempted: %s: %s; exiting", self.directory, what)

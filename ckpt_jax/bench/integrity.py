@@ -21,7 +21,7 @@ from ckpt_jax.bench.runner import fill_free_memory
 from ckpt_jax.bench.worker import drop_cache, give_memory_back
 from ckpt_jax.integrity import fingerprint, health, record
 from ckpt_jax.layout.sharding import global_nbytes
-from ckpt_jax.save import saving
+from ckpt_jax.save import saver
 
 _SETTLE_S = 10.0  # a file system that discards what was deleted is busy with it for a while
 
@@ -132,7 +132,7 @@ def _median(rounds: int, action: Callable[[], Any]) -> float:
 @contextmanager
 def _recording(on: bool) -> Iterator[None]:
   """Saves without a record while `on` is False, to have something to compare with."""
-  original = saving.record_of
+  original = saver.record_of
 
   def nothing(
     step: int, state: Any, nbytes: int, nonfinite: str, where: str, judge: Callable[[Any], Any]
@@ -140,8 +140,8 @@ def _recording(on: bool) -> Iterator[None]:
     return record.Recording(step, fingerprint.take({}), None, judge, False, where, {})
 
   if not on:
-    saving.record_of = nothing
+    saver.record_of = nothing
   try:
     yield
   finally:
-    saving.record_of = original
+    saver.record_of = original

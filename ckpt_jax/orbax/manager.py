@@ -85,7 +85,7 @@ def never_wait_for_hanging_threads() -> None:
   before_executors_shut_down(leave)
 
 
-class ToldManager(ocp.CheckpointManager):
+class RunManager(ocp.CheckpointManager):
   """Orbax's manager, which is told what steps there are instead of looking by itself, and tells when a save has ended.
 
   Why private: `check_for_errors()` raises nothing after a failed background save; `wait_until_finished()` does, but

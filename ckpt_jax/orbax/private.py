@@ -6,6 +6,7 @@ tests/orbax/test_door.py when another file uses one.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -121,6 +122,20 @@ def shardings_json(shardings: Mapping[str, Any]) -> str:
     if texts[sharding] is not None:
       found[base64.urlsafe_b64encode(name.encode()).decode()] = texts[sharding]
   return json.dumps(found)
+
+
+def rename_by(path: Any, rename: Callable[[], None]) -> None:
+  """Has `finalize` of an AtomicRenameTemporaryPath call `rename`, in a thread, in place of its own rename.
+
+  Why private: files must be synced after Orbax has written the last of them and before the rename, and `finalize` has
+  no hook between the two; but it leaves the rename to its snapshot, if it has one (on file systems with snapshots).
+  """
+
+  class Renaming:
+    async def replace_source(self) -> None:
+      await asyncio.to_thread(rename)
+
+  path._snapshot = Renaming()  # pylint: disable=protected-access
 
 
 def replica_slices_on_host(

@@ -140,7 +140,7 @@ class Thinner:
     self._keep = tuple(keep)
     self._deleter = deleter
     self._active = active
-    self._busy = busy
+    self.busy = busy
     self._restoring = restoring
     self._done = done
     self._timeout = timeout
@@ -209,7 +209,7 @@ class Thinner:
 
   def _pause(self) -> None:
     deadline = time.monotonic() + _YIELD_S
-    while self._busy() and time.monotonic() < deadline and not self._stop.is_set():
+    while self.busy() and time.monotonic() < deadline and not self._stop.is_set():
       self._stop.wait(0.02)
     if self._stop.is_set():
       raise _Stopped

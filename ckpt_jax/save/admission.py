@@ -1,4 +1,4 @@
-"""What stands between a save and the storage: one writer, no leftovers, room, and a durable commit."""
+"""Admits saves to storage: one writer at a time, no leftovers, enough room; and makes their commits durable."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ from ckpt_jax.storage.urls import is_object_store
 _log = logging.getLogger(__name__)
 
 
-class Gate:
-  """Admits saves to a run. Only process 0 looks at storage; all processes get the same answer.
+class Admission:
+  """Admits saves to a run. Only process 0 looks at storage; all processes get its answer.
 
   Attributes:
     lease: the claim to the run; only process 0 takes it.
@@ -57,7 +57,7 @@ class Gate:
   def __init__(
     self, directory: epath.Path, config: Config, kind: StorageKind, retention: LiveRetention, deleter: StepDeleter
   ):
-    """Writes nothing; on process 0 it looks whether the run has another writer."""
+    """Writes nothing."""
     self.sealing = sealing_of(config, kind)
     self.lease = Lease(directory, patience=config.timeouts.lease, mode=self.sealing.mode)
     self._directory = directory
@@ -70,31 +70,31 @@ class Gate:
     self._first = jax.process_index() == 0
 
   def opened(self) -> None:
-    """Clears what a dead writer left, before Orbax lists the run; nothing if its writer may be alive."""
+    """Clears the leftovers of a dead writer, before Orbax lists the run; nothing if the writer may be alive."""
     if not self._first:
       return
     try:
       if is_object_store(self._directory):
-        self.lease.look()  # an owner elsewhere is watched from now on; its leftovers wait for the first save
+        self.lease.look()  # an owner on another host is watched from now on; its leftovers wait for the first save
         return
       leftovers.empty_trash(self._directory)
       if self.lease.look() in ("free", "dead") and leftovers.temporary_steps(self._directory):
         self.lease.acquire(wait=0)
         self._clear()
         self.lease.release()
-    except (CheckpointError, OSError) as e:  # a reader may have no right to clean up
+    except (CheckpointError, OSError) as e:  # a reader may lack the right to clean up
       _log.info("%s: leftovers of unfinished saves stay: %s", self._directory, e)
 
   def admit(self, step: int, nbytes: int, leaves: int, *, compressed: bool) -> list[int]:
-    """Lets a save begin: takes the lease, clears leftovers, makes room. Call it on all processes.
+    """Lets a save begin: takes the lease, clears leftovers, makes room. All processes call it alike.
 
     Args:
-      step: what is saved.
+      step: the step to be saved.
       nbytes, leaves: bytes and number of its arrays.
-      compressed: whether they will take less than that.
+      compressed: whether they will take less space than that.
 
     Returns:
-      Steps that had to go to make room, which retention would have dropped after this save anyway.
+      Steps that were deleted to make room; retention would have dropped them after this save.
 
     Raises:
       StorageError: if another job writes into this run.
@@ -108,10 +108,9 @@ class Gate:
     return decided
 
   def failed(self, step: int | None, *, hangs: bool) -> None:
-    """Cleans up after a save that failed. What a hanging write left stays until the next open: it may still write.
+    """Cleans up after a save that failed. Files of a hanging write, which may go on, stay until the next open.
 
-    In a job of many it waits for the next save: another process may still be writing its part, or wait for a directory
-    that would be gone.
+    In a job of many this happens at the next save: until then another process may still be writing its part.
     """
     if step is None:
       return
@@ -123,7 +122,7 @@ class Gate:
       self._clear_failed()
 
   def probe(self) -> None:
-    """Makes sure that storage answers again after a write that hung.
+    """Checks that storage answers again after a write that hung.
 
     Raises:
       StorageError: if it does not.
@@ -137,7 +136,7 @@ class Gate:
     decided_by_process_zero(renew, self._rendezvous, self._config.timeouts.save_s)
 
   def close(self) -> None:
-    """Gives the lease back."""
+    """Releases the lease."""
     self._restrict_notes()
     self.lease.release()
 
@@ -174,7 +173,7 @@ class Gate:
     return None if called == PLAIN else StepNames(called)
 
   def barrier(self, meet: Callable[..., None]) -> Callable[..., None]:
-    """Orbax's `barrier_sync_fn` around `meet`: before a process says that its part is written, it syncs its files."""
+    """Orbax's `barrier_sync_fn` around `meet`: a process syncs its files before it reports its part as written."""
 
     def sync_and_wait(*, key: str, timeout_ms: int) -> None:
       if "async_write_complete" in key and self.sealing.fsync and not self._first:
@@ -187,7 +186,7 @@ class Gate:
   # -- inside
 
   def _restrict_notes(self) -> None:
-    """Gives what ckpt_jax notes about the run, and the run's directory, the modes that its steps have."""
+    """Gives the run's directory and our notes in it the same modes as its steps."""
     if not self.lease.held or is_object_store(self._directory):
       return
     top = os.fspath(self._directory / NOTES)
@@ -234,7 +233,7 @@ class Gate:
         raise
       if is_out_of_space(e):
         raise SaveOutOfSpaceError(
-          f"{self._directory}: step {step} was not saved: the storage is full: not even a note about the save can be "
+          f"{self._directory}: step {step} was not saved: the storage is full, not even a note about the save can be "
           f"written ({e}). Free space",
           step,
         ) from e
@@ -256,11 +255,13 @@ class Gate:
     self._clear_failed()
     if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
       raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
-    with storage_errors(f"{step_path(self._directory, step)}: what lies there cannot be moved away"):
+    with storage_errors(f"{step_path(self._directory, step)}: what is stored there cannot be moved away"):
       quarantine.make_room(self._directory, step)
     leftovers.set_aside(self._directory, step)
     dropped = self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
-    if not is_object_store(self._directory):  # two small writes; in a bucket two requests, which wait behind training
+    if not is_object_store(
+      self._directory
+    ):  # two small writes; in a bucket two requests, which are made behind training
       self.lease.begin(step)
     return dropped
 
@@ -299,7 +300,7 @@ class Gate:
     if compressed:
       share = self._stored_share()
       if share is None:
-        return None  # nobody knows how far it shrinks
+        return None  # how far it shrinks is not known
     return Room(free, planned_bytes(nbytes, leaves, share))
 
   def _stored_share(self) -> float | None:
@@ -309,13 +310,13 @@ class Gate:
     try:
       nbytes = step_info(self._directory, steps[-1]).nbytes
       stored = tree_nbytes(os.fspath(step_path(self._directory, steps[-1])))
-      # Metadata outweighs the arrays of a tiny step, which says nothing about how far a large one shrinks.
+      # Metadata outweighs the arrays of a tiny step, whose share tells nothing about a large one.
       return min(1.0, stored / nbytes) if nbytes else None
     except (CheckpointError, OSError):
       return None
 
   def _droppable(self, step: int, nbytes: int) -> list[int]:
-    """Steps that the rules drop once `step` is committed, oldest first; what they keep today for safety stays."""
+    """Steps that the rules drop once `step` is committed, oldest first; never the newest (healthy) one."""
     steps, _ = list_readable_steps(self._directory)
     if not steps:
       return []

@@ -2,11 +2,11 @@
 
 TensorStore syncs the data files that it writes. Orbax syncs neither its metadata files and markers nor any directory
 (`_METADATA`, `_CHECKPOINT_METADATA`, `array_metadatas/*`, `commit_success.txt`), so that after a power cut a step may
-be there by name with files of length zero. Here, in this order: the files, their directories, the rename, the directory
-of the run; only then does a save count as committed.
+have its name and files of length zero. Synced here, in this order: the files, their directories, after the rename the
+directory of the run; only then does a save count as committed.
 
 The hook is Orbax's `temporary_path_class` option: the object that makes a step's temporary directory and renames it.
-`post_finalization_callback` comes too early: it is called before the rename.
+`post_finalization_callback` is called before the rename, which is too early.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,15 +23,18 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckpt_jax.orbax.format import ARRAY_METADATAS, COMMIT_MARKER, STEP_METADATA
+from ckpt_jax.orbax import private
+from ckpt_jax.orbax.format import ARRAY_METADATAS
 from ckpt_jax.run.naming import Naming
 from ckpt_jax.run.steps import committed_steps, is_step, naming_in, orbax_can_list
 from ckpt_jax.storage.durable import Sealing, seal, sync_directory, sync_file
 from ckpt_jax.storage.urls import is_object_store
 
+atomicity = ocp.path.atomicity
+
 
 def sync_own_files(item_directories: Iterable[str]) -> None:
-  """Syncs the small files that this process wrote beside process 0: another host's caches are not process 0's."""
+  """Syncs the small files that this process wrote: process 0 cannot, if they are in another host's page cache."""
   for folder in item_directories:
     file = os.path.join(folder, ARRAY_METADATAS, f"process_{jax.process_index()}")
     with contextlib.suppress(FileNotFoundError):
@@ -40,7 +43,7 @@ def sync_own_files(item_directories: Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-  """What a step's directory tells on its way, on process 0; all are called from Orbax's background thread.
+  """Called while a step's directory is made and committed, on process 0, in Orbax's background thread.
 
   Attributes:
     beginning: before the directory is made; raises to stop the save.
@@ -55,7 +58,7 @@ class Hooks:
 
 @dataclasses.dataclass(frozen=True)
 class StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
-  """Orbax's `step_name_format` for a run whose steps are called otherwise than by plain numbers."""
+  """Orbax's `step_name_format` for a run whose steps are not named by plain numbers."""
 
   naming: Naming
 
@@ -73,7 +76,7 @@ class StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
 
 
 def _counts(path: epath.Path) -> bool:
-  # A step that is damaged so that Orbax could not even open the run is left out; reading it says what is wrong.
+  # A step that is damaged so that Orbax could not even open the run is left out; reading it reports the damage.
   return is_step(path) and (is_object_store(path) or orbax_can_list(path))
 
 
@@ -84,19 +87,17 @@ def step_path_class(
 
   It also decides what Orbax takes for a step: on a disk Orbax believes in any directory with a number.
   """
-  atomicity = ocp.path.atomicity
   renames = not is_object_store(directory)
-  called = naming_in(directory)
+  naming = naming_in(directory)
   base: Any = atomicity.AtomicRenameTemporaryPath if renames else atomicity.CommitFileTemporaryPath
 
   class StepPath(base):
     """The temporary directory of a step or item of this run."""
 
-    def __init__(self, temporary_path: Any, final_path: Any, *, checkpoint_metadata_store: Any = None, **options: Any):
+    def __init__(self, temporary_path: Any, final_path: Any, **options: Any):
       if sealing.directory_mode is not None:
         options["file_options"] = ocp.options.FileOptions(path_permission_mode=sealing.directory_mode)
-      super().__init__(temporary_path, final_path, checkpoint_metadata_store=checkpoint_metadata_store, **options)
-      self._store = checkpoint_metadata_store
+      super().__init__(temporary_path, final_path, **options)
 
     @classmethod
     async def validate_final(cls, final_path: epath.Path) -> None:
@@ -112,37 +113,32 @@ def step_path_class(
 
     async def finalize(self) -> None:
       step = self._step()
-      if step is None:
-        await super().finalize()  # an item; its files are sealed with the step's
+      if step is None:  # an item; its files are synced with the step's
+        await super().finalize()
       elif renames:
-        await asyncio.to_thread(self._commit_by_rename, step)
+        private.rename_by(self, functools.partial(_rename, self.get(), self.get_final(), step, sealing, hooks))
+        await super().finalize()
       else:
         await asyncio.to_thread(hooks.committing, step)
         await super().finalize()
         await asyncio.to_thread(hooks.committed, step)
 
-    def _commit_by_rename(self, step: int) -> None:
-      # What AtomicRenameTemporaryPath does, with the seal between its last write and its rename.
-
-      temporary, final = self.get(), self.get_final()
-      if self._store is not None:
-        self._store.wait_until_finished()
-        self._store.update(file_path=temporary / STEP_METADATA, commit_timestamp_nsecs=time.time_ns())
-        self._store.wait_until_finished()
-      (temporary / COMMIT_MARKER).write_text(f"Checkpoint commit was successful to {final}")
-      seal(os.fspath(temporary), sealing)
-      hooks.committing(step)
-      temporary.rename(final)
-      if sealing.fsync:
-        try:
-          sync_directory(os.fspath(directory))
-        except OSError:
-          final.rename(temporary)  # what is reported as failed must not be there
-          raise
-      hooks.committed(step)
-
     def _step(self) -> int | None:
       final = self.get_final()
-      return called.step(final.name) if final.parent == directory else None
+      return naming.step(final.name) if final.parent == directory else None
 
   return StepPath
+
+
+def _rename(temporary: epath.Path, final: epath.Path, step: int, sealing: Sealing, hooks: Hooks) -> None:
+  """Commits a step whose files are all written: they reach the disk, then the step gets its name."""
+  seal(os.fspath(temporary), sealing)
+  hooks.committing(step)
+  temporary.rename(final)
+  if sealing.fsync:
+    try:
+      sync_directory(os.fspath(final.parent))
+    except OSError:
+      final.rename(temporary)  # what is reported as failed must not be there
+      raise
+  hooks.committed(step)

@@ -1,4 +1,4 @@
-"""Orbax's manager of a run, with our handlers, policies, paths and hooks; opened anew when one of them changes."""
+"""Opens Orbax's manager of a run with our handlers, policies, paths and hooks; anew whenever one of them changes."""
 
 from __future__ import annotations
 
@@ -10,101 +10,83 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.job.agreement import from_process_zero
-from ckpt_jax.orbax.manager import ToldManager, forget_steps, use_deleter
+from ckpt_jax.orbax.manager import RunManager, forget_steps, use_deleter
 from ckpt_jax.policies.schedule import Schedule
-from ckpt_jax.run.deletion import StepDeleter
 from ckpt_jax.run.steps import committed_steps, step_info
-from ckpt_jax.save.admission import Gate
-from ckpt_jax.save.retention import LiveRetention
+from ckpt_jax.save.opening import OpenRun
 
 _LONG_AGO = datetime.datetime.min.replace(tzinfo=datetime.timezone.utc)
 
 
 @dataclasses.dataclass(frozen=True)
-class Reports:
-  """What the threads of a save call.
+class Hooks:
+  """Called by the threads that write a step.
 
   Attributes:
     committing: on process 0 right before the commit, with the step; raises to stop it.
-    committed: on process 0 once the commit is durable.
-    ended: with the step and what its save died of, once nothing writes it any more.
-    meet: Orbax's barrier_sync_fn; given anew each time that a manager is opened.
+    committed: on process 0 once the commit is durable, with the step.
+    ended: on all processes once nothing writes the step any more, with the step and the error it ended with.
+    meet: on all processes: Orbax's `barrier_sync_fn`.
   """
 
   committing: Callable[[int], None]
   committed: Callable[[int], None]
   ended: Callable[[int, BaseException | None], None]
-  meet: Callable[[], Callable[..., None]]
+  meet: Callable[..., None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Managers:
-  """Opens Orbax's manager of a run.
+def open_manager(
+  run: OpenRun, hooks: Hooks, handlers: Any, config: Config, known: Sequence[int] | None = None
+) -> RunManager:
+  """Opens Orbax's manager. All processes call it alike.
 
-  Attributes:
-    directory: the run.
-    policy, schedule: what decides on saving, with preemption and without.
-    retention, deleter: what stays, and who removes the rest.
-    gate: between a save and the storage.
-    reports: what the threads of a save call.
+  Args:
+    run: the run.
+    hooks: called by the threads that write a step.
+    handlers: Orbax's item handlers.
+    config: the settings, planned or not.
+    known: the committed steps, if they were listed a moment ago.
   """
-
-  directory: epath.Path
-  policy: SaveDecisionPolicy
-  schedule: SaveDecisionPolicy
-  retention: LiveRetention
-  deleter: StepDeleter
-  gate: Gate
-  reports: Reports
-
-  def open(self, handlers: Any, config: Config, known: Sequence[int] | None = None) -> ToldManager:
-    """Opens one.
-
-    Args:
-      handlers: Orbax's item handlers.
-      config: the settings, planned or not.
-      known: the steps there are, if somebody has just looked.
-    """
-    best, found = config.retention.best, [known]
-    with self.deleter.paused():
-      self.deleter.resume()
-      manager = ToldManager(
-        self.directory,
-        lambda: self._steps_there(found.pop() if found else None),
-        self.reports.ended,
-        item_handlers=handlers,
-        options=ocp.CheckpointManagerOptions(
-          save_decision_policy=self.policy,
-          preservation_policy=self.retention,
-          # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
-          best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
-          temporary_path_class=self.gate.path_class(self.reports.committing, self.reports.committed),
-          step_name_format=self.gate.step_names(),
-          async_options=ocp.options.AsyncOptions(
-            timeout_secs=math.ceil(config.timeouts.save_s),
-            barrier_sync_fn=self.gate.barrier(self.reports.meet()),
-          ),
+  best, found = config.retention.best, [known]
+  with run.deleter.paused():
+    run.deleter.resume()
+    manager = RunManager(
+      run.directory,
+      lambda: _steps(run, found.pop() if found else None),
+      hooks.ended,
+      item_handlers=handlers,
+      options=ocp.CheckpointManagerOptions(
+        save_decision_policy=run.policy,
+        preservation_policy=run.retention,
+        # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
+        best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
+        temporary_path_class=run.admission.path_class(hooks.committing, hooks.committed),
+        step_name_format=run.admission.step_names(),
+        async_options=ocp.options.AsyncOptions(
+          timeout_secs=math.ceil(config.timeouts.save_s), barrier_sync_fn=run.admission.barrier(hooks.meet)
         ),
-      )
-      use_deleter(manager, self.deleter)
-      forget_steps(manager, from_process_zero(sorted(self.deleter.pending)))
-    self.retention.read_ahead(manager.all_steps())
-    return manager
+      ),
+    )
+    use_deleter(manager, run.deleter)
+    forget_steps(manager, from_process_zero(sorted(run.deleter.pending)))
+  run.retention.read_ahead(manager.all_steps())
+  return manager
 
-  def _steps_there(self, steps: Sequence[int] | None) -> list[tuple[int, datetime.datetime]]:
-    if steps is None:
-      steps = committed_steps(self.directory)
-    if isinstance(self.schedule, Schedule) and not self.schedule.needs_times:
-      return [(step, _LONG_AGO) for step in steps]
-    return [(step, self._commit_time(step)) for step in steps]
 
-  def _commit_time(self, step: int) -> datetime.datetime:
-    try:
-      return step_info(self.directory, step).time or _LONG_AGO
-    except CheckpointError:  # damaged: that is told by whoever wants to restore it
-      return _LONG_AGO
+def _steps(run: OpenRun, steps: Sequence[int] | None) -> list[tuple[int, datetime.datetime]]:
+  if steps is None:
+    steps = committed_steps(run.directory)
+  if isinstance(run.schedule, Schedule) and not run.schedule.needs_times:
+    return [(step, _LONG_AGO) for step in steps]
+  return [(step, _commit_time(run.directory, step)) for step in steps]
+
+
+def _commit_time(directory: epath.Path, step: int) -> datetime.datetime:
+  try:
+    return step_info(directory, step).time or _LONG_AGO
+  except CheckpointError:  # damaged, which a restore reports
+    return _LONG_AGO

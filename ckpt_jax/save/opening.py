@@ -1,61 +1,169 @@
-"""Opening a run that is about to be trained: how it goes on, which all processes of the job decide alike."""
+"""Opening a run to train it: how it continues, and the parts that save into it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import os
 
 import jax
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
+from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, StorageError
-from ckpt_jax.job.agreement import decided_by_process_zero
+from ckpt_jax.failures import storage_errors
+from ckpt_jax.job.agreement import decided_by_process_zero, from_process_zero
+from ckpt_jax.job.preemption import PreemptionNotice
 from ckpt_jax.job.rendezvous import Rendezvous
 from ckpt_jax.layout import contents
 from ckpt_jax.orbax.format import DEFAULT_ITEM
+from ckpt_jax.policies.from_config import make_schedule
+from ckpt_jax.policies.retention import Retention
+from ckpt_jax.policies.schedule import AnyOf, OnPreemption
+from ckpt_jax.rewrite.swap import finish_rewrites
+from ckpt_jax.rewrite.thin import Thinner
 from ckpt_jax.run import foreign
+from ckpt_jax.run.attempts import AttemptLog
+from ckpt_jax.run.deletion import StepDeleter
 from ckpt_jax.run.naming import PLAIN, Naming
-from ckpt_jax.run.steps import is_called, is_tree, naming_in, newest_step, our_item, our_metadata, step_path
+from ckpt_jax.run.steps import (
+  is_called,
+  is_tree,
+  naming_in,
+  newest_step,
+  our_item,
+  our_metadata,
+  run_directory,
+  step_path,
+)
+from ckpt_jax.save.admission import Admission
+from ckpt_jax.save.retention import LiveRetention
 from ckpt_jax.storage import look
+from ckpt_jax.storage.connect import connect
+from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.objects import snapshot
+from ckpt_jax.storage.paths import given
+from ckpt_jax.tuning.planner import Planner
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-  """How a run goes on.
+class OpenRun:
+  """A run that one Checkpointer has open, and the parts that act on it. `Session` ends them.
 
   Attributes:
-    naming: how its steps are called.
+    directory: the run.
+    config: the user's settings.
+    storage: the kind of storage that the run is on.
+    planner: decides settings that are `auto`, once it has seen a state.
+    schedule: when to save, apart from preemption.
+    policy: when to save, preemption included.
+    retention: which steps stay.
+    deleter: removes the others.
+    thinner: removes parts of older steps.
+    attempt: notes in the run how long this job lived and what its saves cost.
+    notice: catches SIGTERM; None if the configuration says not to.
+    admission: admits saves to the storage and makes commits durable.
     item: what the state is saved as within a step; empty where steps have no items, and none can be added.
   """
 
-  naming: Naming
+  directory: epath.Path
+  config: Config
+  storage: StorageKind
+  planner: Planner
+  schedule: SaveDecisionPolicy
+  policy: SaveDecisionPolicy
+  retention: LiveRetention
+  deleter: StepDeleter
+  thinner: Thinner
+  attempt: AttemptLog
+  notice: PreemptionNotice | None
+  admission: Admission
   item: str
 
-  def check_writable(self, directory: epath.Path) -> None:
-    """Raises CheckpointError if steps of ours cannot stand beside those that are there."""
+  def check_writable(self) -> None:
+    """Raises CheckpointError if steps of ours cannot stand beside those in storage."""
     if not self.item:
       raise CheckpointError(
-        f"{directory}: its checkpoints have no items (flax.training.checkpoints writes such), and steps of ckpt_jax "
-        "beside them could be read by neither; save into another directory: Checkpointer(NEW), with what restore() "
-        "gave. Nothing was written"
+        f"{self.directory}: its checkpoints have no items (flax.training.checkpoints writes such), and neither program "
+        "could read a mix of both; save into another directory: Checkpointer(NEW), with what restore() returned. "
+        "Nothing was written"
       )
 
 
-def opened(directory: epath.Path, item: str | None, timeout: float) -> Opened:
-  """Looks at a run that is about to be trained. All processes call it alike; process 0 looks.
+def open_run(directory: str | os.PathLike[str], config: Config, schedule: SaveDecisionPolicy | None) -> OpenRun:
+  """Opens a run, which need not exist. All processes call it alike; process 0 looks at storage.
 
   Args:
-    directory: the run, which need not exist.
-    item: `Config.item`.
-    timeout: seconds that the other processes wait.
+    directory: the run.
+    config: the user's settings.
+    schedule: in place of the configuration's; None for that.
 
   Raises:
-    NotARunError: if there are checkpoints and no steps; it says how to open them.
+    NotARunError: if there are checkpoints but no steps; the message says how to open them.
+    StorageError: if the run cannot be reached, or is on a disk that the job's other hosts do not share.
+  """
+  given_directory = given(directory)
+  connect(given_directory, config.storage)
+  path = run_directory(given_directory)
+  kind = check_suitable(path, config.storage.kind, jax.process_count())
+  first = jax.process_index() == 0
+  # No callback here may hold the Checkpointer: one that is dropped must be gone at once, see `session`.
+  retention = LiveRetention(Retention.from_config(config.retention), path)
+  deleter = StepDeleter(
+    path,
+    active=first,
+    timeout=config.timeouts.delete,
+    files_per_second=config.retention.delete_rate or 0,
+    why=retention.why,
+  )
+  thinner = Thinner(
+    path,
+    config.retention.thin.keep if config.retention.thin else (),
+    deleter,
+    active=first,
+    restoring=retention.restoring,
+    done=retention.forget,
+    timeout=config.timeouts.delete,
+  )
+  retention.thin = thinner.thin
+  notice = PreemptionNotice() if config.preemption.enabled else None
+  preempted = OnPreemption(lambda: notice is not None and notice.received)
+  with storage_errors(f"{path}: cannot open the run"), snapshot(path):
+    if first:
+      finish_rewrites(path)
+    item = _continued(path, config.item, config.timeouts.restore_s)  # nothing lists steps before their names are known
+    schedule = schedule or make_schedule(config.schedule, path)
+    admission = Admission(path, config, kind, retention, deleter)
+    admission.opened()
+  return OpenRun(
+    path,
+    config,
+    kind,
+    Planner(path, config, kind, from_process_zero),
+    schedule,
+    AnyOf([preempted, schedule]),
+    retention,
+    deleter,
+    thinner,
+    AttemptLog(path, active=first),
+    notice,
+    admission,
+    item,
+  )
+
+
+def _continued(directory: epath.Path, item: str | None, timeout: float) -> str:
+  """The item that the state is saved as. Process 0 looks how the run continues; all processes name its steps alike.
+
+  Args:
+    directory: the run.
+    item: `Config.item`.
+    timeout: seconds that the other processes wait for process 0.
   """
 
-  def found_out() -> list[int]:
+  def look_at_run() -> list[int]:
     with snapshot(directory):
       names = look.names(directory)
       found = naming_in(directory, names, opening=True)
@@ -63,20 +171,19 @@ def opened(directory: epath.Path, item: str | None, timeout: float) -> Opened:
       if newest is None:
         foreign.refuse(directory)
       elif found == PLAIN:
-        with contextlib.suppress(StorageError):  # what cannot be looked into is nothing to stop for
+        with contextlib.suppress(StorageError):  # what cannot be looked into is no reason to stop
           foreign.warn_of_others(directory, names)
       return list(json.dumps([found.prefix, found.width, _item_of(directory, newest, item)]).encode())
 
-  told = bytes(decided_by_process_zero(found_out, Rendezvous(f"open {directory}"), timeout))
-  prefix, width, name = json.loads(told)
-  naming = Naming(prefix, width)
+  decided = decided_by_process_zero(look_at_run, Rendezvous(f"open {directory}"), timeout)
+  prefix, width, name = json.loads(bytes(decided))
   if jax.process_index() > 0:
-    is_called(directory, naming)
-  return Opened(naming, name)
+    is_called(directory, Naming(prefix, width))
+  return str(name)
 
 
 def _item_of(directory: epath.Path, newest: int | None, wanted: str | None) -> str:
-  """That of the configuration, or of the newest step: whoever reads this run looks for the state there."""
+  """The configured item, or that of the newest step: programs that read this run look for the state there."""
   if newest is None:
     return wanted or DEFAULT_ITEM
   step_dir = step_path(directory, newest)
@@ -87,5 +194,5 @@ def _item_of(directory: epath.Path, newest: int | None, wanted: str | None) -> s
   try:
     ours = our_metadata(step_dir)
     return our_item(ours) if ours else contents.item_name(step_dir, None, ours)
-  except CheckpointError:  # damaged, or several of which none stands out
+  except CheckpointError:  # damaged, or several items of which none stands out
     return DEFAULT_ITEM

@@ -1,4 +1,4 @@
-"""Steps ascend: which step numbers a run takes next, by what storage holds, and what a trainer offered in vain."""
+"""Steps ascend: which step numbers may be saved next, and whether the end of training was saved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.save.saving import Saver
+from ckpt_jax.save.saver import Saver
 
 _log = logging.getLogger(__name__)
 
@@ -16,14 +16,14 @@ _log = logging.getLogger(__name__)
 class StepOrder:
   """Decides whether a save that is due may begin. All processes of the job call it alike.
 
-  Orbax drops a save at or below the newest step without a word (google/orbax#527), so that training that was begun
-  anew, or went back, is never saved. Here it is an error.
+  Orbax silently drops a save at or below the newest step (google/orbax#527), so that training that has started over, or
+  gone back, is never saved. Here it is an error.
   """
 
   def __init__(self, directory: epath.Path, saver: Saver):
     self._saved: int | None = None  # the last step that this job has saved
     self._restored: int | None = None  # the last step that it has restored
-    self._from: int | None = None  # the later of both, from which it trains on
+    self._from: int | None = None  # the later of both, from which it continues
     self._offered: int | None = None  # the last step that the schedule skipped, if nothing newer was saved since
     self._directory = directory
     self._saver = saver
@@ -37,7 +37,7 @@ class StepOrder:
     self._offered = step
 
   def begins(self, step: int) -> None:
-    """Notes that a save of this step begins. If it fails, storage will say so."""
+    """Notes that a save of this step begins."""
     self._saved = self._from = step
     if self._offered is not None and self._offered <= step:
       self._offered = None
@@ -49,7 +49,7 @@ class StepOrder:
   def admits(self, step: int, *, force: bool) -> bool:
     """True if this step can be saved, False if it need not be: this job has saved or restored it, and it is the newest.
 
-    Storage is looked at only if `step` is not above every step that is known: what was removed by hand is no step.
+    Storage is listed only if `step` is not above every known step, since steps may have been deleted by hand.
 
     Raises:
       CheckpointError: if the step is saved already, or below the newest one and not forced.

@@ -1,4 +1,4 @@
-"""Retention inside a running job: decided from what storage says of each step, read once."""
+"""Retention in a running job: decided by the metadata of each step, which is read once."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _log = logging.getLogger(__name__)
 
 
 class LiveRetention(ocp_policies.PreservationPolicy):
-  """Asks `rules` on process 0 and tells the others, so that all managers agree on which steps there are.
+  """Process 0 applies `rules` and sends the others its decision, so that all managers agree on the steps.
 
   The metadata of each step is read once, in the background from the moment that the run is opened; each save then costs
   one listing of the pins.
 
   Attributes:
     rules: the retention in force.
-    restoring: steps that this process is reading.
-    thin: is given the steps to thin, on process 0.
+    restoring: steps that this process is reading, which stay.
+    thin: called on process 0 with the steps to thin.
   """
 
   def __init__(self, rules: Retention, directory: epath.Path):
@@ -49,25 +49,25 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     self._ahead: threading.Thread | None = None
 
   def read_ahead(self, steps: Collection[int]) -> None:
-    """Starts to read what will be asked of these steps at the next save."""
+    """Starts to read the metadata of these steps, for the next save."""
     if jax.process_index() == 0 and not self._idle:
       self._ahead = threading.Thread(target=self._read, args=[steps], name="ckpt_jax_retention", daemon=True)
       self._ahead.start()
 
   def note(self, step: int, nbytes: int, healthy: bool | None, metrics: Mapping[str, Any]) -> None:
-    """Tells what a save is about to write, which storage cannot know before the commit."""
+    """Notes a step that is about to be written; storage has no metadata of it before the commit."""
     now = datetime.datetime.now(datetime.timezone.utc)
     self._coming = step
     with self._lock:
       self._known[step] = StepInfo(step, now, nbytes, dict(metrics), healthy)
 
   def forget(self, step: int) -> None:
-    """Tells that a step has changed in storage."""
+    """Forgets a step that has changed in storage."""
     with self._lock:
       self._known.pop(step, None)
 
   def known(self) -> list[StepInfo]:
-    """What is known of the steps that there are, oldest first; nothing if no rule asks for it."""
+    """The steps whose metadata was read, oldest first; none if no rule needs it."""
     with self._lock:
       return sorted(self._known.values(), key=lambda s: s.step)
 
@@ -103,7 +103,7 @@ class LiveRetention(ocp_policies.PreservationPolicy):
       steps = [self._known.get(n) or unread[n] for n in numbers]
     decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
     if decided.removed and (vanished := self._vanished(numbers)):
-      # Removed by hand: it must not take the place of one that is there.
+      # Deleted by hand: it must not count in place of one that exists.
       steps = [s for s in steps if s.step not in vanished]
       decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
     for note in set(decided.notes) - self._told:
@@ -118,14 +118,14 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     return removed
 
   def _vanished(self, steps: Collection[int]) -> set[int]:
-    """Those without a directory, but for the one that is being written."""
+    """Steps without a directory, except the one that is being written."""
     names = {p.name for p in self._directory.iterdir()}
     return {s for s in steps if step_path(self._directory, s).name not in names and s != self._coming}
 
   def _read(self, steps: Collection[int]) -> dict[int, StepInfo]:
-    """Reads what is not known yet. Returns what stands for the steps that cannot be read for now, which stay.
+    """Reads metadata not read yet. Returns placeholders for steps that cannot be read for now, which stay.
 
-    Such a step may be the best one, or the only healthy one: it is asked again at the next save.
+    Such a step may be the best one, or the only healthy one: it is read again at the next save.
     """
     with self._lock:
       missing = [step for step in steps if step not in self._known]
@@ -134,7 +134,7 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     unread: dict[int, StepInfo] = {}
 
     def info(step: int) -> StepInfo:
-      nothing = StepInfo(step, None, 0, {}, healthy=False)  # nothing that the newest healthy step could be
+      nothing = StepInfo(step, None, 0, {}, healthy=False)  # never taken for the newest healthy step
       try:
         return step_info(self._directory, step)
       except CorruptCheckpointError:
@@ -160,7 +160,7 @@ class Pruning:
     reasons: step -> the rules that keep it; empty if it goes.
     over_budget: steps that only the budget removes.
     thinned: steps that stay, but lose what `thin` does not keep, and their bytes afterwards.
-    notes: what the reader should know.
+    notes: remarks for the user.
   """
 
   steps: list[StepInfo]

@@ -1,9 +1,9 @@
-"""What is open of a run in this process: ended once, by whoever comes first, and never through a forked child.
+"""What this process has open of a run: ended once, however its Checkpointer goes, and never by a forked child.
 
-A Checkpointer is often not closed: a notebook cell is run again, a variable is overwritten, a script ends. So what it
-has opened is held by a Session, which knows nothing of the Checkpointer: dropping the one is noticed at once, and the
-other ends by itself, once its last write has committed. In one process a run has one writer: the newest Checkpointer
-that saves; it waits for the write of the one before, and that one says so if it is used again.
+A Checkpointer is often not closed: a notebook cell is run again, a variable is overwritten, a script ends. So a Session
+holds what it has opened, and does not know the Checkpointer: when that is dropped, the session ends by itself, once its
+last write has committed. In one process a run has one writer, the newest Checkpointer that saves; it waits for the
+write of the one before, which raises an error if it is used again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from etils import epath
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.job.agreement import decided_by_process_zero
 from ckpt_jax.job.errand import Errand
-from ckpt_jax.job.preemption import PreemptionNotice, end_by_sigterm, in_a_thread
+from ckpt_jax.job.preemption import end_by_sigterm, in_a_thread
 from ckpt_jax.job.rendezvous import Rendezvous
 from ckpt_jax.orbax import private
-from ckpt_jax.rewrite.thin import Thinner
-from ckpt_jax.run.attempts import CLOSED, AttemptLog
-from ckpt_jax.run.deletion import StepDeleter
+from ckpt_jax.run.attempts import CLOSED
+from ckpt_jax.save.opening import OpenRun
 from ckpt_jax.save.order import StepOrder
-from ckpt_jax.save.saving import Saver
+from ckpt_jax.save.saver import Saver
 from ckpt_jax.storage.urls import is_object_store, split_url
 
 _log = logging.getLogger(__name__)
@@ -44,35 +43,24 @@ class Session:
   """What one Checkpointer has open: Orbax's manager, threads, the lease, the answer to SIGTERM.
 
   Attributes:
-    lock: held by whoever uses or ends it.
+    run: the run, and the parts that act on it.
+    saver: saves into it.
+    order: which step numbers it takes next.
+    lock: held by whatever uses or ends the session.
     closed: whether it has ended.
     writes: whether it has saved, or was about to.
-    answers_sigterm: False if preemption is switched off.
   """
 
-  def __init__(
-    self,
-    directory: epath.Path,
-    *,
-    saver: Saver,
-    order: StepOrder,
-    deleter: StepDeleter,
-    thinner: Thinner,
-    attempt: AttemptLog,
-    notice: PreemptionNotice | None,
-    patience: float,
-    others: Any,
-  ):
-    """Opens nothing itself.
+  def __init__(self, run: OpenRun, others: Any = ()):
+    """Opens Orbax's manager.
 
     Args:
-      directory: the run, which is there.
-      saver, deleter, thinner, attempt: what is to be ended.
-      order: knows what was offered to be saved.
-      notice: the answer to SIGTERM; None: nothing is changed about it.
-      patience: seconds that one write may take.
+      run: the run, which exists.
       others: whatever else must not be destroyed in a forked child.
     """
+    self.run = run
+    self.saver = Saver(run)
+    self.order = StepOrder(run.directory, self.saver)
     self.lock = threading.RLock()
     self.closed = False
     self.writes = False
@@ -80,22 +68,16 @@ class Session:
     self._dropped = False  # its Checkpointer is gone
     self._stale = False  # another session has written since this one listed the steps
     self._outcome: Exception | None = None  # of the last write, until the user has waited for it
-    self._claimed = False  # and nobody else in this process writes there any more
+    self._claimed = False  # and nothing else in this process writes there any more
     self._taking: Errand | None = None
     self._ending: Errand | None = None
     self._number = next(_numbers)
     self._pid = os.getpid()
-    self._directory = directory
-    self._place = _place(directory)
-    self._saver = saver
-    self._order = order
-    self._deleter = deleter
-    self._thinner = thinner
-    self._attempt = attempt
-    self._notice = notice
-    self._patience = patience
+    self._directory = run.directory
+    self._place = _place(run.directory)
+    self._patience = run.config.timeouts.save_s  # seconds that one write may take
     self._others = others
-    self._rendezvous = Rendezvous(f"claim {directory}")
+    self._rendezvous = Rendezvous(f"claim {run.directory}")
     _open.add(self)
     _end_all_at_exit()
 
@@ -113,10 +95,10 @@ class Session:
       raise CheckpointError(f"{self._directory}: this Checkpointer is closed; make a new one")
 
   def claim(self) -> None:
-    """Makes this session the one of this process that writes into the run. All processes call it before each save.
+    """Makes this session the only one of this process that writes into the run. All processes call it before each save.
 
     Raises:
-      CheckpointError: if a newer one does already, or an older one does not come to its end.
+      CheckpointError: if a newer one writes already, or an older one does not end.
     """
     if self._claimed:
       return
@@ -129,8 +111,8 @@ class Session:
     if newer:
       self._superseded = True
       self.check_open()
-    if self._notice is not None:
-      self._notice.listen()
+    if self.run.notice is not None:
+      self.run.notice.listen()
     error: CheckpointError | None = None
     try:
       if others:
@@ -146,18 +128,18 @@ class Session:
         raise error
       return [int(self._stale)]
 
-    # Agreed, since one process may have lost its old Checkpointer to the garbage collector earlier than another.
+    # Process 0 decides: the old Checkpointer may have been garbage-collected earlier on one process than on another.
     if decided_by_process_zero(is_stale, self._rendezvous, self._patience) == [1]:
-      self._saver.reload()
+      self.saver.reload()
     self._claimed = True
     if error is not None:
       raise error
 
   def wait_for_predecessors(self, *, dropped: bool = False) -> None:
-    """Waits for what earlier Checkpointers of this process are writing into this run, so that their steps count.
+    """Waits for the writes of earlier Checkpointers of this process into this run, so that their steps count.
 
     Args:
-      dropped: only for those that nobody can wait for any more.
+      dropped: only for Checkpointers that were dropped, whose writes nothing else waits for.
     """
     for other in sorted((s for s in list(_open) if s.writes and s._number < self._number), key=lambda s: s._number):
       if (other._dropped or not dropped) and _same_run(other._place, self._place):
@@ -173,49 +155,49 @@ class Session:
     with self.lock:
       self.raise_outcome()
       if not self.closed:
-        self._saver.wait()
+        self.saver.wait()
 
   def raise_outcome(self) -> None:
-    """Raises what the last write has died of, if a newer Checkpointer was told instead of this one's user; once."""
+    """Raises, once, the error of the last write, if it surfaced while a newer Checkpointer took over."""
     error, self._outcome = self._outcome, None
     if error is not None:
       raise error
 
   def close(self, how: str = CLOSED, *, clean: bool = False) -> bool:
-    """Waits for the last save and ends the session; nothing in a forked child, or if it has ended already.
+    """Waits for the last save and ends the session; does nothing in a forked child, or a second time.
 
-    If it is interrupted, it may be called again, and goes on where it was.
+    After an interrupt it may be called again, and goes on where it was.
 
     Args:
-      how: how the attempt ends.
-      clean: training has come to its end, as far as is known: warn if that was not saved.
+      how: how the attempt ends, for the run's notes.
+      clean: training has ended by itself, as far as is known: warn if its last step was not saved.
 
     Returns:
-      Whether this process was told to end (SIGTERM), and neither a save has answered nor will one.
+      Whether SIGTERM came and no save has answered it, or will.
 
     Raises:
-      SaveFailedError: if the last save failed; told once.
+      SaveFailedError: if the last save failed; raised once.
     """
     if self._pid != os.getpid():
       return False
     with self.lock:
       if not self.closed:
         try:
-          self._saver.wait()
+          self.saver.wait()
         except Exception as e:
           self._outcome = e
       unanswered = self._end(how)
       self.raise_outcome()
       if clean:
-        self._order.warn_of_lost_end()
+        self.order.warn_of_lost_end()
       return unanswered
 
   def abandon(self) -> None:
-    """Its Checkpointer is gone. May be called at any point of any thread: takes no lock, and waits for nothing."""
+    """Called when the Checkpointer is gone, at any point of any thread: takes no lock, and waits for nothing."""
     if self._pid != os.getpid() or self.closed:
       return
     self._dropped = True
-    if self._notice is not None and self._saver.under_way is None and self._notice.close():
+    if self.run.notice is not None and self.saver.under_way is None and self.run.notice.close():
       end_by_sigterm()
     in_a_thread(self._end_quietly, "ckpt_jax_closer")
 
@@ -234,7 +216,7 @@ class Session:
     with self._held():
       if self.closed:
         return
-      record = self._saver.under_way
+      record = self.saver.under_way
       if record is not None:
         _log.warning(
           "%s: waiting for step %d, which an earlier Checkpointer of this process is writing (up to %.0f s)",
@@ -243,7 +225,7 @@ class Session:
           self._patience,
         )
       try:
-        self._saver.wait()
+        self.saver.wait()
       except CheckpointError as e:
         _log.error("%s: of an earlier Checkpointer of this process: %s", self._directory, e)
         self._outcome = e
@@ -271,7 +253,7 @@ class Session:
     for other in list(_open):
       if self.writes and self in _open and _same_run(other._place, self._place):
         other._stale = True
-    unanswered = self._notice is not None and self._notice.close()
+    unanswered = self.run.notice is not None and self.run.notice.close()
     while self._ending is None or not self._ending.wait():  # it may have been begun by a caller who was interrupted
       self._ending = Errand(functools.partial(self._let_go, how))
       self._ending.start()
@@ -280,10 +262,10 @@ class Session:
 
   def _let_go(self, how: str) -> None:
     try:
-      self._saver.close()
-      self._deleter.finish()
-      self._thinner.finish()
-      self._attempt.ended(how)
+      self.saver.close()
+      self.run.deleter.finish()
+      self.run.thinner.finish()
+      self.run.attempt.ended(how)
     finally:
       _open.discard(self)
 
@@ -294,7 +276,7 @@ def _supersede(sessions: Iterable[Session]) -> None:
 
 
 class _Held:
-  """A lock that is waited for with a limit; within errands only, since an interrupt would leave it taken."""
+  """Waits for a lock with a limit; for errands only, since an interrupt would leave it locked."""
 
   def __init__(self, lock: Any, limit: float, directory: epath.Path):
     self._lock, self._limit, self._directory = lock, limit, directory
@@ -311,7 +293,7 @@ class _Held:
 
 
 def _place(directory: epath.Path) -> str:
-  """Where a run is, without links."""
+  """The path or URL of a run, with links resolved."""
   if is_object_store(directory):
     scheme, bucket, key = split_url(directory)
     return f"{scheme}://{bucket}/{os.path.normpath(key)}"
@@ -319,7 +301,7 @@ def _place(directory: epath.Path) -> str:
 
 
 def _same_run(a: str, b: str) -> bool:
-  """Whether two places are one run now. A run that was deleted leaves its inode to others."""
+  """Whether two paths lead to one run now. The inode of a deleted run may be used again."""
   if a == b:
     return True
   try:
@@ -332,7 +314,7 @@ _hooked = 0
 
 
 def _end_all_at_exit() -> None:
-  """Once in a process."""
+  """Registers `_end_all` once in a process."""
   global _hooked
   if _hooked != os.getpid():
     _hooked = os.getpid()
@@ -341,15 +323,15 @@ def _end_all_at_exit() -> None:
 
 def _end_all() -> None:
   for session in sorted(list(_open), key=lambda s: s._number):
-    record = session._saver.under_way
+    record = session.saver.under_way
     if record is not None and isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):
       _log.warning(
         "%s: at exit: waiting for step %d to commit, Ctrl-C to leave before it has", session._directory, record.step
       )
     try:
-      # Not after an uncaught exception, which was shown and says why training has ended.
+      # Not after an uncaught exception, which has shown why training ended.
       session.close(clean=getattr(sys, "last_value", None) is None)
-    except Exception as e:  # the other sessions are to end too
+    except Exception as e:  # the other sessions must end too
       _log.error("at exit: %s", e)
     except KeyboardInterrupt:
       if record is not None:
@@ -360,7 +342,7 @@ def _end_all() -> None:
 
 
 def check_not_forked() -> None:
-  """Raises CheckpointError in a child that was forked from a process with a Checkpointer: TensorStore aborts there."""
+  """Raises CheckpointError in a child forked from a process with a Checkpointer: TensorStore would abort there."""
   if _parent is not None and _parent[0] == os.getpid():
     raise CheckpointError(
       f"process {os.getpid()} was forked from process {_parent[1]}, which has used a Checkpointer; TensorStore cannot "
@@ -376,7 +358,7 @@ _parent: tuple[int, int] | None = (
 
 
 def _forked() -> None:
-  """In a forked child nothing is open, and nothing of the parent's is destroyed: destructors would wait for threads."""
+  """In a forked child nothing is open, and the parent's objects are kept: destructors would wait for threads."""
   global _claiming, _parent
   _claiming = threading.Lock()
   if _hooked or _parent is not None:

@@ -128,14 +128,14 @@ def test_notice_is_answered_although_an_earlier_save_fails(tmp_path, users_handl
   c = ckpt.Checkpointer(tmp_path, {"preemption": {"exit_code": 0}})
   c.save(0, STATE)
   c.wait()
-  check = c._saver._gate.lease.check
-  c._saver._gate.lease.check = lambda: (_ for _ in ()).throw(OSError(5, "the disk is broken"))
+  check = c._saver._run.admission.lease.check
+  c._saver._run.admission.lease.check = lambda: (_ for _ in ()).throw(OSError(5, "the disk is broken"))
   c.save(1, STATE)
   signal.raise_signal(signal.SIGTERM)
   wait_until(lambda: not any(t.name == "save_finalize" for t in threading.enumerate()))
   with pytest.raises(ckpt.SaveFailedError, match=r"step 2 .* disk is broken"):
     c.save(2, STATE)
-  c._saver._gate.lease.check = check
+  c._saver._run.admission.lease.check = check
   with pytest.raises(SystemExit) as exit:
     c.save(3, STATE)
   assert exit.value.code == 0, "as configured"

@@ -14,7 +14,7 @@ from ckpt_jax.errors import CheckpointError
 from ckpt_jax.integrity.record import RecordingHandler
 from ckpt_jax.orbax import manager as manager_module
 from ckpt_jax.orbax import private, saves
-from ckpt_jax.orbax.manager import ToldManager, end_save, forget_failure, forget_steps, leave_behind, use_deleter
+from ckpt_jax.orbax.manager import RunManager, end_save, forget_failure, forget_steps, leave_behind, use_deleter
 from ckpt_jax.storage.paths import LiteralPath
 
 
@@ -25,7 +25,7 @@ def test_manager_says_when_a_save_has_ended_and_of_what_it_died(tmp_path, monkey
     told.append((step, type(error)))
     ended.set()
 
-  with ToldManager(tmp_path, lambda: [], on_end) as manager:
+  with RunManager(tmp_path, lambda: [], on_end) as manager:
     manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
     assert ended.wait(60)
     ended.clear()
@@ -45,7 +45,7 @@ def test_manager_says_when_a_save_has_ended_and_of_what_it_died(tmp_path, monkey
 
 def test_commit_that_runs_when_save_raises_is_waited_for(tmp_path, monkeypatch):
   ended = threading.Event()
-  with ToldManager(tmp_path, lambda: [], lambda step, error: ended.set()) as manager:
+  with RunManager(tmp_path, lambda: [], lambda step, error: ended.set()) as manager:
 
     def fail():
       raise ValueError("a policy that fails")
@@ -60,7 +60,7 @@ def test_commit_that_runs_when_save_raises_is_waited_for(tmp_path, monkeypatch):
 def test_manager_asks_us_for_its_steps_when_it_opens_and_reloads(tmp_path):
   times = [datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)]
   steps = [(3, times[0])]
-  with ToldManager(tmp_path, lambda: steps) as manager:
+  with RunManager(tmp_path, lambda: steps) as manager:
     assert manager.all_steps() == [3] and manager._checkpoints[0].time == times[0]
     steps.append((7, times[0]))
     manager.reload()

@@ -84,7 +84,7 @@ def after_the_last_save():
     ready()
     for _ in range(600):
       time.sleep(0.05)
-      if c._notice.received:
+      if c._run.notice.received:
         break
   raise SystemExit("the signal was swallowed")
 

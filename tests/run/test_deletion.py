@@ -147,7 +147,7 @@ def test_a_step_saved_anew_under_a_marked_number_is_not_deleted(tmp_path):
 def test_a_step_can_be_saved_again_while_its_old_files_are_being_removed(tmp_path):
   save_steps(tmp_path, range(3), **KEEP_ALL)
   with ckpt.Checkpointer(tmp_path, ckpt.Config(**KEEP_ALL)) as c:
-    c._deleter._pause = 0.02
+    c._run.deleter._pause = 0.02
     c._saver.manager.delete(2)
     assert c.latest_step() == 1
     c.save(2, {"x": jnp.full(4, 7)})
@@ -158,11 +158,11 @@ def test_a_step_can_be_saved_again_while_its_old_files_are_being_removed(tmp_pat
 def test_saves_do_not_wait_for_a_slow_deletion_and_close_waits_with_a_limit(tmp_path, caplog):
   save_steps(tmp_path, range(4), **KEEP_ALL)
   c = ckpt.Checkpointer(tmp_path, ckpt.Config(retention={"last": 1}, timeouts={"delete": 0.2}))
-  c._deleter._pause = 30.0
+  c._run.deleter._pause = 30.0
   c.save(4, {"x": jnp.ones(4)})
   c.save(5, {"x": jnp.ones(4)})
   c.wait()
-  assert c._deleter.pending >= {0, 1, 2, 3} and c.latest_step() == 5
+  assert c._run.deleter.pending >= {0, 1, 2, 3} and c.latest_step() == 5
   c.close()
   assert "steps are not removed after" in caplog.text
   assert numbers(tmp_path) == [5]
@@ -242,7 +242,7 @@ def test_a_bucket_whose_deletions_hang_blocks_no_save_and_close_gives_up(gcs, ca
     for step in (2, 3, 4):
       c.save(step, {"x": jnp.ones(4)})
     c.wait()
-    assert c._deleter.pending and c.latest_step() == 4
+    assert c._run.deleter.pending and c.latest_step() == 4
   assert time.monotonic() - started < 300, "nothing waited for a deletion that takes 600 s"
   assert "steps are not removed after" in caplog.text
   assert numbers(url) == [4], "what is marked is no step, removed or not"

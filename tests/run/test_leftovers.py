@@ -59,7 +59,7 @@ def test_leftover_of_a_living_job_stays(tmp_path):
   first = ckpt.Checkpointer(run)
   first.save(0, STATE)
   first.wait()
-  first._saver._gate.lease.begin(1)
+  first._saver._run.admission.lease.begin(1)
   (run / "1.orbax-checkpoint-tmp").mkdir()
   with ckpt.Checkpointer(run):
     pass
@@ -161,7 +161,7 @@ def test_unfinished_step_in_a_bucket_goes_and_a_copied_one_stays(gcs):
     c.save(0, STATE)
     c.wait()
     run = c.directory
-    c._saver._gate.lease.begin(1)  # as a job that is killed now would leave it
+    c._saver._run.admission.lease.begin(1)  # as a job that is killed now would leave it
     (run / "1" / "default" / "manifest.ocdbt").write_text("begun by us")
     (run / "9" / "default" / "manifest.ocdbt").write_text("a copy that is under way")
   with ckpt.Checkpointer(gcs.url + "/run") as c:

@@ -65,8 +65,8 @@ def test_save_into_a_read_only_file_system_is_one_error_and_restoring_goes_on(di
     refused(lambda: c.save(4, STATE), "step 4 was not saved", "mounted read-only")
     c.wait()
     remount(disk, "rw")
-    check = c._saver._gate.lease.check
-    c._saver._gate.lease.check = lambda: (remount(disk, "ro"), check())  # the last moment before the commit
+    check = c._saver._run.admission.lease.check
+    c._saver._run.admission.lease.check = lambda: (remount(disk, "ro"), check())  # the last moment before the commit
     c.save(4, STATE)
     error = refused(c.wait, "step 4 was not saved", "Read-only file system")
     assert isinstance(error, ckpt.SaveFailedError)

@@ -22,7 +22,8 @@ from ckpt_jax.job.errand import Errand
 from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.orbax import saves
 from ckpt_jax.run import steps as run
-from ckpt_jax.save import commit, underway
+from ckpt_jax.save import commit
+from ckpt_jax.save.write import SaveRecord, Write
 
 PROGRAMS = pathlib.Path(__file__).parents[1] / "programs"
 AT_ONCE = 15  # programs in one process
@@ -143,7 +144,7 @@ def test_threads_that_share_one_lose_no_step(tmp_path):
 def test_step_that_is_there_is_never_said_to_have_failed(tmp_path, monkeypatch, caplog):
   """An error after the commit, and one of the sync behind the rename, which takes the step back."""
   with ckpt.Checkpointer(tmp_path) as c:
-    monkeypatch.setattr(c._saver._gate.lease, "done", lambda step: 1 / 0)
+    monkeypatch.setattr(c._saver._run.admission.lease, "done", lambda step: 1 / 0)
     assert c.save(1, STATE)
     c.wait()
     assert "step 1 is committed, but afterwards" in caplog.text
@@ -203,7 +204,7 @@ def test_save_that_ends_without_commit_and_without_error_is_said_to_have_failed(
 
 def test_a_write_is_given_up_or_committed_never_both():
   def write():
-    return underway.Write(underway.SaveRecord(1, 1), saves.Operation("once"), 60, lambda record: None)
+    return Write(SaveRecord(1, 1), saves.Operation("once"), 60, lambda record: None)
 
   given_up, late = write(), write()
   assert given_up.give_up() and not given_up.begin_commit()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import ckpt_jax as ckpt
 from ckpt_jax.policies import Retention
 from ckpt_jax.run.steps import StepInfo
-from ckpt_jax.save.filling import saves_that_fit
+from ckpt_jax.save.after_commit import saves_that_fit
 from ckpt_jax.storage.space import free_bytes, planned_bytes
 
 

@@ -70,7 +70,7 @@ def test_a_forced_older_step_stays_and_costs_no_newer_one(tmp_path, retention):
     c.save(10, STATE, metrics={"loss": 1.0})
     c.save(4, STATE, metrics={"loss": 2.0}, force=True)
     c.wait()
-    c._deleter.wait_for()
+    c._run.deleter.wait_for()
     assert numbers(c) == [4, 10]
     with pytest.raises(ckpt.CheckpointError, match=r"step 5 was not saved, since step 10.*rollback\(4\)"):
       c.save(5, STATE)

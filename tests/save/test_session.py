@@ -25,7 +25,7 @@ def slow_write(directory):
   """Writes into a run do not end before the block does."""
   released = threading.Event()
   (run,) = [s for s in session._open if s._directory == run_directory(directory) and s.writes]
-  gate = run._saver._gate
+  gate = run.run.admission
   check = gate.lease.check
   gate.lease.check = lambda: (released.wait(60), check())[1]
   yield released
@@ -121,7 +121,7 @@ def test_failure_of_the_last_write_of_an_object_that_lost_its_run_is_raised_by_i
   old.save(0, STATE)
   old.wait()
   (run,) = [s for s in session._open if s.writes]
-  run._saver._gate.lease.check = lambda: (_ for _ in ()).throw(OSError(5, "the disk is broken"))
+  run.run.admission.lease.check = lambda: (_ for _ in ()).throw(OSError(5, "the disk is broken"))
   old.save(1, STATE)
   with ckpt.Checkpointer(tmp_path) as new:
     assert new.save(2, STATE)
@@ -138,11 +138,11 @@ def test_failure_that_a_newer_object_has_waited_for_is_still_raised_by_the_older
     old.save(step, STATE)
     old.wait()
     run = old._session
-    check, run._saver._gate.lease.check = run._saver._gate.lease.check, lambda: os.mkdir(tmp_path)
+    check, run.run.admission.lease.check = run.run.admission.lease.check, lambda: os.mkdir(tmp_path)
     old.save(step + 100, STATE)
     with ckpt.Checkpointer(tmp_path) as new:
       assert new.restore_or_init(lambda: STATE).step == step
-    run._saver._gate.lease.check = check
+    run.run.admission.lease.check = check
     with pytest.raises(ckpt.SaveFailedError, match=f"step {step + 100}"):
       [old.wait, functools.partial(old.save, step + 1, STATE), old.close][step]()
     old.close() if step == 2 else old.wait()

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.save.metadata import checked_json, plain_metrics, run_metadata
+from ckpt_jax.save.snapshot import checked_json, plain_metrics, run_metadata
 
 leaves = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
 trees = st.recursive(

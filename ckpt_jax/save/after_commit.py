@@ -1,4 +1,4 @@
-"""Will this run fill its storage? Asked after each commit, and answered once, with the arithmetic."""
+"""What follows a commit: the log line, the schedule and the attempt log, and a warning if the storage will be full."""
 
 from __future__ import annotations
 
@@ -16,13 +16,57 @@ from ckpt_jax.config import ScheduleConfig
 from ckpt_jax.config.units import duration_text, size_text
 from ckpt_jax.policies.retention import Retention
 from ckpt_jax.policies.schedule import AnyOf, ByClock, EverySteps
+from ckpt_jax.run.attempts import AttemptLog
 from ckpt_jax.run.steps import StepInfo, step_path
 from ckpt_jax.save.retention import LiveRetention
+from ckpt_jax.save.write import SaveRecord
 from ckpt_jax.storage.space import free_bytes, tree_nbytes
 
 _log = logging.getLogger(__name__)
-HORIZON = 100  # saves; what lies beyond is warned of in time
-_THIN_SHARE = 1 / 3  # of a step, under Adam
+HORIZON = 100  # saves to look ahead
+_THIN_SHARE = 1 / 3  # what is left of a step that was thinned to its parameters, under Adam
+
+
+class AfterCommit:
+  """Passes on that saves begin and commit. On process 0, and in Orbax's threads too."""
+
+  def __init__(
+    self, directory: epath.Path, schedule: Any, attempt: AttemptLog, retention: LiveRetention, config: ScheduleConfig
+  ):
+    """Args as named. `schedule` may be a policy of Orbax's own, without the methods `begun` and `finished`."""
+    self._directory = directory
+    self._schedule = schedule
+    self._attempt = attempt
+    self._outlook = Outlook(directory, retention, schedule, config)
+
+  def begun(self, step: int) -> None:
+    """A save begins. Raises whatever the schedule raises, which may be the user's own."""
+    self._notify("begun", step)
+
+  def committed(self, record: SaveRecord) -> None:
+    """A save is committed, and its cost is known."""
+    assert record.background_s is not None
+    _log.info(
+      "%s: step %d is committed: %s in %.2f s (%s/s) in the background, training waited %.2f s",
+      self._directory,
+      record.step,
+      size_text(record.nbytes),
+      record.background_s,
+      size_text(record.nbytes / max(record.background_s, 1e-3)),
+      record.blocking_s,
+    )
+    blocking = record.blocking_s - record.waited_s  # the wait for the previous save is not this one's cost
+    try:
+      self._notify("finished", blocking, record.background_s)
+    except Exception as e:  # the user's own; the step is committed all the same
+      _log.warning("%s: the schedule failed on being notified of a commit: %r", self._directory, e)
+    self._attempt.committed(record.step, record.nbytes, blocking, record.background_s)
+    self._outlook.committed(record.step, record.nbytes)
+
+  def _notify(self, event: str, *arguments: Any) -> None:
+    listener = getattr(self._schedule, event, None)
+    if listener is not None:
+      listener(*arguments)
 
 
 def saves_that_fit(
@@ -31,19 +75,19 @@ def saves_that_fit(
   """How many of the `coming` saves fit into `free` bytes beside what the rules keep; None if all of them do.
 
   Args:
-    rules: what is deleted meanwhile.
-    steps: those that are there, already within what is not free.
+    rules: what retention deletes meanwhile.
+    steps: the committed steps, whose bytes are not free.
     coming: the next saves.
     free: bytes.
-    step_nbytes: bytes that each step takes.
+    step_nbytes: bytes of each step.
   """
 
   def taken(count: int) -> float:
-    """Steps that there are once `count` more are committed."""
+    """Steps in storage once `count` more are committed."""
     decided = rules.decide([*steps, *coming[:count]])
     return len(decided.kept) - (1 - _THIN_SHARE) * len(decided.thinned)
 
-  def fits(count: int) -> bool:  # while the last one is written, nothing that it supersedes is deleted yet
+  def fits(count: int) -> bool:  # while the last one is written, nothing that it replaces is deleted yet
     return (taken(count - 1) + 1 - len(steps)) * step_nbytes <= free
 
   if rules.keeps_all and rules.thin is None:
@@ -60,14 +104,14 @@ def saves_that_fit(
 
 @dataclasses.dataclass(frozen=True)
 class _Pace:
-  """Steps and seconds from one save to the next; None where that is not known yet."""
+  """Steps and seconds from one save to the next; None while unknown."""
 
   steps: int | None
   seconds: float | None
 
 
 class Outlook:
-  """Warns, once, of a run that will have filled its storage within the next HORIZON saves. Lives on process 0."""
+  """Warns, once, if the run will fill its storage within the next HORIZON saves. On process 0."""
 
   def __init__(self, directory: epath.Path, retention: LiveRetention, schedule: Any, config: ScheduleConfig):
     self._directory = directory
@@ -79,7 +123,7 @@ class Outlook:
     self._before: tuple[int, float] | None = None
 
   def committed(self, step: int, nbytes: int) -> None:
-    """Looks at the storage after a commit of `nbytes` bytes of arrays. Costs one question to the file system."""
+    """Checks the free space after a commit of `nbytes` bytes of arrays; costs one system call."""
     if self._warned:
       return
     now = time.monotonic()
@@ -88,7 +132,7 @@ class Outlook:
       self._before = (step, now)
       self._look(step, nbytes, pace)
     except Exception as e:  # e.g. of the user's own schedule: a warning is not worth a failed save
-      _log.debug("%s: the outlook of its storage is not known: %s", self._directory, e)
+      _log.debug("%s: cannot tell whether its storage will fill up: %s", self._directory, e)
 
   def _pace(self, step: int, now: float) -> _Pace:
     seconds = self._schedule.interval() if isinstance(self._schedule, ByClock) else None
@@ -126,7 +170,7 @@ class Outlook:
     )
 
   def _saves_left(self, step: int, pace: _Pace) -> int:
-    """At most HORIZON, and 0 as long as it is not known."""
+    """At most HORIZON; 0 while unknown."""
     if self._last is None:
       return HORIZON
     if pace.steps is None or step >= self._last:

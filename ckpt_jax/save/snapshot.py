@@ -1,21 +1,86 @@
-"""The readable JSON of a step: where it came from, and what the trainer put beside its state."""
+"""What one save writes of a state: the tree as Orbax takes it, the step's JSON, and how much fits into host memory."""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
 import math
 import platform
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
 from ckpt_jax.config import Config
+from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.layout.sharding import is_weak
+from ckpt_jax.layout.encoding import encode, refuse_unusable
+from ckpt_jax.layout.sharding import is_weak, largest_shard_nbytes, local_nbytes
 from ckpt_jax.layout.structure import Structure, look
+from ckpt_jax.tuning.profile import available_memory
+
+_log = logging.getLogger(__name__)
+_HEADROOM = 1.1  # what Orbax and TensorStore need beside the copy itself
+PyTree = Any
+
+
+def encoded(
+  state: PyTree, metrics: Mapping[str, Any] | None
+) -> tuple[PyTree, dict[str, dict[str, Any]], dict[str, float | int], float]:
+  """The state as Orbax takes it, notes on the leaves that differ from it, metrics as numbers, and seconds of waiting.
+
+  The seconds are those until state and metrics were computed, which are not the save's cost.
+
+  Raises:
+    CheckpointError: naming the leaf or metric that cannot be saved.
+  """
+  try:
+    computing = time.perf_counter()
+    jax.block_until_ready((state, metrics))
+    seconds = time.perf_counter() - computing
+    numbers = plain_metrics(metrics)
+    return *encode(state), numbers, seconds
+  except CheckpointError:
+    raise
+  except Exception:
+    refuse_unusable(state)
+    plain_metrics(metrics)
+    raise
+
+
+def chunk_nbytes(directory: epath.Path, state: PyTree, limit: int | Literal["auto"]) -> int | None:
+  """None if a copy of this process's shards fits into host memory, else how many bytes to hold at a time.
+
+  All processes call it alike, and all get None or none does.
+
+  Args:
+    directory: the run, for messages.
+    state: what is to be saved.
+    limit: `limits.host_memory`, in bytes.
+  """
+  free = available_memory()
+  free = free if limit == "auto" else min(free, limit)
+  needed = int(local_nbytes(state) * _HEADROOM)
+  fits = needed <= free
+  if jax.process_count() > 1:
+    fits = bool(np.all(multihost_utils.process_allgather(np.array(fits))))
+  if fits:
+    return None
+  _log.log(
+    logging.WARNING if needed > free else logging.INFO,  # a process that lacks memory warns itself
+    "%s: a copy of this process's shards needs %s of host memory and %s are free: saving in chunks, and "
+    "training waits until they are written. More memory, or more processes, bring asynchronous saving back.",
+    directory,
+    size_text(needed),
+    size_text(free),
+  )
+  return max(int(largest_shard_nbytes(state) * _HEADROOM), min(10**9, free // 4))
+
 
 FORMAT = 1
 
@@ -32,7 +97,7 @@ def _versions() -> dict[str, str]:
 
 
 def run_metadata(config: Config, state: Any, nbytes: int) -> dict[str, Any]:
-  """What made a step: package versions, processes, devices, mesh, configuration and sizes."""
+  """Where a step comes from: package versions, processes, devices, meshes, configuration and sizes."""
   structure, leaves = look(state)
   return {
     "format": FORMAT,
@@ -44,13 +109,13 @@ def run_metadata(config: Config, state: Any, nbytes: int) -> dict[str, Any]:
     "config": config.to_dict(),
     "leaves": len(leaves),
     "nbytes": nbytes,
-    # Also if there is none: that a step says so sets it apart from those of older versions.
+    # Also if there is none, which sets the step apart from those of older versions.
     "weak": structure.once(_weakly_typed, structure, leaves),
   }
 
 
 def _weakly_typed(structure: Structure, leaves: Sequence[Any]) -> list[str]:
-  """The arrays that give way to the types of others, as Python numbers do."""
+  """Names of the weakly typed arrays."""
   return [name for name, leaf in zip(structure.names, leaves, strict=True) if is_weak(leaf)]
 
 
@@ -63,7 +128,7 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | int]:
   """Metrics as Python numbers; 0-d arrays are read.
 
   Raises:
-    CheckpointError: naming the metric that is no number.
+    CheckpointError: naming the metric that is not a number.
   """
   if not (metrics is None or isinstance(metrics, Mapping)):
     raise CheckpointError(f"metrics: expected {{name: number}}, got {metrics!r:.80}")
@@ -86,7 +151,7 @@ def checked_json(value: Any, where: str) -> Any:
   """`value` with tuples as lists.
 
   Raises:
-    CheckpointError: naming the entry that JSON cannot hold, or would change (keys that are no text).
+    CheckpointError: naming the entry that JSON cannot hold or would change (keys that are not text).
   """
   if value is None or isinstance(value, (bool, int, str)):
     return value

@@ -1,0 +1,382 @@
+"""The lifecycle of a save over Orbax's manager: from the state in training to a commit or one exception."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ckpt_jax.config import Config
+from ckpt_jax.errors import CheckpointError, SaveFailedError
+from ckpt_jax.failures import is_timeout, root_cause, storage_errors
+from ckpt_jax.integrity.health import Health
+from ckpt_jax.integrity.meant import Meant
+from ckpt_jax.integrity.record import RecordedSave, Recording, RecordingHandler, as_item, history, record_of
+from ckpt_jax.job.agreement import decided_by_process_zero
+from ckpt_jax.job.errand import Errand, wait_for
+from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
+from ckpt_jax.job.threads import transfers_asked_for
+from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_size
+from ckpt_jax.layout.keeping import keeping
+from ckpt_jax.layout.sharding import global_nbytes
+from ckpt_jax.orbax.manager import (
+  RunManager,
+  end_save,
+  forget_failure,
+  forget_steps,
+  leave_behind,
+  never_wait_for_hanging_threads,
+)
+from ckpt_jax.orbax.saves import Operation, quietly
+from ckpt_jax.restore.counting import count_nonfinite
+from ckpt_jax.run.checksums import sealed
+from ckpt_jax.run.steps import OURS, committed_steps, is_step, step_path
+from ckpt_jax.save.after_commit import AfterCommit
+from ckpt_jax.save.manager import Hooks, open_manager
+from ckpt_jax.save.opening import OpenRun
+from ckpt_jax.save.snapshot import checked_json, chunk_nbytes, encoded, run_metadata
+from ckpt_jax.save.write import SaveRecord, Write, left_hanging, not_saved
+
+_log = logging.getLogger(__name__)
+PyTree = Any
+_GRACE_S = 5.0  # that Orbax may take beyond timeouts.save to raise by itself that a write has timed out
+never_wait_for_hanging_threads()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Snapshot:
+  """What one save writes.
+
+  Attributes:
+    tree: the state as Orbax takes it; its arrays are the user's until the write holds copies.
+    metadata: the step's JSON.
+    recording: fingerprints and health, written beside the arrays.
+    record: what the save costs.
+    config: the settings to write it with.
+    chunk_nbytes: bytes to copy at a time, if all of them do not fit into host memory.
+  """
+
+  tree: PyTree
+  metadata: dict[str, Any]
+  recording: Recording
+  record: SaveRecord
+  config: Config
+  chunk_nbytes: int | None
+
+
+class Saver:
+  """The saves of one run, one at a time.
+
+  The life of a save. All processes of the job take each part alike, unless it names one:
+
+    `save`, in the training thread, which it blocks:
+      _snapshot       encode the state, plan its layout, measure it, check its health; wait for the previous save
+      admission.admit process 0 takes the lease, clears leftovers and makes room; all get the same answer
+      manager.save    Orbax copies this process's shards to host memory and starts its threads
+    in Orbax's threads, behind training:
+      handlers        each process writes its own shards (layout.handler) and its part of the record (integrity.record)
+      _on_committing  process 0: the lease is still ours, and the write was not given up
+      save.commit     process 0: files are synced, the step gets its name
+      _on_commit      process 0: the step counts as committed; log, schedule and attempt log hear of it
+      _on_end         nothing writes the step any more
+    in the next `save`, `wait` or `close`:
+      _settle         if it failed: clean up, and raise why, once
+
+  One thread calls at a time. Everything that changes something runs as an errand: an interrupt of the caller tears
+  nothing, and the next call goes on where it struck.
+
+  Attributes:
+    records: a SaveRecord for each save, oldest first.
+  """
+
+  def __init__(self, run: OpenRun):
+    """Opens Orbax's manager."""
+    self.records: list[SaveRecord] = []
+    self._run = run
+    self._directory = run.directory
+    self._config = run.planner.unplanned
+    self._after = AfterCommit(run.directory, run.schedule, run.attempt, run.retention, run.config.schedule)
+    self._write: Write | None = None
+    self._errand: Errand | None = None
+    self._beginning: SaveRecord | None = None  # of a save that has not returned
+    self._hung = 0  # writes that were given up
+    self._norms = history()
+    self._meant = Meant(run.directory, run.item, count_nonfinite)
+    self._rendezvous = Rendezvous(f"save {run.directory}")
+    self._asking = Rendezvous(f"steps of {run.directory}")
+    run.thinner.busy = lambda: self.under_way is not None
+    with storage_errors(f"{run.directory}: cannot open the run"), quietly():
+      self._manager: RunManager | None = self._opened(pytree_handler(self._config))
+
+  @property
+  def manager(self) -> RunManager:
+    """Orbax's manager; replaced when a save needs another handler, or hangs."""
+    if self._manager is None:
+      self._run.admission.probe()
+      with quietly():
+        self._manager = self._opened(pytree_handler(self._config))
+    return self._manager
+
+  @keeping()
+  def save(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
+    """Starts a save and returns once the arrays may be overwritten; see `Checkpointer.save`.
+
+    Args:
+      step, state, metrics, extras: what to save.
+      started: `time.perf_counter()` when training began to wait.
+    """
+    snapshot, computing_s = self._snapshot(step, state, metrics, extras)
+    self._beginning = snapshot.record
+    self._do(functools.partial(self._begin, snapshot, started + computing_s))
+
+  @property
+  def under_way(self) -> SaveRecord | None:
+    """The save that has begun and is neither committed nor known to have failed."""
+    write = self._write
+    if write is None or write.durable or write.ended.is_set():
+      return self._beginning if self._errand is not None else None
+    return write.record
+
+  def wait(self) -> None:
+    """Waits until the last save is committed.
+
+    Raises:
+      SaveFailedError: if it failed; raised once.
+    """
+    self._finish()
+    while (write := self._write) is not None:
+      if not wait_for(write.ended, write.left):
+        raise self._hangs(write)
+      if self._write is not write:
+        continue  # a signal handler has saved, or waited, meanwhile
+      if write.durable and write.error is None:
+        self._write = None
+      else:
+        self._do(functools.partial(self._settle, write))
+
+  def raise_background_error(self) -> None:
+    """Raises the error of a background save that has failed, without waiting for one that still runs; once.
+
+    In a job of many, processes notice a failure at different steps. There the next call that all make alike raises it
+    (a save that is due, `wait`, `close`), so that all raise at the same one, and a trainer may go on.
+    """
+    self._finish()
+    write = self._write
+    if write is not None and jax.process_count() == 1 and (write.ended.is_set() or not write.left):
+      self.wait()
+
+  def reload(self) -> None:
+    """Has Orbax's manager list the steps again, after some were moved. All processes call it alike."""
+    self.manager.reload()
+
+  def steps_in_storage(self) -> list[int]:
+    """The committed steps as process 0 lists them now, once the last save has ended. All processes call it alike.
+
+    Orbax's manager forgets steps that are gone, as when somebody has deleted them by hand.
+    """
+    self.wait()
+
+    def listed() -> list[int]:
+      with storage_errors(f"{self._directory}: its steps cannot be listed"):
+        return committed_steps(self._directory)
+
+    there = decided_by_process_zero(listed, self._asking, self._config.timeouts.save_s)
+    forget_steps(self.manager, set(self.manager.all_steps()) - set(there))
+    return there
+
+  def close(self) -> None:
+    """Releases Orbax's threads and the lease; call `wait` first."""
+    if self._manager is not None:
+      with contextlib.suppress(Exception), quietly():  # wait() has raised its background failure
+        self._manager.close()
+    self._run.admission.close()
+
+  # -- the parts of a save
+
+  def _snapshot(
+    self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any
+  ) -> tuple[_Snapshot, float]:
+    """What is to be written, and seconds until the state was computed. The previous save has ended when it returns."""
+    tree, notes, numbers, computing_s = encoded(state, metrics)
+    config = self._run.planner.for_save(state)
+    record = SaveRecord(step, global_nbytes(state))
+    metadata = run_metadata(config, state, record.nbytes) | {
+      "metrics": numbers,
+      "extras": checked_json(extras, "extras"),
+      "encoded": notes,
+    }
+    waited = time.perf_counter()
+    self.wait()
+    record.waited_s = time.perf_counter() - waited
+    where = f"{self._directory}: step {step}"
+    recording = record_of(step, state, record.nbytes, config.health.nonfinite, where, self._judge)
+    metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._run.item}
+    in_chunks = chunk_nbytes(self._directory, state, self._config.limits.host_memory)
+    return _Snapshot(tree, metadata, recording, record, config, in_chunks), computing_s
+
+  @transfers_asked_for()
+  def _begin(self, snapshot: _Snapshot, started: float) -> None:
+    """From the first file to the return of `save`."""
+    record, metadata = snapshot.record, snapshot.metadata
+    if snapshot.config != self._config:
+      self._config = snapshot.config
+      self._replace_manager(pytree_handler(self._config))
+    compressed = self._config.layout.compression == "on"
+    made_room = self._run.admission.admit(record.step, record.nbytes, metadata["leaves"], compressed=compressed)
+    forget_steps(self.manager, made_room)
+    operation = Operation(self._rendezvous.begin())
+    write = self._write = Write(record, operation, self._config.timeouts.save_s + _GRACE_S, self._after.committed)
+    try:
+      if snapshot.chunk_nbytes is not None:
+        self._replace_manager(pytree_handler(self._config, chunk_nbytes=snapshot.chunk_nbytes))
+      healthy = snapshot.recording.health_told.get("healthy")
+      self._run.retention.note(record.step, record.nbytes, healthy, metadata["metrics"])
+      self._after.begun(record.step)
+      arrays = ocp.args.PyTreeSave(snapshot.tree, ocdbt_target_data_file_size=target_file_size(self._config))
+      with operation.begun():
+        self.manager.save(
+          record.step,
+          args=as_item(self._run.item, RecordedSave(arrays, snapshot.recording)),
+          metrics=metadata["metrics"],
+          custom_metadata={OURS: sealed(metadata)},
+          force=True,
+        )
+      if snapshot.chunk_nbytes is not None:
+        # Before the clock is read: training waits for all of it.
+        self.manager.wait_until_finished()
+        self._replace_manager(pytree_handler(self._config))
+    except Exception as e:
+      self._settle(write, e)
+    write.returned(started)
+    self.records.append(record)
+
+  def _judge(self, health: Health) -> Health:
+    """Which non-finite numbers of a state are meant to be there. All processes call it alike."""
+    timeout = self._config.timeouts.save_s
+    return self._meant.judge(health, lambda decide: decided_by_process_zero(decide, self._asking, timeout))
+
+  def _do(self, work: Callable[[], None]) -> None:
+    """Runs `work` to its end, even if the caller is interrupted; then the next call of `_finish` raises its error."""
+    with quietly():
+      self._errand = Errand(work)
+    self._errand.start()
+    self._finish()
+
+  def _finish(self) -> None:
+    while (errand := self._errand) is not None:
+      errand.wait()
+      if self._errand is errand:  # else a signal handler has asked, and got the answer
+        self._errand = self._beginning = None
+        errand.outcome()
+
+  def _opened(self, handler: PyTreeHandler, known: Sequence[int] | None = None) -> RunManager:
+    handlers = as_item(self._run.item, RecordingHandler(handler, self._norms, self._meant))
+    meet = functools.partial(self._meet, self._hung)
+    hooks = Hooks(self._on_committing, self._on_commit, self._on_end, meet)
+    return open_manager(self._run, hooks, handlers, self._config, known)
+
+  def _replace_manager(self, handler: PyTreeHandler) -> None:
+    known = self.manager.all_steps()
+    self.manager.close()
+    self._manager = None
+    self._manager = self._opened(handler, known)
+
+  # -- called by Orbax's threads
+
+  def _meet(self, hung: int, *, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier_sync_fn. A process whose write failed comes here too, on its way out, and is not waited for."""
+    if hung != self._hung:
+      raise SaveFailedError("this write hung and was given up; it must not meet the processes of a later one")
+    error = sys.exc_info()[1]
+    if error is None:
+      self._rendezvous.wait(key, timeout_ms / 1000)
+      if "async_commit_complete" in key and self._write is not None:  # process 0 comes here once storage has the step
+        self._write.durable = True
+    elif not isinstance(error, PeerFailedError):
+      self._rendezvous.fail(root_cause(error))
+
+  def _on_committing(self, step: int) -> None:
+    write = self._write
+    if write is None or write.record.step != step or not write.begin_commit():
+      raise SaveFailedError(f"{self._directory}: step {step} took longer than timeouts.save and was given up", step)
+
+  def _on_commit(self, step: int) -> None:
+    write = self._write
+    if write is not None and write.record.step == step:
+      write.committed()
+
+  def _on_end(self, step: int, error: BaseException | None) -> None:
+    write = self._write
+    if write is None or write.record.step != step:
+      return  # one that was given up
+    write.error = error
+    if error is not None and jax.process_count() == 1:
+      write.operation.end(write.left)
+    write.ended.set()
+
+  # -- failures
+
+  def _hangs(self, write: Write) -> SaveFailedError:
+    """Gives up on a write that does not end: the next save goes through a new manager."""
+    step = write.record.step
+    uncommitted = write.give_up()
+    if self._manager is not None:
+      leave_behind(self._manager, write.operation.threads)
+    self._manager = None
+    self._hung += 1
+    self._run.admission.failed(step, hangs=True)
+    self._write = None
+    return left_hanging(self._directory, step, self._config.timeouts.save_s, uncommitted=uncommitted)
+
+  def _settle(self, write: Write, error: BaseException | None = None) -> None:
+    """Cleans up after a write that did not end as it should. Returns if its step is committed all the same.
+
+    Args:
+      write: it has ended, unless there is an `error`.
+      error: what was raised before, or while, Orbax's last thread started.
+
+    Raises:
+      SaveFailedError, UnhealthyStateError: the step is not committed.
+    """
+    error = error or write.error or SaveFailedError("its background write ended without a commit and without an error")
+    single = jax.process_count() == 1
+    # In a job of many, processes learn of one that hangs in different ways, and all must keep their manager or none.
+    if single and not (self._ends(write) and (write.durable or not is_timeout(error))):
+      raise self._hangs(write) from error
+    step = write.record.step
+    committed = self._is_committed(write)
+    if self._manager is not None:
+      forget_failure(self._manager)
+    if not committed:
+      self._run.admission.failed(step, hangs=False)
+    with contextlib.suppress(Exception):  # storage is the truth
+      self.manager.reload()
+      forget_steps(self.manager, self._run.deleter.pending)
+    self._write = None
+    if not (committed and single):
+      raise not_saved(self._directory, step, error, committed=committed) from error
+    _log.warning("%s: step %d is committed, but afterwards: %s", self._directory, step, root_cause(error))
+
+  def _ends(self, write: Write) -> bool:
+    """Waits until nothing writes the step any more, however far its save has come; False if it hangs."""
+    if not write.ended.is_set():
+      assert self._manager is not None
+      if not end_save(self._manager, write.ended, write.left):
+        return False
+    return write.operation.end(write.left)
+
+  def _is_committed(self, write: Write) -> bool:
+    if write.durable:
+      return True
+    with contextlib.suppress(CheckpointError, OSError):
+      # A commit that was reported as failed may have reached the storage.
+      return is_step(step_path(self._directory, write.record.step))
+    return False
