@@ -65,7 +65,7 @@ def make_run(path: pathlib.Path, steps: int) -> None:
   import jax.numpy as jnp
 
   import ckpt_jax as ckpt
-  from ckpt_jax.run.checksums import sealed
+  from ckpt_jax.run.checksums import with_digest
 
   with ckpt.Checkpointer(path, ckpt.Config(retention={"last": None})) as c:
     c.save(0, {"params": {"w": jnp.ones(1000)}, "opt": {"w": jnp.ones(2000)}}, metrics={"loss": 1.0})
@@ -82,7 +82,7 @@ def make_run(path: pathlib.Path, steps: int) -> None:
         if name not in (STEP_METADATA, "metrics"):
           os.link(os.path.join(folder, name), there / name)
     metadata["commit_timestamp_nsecs"] = int((now - (steps - step) * _EVERY_S) * 1e9)
-    metadata["custom_metadata"][OURS] = sealed(ours | {"metrics": {"loss": 1 / (step + 1)}})
+    metadata["custom_metadata"][OURS] = with_digest(ours | {"metrics": {"loss": 1 / (step + 1)}})
     (target / STEP_METADATA).unlink(missing_ok=True)
     (target / STEP_METADATA).write_text(json.dumps(metadata))
     (target / "metrics" / "metrics").write_text(json.dumps({"loss": 1 / (step + 1)}))

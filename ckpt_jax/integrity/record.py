@@ -33,7 +33,7 @@ from ckpt_jax.layout import contents, packing
 from ckpt_jax.layout.handler import PyTreeHandler
 from ckpt_jax.orbax.format import ARRAY_METADATAS, DEFAULT_ITEM, ITEM_METADATA, SHARDINGS, STEP_METADATA, TEXTS
 from ckpt_jax.run import untrusted
-from ckpt_jax.run.checksums import FILE_KEY, is_intact_file, sealed_file
+from ckpt_jax.run.checksums import FILE_KEY, is_intact_file, with_file_digest
 from ckpt_jax.run.steps import RECORD, our_item, our_metadata
 from ckpt_jax.storage import look
 
@@ -279,7 +279,7 @@ def _write_record(
         _log.warning("%s: the norm of %s is %.3g times that of the steps before", recording.where, group, ratio)
     past.append(norms)
   text = f'{{"format": {_FORMAT}, {recording.prints_json}, {json.dumps(found)[1:]}'
-  (directory / FILE).write_bytes(sealed_file(text))
+  (directory / FILE).write_bytes(with_file_digest(text))
   for process in range(1, jax.process_count()):
     _part(directory, process).unlink()
 
@@ -398,7 +398,7 @@ def carry_record(old: epath.Path, new: epath.Path) -> None:
     data[key] = {path: found for path, found in data.get(key, {}).items() if path in there}
   data["files"] = file_digests(new / item.name)
   data.pop(FILE_KEY, None)
-  (new / item.name / FILE).write_bytes(sealed_file(json.dumps(data)))
+  (new / item.name / FILE).write_bytes(with_file_digest(json.dumps(data)))
 
 
 def is_unhealthy(error: BaseException | None) -> UnhealthyStateError | None:

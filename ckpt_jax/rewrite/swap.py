@@ -24,7 +24,7 @@ from etils import epath
 from ckpt_jax.errors import CheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.integrity.record import carry_record
 from ckpt_jax.orbax.format import COMMIT_MARKER, COMMITTED_AT, CUSTOM, STEP_METADATA
-from ckpt_jax.run.checksums import sealed
+from ckpt_jax.run.checksums import with_digest
 from ckpt_jax.run.steps import DELETING, NOTES, OURS, is_step, noted_steps, step_directory, step_metadata, step_path
 from ckpt_jax.storage.durable import Sealing, seal, sync_directory
 from ckpt_jax.storage.urls import is_object_store
@@ -192,7 +192,7 @@ def _write_metadata(old: epath.Path, new: epath.Path, ours: dict[str, Any]) -> N
   data = step_metadata(old)
   if not data:
     raise NoCheckpointError(f"{old}: has no {STEP_METADATA}; steps of an old Orbax are not rewritten")
-  data[CUSTOM] = (data.get(CUSTOM) or {}) | {OURS: sealed(ours)}
+  data[CUSTOM] = (data.get(CUSTOM) or {}) | {OURS: with_digest(ours)}
   (new / STEP_METADATA).write_text(json.dumps(data))
 
 

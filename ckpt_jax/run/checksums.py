@@ -1,4 +1,7 @@
-"""Checksums in the JSON that we write: over our part of a step's metadata, which Orbax writes, and over whole files."""
+"""Digests in the JSON that ckpt_jax writes: of its part of a step's metadata, and of whole files.
+
+Data and files without a digest count as intact, since older versions wrote none.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,28 @@ from typing import Any
 
 _KEY = "digest"
 FILE_KEY = "seal"
-_FILE_SEAL = f', "{FILE_KEY}": '.encode()
+_FILE_DIGEST = f', "{FILE_KEY}": '.encode()
 
 
-def sealed(data: dict[str, Any]) -> dict[str, Any]:
-  """`data`, JSON-able, with a digest of everything in it."""
+def with_digest(data: dict[str, Any]) -> dict[str, Any]:
+  """`data`, which JSON can hold, and a digest of everything in it."""
   return data | {_KEY: _digest(data)}
 
 
 def is_intact(data: dict[str, Any]) -> bool:
-  """Whether sealed data is as it was; data without a seal counts as intact (older versions wrote none)."""
+  """Whether data fits its digest."""
   return _KEY not in data or data[_KEY] == _digest(data)
 
 
-def sealed_file(text: str) -> bytes:
-  """The text of a JSON object that is not empty, with a digest of it as its last entry, without writing it twice."""
+def with_file_digest(text: str) -> bytes:
+  """The text of a JSON object that is not empty, with a digest of the text as its last entry."""
   body = text[:-1].encode()
-  return body + _FILE_SEAL + _file_digest(body)
+  return body + _FILE_DIGEST + _file_digest(body)
 
 
 def is_intact_file(content: bytes) -> bool:
-  """Whether a sealed file is as it was written; one without a seal counts as intact (older versions wrote none)."""
-  body, found, digest = content.rpartition(_FILE_SEAL)
+  """Whether the content of a file fits its digest."""
+  body, found, digest = content.rpartition(_FILE_DIGEST)
   return not found or digest == _file_digest(body)
 
 

@@ -1,12 +1,12 @@
-"""One writer a run: a lease with owner, host and heartbeat, RUN/.ckpt_jax/lease.
+"""One writer per run: a lease with owner, host and heartbeat, RUN/.ckpt_jax/lease.
 
 Two jobs that write into one run delete and overwrite each other's steps. So the first save takes the lease, and a job
 that finds it held by another one writes nothing. Readers never need it.
 
-The file is one JSON, replaced by compare-and-swap (TensorStore's conditional writes: a lock file on disks, generations
-on gs://, ETags on s3://), and read back before each heartbeat for stores that take conditional writes and ignore them.
-Whether an owner is dead is never judged by comparing clocks: on the same host its process is looked up, and for another
-host it is watched whether the number of its heartbeat still changes.
+The file is one JSON object, replaced by compare-and-swap (TensorStore's conditional writes: a lock file on disks,
+generations on gs://, ETags on s3://), and read back before each heartbeat for stores that accept conditional writes and
+ignore the condition. Whether an owner is dead is never judged by comparing clocks: on the same host its process is
+looked up; of an owner on another host it is observed whether the number of its heartbeat still changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from etils import epath
 
 from ckpt_jax.errors import StorageError
 from ckpt_jax.failures import is_out_of_space, is_read_only, os_errors, root_cause, storage_errors, why_read_only
-from ckpt_jax.run.steps import NOTES
+from ckpt_jax.run.notes import NOTES
 from ckpt_jax.storage.clients import kvstore_spec
 from ckpt_jax.storage.durable import restrict
 from ckpt_jax.storage.urls import is_object_store
@@ -40,8 +40,8 @@ _log = logging.getLogger(__name__)
 LEASE = "lease"
 _BEAT_S = 10.0
 _REQUEST_S = 60.0  # the longest that one read or write of the lease may take
-_LAST_REQUEST_S = 10.0  # and when it is given back, which a job that ends need not wait long for
-# Whoever opens a run holds the lease for a moment if it clears leftovers; that is no reason to fail.
+_LAST_REQUEST_S = 10.0  # the same when the lease is given back, so that a job that ends does not wait long
+# A process that opens a run holds the lease for a moment if it clears leftovers; that is no reason to fail.
 _MOMENT_S = 3.0
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 _here: weakref.WeakValueDictionary[str, Lease] = weakref.WeakValueDictionary()  # all of this process, by owner
@@ -49,15 +49,15 @@ _here: weakref.WeakValueDictionary[str, Lease] = weakref.WeakValueDictionary()  
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-  """Who holds, or held, the lease of a run.
+  """The process that holds, or held, the lease of a run.
 
   Attributes:
     owner: a random name, new for each Checkpointer.
     host: host name, for messages.
     boot: boot id and pid namespace; processes with the same one can look each other up.
-    pid, started: process id, and when the process began, which tells it from a later one with the same id.
-    place, inode: path or URL of the run, and the inode of its notes (0 on a bucket): a copied run holds a lease that is
-      not its own, and one path may differ from another to the same run.
+    pid, started: process id, and the start time that distinguishes it from a later process with the same id.
+    place, inode: path or URL of the run, and the inode of its notes (0 on a bucket). They reveal a lease that came with
+      a copied run, while one run may also be reached by several paths.
     beat: grows with each heartbeat.
     interval: seconds between heartbeats.
     since: seconds since the epoch by the owner's clock; for messages only.
@@ -79,28 +79,29 @@ class Holder:
   released: bool = False
 
   def to_json(self) -> bytes:
+    """The content of the lease file."""
     return json.dumps(dataclasses.asdict(self)).encode()
 
 
 def parse(data: bytes) -> Holder | None:
-  """The holder in a lease file; None if it holds something else."""
+  """The holder in a lease file; None if the file holds anything else."""
   try:
     fields = json.loads(data)
-    fields["saving"] = tuple(int(s) for s in fields["saving"])
-    holder = Holder(**fields)
-    types = {"owner": str, "host": str, "boot": str, "pid": int, "started": str, "place": str, "beat": int}
-    return holder if all(isinstance(getattr(holder, name), kind) for name, kind in types.items()) else None
+    holder = Holder(**fields | {"saving": tuple(int(s) for s in fields["saving"])})
+    texts, numbers = (holder.owner, holder.host, holder.boot, holder.started, holder.place), (holder.pid, holder.beat)
+    valid = all(isinstance(t, str) for t in texts) and all(isinstance(n, int) for n in numbers)
+    return holder if valid else None
   except (ValueError, TypeError, KeyError, RecursionError):
     return None
 
 
 def judge(holder: Holder | None, me: Holder, start_of: Callable[[int], str | None]) -> str:
-  """What a lease says to `me`: `free`, `dead`, `alive`, or `elsewhere` if only watching its heartbeat can tell.
+  """The state of a lease for `me`: `free`, `dead`, `alive`, or `elsewhere` if only its heartbeat can show that.
 
   Args:
-    holder: who holds it.
-    me: who asks.
-    start_of: when the process with an id began; None if there is none.
+    holder: its holder.
+    me: the process that asks.
+    start_of: the start time of a process id; None if there is no such process.
   """
   if holder is None or holder.released:
     return "free"
@@ -115,7 +116,7 @@ class Lease:
   """This process's claim to a run. Nothing is written before `acquire`.
 
   Attributes:
-    held: whether it is held, as far as the last heartbeat knows.
+    held: whether it is held, as of the last heartbeat.
   """
 
   def __init__(
@@ -125,14 +126,14 @@ class Lease:
 
     Args:
       directory: the run.
-      patience: seconds that the heartbeat of an owner on another host must stand still before it counts as dead.
+      patience: seconds without a heartbeat after which an owner on another host counts as dead.
       interval: seconds between this owner's heartbeats.
       mode: permission bits of the file; None: as the umask says.
     """
     self.held = False
     self._directory = directory
     self._patience = patience
-    self._cell = _Cell(directory, mode)
+    self._file = _File(directory, mode)
     self._me = Holder(
       owner=uuid.uuid4().hex,
       host=socket.gethostname(),
@@ -159,29 +160,26 @@ class Lease:
     return frozenset(self._saving)
 
   def look(self) -> str:
-    """What the lease says now, as `judge`; begins to watch an owner on another host."""
-    if self.held:
-      return "mine"
-    _, _, verdict = self._read()
-    return verdict
+    """The state of the lease now, as `judge`, or `mine`; begins to observe an owner on another host."""
+    return "mine" if self.held else self._read()[2]
 
   def acquire(self, wait: float | None = None) -> None:
-    """Takes the lease if nobody alive holds it; at once if this object holds it already.
+    """Takes the lease if no living process holds it; at once if this object holds it already.
 
     Args:
-      wait: seconds to wait for an owner that may be dead; default: `patience`, and a moment.
+      wait: seconds to wait for an owner that may be dead; default: one and a half times `patience`, and a moment.
 
     Raises:
       StorageError: naming the other owner, its host and age, and the way out; nothing was written into the run.
     """
     with self._lock:
-      if self._lost is not None:
-        raise self._refused(self._lost, "has taken this run over: this process gave no sign of life for too long")
+      self.ensure_ours()
       if self.held:
         return
-    limit = time.monotonic() + (self._patience * 1.5 + _MOMENT_S if wait is None else wait)
-    moment = time.monotonic() + min(_MOMENT_S, wait if wait is not None else _MOMENT_S)
-    told = False
+    started = time.monotonic()
+    limit = started + (self._patience * 1.5 + _MOMENT_S if wait is None else wait)
+    moment = min(started + _MOMENT_S, limit)
+    logged = False
     while True:
       holder, generation, verdict = self._read()
       if verdict in ("free", "dead") and self._take(holder, generation):
@@ -189,8 +187,8 @@ class Lease:
       now = time.monotonic()
       if holder is not None and ((verdict == "alive" and now > moment) or now > limit):
         raise self._refused(holder, "writes into this run")
-      if verdict == "elsewhere" and holder is not None and not told:
-        told = True
+      if verdict == "elsewhere" and holder is not None and not logged:
+        logged = True
         _log.info(
           "%s: waiting to see whether the job on %s is alive (up to %.0f s)", self._directory, holder.host, limit - now
         )
@@ -207,12 +205,12 @@ class Lease:
       self.renew()
 
   def done(self, step: int) -> None:
-    """Forgets a step that is committed, or whose leftovers are gone; told to the file with the next write."""
+    """Forgets a step that is committed, or whose leftovers are gone; the next heartbeat writes that."""
     with self._lock:
       self._saving.discard(step)
 
   def check(self) -> None:
-    """Makes sure, before a commit, that the lease is still ours; asks storage only if the last heartbeat is late.
+    """Makes sure, before a commit, that the lease is still ours; reads it only if the last heartbeat is late.
 
     Raises:
       StorageError: if another job has taken it.
@@ -222,9 +220,27 @@ class Lease:
         self.renew()
 
   def ensure_ours(self) -> None:
-    """Raises StorageError if the lease was lost, as far as is known; asks nobody."""
+    """Raises StorageError if the lease is known to be lost; reads nothing."""
     if self._lost is not None:
       raise self._refused(self._lost, "has taken this run over: this process gave no sign of life for too long")
+
+  def renew(self, create: bool = True) -> None:
+    """Writes a heartbeat; `create`: even if the file is gone.
+
+    Raises:
+      StorageError: if another job has taken the lease, or storage does not answer.
+    """
+    with self._lock:
+      self.ensure_ours()
+      holder, generation = self._file.read()
+      if holder is not None and holder.owner != self._me.owner and holder.place == self._me.place:
+        self.held, self._lost = False, holder
+        self.ensure_ours()
+      if holder is None and not create:
+        return  # the run was deleted; a heartbeat must not bring its directory back
+      self._me = dataclasses.replace(self._me, beat=self._me.beat + 1)
+      if self._file.swap(self._record(), generation):
+        self._written_at = time.monotonic()
 
   def release(self) -> None:
     """Gives the lease back; it can be acquired again."""
@@ -234,11 +250,11 @@ class Lease:
       if not self.held:
         return
       self.held = False
-      _here.pop(self._me.owner, None)  # for this process it is given back, be it that storage cannot be told
+      _here.pop(self._me.owner, None)  # free for this process even if storage cannot be written
       with contextlib.suppress(StorageError):  # it expires by itself
-        holder, generation = self._cell.read(_LAST_REQUEST_S)
+        holder, generation = self._file.read(_LAST_REQUEST_S)
         if holder is not None and holder.owner == self._me.owner:
-          self._cell.swap(self._record(released=True), generation, _LAST_REQUEST_S)
+          self._file.swap(self._record(released=True), generation, _LAST_REQUEST_S)
 
   def __del__(self):
     # A Checkpointer that was dropped without close(), as in a notebook cell that is run again. A bucket may be gone by
@@ -252,18 +268,19 @@ class Lease:
   # -- inside
 
   def _read(self) -> tuple[Holder | None, bytes, str]:
-    holder, generation = self._cell.read()
+    holder, generation = self._file.read()
     verdict = judge(holder, dataclasses.replace(self._me, inode=_inode(self._directory)), _start_of)
-    if verdict == "alive" and holder is not None and holder.pid == self._me.pid and holder.owner not in _here:
-      verdict = "dead"  # this process lives, but not who held the lease in it
-    if verdict == "elsewhere" and holder is not None:
+    if holder is None:
+      return holder, generation, verdict
+    if verdict == "alive" and holder.pid == self._me.pid and holder.owner not in _here:
+      verdict = "dead"  # this process lives, but the object that held the lease in it does not
+    if verdict == "elsewhere":
       now = time.monotonic()
-      if self._seen is None or self._seen[0] != holder.owner:
+      owner, beat, since = self._seen or ("", 0, now)
+      if (owner, beat) != (holder.owner, holder.beat):
         self._seen = holder.owner, holder.beat, now
-      elif self._seen[1] != holder.beat:
-        self._seen = holder.owner, holder.beat, now
-        verdict = "alive"
-      elif now - self._seen[2] > max(self._patience, 3 * holder.interval):
+        verdict = "alive" if owner == holder.owner else verdict
+      elif now - since > max(self._patience, 3 * holder.interval):
         verdict = "dead"
     return holder, generation, verdict
 
@@ -277,51 +294,29 @@ class Lease:
     with self._lock:
       self._me = dataclasses.replace(self._me, inode=_inode(self._directory), since=time.time(), beat=1)
       self._saving |= set(holder.saving if holder else ())
-      if not self._cell.swap(self._record(), generation):
+      if not self._file.swap(self._record(), generation):
         return False
-      written, _ = self._cell.read()
+      written, _ = self._file.read()
       if written is None or written.owner != self._me.owner:
-        return False  # a store without conditional writes, and somebody was faster
+        return False  # a store without conditional writes, and another process was faster
       self.held, self._written_at = True, time.monotonic()
       _here[self._me.owner] = self
       if holder is not None and not holder.released:
         _log.info("%s: took over from process %d on %s, which is gone", self._directory, holder.pid, holder.host)
-    thread = threading.Thread(
-      target=_beat, args=(weakref.ref(self), self._stop, self._me.interval), name="ckpt_jax_lease", daemon=True
-    )
-    thread.start()
+    arguments = weakref.ref(self), self._stop, self._me.interval
+    threading.Thread(target=_beat, args=arguments, name="ckpt_jax_lease", daemon=True).start()
     return True
 
-  def renew(self, create: bool = True) -> None:
-    """Writes a heartbeat; `create` also if the file is gone.
-
-    Raises:
-      StorageError: if another job has taken the lease, or storage does not answer.
-    """
-    with self._lock:
-      if self._lost is not None:
-        raise self._refused(self._lost, "has taken this run over: this process gave no sign of life for too long")
-      holder, generation = self._cell.read()
-      if holder is not None and holder.owner != self._me.owner and holder.place == self._me.place:
-        self.held, self._lost = False, holder
-        raise self._refused(holder, "has taken this run over: this process gave no sign of life for too long")
-      if holder is None and not create:
-        return  # the run was deleted; a heartbeat must not bring its directory back
-      self._me = dataclasses.replace(self._me, beat=self._me.beat + 1)
-      if self._cell.swap(self._record(), generation):
-        self._written_at = time.monotonic()
-
   def _refused(self, holder: Holder, what: str) -> StorageError:
-    age = max(0.0, time.time() - holder.since)
     when = datetime.datetime.fromtimestamp(holder.since, datetime.timezone.utc)
     who = f"process {holder.pid} on host {holder.host}"
     if (holder.pid, holder.boot) == (self._me.pid, self._me.boot):
       who += " (this very process: a Checkpointer that is not closed)"
     return StorageError(
       f"{self._directory}: another job {what}: {who}, owner {holder.owner[:8]}, since {when:%Y-%m-%d %H:%M:%S} UTC "
-      f"({_ago(age)} ago), heartbeat {holder.beat}. Nothing was written. End that job (or close that Checkpointer), or "
-      f"give this one a directory of its own. A job that is gone for good loses its lease by itself: on this host at "
-      f"once, on another one after {self._patience:.0f} s without a heartbeat (timeouts.lease)"
+      f"({_ago(time.time() - holder.since)} ago), heartbeat {holder.beat}. Nothing was written. End that job (or close "
+      f"that Checkpointer), or give this one a directory of its own. A job that is gone for good loses its lease by "
+      f"itself: on this host at once, on another one after {self._patience:.0f} s without a heartbeat (timeouts.lease)"
     )
 
 
@@ -344,8 +339,8 @@ def _beat(lease: weakref.ref[Lease], stop: threading.Event, interval: float) -> 
     del this
 
 
-class _Cell:
-  """The lease file: read, and replaced only if it is what was read."""
+class _File:
+  """The lease file, which is replaced only if it is still as it was read."""
 
   def __init__(self, directory: epath.Path, mode: int | None):
     self._path = os.fspath(directory / NOTES)
@@ -395,7 +390,7 @@ class _Cell:
 
 
 def _boot() -> str:
-  """Names what processes must share to look each other up by id: the running kernel and the pid namespace."""
+  """The running kernel and the pid namespace, which processes must share to look each other up by id."""
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -404,7 +399,7 @@ def _boot() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-  """When a process began; None if there is none, or only its remains."""
+  """The start time of a process; None if there is none, or if it is a zombie."""
   try:
     # man 5 proc_pid_stat: the name may hold spaces and brackets; state is field 3, start time in ticks field 22.
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -430,6 +425,6 @@ def _inode(directory: epath.Path) -> int:
 
 
 def _ago(seconds: float) -> str:
-  return (
-    f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-  )
+  if seconds < 120:
+    return f"{max(seconds, 0):.0f} s"
+  return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,7 +1,7 @@
-"""How a run's steps are called: `12`, or as Orbax's options `step_prefix` and `step_format_fixed_length` say.
+"""Directory names of a run's steps: `12`, or as Orbax's options `step_prefix` and `step_format_fixed_length` ask for.
 
-ckpt_jax calls them by their numbers. In a run that another program has begun it goes on in that program's way, so that
-either reads all of it.
+ckpt_jax names steps by their plain numbers. In a run that another program began it continues that program's naming, so
+that both can read all of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from ckpt_jax.errors import NotARunError
 from ckpt_jax.orbax.format import TEMPORARY
 
-# What unfinished saves and steps that were moved out of the way are called; both may end in digits.
+# Unfinished saves, and directories that were moved out of the way of one; both names may end in digits.
 _TEMPORARY = (TEMPORARY, ".set-aside-")
 _NUMBERED = re.compile(r"(.*[^0-9])?([0-9]+)")
 
@@ -23,19 +23,19 @@ class Naming:
   """Names of steps: `ckpt_00000012` is step 12 with prefix `ckpt_` and width 8.
 
   Attributes:
-    prefix: what stands before the number, Orbax's underscore included.
-    width: digits of the number, which is padded with zeros; 0: as many as it has.
+    prefix: the text before the number, Orbax's underscore included.
+    width: digits to which the number is padded with zeros; 0 for no padding.
   """
 
   prefix: str = ""
   width: int = 0
 
   def name(self, step: int) -> str:
-    """The directory of a step."""
+    """The directory name of a step."""
     return f"{self.prefix}{step:0{self.width}d}" if self.width else f"{self.prefix}{step}"
 
   def step(self, name: str) -> int | None:
-    """The step that a directory of this name holds; None if it is no step's name."""
+    """The step of a directory name; None if it does not name a step."""
     digits = name.removeprefix(self.prefix)
     if not name.startswith(self.prefix) or re.fullmatch("[0-9]+", digits) is None:
       return None
@@ -46,25 +46,25 @@ PLAIN = Naming()
 
 
 def is_temporary(name: str) -> bool:
-  """Whether a directory is what an unfinished save left, or was moved out of the way of one."""
+  """Whether a directory is left over from an unfinished save, or was moved out of the way of one."""
   return any(mark in name for mark in _TEMPORARY)
 
 
 def naming_of(
   names: Iterable[str], is_step: Callable[[str], bool], is_empty: Callable[[str], bool], where: str
 ) -> Naming | None:
-  """How the steps of a run are called; None if there are none.
+  """The naming of a run's steps; None if there are no steps.
 
-  Plain numbers are steps wherever there are some: `old_10` beside `20` is somebody's copy.
+  Plain numbers take precedence: `old_10` beside `20` is somebody's copy.
 
   Args:
-    names: what the run's directory holds.
-    is_step: whether a directory holds what a committed step does; asked as seldom as can be.
-    is_empty: whether there is nothing in a directory.
+    names: the entries of the run's directory.
+    is_step: whether a directory holds a committed step; called as rarely as possible.
+    is_empty: whether a directory is empty.
     where: the run, for messages.
 
   Raises:
-    NotARunError: if the steps are called in several ways, so that some would hide others.
+    NotARunError: if the steps are named in several ways, so that some would hide others.
   """
   by_prefix: dict[str, list[str]] = {}
   for name in names:
@@ -91,7 +91,7 @@ def naming_of(
 
 
 def _width(prefix: str, numbers: Iterable[str], is_step: Callable[[str], bool], where: str) -> int:
-  """To how many digits numbers are padded; 0 if they are not."""
+  """The number of digits to which numbers are padded; 0 for no padding."""
   padded = {n for n in numbers if n.startswith("0") and len(n) > 1 and is_step(prefix + n)}
   if not padded:
     return 0

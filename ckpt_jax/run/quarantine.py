@@ -1,8 +1,8 @@
-"""Steps that no longer count and are not deleted: damaged ones in quarantine, and those behind a rollback.
+"""Steps that no longer count and are not deleted: damaged ones in quarantine, and those set aside by a rollback.
 
-On a disk a step is renamed to RUN/.ckpt_jax/KIND/STEP-TIME; moving it back undoes it. A bucket has no rename, so there
-a small mark RUN/.ckpt_jax/aside/STEP says that the step does not count, and its objects are moved only when the run
-saves that step number again. `put_back` undoes either.
+On a disk a step is renamed to RUN/.ckpt_jax/KIND/STEP-TIME; moving it back undoes that. A bucket has no rename, so a
+small mark RUN/.ckpt_jax/aside/STEP says that the step does not count, and its objects are moved only when the run saves
+that step number again. `put_back` undoes either.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
-import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Collection
-from typing import Any
 
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
+from ckpt_jax.failures import storage_errors
 from ckpt_jax.orbax.format import ARRAY_METADATAS, COMMIT_MARKER, MANIFEST, VALUES, is_process_database
-from ckpt_jax.run.steps import ASIDE, NOTES, counts, naming_in, noted_steps, step_path, uncounted_steps
+from ckpt_jax.run.notes import ASIDE, NOTES, note_of, noted_steps, read_note, write_note
+from ckpt_jax.run.steps import counts, is_step, naming_in, step_path, uncounted_steps
 from ckpt_jax.storage import look
+from ckpt_jax.storage.objects import BACKEND
 from ckpt_jax.storage.paths import literal
 from ckpt_jax.storage.urls import is_object_store
 
@@ -57,51 +59,76 @@ class AsideStep:
 
 
 def put_aside(directory: epath.Path, steps: Collection[int], kind: str, reasons: dict[int, str]) -> None:
-  """Makes `steps` count no longer. To be called by one process.
+  """Makes `steps` no longer count. To be called by one process.
 
   Args:
     directory: the run.
-    steps: steps that are there, damaged or not.
+    steps: steps that exist, damaged or not.
     kind: QUARANTINE or SET_ASIDE.
     reasons: why, by step; kept beside the step.
 
   Raises:
-    StorageError: if it cannot be done.
+    StorageError: if it fails.
   """
   for step in sorted(steps, reverse=True):  # newest first, so that a crash leaves the rest in order
-    reason = {"kind": kind, "reason": reasons.get(step, ""), "time": time.time()}
+    note = {"kind": kind, "reason": reasons.get(step, ""), "time": time.time()}
     try:
       if is_object_store(directory):
-        _mark(directory, step).parent.mkdir(parents=True, exist_ok=True)
-        _mark(directory, step).write_text(json.dumps(reason))
+        write_note(note_of(directory, ASIDE, step), note)
       else:
-        place = _place(directory, step, kind)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(step_path(directory, step), place)
+        place = _new_place(directory, step, kind)
+        move_step(step_path(directory, step), place)
         with contextlib.suppress(OSError):
-          _note_of(place).write_text(json.dumps(reason))
+          write_note(_note_beside(place), note)
     except OSError as e:
       raise StorageError(f"{directory}: step {step} cannot be put into {kind}: {e.strerror or e}") from e
 
 
-def make_room(directory: epath.Path, step: int) -> None:
-  """Moves a step of a bucket that does not count away for good, since its number is about to be saved again."""
-  if not is_object_store(directory) or step not in noted_steps(directory, ASIDE):
-    return
-  from ckpt_jax.storage.objects import BACKEND
+def vacate(directory: epath.Path, step: int) -> None:
+  """Makes room for a step that is about to be saved; whatever Orbax found in its place it would delete.
 
-  mark = _read_note(_mark(directory, step))
-  source, target = step_path(directory, step), _place(directory, step, mark.get("kind", QUARANTINE))
-  with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
-    for _ in pool.map(lambda key: BACKEND.copy(source / key, target / key, True), list(BACKEND.tree(source))):
-      pass
-  _note_of(target).write_text(json.dumps(mark))
-  source.rmtree(missing_ok=True)
-  _mark(directory, step).unlink(missing_ok=True)
+  A step of a bucket that was put aside moves to its place among those for good. An empty directory is removed. On a
+  disk anything else is renamed, a damaged step too.
+
+  Raises:
+    CheckpointError: if something else is there in a bucket, where a rename would be a copy.
+    StorageError: if it cannot be moved.
+  """
+  path = step_path(directory, step)
+  with storage_errors(f"{path}: what is stored there cannot be moved away"):
+    if not is_object_store(directory):
+      _rename_away(path)
+    elif step in noted_steps(directory, ASIDE):
+      mark = note_of(directory, ASIDE, step)
+      note = read_note(mark)
+      place = _new_place(directory, step, note.get("kind", QUARANTINE))
+      move_step(path, place)
+      write_note(_note_beside(place), note)
+      mark.unlink(missing_ok=True)
+    # Asked of the bucket itself: what this process wrote there a moment ago may have been removed by hand.
+    elif not is_step(path) and BACKEND.tree(path):
+      raise CheckpointError(
+        f"{path}: there are objects that are no committed step, and saving would delete them. If they are a copy that "
+        "was cut off, finish it; else remove them, or save another step"
+      )
+
+
+def _rename_away(path: epath.Path) -> None:
+  if not os.path.lexists(path):
+    return
+  with contextlib.suppress(OSError):
+    os.rmdir(path)
+    return
+  aside = f"{path.name}.set-aside-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:4]}"
+  try:
+    os.rename(path, path.parent / aside)
+  except OSError as e:
+    raise CheckpointError(f"{path}: is no committed step and cannot be moved out of the way: {e.strerror}") from e
+  _log.warning("%s: is no committed step; moved to %s to make room for one", path, aside)
 
 
 def listed(directory: epath.Path) -> list[AsideStep]:
-  """All steps that were put aside, by number; of one number, the last put aside comes last."""
+  """All steps that were put aside, by number; those of one number in the order in which they were put aside."""
   found = [
     (int(name.split("-", 1)[0]), kind, directory / NOTES / kind / name)
     for kind in (QUARANTINE, SET_ASIDE)
@@ -112,7 +139,7 @@ def listed(directory: epath.Path) -> list[AsideStep]:
     found += [(step, "", step_path(directory, step)) for step in noted_steps(directory, ASIDE)]
 
   def described(step: int, kind: str, path: epath.Path) -> AsideStep:
-    note = _read_note(_note_of(path) if kind else _mark(directory, step))
+    note = read_note(_note_of(directory, step, path))
     time_ = note.get("time")
     when = datetime.datetime.fromtimestamp(time_, datetime.timezone.utc) if isinstance(time_, (int, float)) else None
     return AsideStep(step, kind or note.get("kind", QUARANTINE), str(note.get("reason", "")), when, str(path))
@@ -145,32 +172,32 @@ def put_back(directory: epath.Path, step: int) -> AsideStep:
       f"other one where it is: {source}"
     )
   try:
-    if not is_object_store(directory):
-      os.rename(source, target)
-    elif source != target:
-      _copy_back(source, target)
-    (_mark(directory, step) if source == target else _note_of(source)).unlink(missing_ok=True)
+    if source != target:
+      move_step(source, target)
+    _note_of(directory, step, source).unlink(missing_ok=True)
   except OSError as e:
     raise StorageError(f"{directory}: step {step} cannot be put back: {e.strerror or e}") from e
   _log.warning("%s: step %d, %s (%s), counts again", directory, step, chosen.where, chosen.reason or "no reason noted")
   return chosen
 
 
-def _copy_back(source: epath.Path, target: epath.Path) -> None:
-  from ckpt_jax.storage.objects import BACKEND
-
+def move_step(source: epath.Path, target: epath.Path) -> None:
+  """Moves the directory of a step. A bucket has no rename: there its objects are copied, commit markers last."""
+  if not is_object_store(source):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(source, target)
+    return
   keys = list(BACKEND.tree(source))
   markers = [key for key in keys if key.endswith(COMMIT_MARKER)]
   with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
-    for _ in pool.map(lambda k: BACKEND.copy(source / k, target / k, True), [k for k in keys if k not in markers]):
-      pass
+    list(pool.map(lambda k: BACKEND.copy(source / k, target / k, True), [k for k in keys if k not in markers]))
   for key in sorted(markers, key=lambda k: k.count("/"), reverse=True):  # the step's own last of all
     BACKEND.copy(source / key, target / key, True)
   source.rmtree(missing_ok=True)
 
 
 def remove_aside(directory: epath.Path, kind: str, steps: Collection[int]) -> list[int]:
-  """Deletes what was put aside of `steps`. Returns those that there were.
+  """Deletes the steps of `steps` that were put aside. Returns them.
 
   Raises:
     StorageError: naming those that are still there.
@@ -182,8 +209,7 @@ def remove_aside(directory: epath.Path, kind: str, steps: Collection[int]) -> li
     path = literal(found.path)
     try:
       path.rmtree(missing_ok=True)
-      marked = path == step_path(directory, found.step)
-      (_mark(directory, found.step) if marked else _note_of(path)).unlink(missing_ok=True)
+      _note_of(directory, found.step, path).unlink(missing_ok=True)
     except OSError as e:
       failed[found.step] = e.strerror or str(e)
       continue
@@ -198,17 +224,16 @@ def remove_aside(directory: epath.Path, kind: str, steps: Collection[int]) -> li
 def damaged_steps(directory: epath.Path) -> dict[int, CorruptCheckpointError]:
   """Directories of a disk that hold an Orbax step without the metadata that makes it one.
 
-  Orbax renames a step to its number when it commits, so that these were committed and have lost files since. In a
-  bucket the same thing is a save that did not end.
+  Orbax renames a step to its number when it commits, so these were committed and have lost files since. In a bucket
+  the same sight is a save that did not end.
   """
   if is_object_store(directory):
     return {}
   found = {}
-  uncounted = uncounted_steps(directory)
-  names = look.names(directory)
-  called = naming_in(directory, names)
+  uncounted, names = uncounted_steps(directory), look.names(directory)
+  naming = naming_in(directory, names)
   for name in names:
-    step, step_dir = called.step(name), directory / name
+    step, step_dir = naming.step(name), directory / name
     if step is None or step in uncounted or counts(step_dir) or not look.is_dir(step_dir):
       continue
     if any(holds_arrays(step_dir / item) for item in look.names(step_dir)):
@@ -217,33 +242,26 @@ def damaged_steps(directory: epath.Path) -> dict[int, CorruptCheckpointError]:
 
 
 def holds_arrays(item: epath.Path) -> bool:
-  """Whether a directory holds what Orbax writes for arrays, described or not."""
+  """Whether a directory holds the files that Orbax writes for arrays, described or not."""
   names = set(look.names(item))
   return bool(names & {MANIFEST, VALUES, ARRAY_METADATAS}) or any(is_process_database(n) for n in names)
 
 
-def _mark(directory: epath.Path, step: int) -> epath.Path:
-  return directory / NOTES / ASIDE / str(step)
+def _note_of(directory: epath.Path, step: int, path: epath.Path) -> epath.Path:
+  """The note of a step that was put aside: its mark where it is in place, else the file beside it."""
+  return note_of(directory, ASIDE, step) if path == step_path(directory, step) else _note_beside(path)
 
 
-def _note_of(path: epath.Path) -> epath.Path:
-  """The file beside a step that was moved, which says why."""
+def _note_beside(path: epath.Path) -> epath.Path:
   return path.parent / f"{path.name}.json"
 
 
-def _read_note(file: epath.Path) -> dict[str, Any]:
-  try:
-    note = json.loads(file.read_text())
-  except (OSError, ValueError):
-    return {}
-  return note if isinstance(note, dict) else {}
-
-
-def _place(directory: epath.Path, step: int, kind: str) -> epath.Path:
+def _new_place(directory: epath.Path, step: int, kind: str) -> epath.Path:
   stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-  place = directory / NOTES / kind / f"{step}-{stamp}"
-  count = 1
-  while place.exists():
-    count += 1
-    place = directory / NOTES / kind / f"{step}-{stamp}-{count}"
-  return place
+  names = {p for p in look.names(directory / NOTES / kind)}
+  name = f"{step}-{stamp}"
+  for count in range(2, len(names) + 3):
+    if name not in names:
+      break
+    name = f"{step}-{stamp}-{count}"
+  return directory / NOTES / kind / name

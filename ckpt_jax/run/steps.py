@@ -1,4 +1,8 @@
-"""What lies in a run directory, read without a CheckpointManager: committed steps and their metadata."""
+"""The steps of a run directory and their metadata, read without Orbax's CheckpointManager.
+
+All of it raises StorageError if storage cannot be read for now, CorruptCheckpointError if metadata is damaged, and
+NotARunError if the steps of a run are named in several ways.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,7 @@ from ckpt_jax.orbax.format import (
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.checksums import is_intact
 from ckpt_jax.run.naming import PLAIN, Naming, naming_of
+from ckpt_jax.run.notes import ASIDE, DELETING, NOTES, PINS, noted_steps
 from ckpt_jax.storage import look
 from ckpt_jax.storage.connect import connect
 from ckpt_jax.storage.objects import snapshot
@@ -34,14 +39,9 @@ from ckpt_jax.storage.urls import SCHEMES, is_object_store
 
 RECORD = "ckpt_jax.json"  # beside ITEM_METADATA: fingerprints and health, see integrity/record.py
 OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
-# What ckpt_jax notes about a run: RUN/.ckpt_jax/pins/STEP, RUN/.ckpt_jax/deleting/STEP and more. Plain small files,
-# each written in one go, since a bucket has neither rename nor append.
-NOTES = ".ckpt_jax"
-PINS, DELETING = "pins", "deleting"
-# Steps in a bucket that count no longer and are still there (RUN/.ckpt_jax/aside/STEP); on a disk they are moved away.
-ASIDE = "aside"
-THINNED = "thinned"  # in our metadata: what was kept of a step that holds a part of its state alone
-_LISTINGS = 30  # of a run whose steps are deleted while they are looked at
+THINNED = "thinned"  # in our metadata: which part a step still holds, if it was thinned
+_LISTINGS = 30  # at most, of a run whose steps are being deleted
+_READERS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +52,10 @@ class StepInfo:
     step: the step number.
     time: when it was committed, UTC; None if its metadata does not say.
     nbytes: bytes of its arrays, or of its files for a step that plain Orbax wrote.
-    metrics: what was given to `save`.
-    healthy: False if the step was tagged unhealthy; None if nobody looked.
-    pinned: whether it was pinned, so that retention leaves it alone.
-    resumable: False if it was thinned to a part of its state, from which training cannot go on.
+    metrics: the metrics given to `save`.
+    healthy: False if the step was tagged unhealthy; None if that was not checked.
+    pinned: whether it is pinned, so that retention leaves it alone.
+    resumable: False if it was thinned to a part of its state, from which training cannot resume.
   """
 
   step: int
@@ -71,7 +71,7 @@ def run_directory(path: str | os.PathLike[str]) -> epath.Path:
   """An absolute path, with `~` expanded; URLs stay as they are (plain Orbax refuses relative paths).
 
   Raises:
-    ConfigError: if there is no path in it, as from a variable that is not set.
+    ConfigError: if the path is empty, as from a variable that is not set.
     StorageError: if it is another kind of URL, or a path in which TensorStore would write elsewhere.
   """
   path = given(path)
@@ -83,13 +83,13 @@ def run_directory(path: str | os.PathLike[str]) -> epath.Path:
   return literal(path)
 
 
+# -- which steps there are
+
+
 def committed_steps(run: epath.Path) -> list[int]:
   """Step numbers in ascending order.
 
   Leftovers of unfinished saves, steps marked for deletion, and empty or foreign directories are not steps.
-
-  Raises:
-    NotARunError: if steps are called in several ways.
   """
   seen: set[str] = set()
   while True:
@@ -97,13 +97,13 @@ def committed_steps(run: epath.Path) -> list[int]:
       names = look.names(run)
       if not names:
         return []
-      doomed = uncounted_steps(run)
-      called = naming_in(run, names)
-      there = [step for name in names if (step := called.step(name)) is not None]
-      steps = [step for step in there if step not in doomed]
-      with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        good = list(pool.map(counts, [run / called.name(step) for step in steps]))
-    # A step that went while it was looked at may have given way to a newer one, which this listing lacks.
+      uncounted = uncounted_steps(run)
+      naming = naming_in(run, names)
+      there = [step for name in names if (step := naming.step(name)) is not None]
+      steps = [step for step in there if step not in uncounted]
+      with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        good = list(pool.map(counts, [run / naming.name(step) for step in steps]))
+    # A step that vanished during the listing may have made way for a newer one, which the listing lacks.
     if (len(steps) == len(there) and all(good)) or seen == set(names):
       return sorted(step for step, ok in zip(steps, good, strict=True) if ok)
     seen = set(names)
@@ -113,15 +113,12 @@ _namings: dict[str, Naming] = {}
 
 
 def naming_in(run: epath.Path, names: Sequence[str] | None = None, *, opening: bool = False) -> Naming:
-  """How the steps of a run are called: as those that were there when it was last listed.
+  """The naming of a run's steps, as found when it was last listed.
 
   Args:
     run: the run.
-    names: what its directory holds, if that was looked up just now.
-    opening: forget what was known of a run whose steps are all gone.
-
-  Raises:
-    NotARunError: if they are called in several ways.
+    names: the entries of its directory, if they were just listed.
+    opening: whether to forget the naming of a run whose steps are all gone.
   """
   key = os.fspath(run)
   if names is not None or opening or key not in _namings:
@@ -131,44 +128,94 @@ def naming_in(run: epath.Path, names: Sequence[str] | None = None, *, opening: b
   return _namings[key]
 
 
-def is_called(run: epath.Path, naming: Naming) -> None:
-  """For processes that did not look: how the steps of a run are called."""
+def use_naming(run: epath.Path, naming: Naming) -> None:
+  """Sets the naming of a run's steps on a process that has not listed the run."""
   _namings[os.fspath(run)] = naming
 
 
 def newest_step(run: epath.Path, names: Sequence[str] | None = None) -> int | None:
-  """The newest committed step; looks at as few of the others as can be. `names` as for `naming`."""
+  """The newest committed step, found by looking into as few others as possible. `names` as for `naming_in`."""
   names = look.names(run) if names is None else names
-  called = naming_in(run, names)
-  doomed = uncounted_steps(run) if names else set()
-  steps = sorted({step for name in names if (step := called.step(name)) is not None} - doomed, reverse=True)
-  return next((step for step in steps if counts(run / called.name(step))), None)
+  naming = naming_in(run, names)
+  uncounted = uncounted_steps(run) if names else set()
+  steps = sorted({step for name in names if (step := naming.step(name)) is not None} - uncounted, reverse=True)
+  return next((step for step in steps if counts(run / naming.name(step))), None)
 
 
-def step_path(run: epath.Path, step: int) -> epath.Path:
-  """The directory of a step, whether it is there or not."""
-  return run / naming_in(run).name(step)
+def latest_committed(run: epath.Path) -> int:
+  """The newest committed step; raises NoCheckpointError if there is none."""
+  step = newest_step(run)
+  if step is None:
+    raise NoCheckpointError(f"{run}: no committed checkpoint; save one first, or check the path")
+  return step
 
 
-def noted_steps(run: epath.Path, kind: str) -> set[int]:
-  """The steps with a note of a kind, `PINS` or `DELETING`."""
-  return {int(name) for name in look.names(run / NOTES / kind) if name.isdigit()}
+def newest_to_restore(run: epath.Path) -> int | None:
+  """The newest committed step that was not thinned, else the newest; None in an empty run."""
+  steps = committed_steps(run)
+  for step in reversed(steps):
+    try:
+      if THINNED not in our_metadata(step_path(run, step)):
+        return step
+    except (CorruptCheckpointError, StorageError):
+      return step  # reading it reports the damage
+  return steps[-1] if steps else None
+
+
+def newest_resumable(run: epath.Path) -> int | None:
+  """The newest committed step that training can resume from: whole and not known to be unhealthy; None without one."""
+  for step in reversed(committed_steps(run)):
+    try:
+      info = step_info(run, step)
+    except (CorruptCheckpointError, StorageError):
+      continue
+    if info.resumable and info.healthy is not False:
+      return step
+  return None
 
 
 def uncounted_steps(run: epath.Path) -> set[int]:
-  """Steps that are no steps any more: marked for deletion, quarantined, or behind a rollback."""
-  gone = noted_steps(run, DELETING)
-  return gone | noted_steps(run, ASIDE) if is_object_store(run) else gone
+  """Steps that no longer count although they are still there: marked for deletion, quarantined or rolled back."""
+  marked = noted_steps(run, DELETING)
+  return marked | noted_steps(run, ASIDE) if is_object_store(run) else marked
+
+
+# -- one step
+
+
+def step_path(run: epath.Path, step: int) -> epath.Path:
+  """The directory of a step, whether it exists or not."""
+  return run / naming_in(run).name(step)
+
+
+def step_directory(run: epath.Path, step: int) -> epath.Path:
+  """The directory of a committed step.
+
+  Raises:
+    CheckpointError: if `step` is not a whole number.
+    NoCheckpointError: if it is not a committed step; the message lists those that are.
+  """
+  step = step_number(step)
+  directory = step_path(run, step)
+  if not is_step(directory) or step in uncounted_steps(run):
+    steps = [str(s) for s in committed_steps(run)]
+    shown = ", ".join(steps if len(steps) <= 10 else [*steps[:3], "...", *steps[-5:]])
+    there = f"; committed steps: {shown}" if steps else "; no step is committed there"
+    raise NoCheckpointError(f"{run}: no committed step {step}{there}{_aside_hint(run, step)}")
+  return directory
+
+
+def _aside_hint(run: epath.Path, step: int) -> str:
+  """Where a step is that was put aside, see run/quarantine.py."""
+  marked = is_object_store(run) and step in noted_steps(run, ASIDE)
+  moved = any(n.split("-", 1)[0] == str(step) for k in ("quarantine", "set_aside") for n in look.names(run / NOTES / k))
+  return f". Step {step} was put aside: `ckpt-jax ls {run} --all` says why" if marked or moved else ""
 
 
 def is_step(directory: epath.Path) -> bool:
-  """Whether `directory` holds what every committed Orbax step holds.
-
-  Raises:
-    StorageError: if that cannot be found out.
-  """
+  """Whether a directory holds a committed Orbax step."""
   if is_object_store(directory):
-    # Nothing is renamed there: a step is committed once its marker is written, last of all.
+    # Buckets have no rename: a step is committed once its marker is written, last of all.
     return (directory / COMMIT_MARKER).exists()
   if look.exists(directory / STEP_METADATA) or look.exists(directory / DEFAULT_ITEM / ITEM_METADATA):
     return True
@@ -177,7 +224,7 @@ def is_step(directory: epath.Path) -> bool:
 
 
 def is_tree(directory: epath.Path) -> bool:
-  """Whether `directory` holds a pytree that some version of Orbax wrote."""
+  """Whether a directory holds a pytree that some version of Orbax wrote."""
   return look.exists(directory / ITEM_METADATA) or is_message_pack(directory / AGGREGATE)
 
 
@@ -200,7 +247,7 @@ def is_message_pack(file: epath.Path) -> bool:
 
 
 def counts(directory: epath.Path) -> bool:
-  """Whether a directory is a step, or may be: one of a disk that cannot be looked into must not be passed over."""
+  """Whether a directory is a step, or may be: on a disk one that cannot be read must not be passed over."""
   try:
     return is_step(directory)
   except StorageError:
@@ -210,7 +257,7 @@ def counts(directory: epath.Path) -> bool:
 
 
 def is_gone(run: epath.Path, step: int) -> bool:
-  """Whether a step that was there is deleted, or will be: to whoever reads it that may look like damage."""
+  """Whether a step that existed is deleted or being deleted, which can look like damage to its readers."""
   if step in uncounted_steps(run):
     return True
   directory = step_path(run, step)
@@ -218,147 +265,61 @@ def is_gone(run: epath.Path, step: int) -> bool:
   return not there or look.is_vanishing(directory)
 
 
-def step_directory(run: epath.Path, step: int) -> epath.Path:
-  """The directory of a committed step.
-
-  Raises:
-    CheckpointError: if `step` is no whole number.
-    NoCheckpointError: naming the steps that there are.
-  """
-  step = step_number(step)
-  directory = step_path(run, step)
-  if not is_step(directory) or step in uncounted_steps(run):
-    steps = committed_steps(run)
-    there = f"; committed steps: {_brief(steps)}" if steps else "; no step is committed there"
-    raise NoCheckpointError(f"{run}: no committed step {step}{there}{_aside_hint(run, step)}")
-  return directory
-
-
-def _aside_hint(run: epath.Path, step: int) -> str:
-  """Where a step went that is no step any more; see `integrity.aside`, which is a room below."""
-  marked = is_object_store(run) and step in noted_steps(run, ASIDE)
-  moved = any(n.split("-", 1)[0] == str(step) for k in ("quarantine", "set_aside") for n in look.names(run / NOTES / k))
-  return f". Step {step} was put aside: `ckpt-jax ls {run} --all` says why" if marked or moved else ""
-
-
-def _brief(steps: list[int]) -> str:
-  text = [str(s) for s in steps]
-  return ", ".join(text if len(text) <= 10 else [*text[:3], "...", *text[-5:]])
-
-
-def latest_committed(run: epath.Path) -> int:
-  """The newest committed step.
-
-  Raises:
-    NoCheckpointError: if there is none.
-  """
-  step = newest_step(run)
-  if step is None:
-    raise NoCheckpointError(f"{run}: no committed checkpoint; save one first, or check the path")
-  return step
-
-
-def newest_to_restore(run: epath.Path) -> int | None:
-  """The newest committed step that was not thinned, else the newest; None in an empty run."""
-  steps = committed_steps(run)
-  for step in reversed(steps):
-    try:
-      if thinned_to(step_path(run, step)) is None:
-        return step
-    except (CorruptCheckpointError, StorageError):
-      return step  # reading it tells what is wrong
-  return steps[-1] if steps else None
-
-
-def newest_resumable(run: epath.Path) -> int | None:
-  """The newest committed step that training can go on from: whole, and not known to be unhealthy. None without one."""
-  for step in reversed(committed_steps(run)):
-    try:
-      info = _info(step_path(run, step), step)
-    except (CorruptCheckpointError, StorageError):
-      continue
-    if info.resumable and info.healthy is not False:
-      return step
-  return None
-
-
-def thinned_to(step_dir: epath.Path) -> list[str] | None:
-  """The paths that a thinned step still holds, e.g. `["params"]`; None for a whole one."""
-  return (our_metadata(step_dir).get(THINNED) or {}).get("keep")
+# -- metadata
 
 
 def step_metadata(step_dir: epath.Path) -> dict[str, Any]:
-  """The step's JSON as Orbax keeps it; ours is under custom_metadata/ckpt_jax. Empty if an old Orbax wrote none.
-
-  Raises:
-    CorruptCheckpointError: if it is no JSON object.
-  """
+  """The step's JSON as Orbax keeps it; ours is under custom_metadata/ckpt_jax. Empty if an old Orbax wrote none."""
   file = step_dir / STEP_METADATA
   try:
     data = untrusted.read_json(file)
   except FileNotFoundError:
     return {}
-  if not isinstance(data, dict):
-    raise CorruptCheckpointError(f"{file}: expected a JSON object")
+  untrusted.check_object(data, str(file))
   return data
 
 
-def our_metadata(step_dir: epath.Path) -> dict[str, Any]:
+def our_metadata(step_dir: epath.Path, data: dict[str, Any] | None = None) -> dict[str, Any]:
   """What ckpt_jax recorded in a step; empty for a step that plain Orbax wrote.
 
-  Raises:
-    CorruptCheckpointError: if it cannot be read, or is not what was written.
+  Args:
+    step_dir: the step.
+    data: its `step_metadata`, if that was just read.
   """
-  return _ours(step_metadata(step_dir), step_dir) or {}
-
-
-def our_item(ours: dict[str, Any]) -> str:
-  """The item that ckpt_jax saved the state as, in a step of which `ours` is `our_metadata`."""
-  return str(ours.get("item", DEFAULT_ITEM))
-
-
-def _ours(data: dict[str, Any], step_dir: epath.Path) -> dict[str, Any] | None:
-  custom = data.get(CUSTOM) or {}
+  custom = (step_metadata(step_dir) if data is None else data).get(CUSTOM)
   ours = custom.get(OURS) if isinstance(custom, dict) else None
   if ours is not None and not (isinstance(ours, dict) and is_intact(ours)):
     raise CorruptCheckpointError(f"{step_dir / STEP_METADATA}: what ckpt_jax wrote there has changed")
-  return ours
+  return ours or {}
+
+
+def our_item(ours: dict[str, Any]) -> str:
+  """The item that holds the state in a step whose `our_metadata` is `ours`."""
+  return str(ours.get("item", DEFAULT_ITEM))
 
 
 def list_steps(path: str | os.PathLike[str]) -> list[StepInfo]:
-  """All committed steps of a run, oldest first.
-
-  Raises:
-    CorruptCheckpointError: if the metadata of one is damaged.
-    StorageError: if it cannot be read for now.
-  """
+  """All committed steps of a run, oldest first."""
   steps, damaged = list_readable_steps(path)
   for error in damaged.values():
     raise error
   return steps
 
 
-def step_info(run: epath.Path, step: int) -> StepInfo:
-  """One committed step; whether it is pinned is left out.
-
-  Raises:
-    CorruptCheckpointError: if its metadata cannot be read.
-  """
-  return _info(step_path(run, step), step)
-
-
 def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], dict[int, CheckpointError]]:
-  """The committed steps of a run whose metadata can be read, oldest first, and why the others cannot, by step: a
-  CorruptCheckpointError, or a StorageError for what cannot be read for now. One that is deleted meanwhile is neither.
+  """The committed steps of a run whose metadata can be read, oldest first, and the errors of the others by step.
+
+  An error is a CorruptCheckpointError, or a StorageError for what cannot be read for now. Steps that are deleted
+  meanwhile are left out.
   """
   run = run_directory(path)
   found: list[StepInfo | CheckpointError | None] = []
   listed: list[int] = []
   for _ in range(_LISTINGS):
     before, listed = listed, committed_steps(run)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
       found = list(pool.map(lambda step: _info_or_error(run, step), listed))
-    if None not in found or listed == before:  # else newer steps may have come as those went
+    if None not in found or listed == before:  # else newer steps may have replaced those that vanished
       break
   pins = noted_steps(run, PINS)
   steps = [dataclasses.replace(s, pinned=s.step in pins) for s in found if isinstance(s, StepInfo)]
@@ -367,38 +328,46 @@ def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], d
 
 def _info_or_error(run: epath.Path, step: int) -> StepInfo | CheckpointError | None:
   """None for a step that is deleted meanwhile."""
-  directory = step_path(run, step)
   try:
-    found = _info(directory, step)
-    # An old Orbax's step does not say when it was committed; nor does one whose metadata has just gone.
-    return found if found.time is not None or is_step(directory) else None
+    found = step_info(run, step)
+    # A step of an old Orbax has no commit time; nor has one whose metadata was just deleted.
+    return found if found.time is not None or is_step(step_path(run, step)) else None
   except (CorruptCheckpointError, StorageError) as e:
     return None if is_gone(run, step) else e
 
 
-def _info(step_dir: epath.Path, step: int) -> StepInfo:
+def step_info(run: epath.Path, step: int) -> StepInfo:
+  """One committed step, without whether it is pinned."""
+  step_dir = step_path(run, step)
   data = step_metadata(step_dir)
   try:
-    ours = _ours(data, step_dir)
+    ours = our_metadata(step_dir, data)
     stamp = data.get(COMMITTED_AT)
     time = datetime.datetime.fromtimestamp(stamp / 1e9, datetime.timezone.utc) if stamp else None
-    if ours is not None:
+    if ours:
       healthy = (ours.get("health") or {}).get("healthy")
       return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]), healthy, resumable=THINNED not in ours)
-    metrics_file = step_dir / METRICS_ITEM / METRICS_ITEM
-    metrics = untrusted.read_json(metrics_file) if look.exists(metrics_file) else {}
-    untrusted.check_metrics(metrics, str(metrics_file))
-    nbytes = tree_nbytes(step_dir)
+    return StepInfo(step, time, tree_nbytes(step_dir), _orbax_metrics(step_dir))
   except StorageError:
     raise
   except (KeyError, TypeError, AttributeError, ValueError, OverflowError, FileNotFoundError, NotADirectoryError) as e:
     raise CorruptCheckpointError(f"{step_dir}: its metadata is damaged ({type(e).__name__}: {e})") from e
   except OSError as e:
     raise look.cannot_be_read(step_dir, e) from e
-  return StepInfo(step, time, nbytes, metrics)
+
+
+def _orbax_metrics(step_dir: epath.Path) -> dict[str, Any]:
+  """The metrics item that Orbax keeps of a step; empty without one."""
+  file = step_dir / METRICS_ITEM / METRICS_ITEM
+  if not look.exists(file):
+    return {}
+  metrics = untrusted.read_json(file)
+  untrusted.check_object(metrics, str(file))
+  return metrics
 
 
 def tree_nbytes(directory: epath.Path) -> int:
+  """Bytes of all files in a directory, on disks and in buckets."""
   # epath refuses a recursive glob
   return sum(tree_nbytes(p) if p.is_dir() else p.stat().length for p in directory.iterdir())
 
@@ -407,9 +376,7 @@ def orbax_can_list(step_dir: epath.Path) -> bool:
   """Whether Orbax's manager, which reads the metadata of all steps when it opens a run, can read this one's."""
   try:
     untrusted.check_step_metadata(step_metadata(step_dir), str(step_dir / STEP_METADATA))
-    metrics = step_dir / METRICS_ITEM / METRICS_ITEM
-    if metrics.exists():
-      untrusted.check_metrics(untrusted.read_json(metrics), str(metrics))
+    _orbax_metrics(step_dir)
   except (CorruptCheckpointError, OSError):
     return False
   return True

@@ -29,7 +29,6 @@ from ckpt_jax.run.steps import (
   PINS,
   StepInfo,
   committed_steps,
-  is_step,
   list_readable_steps,
   naming_in,
   noted_steps,
@@ -208,8 +207,7 @@ class Admission:
 
   def _clear(self) -> None:
     if self.lease.saving or not is_object_store(self._directory):
-      begun = self.lease.saving
-      for step in {*leftovers.clear(self._directory, begun), *(s for s in begun if self._is_gone(s))}:
+      for step in leftovers.clear(self._directory, self.lease.saving):
         self.lease.done(step)
 
   def _clear_failed(self) -> None:
@@ -221,9 +219,6 @@ class Admission:
         self.lease.done(cleared)
     except OSError as e:
       _log.warning("%s: what was written of %s stays: %s", self._directory, sorted(steps), e)
-
-  def _is_gone(self, step: int) -> bool:
-    return is_step(step_path(self._directory, step)) or not leftovers.find(self._directory, {step}).ours
 
   def _admit_or_full(self, step: int, nbytes: int, leaves: int, compressed: bool) -> list[int]:
     try:
@@ -255,9 +250,7 @@ class Admission:
     self._clear_failed()
     if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
       raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
-    with storage_errors(f"{step_path(self._directory, step)}: what is stored there cannot be moved away"):
-      quarantine.make_room(self._directory, step)
-    leftovers.set_aside(self._directory, step)
+    quarantine.vacate(self._directory, step)
     dropped = self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
     if not is_object_store(
       self._directory

@@ -29,7 +29,6 @@ from ckpt_jax.run.attempts import AttemptLog
 from ckpt_jax.run.deletion import StepDeleter
 from ckpt_jax.run.naming import PLAIN, Naming
 from ckpt_jax.run.steps import (
-  is_called,
   is_tree,
   naming_in,
   newest_step,
@@ -37,6 +36,7 @@ from ckpt_jax.run.steps import (
   our_metadata,
   run_directory,
   step_path,
+  use_naming,
 )
 from ckpt_jax.save.admission import Admission
 from ckpt_jax.save.retention import LiveRetention
@@ -178,7 +178,7 @@ def _continued(directory: epath.Path, item: str | None, timeout: float) -> str:
   decided = decided_by_process_zero(look_at_run, Rendezvous(f"open {directory}"), timeout)
   prefix, width, name = json.loads(bytes(decided))
   if jax.process_index() > 0:
-    is_called(directory, Naming(prefix, width))
+    use_naming(directory, Naming(prefix, width))
   return str(name)
 
 

@@ -37,7 +37,7 @@ from ckpt_jax.orbax.manager import (
 )
 from ckpt_jax.orbax.saves import Operation, quietly
 from ckpt_jax.restore.counting import count_nonfinite
-from ckpt_jax.run.checksums import sealed
+from ckpt_jax.run.checksums import with_digest
 from ckpt_jax.run.steps import OURS, committed_steps, is_step, step_path
 from ckpt_jax.save.after_commit import AfterCommit
 from ckpt_jax.save.manager import Hooks, open_manager
@@ -246,7 +246,7 @@ class Saver:
           record.step,
           args=as_item(self._run.item, RecordedSave(arrays, snapshot.recording)),
           metrics=metadata["metrics"],
-          custom_metadata={OURS: sealed(metadata)},
+          custom_metadata={OURS: with_digest(metadata)},
           force=True,
         )
       if snapshot.chunk_nbytes is not None:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
 from ckpt_jax.orbax import private
-from ckpt_jax.run.checksums import sealed
+from ckpt_jax.run.checksums import with_digest
 
 ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
 ADAMW = optax.adamw(1e-3)
@@ -154,7 +154,7 @@ def test_steps_that_say_nothing_of_weak_types_are_restored_as_like_says(tmp_path
   metadata = json.loads(file.read_text())
   ours = metadata["custom_metadata"]["ckpt_jax"]
   assert ours.pop("weak") == ["weak"]  # as versions before this wrote it
-  metadata["custom_metadata"]["ckpt_jax"] = sealed(ours)
+  metadata["custom_metadata"]["ckpt_jax"] = with_digest(ours)
   file.write_text(json.dumps(metadata))
   weak = {"weak": True, "strong": False, "number": False}
   like = {name: jax.ShapeDtypeStruct((), jnp.float32, weak_type=is_weak) for name, is_weak in weak.items()}

@@ -1,4 +1,4 @@
-"""Seals in the JSON of a step: they survive a rewrite by Orbax, and no change of what they cover."""
+"""Digests in the JSON of a step: they survive a rewrite by Orbax, and no change of what they cover."""
 
 import copy
 import json
@@ -18,8 +18,8 @@ objects = st.dictionaries(names, values, min_size=1, max_size=4)
 
 
 @given(objects, st.randoms())
-def test_seal_holds_however_the_json_is_written_again(data, random):
-  entries = list(checksums.sealed(data).items())
+def test_digest_holds_however_the_json_is_written_again(data, random):
+  entries = list(checksums.with_digest(data).items())
   random.shuffle(entries)
   for indent in (None, 2):
     again = json.loads(json.dumps(dict(entries), indent=indent))
@@ -28,27 +28,27 @@ def test_seal_holds_however_the_json_is_written_again(data, random):
 
 
 @given(objects, values, st.data())
-def test_any_other_value_key_or_missing_entry_breaks_the_seal(data, other, draw):
-  sealed = checksums.sealed(data)
+def test_any_other_value_key_or_missing_entry_breaks_the_digest(data, other, draw):
+  digested = checksums.with_digest(data)
   key = draw.draw(st.sampled_from(sorted(data)))
-  without = {k: v for k, v in sealed.items() if k != key}
+  without = {k: v for k, v in digested.items() if k != key}
   assert not checksums.is_intact(without)
-  assert not checksums.is_intact(sealed | {key + "x": other})
+  assert not checksums.is_intact(digested | {key + "x": other})
   if json.dumps(other) != json.dumps(data[key]):
-    assert not checksums.is_intact(sealed | {key: other})
+    assert not checksums.is_intact(digested | {key: other})
 
 
-def test_what_is_sealed_is_not_changed_and_what_has_no_seal_is_intact():
+def test_data_is_not_changed_and_without_a_digest_it_is_intact():
   data = {"nbytes": 8, "extras": [1, {"a": None}]}
   before = copy.deepcopy(data)
-  sealed = checksums.sealed(data)
-  assert data == before and sealed.keys() - data.keys() == {"digest"}
+  digested = checksums.with_digest(data)
+  assert data == before and digested.keys() - data.keys() == {"digest"}
   assert checksums.is_intact(data) and checksums.is_intact({}) and not checksums.is_intact({"digest": "0" * 16})
 
 
 @given(objects, st.data())
-def test_any_flipped_bit_or_lost_end_of_a_sealed_file_is_found(data, draw):
-  whole = checksums.sealed_file(json.dumps(data))
+def test_any_flipped_bit_or_lost_end_of_a_file_with_a_digest_is_found(data, draw):
+  whole = checksums.with_file_digest(json.dumps(data))
   assert checksums.is_intact_file(whole)
   assert {k: v for k, v in json.loads(whole).items() if k in data} == data
   at = draw.draw(st.integers(0, len(whole) - 1))
@@ -60,7 +60,7 @@ def test_any_flipped_bit_or_lost_end_of_a_sealed_file_is_found(data, draw):
 
 
 def found_out(content, data):
-  """Whether a reader refuses it. A file without a seal is one of an older version; its entries must be the same."""
+  """Whether a reader refuses it. A file without a digest is one of an older version; its entries must be the same."""
   try:
     read = json.loads(content)
   except ValueError:
@@ -68,12 +68,12 @@ def found_out(content, data):
   return not checksums.is_intact_file(content) or (isinstance(read, dict) and data.items() <= read.items())
 
 
-def test_files_of_older_versions_have_no_seal():
+def test_files_of_older_versions_have_no_digest():
   assert checksums.is_intact_file(b'{"leaves": {}}') and checksums.is_intact_file(b"")
 
 
-def test_text_that_looks_like_a_seal_is_sealed_too():
+def test_text_that_looks_like_a_digest_gets_one_too():
   text = json.dumps({"a": ', "seal": "0123456789abcdef"}'})
-  whole = checksums.sealed_file(text)
+  whole = checksums.with_file_digest(text)
   assert checksums.is_intact_file(whole) and json.loads(whole).items() >= json.loads(text).items()
   assert not checksums.is_intact_file(whole.replace(b'"}', b'0"}'))

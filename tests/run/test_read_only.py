@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import ckpt_jax as ckpt
-from ckpt_jax.run.lease import _Cell
+from ckpt_jax.run.lease import _File
 
 STATE = {"x": jnp.arange(4.0)}
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting, and being somebody else, needs root")
@@ -131,7 +131,7 @@ def test_save_into_a_run_of_another_user_names_the_path_its_owner_and_its_mode()
 
 
 def test_only_a_mount_without_locks_goes_without_them(tmp_path):
-  cell = _Cell(tmp_path, None)
+  cell = _File(tmp_path, None)
   tried = []
 
   def fails_with(code):

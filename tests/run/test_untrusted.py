@@ -96,11 +96,13 @@ def test_sound_metadata_passes_and_what_is_wrong_is_named():
   assert "'../secret' leads out" in refused(untrusted.check_tree, {"tree_metadata": {"x": entry("../secret")}})
   deep = {"tree_metadata": {"x": entry(*["a"] * (untrusted.MAX_DEPTH + 1))}}
   assert "nested 201 deep; 200 is the limit" in refused(untrusted.check_tree, deep)
-  assert "'x' has a key that is no name" in refused(untrusted.check_tree, {"tree_metadata": {"x": entry(None)}})
+  assert "'x' has a key that is not a name" in refused(untrusted.check_tree, {"tree_metadata": {"x": entry(None)}})
   sound = {"init_timestamp_nsecs": 1, "custom_metadata": {"a": 1}, "performance_metrics": {"loss": 0.5}}
   assert refused(untrusted.check_step_metadata, sound | {"item_handlers": {"default": "h"}}) is None
-  assert "custom_metadata is 7" in refused(untrusted.check_step_metadata, sound | {"custom_metadata": 7})
-  assert refused(untrusted.check_metrics, {"loss": 1}) is None and refused(untrusted.check_metrics, [1])
+  assert "custom_metadata: expected a JSON object, found 7" in refused(
+    untrusted.check_step_metadata, sound | {"custom_metadata": 7}
+  )
+  assert refused(untrusted.check_object, {"loss": 1}) is None and refused(untrusted.check_object, [1])
 
 
 @given(st.lists(st.tuples(anything, st.integers(0, 16)), max_size=4))
@@ -108,7 +110,7 @@ def test_shapes_are_counted_or_refused(shapes):
   try:
     total = untrusted.claimed_bytes(shapes, WHERE)
   except CorruptCheckpointError as e:
-    assert "the shape" in str(e) and len(str(e)) < 300
+    assert "is not the shape of an array" in str(e) and len(str(e)) < 300
   else:
     assert total >= 0 and all(isinstance(n, int) for shape, _ in shapes for n in shape)
 
