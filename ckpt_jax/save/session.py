@@ -8,13 +8,14 @@ write of the one before, which raises an error if it is used again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -245,8 +246,19 @@ class Session:
     except Exception as e:
       _log.error("%s: of a Checkpointer that was dropped without close(): %s", self._directory, e)
 
-  def _held(self) -> Any:
-    return _Held(self.lock, self._patience + _MOMENT_S, self._directory)
+  @contextlib.contextmanager
+  def _held(self) -> Iterator[None]:
+    """Waits for the lock with a limit; for errands only, since an interrupt here would leave it locked."""
+    limit = self._patience + _MOMENT_S
+    if not self.lock.acquire(timeout=limit):
+      raise CheckpointError(
+        f"{self._directory}: another thread of this process is still using an earlier Checkpointer of this run, after "
+        f"{limit:.0f} s; close that one first"
+      )
+    try:
+      yield
+    finally:
+      self.lock.release()
 
   def _end(self, how: str) -> bool:
     self.closed = True
@@ -273,23 +285,6 @@ class Session:
 def _supersede(sessions: Iterable[Session]) -> None:
   for session in sorted(sessions, key=lambda s: s._number):
     session._supersede()
-
-
-class _Held:
-  """Waits for a lock with a limit; for errands only, since an interrupt would leave it locked."""
-
-  def __init__(self, lock: Any, limit: float, directory: epath.Path):
-    self._lock, self._limit, self._directory = lock, limit, directory
-
-  def __enter__(self) -> None:
-    if not self._lock.acquire(timeout=self._limit):
-      raise CheckpointError(
-        f"{self._directory}: another thread of this process is still using an earlier Checkpointer of this run, after "
-        f"{self._limit:.0f} s; close that one first"
-      )
-
-  def __exit__(self, *_: Any) -> None:
-    self._lock.release()
 
 
 def _place(directory: epath.Path) -> str:

@@ -265,3 +265,56 @@ def test_orbax_keeps_the_class_of_the_paths_that_it_is_given(tmp_path, monkeypat
   with ckpt.Checkpointer(tmp_path) as c:
     c.save(0, {"x": jnp.ones(2)})
   assert seen == [LiteralPath] and issubclass(LiteralPath, type(epath.Path("/")))
+
+
+@pytest.mark.parametrize("replica_parallel", [False, True])
+def test_what_a_process_writes_is_the_same_on_the_branch_for_accelerators(monkeypatch, replica_parallel):
+  from jax.sharding import NamedSharding, PartitionSpec
+
+  from ckpt_jax.layout.memory import host_view
+
+  mesh = jax.make_mesh((2,), ("a",))
+  arrays = [
+    jax.device_put(jnp.arange(64.0).reshape(8, 8), NamedSharding(mesh, spec))
+    for spec in (PartitionSpec("a"), PartitionSpec())
+  ]
+
+  def pieces():
+    found = private.replica_slices_on_host(arrays, replica_parallel, None, False, host_view)
+    return [(shape, [(box, value.tolist()) for box, value in parts]) for shape, parts in found]
+
+  on_cpu = pieces()
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert pieces() == on_cpu
+  assert [len(parts) for _, parts in on_cpu] == ([2, 2] if replica_parallel else [2, 1])
+
+
+def test_handler_says_whether_replicas_write_a_part_each():
+  def handler(use):
+    return ocp.type_handlers.ArrayHandler(use_replica_parallel=use)
+
+  assert [private.uses_replica_parallel(handler(use)) for use in (True, False)] == [True, False]
+
+
+def test_orbax_leaves_the_rename_of_a_step_to_us_after_its_last_write(tmp_path):
+  import asyncio
+
+  path = ocp.path.atomicity.AtomicRenameTemporaryPath.from_final(epath.Path(tmp_path) / "0")
+  asyncio.run(path.create())
+  seen = []
+
+  def rename():
+    seen.extend(sorted(p.name for p in path.get().iterdir()))
+    path.get().rename(path.get_final())
+
+  private.rename_by(path, rename)
+  asyncio.run(path.finalize())
+  assert "commit_success.txt" in seen and (tmp_path / "0" / "commit_success.txt").exists()
+
+
+def test_deprecated_functions_are_still_there():
+  context = private.tensorstore_context(use_ocdbt=True, file_io_concurrency_limit=7)
+  assert context.spec.to_json()["file_io_concurrency"] == {"limit": 7}
+  with pytest.raises(ValueError, match="mismatch"):
+    private.check_input_arguments([1], [])
+  assert callable(private.tensorstore_read_spec) and callable(private.tensorstore_write_spec)

@@ -27,6 +27,12 @@ c.wait()
 assert "preemption" in type(signal.getsignal(signal.SIGTERM)).__module__
 
 
+def sleeps():
+  """Sleeps in slices: a signal that comes between Python's last look at signals and a sleep is seen after the sleep."""
+  for _ in range(600):
+    time.sleep(0.1)
+
+
 def child(function, *, want, sig=None):
   """Runs `function` in a forked process; it must end with the code `want`."""
   read, write = os.pipe()
@@ -76,9 +82,9 @@ owner = json.loads(lease.read_text())["owner"]
 child(lambda: None, want=0)
 child(lambda: sys.exit(3), want=3)
 child(lambda: os.abort(), want=-signal.SIGABRT)
-child(lambda: time.sleep(60), want=77, sig=signal.SIGTERM)  # the user's own handler
+child(sleeps, want=77, sig=signal.SIGTERM)  # the user's own handler
 for _ in range(20):  # at any moment after the fork
-  process = fork.Process(target=time.sleep, args=(60,))
+  process = fork.Process(target=sleeps)
   process.start()
   process.terminate()
   process.join(30)
@@ -94,7 +100,7 @@ subprocess.run(["true"], preexec_fn=lambda: None, check=True)
 c.save(1, state)  # forks in the middle of a write
 child(lambda: None, want=0)
 pool = fork.Pool(2)
-pool.apply_async(time.sleep, (60,))
+pool.apply_async(sleeps)
 signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
 signal.alarm(60)
 pool.terminate()
