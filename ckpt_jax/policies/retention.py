@@ -1,20 +1,23 @@
-"""What to keep: an Orbax `PreservationPolicy` in the words, and with the semantics, of restic's `forget`.
+"""Which steps to keep: an Orbax `PreservationPolicy` with the words and the semantics of restic's `forget`.
 
-`Retention.decide` is the one implementation: the live policy, `ckpt-jax prune` and the simulator all ask it. It is a
+`Retention.decide` is the one implementation: the live policy, `ckpt-jax prune` and the simulator all call it. It is a
 pure function of what is known about each step and never touches storage.
 
-Steps are ordered by number, not by time. In a run that never goes back both orders agree, and so do the decisions with
-restic's. After a rollback a low number is saved late; every rule below then looks only at steps with higher numbers, or
-saved earlier, than the one it judges, so that such a save never costs a step with a higher number.
+Steps are ordered by number, not by time. In a run that never goes back both orders agree, and the decisions are
+restic's. After a rollback a low number is saved late. Every rule therefore compares a step only with steps that have
+higher numbers or were saved earlier, so that a late save never costs a step with a higher number.
+
+A rule is a field of `Retention` and a function in `_RULES` that yields the steps it keeps, such as `_every_steps`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,9 +35,8 @@ _PERIODS: dict[str, Callable[[datetime.datetime], Any]] = {
   "weekly": lambda t: t.isocalendar()[:2],
   "monthly": lambda t: (t.year, t.month),
 }
-_COUNTS = ("last", *_PERIODS, "every_steps")
 # Reasons that no budget overrides.
-NEWEST, SAVED_LAST, NEWEST_HEALTHY, NEWEST_RESUMABLE, PINNED, RESTORING = (
+PROMISES = NEWEST, SAVED_LAST, NEWEST_HEALTHY, NEWEST_RESUMABLE, PINNED, RESTORING = (
   "newest",
   "saved last",
   "newest healthy",
@@ -42,16 +44,15 @@ NEWEST, SAVED_LAST, NEWEST_HEALTHY, NEWEST_RESUMABLE, PINNED, RESTORING = (
   "pinned",
   "being restored",
 )
-PROMISES = (NEWEST, SAVED_LAST, NEWEST_HEALTHY, NEWEST_RESUMABLE, PINNED, RESTORING)
 
 
 @dataclasses.dataclass(frozen=True)
 class RetentionContext:
-  """What is known beside the steps themselves.
+  """What is known besides the steps themselves.
 
   Attributes:
     pinned: step numbers that every rule must leave alone.
-    restoring: steps that somebody is reading right now.
+    restoring: steps that are being read right now.
   """
 
   pinned: Collection[int] = ()
@@ -63,9 +64,9 @@ class Decisions:
   """Which steps stay, and why.
 
   Attributes:
-    reasons: step -> the rules that keep it, in ascending order of step; empty for a step that goes.
-    over_budget: the steps that a rule would keep, but for which the budget has no room.
-    notes: what the reader should know, e.g. a budget that cannot be held.
+    reasons: step -> the rules that keep it, in ascending order of step; empty for a step to delete.
+    over_budget: steps that a rule would keep, but for which the budget has no room.
+    notes: messages for the user, e.g. that the budget cannot be met.
     thinned: steps that stay, but lose what `thin` does not keep.
   """
 
@@ -76,10 +77,12 @@ class Decisions:
 
   @property
   def kept(self) -> list[int]:
+    """Steps that stay, in ascending order."""
     return [step for step, why in self.reasons.items() if why]
 
   @property
   def removed(self) -> list[int]:
+    """Steps to delete, in ascending order."""
     return [step for step, why in self.reasons.items() if not why]
 
 
@@ -87,24 +90,24 @@ class Decisions:
 class Retention(ocp_policies.PreservationPolicy):
   """Keeps a step if any rule keeps it; without any rule, keeps every step.
 
-  Whatever the rules say, these stay, whole: the newest step; the newest that is not known to be unhealthy; the newest
-  healthy one that was not thinned; a step saved after all those with higher numbers (the job has gone back); pinned
-  steps; a step being restored.
+  These steps always stay, whole: the newest; the newest that is not known to be unhealthy; the newest healthy one that
+  was not thinned; a step saved after all those with higher numbers (the job has gone back); pinned steps; a step being
+  restored.
 
   Attributes:
-    last: the newest steps, this many.
-    hourly, daily, weekly, monthly: the newest step of each of the last so many hours (days, ISO weeks, months) that
-      have one, in UTC. As in restic the oldest step of all stays too while the rule has not used up its count.
-    within: every step younger than this, measured from the newest step: seconds, or text such as `2d6h`.
-    every_steps: every step that is a multiple of this.
-    best: the `n` best by a metric; steps without it, or with NaN, are not kept by this rule unless `keep_missing`.
-    budget: bytes (or text such as `2TiB`) that all steps may take together. The least valuable go first: of two steps
-      the one that `best` does not keep, else the older one. Steps of unknown size count as nothing.
-    thin: what kept steps lose when they are older than its `after`, measured as in `within`. Only the Checkpointer and
+    last: how many of the newest steps to keep.
+    hourly, daily, weekly, monthly: keep the newest step of each of the last so many hours (days, ISO weeks, months)
+      that have one, in UTC. As in restic the oldest step of all also stays until the rule has used up its count.
+    within: keep steps younger than this, measured from the newest step: seconds, or text such as `2d6h`.
+    every_steps: keep steps that are a multiple of this.
+    best: keep the `n` best by a metric. Steps whose metric is missing or NaN are kept only with `keep_missing`.
+    budget: bytes (or text such as `2TiB`) that all steps may take together. The oldest go first, and those that `best`
+      keeps go last. Steps of unknown size count as nothing.
+    thin: what kept steps lose once they are older than its `after`, measured as in `within`. Only the Checkpointer and
       `ckpt-jax prune` thin; a plain Orbax manager does not know how.
 
   Raises:
-    ConfigError: if a value is not positive, or is no whole number, duration or size.
+    ConfigError: if a count, duration or size is malformed or not positive.
   """
 
   last: int | None = None
@@ -119,17 +122,15 @@ class Retention(ocp_policies.PreservationPolicy):
   thin: ThinConfig | Mapping[str, Any] | None = None
 
   def __post_init__(self):
-    for name in _COUNTS:
+    for name in ("last", *_PERIODS, "every_steps"):
       value = getattr(self, name)
       if value is not None and (whole_number(value) or 0) <= 0:
         raise ConfigError(f"Retention({name}={value!r:.80}): must be a whole number above zero")
-    parsers: dict[str, Callable[[Any], Any]] = {"within": parse_duration, "budget": parse_bytes}
-    for name, parse in parsers.items():
+    for name, parse in (("within", parse_duration), ("budget", parse_bytes)):
       value = getattr(self, name)
-      if value is None:
-        continue
       try:
-        object.__setattr__(self, name, parse(value.total_seconds() if hasattr(value, "total_seconds") else value))
+        if value is not None:
+          object.__setattr__(self, name, parse(value.total_seconds() if hasattr(value, "total_seconds") else value))
       except ValueError as e:
         raise ConfigError(f"Retention({name}={value!r}): {e}") from None
     for name, section in (("best", BestConfig), ("thin", ThinConfig)):
@@ -146,8 +147,13 @@ class Retention(ocp_policies.PreservationPolicy):
 
   @property
   def keeps_all(self) -> bool:
-    """Whether no rule is set that decides on which steps stay."""
-    return all(getattr(self, field.name) is None for field in dataclasses.fields(self) if field.name != "thin")
+    """Whether no rule and no budget is set, so that every step stays."""
+    return self.budget is None and not self._rules
+
+  @property
+  def _rules(self) -> dict[str, Any]:
+    """Name and value of the rules that are set."""
+    return {name: value for name in _RULES if (value := getattr(self, name)) is not None}
 
   def explain(self) -> str:
     """The rules that are set: `last=3, every_steps=1000`."""
@@ -161,7 +167,7 @@ class Retention(ocp_policies.PreservationPolicy):
     return f"no retention rule keeps it ({self.explain()})"
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> Sequence[bool]:
-    """One bool for each of `checkpoints` (see `decide`): whether it stays."""
+    """Orbax's protocol: one bool for each of `checkpoints` (see `decide`), whether it stays."""
     reasons = self.decide(checkpoints, context=context).reasons
     return [bool(reasons[c.step]) for c in checkpoints]
 
@@ -170,198 +176,204 @@ class Retention(ocp_policies.PreservationPolicy):
 
     Args:
       checkpoints: Orbax's PolicyCheckpointInfo or this package's StepInfo, in any order: objects with `step`, `time`
-        and `metrics`, and, where known, `nbytes`, `healthy`, `pinned` and `resumable`. A naive `time` is taken for UTC.
-      context: a RetentionContext, or Orbax's, which says nothing.
+        and `metrics`, and, where known, `nbytes`, `healthy`, `pinned` and `resumable`. A `time` without a zone is UTC.
+      context: a RetentionContext; Orbax's own context is accepted and ignored.
     """
-    steps = sorted(checkpoints, key=lambda c: c.step, reverse=True)
-    if self.keeps_all and self.thin is None:
-      return Decisions({c.step: ("no rule is set",) for c in reversed(steps)})
-    reasons: dict[int, list[str]] = {c.step: [] for c in steps}
-    times = [_utc(c.time) for c in steps]
-    self._add_promises(steps, times, reasons, context)
+    steps = _Steps(checkpoints)
+    reasons: _Reasons = {step: {} for step in steps.times}
+
+    def keep(found: _Kept) -> None:
+      for step, why in found:
+        reasons[step][why] = None
+
+    if not self.keeps_all or self.thin is not None:
+      keep(_promises(steps, context))
     if self.keeps_all:
-      for why in reasons.values():
-        why.append("no rule is set")
-    else:
-      self._add_rules(steps, times, reasons)
-    over_budget: frozenset[int] = frozenset()
-    notes: tuple[str, ...] = ()
-    if self.budget is not None:
-      over_budget, notes = self._hold_budget(steps, times, reasons)
-    told = {c.step: tuple(reasons[c.step]) for c in reversed(steps)}
-    return Decisions(told, over_budget, notes, self._to_thin(steps, times, reasons))
-
-  def _add_promises(self, steps: list[Any], times: list[Any], reasons: dict[int, list[str]], context: Any) -> None:
-    if not steps:
-      return
-    reasons[steps[0].step].append(NEWEST)
-    healthy = next((c for c in steps if _healthy(c)), None)
-    if healthy is not None and healthy is not steps[0]:
-      reasons[healthy.step].append(NEWEST_HEALTHY)
-    whole = next((c for c in steps if _healthy(c) and getattr(c, "resumable", True)), None)
-    if whole is not None and whole is not healthy:
-      reasons[whole.step].append(NEWEST_RESUMABLE)
-    latest = times[0]
-    for c, time in zip(steps[1:], times[1:], strict=True):
-      # Where the newest does not say when it was saved, the next one that does may have been saved after it.
-      if time is not None and (latest is None or time > latest):
-        reasons[c.step].append(SAVED_LAST)
-        latest = time
-    pinned = set(getattr(context, "pinned", ()))
-    restoring = set(getattr(context, "restoring", ()))
-    for c in steps:
-      if c.step in pinned or getattr(c, "pinned", False):
-        reasons[c.step].append(PINNED)
-      if c.step in restoring:
-        reasons[c.step].append(RESTORING)
-
-  def _add_rules(self, steps: list[Any], times: list[Any], reasons: dict[int, list[str]]) -> None:
-    for c in steps[: self.last or 0]:
-      reasons[c.step].append("last")
-    if self.within is not None:
-      for c, age in zip(steps, _ages(times), strict=True):
-        if age is not None and age < float(self.within):
-          reasons[c.step].append("within")
-    # The oldest in time, not in number: a low number saved late must not take this place from a higher one.
-    known = [(time, c.step) for c, time in zip(steps, times, strict=True) if time is not None]
-    oldest = min(known)[1] if known else None
-    timed = self.within is not None
-    for name, period in _PERIODS.items():
-      count = getattr(self, name)
-      if count is None:
-        continue
-      timed = True
-      seen: set[Any] = set()
-      for c, time in zip(steps, times, strict=True):
-        if len(seen) >= count:
-          break
-        if time is None:
-          continue
-        key = period(time)
-        if key not in seen:
-          seen.add(key)
-          reasons[c.step].append(name)
-        elif c.step == oldest:
-          # Steps with lower numbers may have been saved later: the periods left are theirs.
-          reasons[c.step].append(f"oldest {name}")
-    if timed:
-      for c, time in zip(steps, times, strict=True):
-        if time is None:
-          reasons[c.step].append("age unknown")
-    if self.every_steps is not None:
-      for c in steps:
-        if c.step % self.every_steps == 0:
-          reasons[c.step].append("every_steps")
-    if isinstance(self.best, BestConfig):
-      self._add_best(self.best, steps, times, reasons)
-
-  def _add_best(self, best: BestConfig, steps: list[Any], times: list[Any], reasons: dict[int, list[str]]) -> None:
-    time_of = {c.step: time for c, time in zip(steps, times, strict=True)}
-    ranked = [c.step for c in _ranked(steps, best)]
-    for i, step in enumerate(ranked[: best.n] if _in_order(times) else ranked):
-      # Counting stops at n: with 5,000 steps a full count for each of them would take a second.
-      rivals = (s for s in itertools.islice(ranked, i) if not _saved_later_than(s, step, time_of))
-      if i < best.n or sum(1 for _ in itertools.islice(rivals, best.n)) < best.n:
-        reasons[step].append("best")
-    if best.keep_missing:
-      scored = set(ranked)
-      for c in steps:
-        if c.step not in scored and _score(c, best) is None:
-          reasons[c.step].append("metric missing")
-
-  def _to_thin(self, steps: list[Any], times: list[Any], reasons: dict[int, list[str]]) -> frozenset[int]:
-    if not isinstance(self.thin, ThinConfig):
-      return frozenset()
-    return frozenset(
-      c.step
-      for c, age in zip(steps, _ages(times), strict=True)
-      if age is not None
-      and age > self.thin.after
-      and getattr(c, "resumable", True)
-      and reasons[c.step]
-      and not any(why in PROMISES for why in reasons[c.step])
-    )
-
-  def _hold_budget(
-    self, steps: list[Any], times: list[Any], reasons: dict[int, list[str]]
-  ) -> tuple[frozenset[int], tuple[str, ...]]:
-    assert isinstance(self.budget, int)
-    sizes = {c.step: getattr(c, "nbytes", None) or 0 for c in steps}
-    only_budget = dataclasses.replace(self, budget=None).keeps_all
-    if only_budget:
-      for c in steps:
-        reasons[c.step].append("budget")
-    rivals = None if _in_order(times) else _Rivals(steps, times, sizes, reasons)
-    kept = {step for step, why in reasons.items() if why}
-    total = sum(sizes[s] for s in kept)
-    dropped = set()
-    for step in sorted(kept, key=lambda s: ("best" in reasons[s], s)):
-      if total <= self.budget:
-        break
-      if any(why in PROMISES for why in reasons[step]):
-        continue
-      if rivals is not None and total - rivals.nbytes(step) <= self.budget:
-        continue
-      dropped.add(step)
-      total -= sizes[step]
-      if rivals is not None:
-        rivals.drop(step)
-    for step in dropped:
-      reasons[step].clear()
-    if total <= self.budget:
-      return frozenset(dropped), ()
-    left = sorted(kept - dropped)
-    shown = ", ".join(str(s) for s in left[-5:])
-    note = (
-      f"budget: {total} bytes stay and {self.budget} are allowed: the {len(left)} steps left ({shown}) are kept by "
-      "promises that no budget overrides (newest, newest healthy, pinned, saved after going back); unpin steps, or "
-      "raise the budget"
-    )
-    return frozenset(dropped), (note,)
+      keep((step, "no rule is set") for step in steps.times)
+    for name, value in self._rules.items():
+      keep(_RULES[name](steps, value))
+    if self.budget is not None and not self._rules:
+      keep((step, "budget") for step in steps.times)
+    over_budget, notes = _hold_budget(steps, reasons, self.budget)
+    thinned = _to_thin(steps, reasons, self.thin)
+    return Decisions({step: tuple(reasons[step]) for step in reversed(reasons)}, over_budget, notes, thinned)
 
 
-class _Rivals:
-  """Bytes of the kept steps with lower numbers that were saved later than a step: they must not push it out."""
+# -- rules: each yields the steps that it keeps, with the reason to report
 
-  def __init__(self, steps: list[Any], times: list[Any], sizes: dict[int, int], reasons: dict[int, list[str]]):
-    self._row = {c.step: i for i, c in enumerate(steps)}
-    self._steps = np.array([c.step for c in steps])
-    self._times = np.array([np.nan if t is None else t.timestamp() for t in times])
-    self._sizes = np.array([sizes[c.step] if reasons[c.step] else 0 for c in steps], np.float64)
+_Kept = Iterator[tuple[int, str]]
+_Reasons = dict[int, dict[str, None]]  # the inner dict is an ordered set
 
-  def nbytes(self, step: int) -> float:
-    later = (self._steps < step) & (self._times > self._times[self._row[step]])
-    return float(self._sizes[later].sum())
 
-  def drop(self, step: int) -> None:
-    self._sizes[self._row[step]] = 0
+class _Steps:
+  """The steps that are decided on, the highest number first, and the UTC time of each, None if it is unknown."""
+
+  def __init__(self, checkpoints: Sequence[Any]):
+    self.all = sorted(checkpoints, key=lambda c: c.step, reverse=True)
+    self.times = {c.step: _utc(c.time) for c in self.all}
+
+  @functools.cached_property
+  def in_order(self) -> bool:
+    """Whether no step was saved after one with a higher number."""
+    known = [t for t in self.times.values() if t is not None]
+    return all(a >= b for a, b in itertools.pairwise(known))
+
+  @functools.cached_property
+  def ages(self) -> dict[int, float]:
+    """Seconds by which each step of known time is older than the youngest of those with no lower number."""
+    ages: dict[int, float] = {}
+    latest = None
+    for step, time in self.times.items():
+      if time is not None:
+        latest = time if latest is None else max(latest, time)
+        ages[step] = (latest - time).total_seconds()
+    return ages
+
+  def went_back(self, low: int, high: int) -> bool:
+    """Whether `low` has the lower number and yet was saved later."""
+    before, after = self.times[high], self.times[low]
+    return low < high and before is not None and after is not None and after > before
+
+
+def _promises(steps: _Steps, context: Any) -> _Kept:
+  """What stays whatever the rules and the budget say."""
+  previous = None
+  for why, fits in (
+    (NEWEST, lambda c: True),
+    (NEWEST_HEALTHY, _healthy),
+    (NEWEST_RESUMABLE, lambda c: _healthy(c) and getattr(c, "resumable", True)),
+  ):
+    found = next(filter(fits, steps.all), None)
+    if found is not None and found is not previous:
+      yield found.step, why
+    previous = found
+  latest = None
+  for i, (step, time) in enumerate(steps.times.items()):
+    # Where the newest step's time is unknown, the next known one may have been saved after it.
+    if time is not None and (latest is None or time > latest):
+      latest = time
+      if i:
+        yield step, SAVED_LAST
+  pinned, restoring = set(getattr(context, "pinned", ())), set(getattr(context, "restoring", ()))
+  for c in steps.all:
+    if c.step in pinned or getattr(c, "pinned", False):
+      yield c.step, PINNED
+    if c.step in restoring:
+      yield c.step, RESTORING
+
+
+def _last(steps: _Steps, count: int) -> _Kept:
+  for c in steps.all[:count]:
+    yield c.step, "last"
+
+
+def _within(steps: _Steps, seconds: float) -> _Kept:
+  for step, age in steps.ages.items():
+    if age < seconds:
+      yield step, "within"
+  yield from _unknown_age(steps)
+
+
+def _newest_of_each(name: str, steps: _Steps, count: int) -> _Kept:
+  # The oldest in time, not in number: a low number saved late must not take this place from a higher one.
+  oldest = min(((time, step) for step, time in steps.times.items() if time is not None), default=(None, None))[1]
+  seen: set[Any] = set()
+  for step, time in steps.times.items():
+    if len(seen) >= count:
+      break
+    if time is None:
+      continue
+    key = _PERIODS[name](time)
+    if key not in seen:
+      seen.add(key)
+      yield step, name
+    elif step == oldest:
+      # Steps with lower numbers may have been saved later: the periods left are theirs.
+      yield step, f"oldest {name}"
+  yield from _unknown_age(steps)
+
+
+def _unknown_age(steps: _Steps) -> _Kept:
+  """A rule on ages keeps what it cannot judge."""
+  for step, time in steps.times.items():
+    if time is None:
+      yield step, "age unknown"
+
+
+def _every_steps(steps: _Steps, multiple: int) -> _Kept:
+  for step in steps.times:
+    if step % multiple == 0:
+      yield step, "every_steps"
+
+
+def _best(steps: _Steps, best: BestConfig) -> _Kept:
+  ranked = [c.step for c in _ranked(steps.all, best)]
+  for i, step in enumerate(ranked[: best.n] if steps.in_order else ranked):
+    # Counting stops at n: with 5,000 steps a full count for each of them would take a second.
+    rivals = (s for s in itertools.islice(ranked, i) if not steps.went_back(s, step))
+    if len(list(itertools.islice(rivals, best.n))) < best.n:
+      yield step, "best"
+  if best.keep_missing:
+    for c in steps.all:
+      if _score(c, best) is None:
+        yield c.step, "metric missing"
+
+
+_RULES: dict[str, Callable[[_Steps, Any], _Kept]] = {
+  "last": _last,
+  "within": _within,
+  **{name: functools.partial(_newest_of_each, name) for name in _PERIODS},
+  "every_steps": _every_steps,
+  "best": _best,
+}
+
+
+# -- what rules keep may still be over the budget, or lose a part
+
+
+def _hold_budget(steps: _Steps, reasons: _Reasons, budget: Any) -> tuple[frozenset[int], tuple[str, ...]]:
+  """Clears the reasons of steps for which there is no room; returns these steps, and a note if that is not enough."""
+  if budget is None:
+    return frozenset(), ()
+  kept = [c for c in reversed(steps.all) if reasons[c.step]]
+  sizes = np.array([getattr(c, "nbytes", None) or 0 for c in kept], np.int64)
+  times = np.array([np.nan if (t := steps.times[c.step]) is None else t.timestamp() for c in kept])
+  total = int(sizes.sum())
+  dropped = set()
+  for i in sorted(range(len(kept)), key=lambda i: "best" in reasons[kept[i].step]):
+    if total <= budget:
+      break
+    step = kept[i].step
+    if not reasons[step].keys().isdisjoint(PROMISES):
+      continue
+    # Steps with lower numbers that were saved later must not push this one out.
+    if not steps.in_order and total - sizes[:i][times[:i] > times[i]].sum() <= budget:
+      continue
+    dropped.add(step)
+    reasons[step].clear()
+    total -= int(sizes[i])
+    sizes[i] = 0
+  if total <= budget:
+    return frozenset(dropped), ()
+  left = [c.step for c in kept if reasons[c.step]]
+  note = (
+    f"budget: {total} bytes stay and {budget} are allowed. No budget deletes the newest step, the newest healthy one, "
+    f"pinned steps or those saved after going back ({', '.join(map(str, left[-5:]))}); unpin some, or raise the budget"
+  )
+  return frozenset(dropped), (note,)
+
+
+def _to_thin(steps: _Steps, reasons: _Reasons, thin: Any) -> frozenset[int]:
+  if thin is None:
+    return frozenset()
+  whole = {c.step for c in steps.all if getattr(c, "resumable", True)}
+  old = {step for step, age in steps.ages.items() if age > thin.after}
+  return frozenset(s for s in whole & old if reasons[s] and reasons[s].keys().isdisjoint(PROMISES))
 
 
 def best_steps(checkpoints: Sequence[Any], best: BestConfig) -> list[int]:
-  """Up to `best.n` step numbers, best first; of equals, the newer one. NaN, missing metrics, sick steps never win."""
+  """Up to `best.n` step numbers, best first; of equals, the newer one. Unhealthy steps and NaN never count."""
   return [c.step for c in _ranked(checkpoints, best)[: best.n]]
-
-
-def _rule_text(value: Any) -> str:
-  if isinstance(value, BestConfig):
-    return f"{{{value.mode} {value.metric}, n={value.n}}}"
-  if isinstance(value, ThinConfig):
-    return f"{{after {duration_text(value.after)}: {', '.join(value.keep)}}}"
-  return duration_text(value) if isinstance(value, float) else str(value)
-
-
-def _healthy(checkpoint: Any) -> bool:
-  return getattr(checkpoint, "healthy", None) is not False
-
-
-def _ages(times: list[datetime.datetime | None]) -> list[float | None]:
-  """Seconds by which each step is older than the youngest of those with no lower number; newest number first."""
-  ages: list[float | None] = []
-  latest = None
-  for time in times:
-    latest = time if latest is None or (time is not None and time > latest) else latest
-    ages.append(None if time is None or latest is None else (latest - time).total_seconds())
-  return ages
 
 
 def _ranked(checkpoints: Sequence[Any], best: BestConfig) -> list[Any]:
@@ -370,24 +382,26 @@ def _ranked(checkpoints: Sequence[Any], best: BestConfig) -> list[Any]:
 
 
 def _score(checkpoint: Any, best: BestConfig) -> float | None:
+  """The metric, lower is better; None if it is missing, NaN, or of an unhealthy step."""
   value = (checkpoint.metrics or {}).get(best.metric)
   if not isinstance(value, (int, float)) or math.isnan(value) or not _healthy(checkpoint):
     return None
   return value if best.mode == "min" else -value
 
 
-def _saved_later_than(a: int, b: int, time_of: Mapping[int, datetime.datetime | None]) -> bool:
-  """Whether `a` has the lower number and yet was saved after `b`."""
-  time_a, time_b = time_of[a], time_of[b]
-  return a < b and time_a is not None and time_b is not None and time_a > time_b
-
-
-def _in_order(times: list[datetime.datetime | None]) -> bool:
-  known = [t for t in times if t is not None]
-  return all(a >= b for a, b in itertools.pairwise(known))
+def _healthy(checkpoint: Any) -> bool:
+  return getattr(checkpoint, "healthy", None) is not False
 
 
 def _utc(time: datetime.datetime | None) -> datetime.datetime | None:
   if time is None:
     return None
   return time.replace(tzinfo=datetime.timezone.utc) if time.tzinfo is None else time.astimezone(datetime.timezone.utc)
+
+
+def _rule_text(value: Any) -> str:
+  if isinstance(value, BestConfig):
+    return f"{{{value.mode} {value.metric}, n={value.n}}}"
+  if isinstance(value, ThinConfig):
+    return f"{{after {duration_text(value.after)}: {', '.join(value.keep)}}}"
+  return duration_text(value) if isinstance(value, float) else str(value)

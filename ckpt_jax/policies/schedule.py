@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -18,13 +18,18 @@ from ckpt_jax.errors import ConfigError
 
 
 class Schedule(ocp_policies.SaveDecisionPolicy):
-  """A SaveDecisionPolicy that can say what it does, and may learn from what saves cost.
+  """Decides when to save, says why, and may learn from what saves cost.
+
+  To add one, subclass this: `should_save` answers for a step, the same on all processes, and `explain` says in words
+  what it does. For example `AtSteps` looks at the step's number alone. A schedule by the clock subclasses `ByClock`,
+  which makes the processes agree, and gives its `interval`; one that learns, such as `YoungDaly`, overrides `begun` and
+  `finished`. For use from a file, add a key to `ScheduleConfig` and a case to `from_config.make_schedule`.
 
   A plain Orbax manager calls `should_save` alone. The Checkpointer also calls `begun` when any save starts, forced ones
   included, and `finished` when it has committed.
 
   Attributes:
-    needs_times: whether it looks at when earlier steps were saved, which takes seconds to read of thousands.
+    needs_times: whether it looks at when earlier steps were saved. Reading that takes seconds for thousands of steps.
   """
 
   needs_times = False
@@ -37,7 +42,7 @@ class Schedule(ocp_policies.SaveDecisionPolicy):
     """A save of `step` starts."""
 
   def finished(self, blocking_s: float, background_s: float) -> None:
-    """The save has committed: seconds that it kept the training loop, and seconds of the write behind it."""
+    """A save has committed: seconds for which it blocked the training loop, and of the write in the background."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,7 @@ class EverySteps(Schedule):
   """Saves at each step that is a multiple of `n`.
 
   Raises:
-    ConfigError: if `n` is no positive whole number.
+    ConfigError: if `n` is not a positive whole number.
   """
 
   n: int
@@ -66,7 +71,7 @@ class AtSteps(Schedule):
   """Saves at these steps.
 
   Raises:
-    ConfigError: if one is no whole number.
+    ConfigError: if one of them is not a whole number.
   """
 
   steps: Collection[int]
@@ -87,34 +92,34 @@ class AtSteps(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Never(Schedule):
-  """Saves only what `force=True`, or a preemption notice, asks for."""
+  """Saves only with `force=True`, or on preemption."""
 
   def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
     return False
 
   def explain(self) -> str:
-    return "never, but when forced or preempted"
+    return "never, unless forced or preempted"
 
 
 class ByClock(Schedule):
   """Saves when `interval()` seconds have passed since the last save began, by process 0's clock.
 
-  The first interval, and that after the job went back, count from the first step trained: what lies before it (imports,
-  the restore, compilation) is no work that an interruption could lose.
+  The first interval, and the first after the job went back, start at the first step trained: the imports, the restore
+  and the compilation before it are no work that an interruption could lose.
 
-  Process 0 decides and tells the others, so clocks need not agree. To spare a broadcast on steps that cannot be due,
-  each answer also names the next step worth asking about: half of the remaining time at the speed seen so far.
+  Process 0 decides and broadcasts the decision, so clocks need not agree. To spare a broadcast on steps that cannot be
+  due, each answer also names the next step to ask about: half of the remaining time at the speed seen so far.
   """
 
   def __init__(self, clock: Callable[[], float] = time.monotonic):
     self._clock = clock
     self._last_save = clock()
-    self._start: tuple[int, float] | None = None
+    self._first = (0, self._last_save)  # the first step trained, and when
     self._asked = -1
     self._ask_at = -1
 
   def interval(self) -> float:
-    """Seconds between the starts of two saves; 0 is now. Asked of process 0 only."""
+    """Seconds between the starts of two saves; 0 means now. Called on process 0 only."""
     raise NotImplementedError
 
   def begun(self, step: int) -> None:
@@ -122,9 +127,9 @@ class ByClock(Schedule):
 
   def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
     number = step.step
-    if self._start is None or number < self._asked:  # the first step, or the job has gone back
-      self._start = (number, self._clock())
-      self._last_save = self._start[1]
+    if self._asked < 0 or number < self._asked:  # the first step, or the job has gone back
+      self._last_save = self._clock()
+      self._first = (number, self._last_save)
       self._ask_at = number
     self._asked = number
     if number < self._ask_at:
@@ -138,17 +143,15 @@ class ByClock(Schedule):
     return bool(due)
 
   def _decide(self, number: int) -> tuple[int, int]:
+    """Whether a save is due, and in how many steps to ask again."""
     now = self._clock()
     left = self.interval() - (now - self._last_save)
-    if left <= 0:
-      return 1, 1
-    assert self._start is not None
-    first, since = self._start
-    seconds_a_step = (now - since) / (number - first) if number > first else None
-    # Without end: a save whose cost is not known yet is being written.
+    first, since = self._first
+    if left <= 0 or number == first or now == since:
+      return int(left <= 0), 1
+    # The interval is infinite while the cost of saving is unknown and a save is being written.
     most = 1000 if math.isfinite(left) else 8
-    steps_left = int(min(left / seconds_a_step / 2, most)) if seconds_a_step else 1
-    return 0, max(1, steps_left)
+    return 0, max(1, int(min(left / 2 * (number - first) / (now - since), most)))
 
 
 class EveryMinutes(ByClock):
@@ -176,11 +179,10 @@ class EveryMinutes(ByClock):
 
 @dataclasses.dataclass(frozen=True)
 class OnPreemption(Schedule):
-  """Saves when the job has been told to end (SIGTERM).
+  """Saves when the scheduler has asked the job to end (SIGTERM).
 
   Attributes:
-    noticed: an extra source of notices for jobs that run without `jax.distributed`, whose processes Orbax's own
-      detection does not cover.
+    noticed: an extra source of notices, for jobs without `jax.distributed`, which Orbax's own detection does not cover.
   """
 
   noticed: Callable[[], bool] = lambda: False
@@ -194,9 +196,11 @@ class OnPreemption(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class _Several(Schedule):
-  """All of `policies` are asked at each step, so that each keeps its own count and all processes broadcast alike."""
+  """Asks all `policies` at each step, so that each keeps its own count and all processes broadcast alike."""
 
   policies: Sequence[ocp_policies.SaveDecisionPolicy]
+  _word: ClassVar[str]
+  _combine: ClassVar[Callable[..., bool]]
 
   def __post_init__(self):
     name = type(self).__name__
@@ -206,41 +210,35 @@ class _Several(Schedule):
       check_schedule(policy, name)
 
   @property
+  def _ours(self) -> list[Schedule]:
+    return [p for p in self.policies if isinstance(p, Schedule)]
+
+  @property
   def needs_times(self) -> bool:  # type: ignore[override]
-    return any(p.needs_times if isinstance(p, Schedule) else True for p in self.policies)
+    return len(self._ours) < len(self.policies) or any(p.needs_times for p in self._ours)
 
   def begun(self, step: int) -> None:
-    for p in self.policies:
-      if isinstance(p, Schedule):
-        p.begun(step)
+    for p in self._ours:
+      p.begun(step)
 
   def finished(self, blocking_s: float, background_s: float) -> None:
-    for p in self.policies:
-      if isinstance(p, Schedule):
-        p.finished(blocking_s, background_s)
+    for p in self._ours:
+      p.finished(blocking_s, background_s)
 
-  def _ask(self, step: Any, previous_steps: Sequence[Any], context: Any) -> list[bool]:
-    return [bool(p.should_save(step, previous_steps, context=context)) for p in self.policies]
+  def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
+    return self._combine([bool(p.should_save(step, previous_steps, context=context)) for p in self.policies])
 
-  def _parts(self, word: str) -> str:
-    return f" {word} ".join(p.explain() if isinstance(p, Schedule) else repr(p) for p in self.policies)
+  def explain(self) -> str:
+    return f" {self._word} ".join(p.explain() if isinstance(p, Schedule) else repr(p) for p in self.policies)
 
 
 class AnyOf(_Several):
   """Saves if any of `policies` says so."""
 
-  def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
-    return any(self._ask(step, previous_steps, context))
-
-  def explain(self) -> str:
-    return self._parts("or")
+  _word, _combine = "or", staticmethod(any)
 
 
 class AllOf(_Several):
-  """Saves if all of `policies` say so; never without any."""
+  """Saves if all of `policies` say so; never if there are none."""
 
-  def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
-    return all(self._ask(step, previous_steps, context)) and bool(self.policies)
-
-  def explain(self) -> str:
-    return self._parts("and")
+  _word, _combine = "and", staticmethod(lambda answers: bool(answers) and all(answers))

@@ -14,8 +14,8 @@ from ckpt_jax.config.units import duration_text
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.policies.schedule import ByClock
 
-_WINDOW = 9  # saves whose trimmed mean stands for the next one: one slow save does not move the interval
-_DEFAULT_MTTI = 86400.0  # what a job that was never interrupted is taken for, until it has run for longer
+_WINDOW = 9  # saves whose trimmed mean predicts the next one, so that one slow save does not move the interval
+_DEFAULT_MTTI = 86400.0  # assumed for a job that was never interrupted, until it has run for longer
 
 
 def young_interval(cost: float, mtti: float) -> float:
@@ -34,8 +34,8 @@ def daly_interval(cost: float, mtti: float) -> float:
 def learned_mtti(seconds_run: float, interruptions: int, prior: float = _DEFAULT_MTTI) -> float:
   """Mean time to interruption from what a run has seen, in seconds.
 
-  `prior` counts as one interruption seen in `prior` seconds, so that a young run is not judged by one bad hour, and
-  one that was never interrupted gets no infinite answer.
+  `prior` counts as one interruption seen in `prior` seconds. One bad hour of a young run then says little, and a run
+  that was never interrupted gets a finite answer.
   """
   return (seconds_run + prior) / (interruptions + 1)
 
@@ -44,18 +44,17 @@ class YoungDaly(ByClock):
   """Saves at the interval that loses the least work.
 
   The interval, from the start of one save to that of the next, is sqrt(2 * cost * mtti) with Daly's terms of higher
-  order, which matter where saving is dear (Young 1974; Daly 2006, eq. 37). `cost` is what one save takes from training:
-  the blocking time, and what the background write slows the steps down by, not the write itself. With
-  `max_overhead` it is never shorter than cost / max_overhead, and without `mtti` it is just that: as often as the
-  overhead allows. It is never shorter than a save takes from start to commit, since saves do not overlap.
+  order, which matter where saving is expensive (Young 1974; Daly 2006, eq. 37). `cost` is what one save takes from
+  training: the blocking time, and by how much the background write slows the steps down, not the write itself. With
+  `max_overhead` the interval is at least cost / max_overhead, and without `mtti` exactly that. It is never shorter than
+  a save takes from start to commit, since saves do not overlap.
 
-  Costs are means of the last saves without the lowest and the highest; the first save of a process, which also compiles
-  and connects, counts only until there is another one. As long as nothing is known, the first step is saved, to learn
-  from. In a plain Orbax manager, which reports no costs, the blocking time is what a step with a save takes longer than
-  others.
+  Costs are means of the last saves without the lowest and the highest. The first save of a process, which also compiles
+  and connects, counts only until there is another one. While no cost is known, the first step is saved, to learn from.
+  A plain Orbax manager reports no costs; there the blocking time is how much longer a step with a save takes.
 
   Attributes:
-    mtti: mean time to interruption of the whole job, in seconds (node MTTI / number of nodes); None: not considered.
+    mtti: mean time to interruption of the whole job, in seconds (node MTTI / number of nodes), or None.
     max_overhead: the largest share of training time that saving may take, 0 to 1.
     mtti_source: where `mtti` is from, for `explain`.
 
@@ -75,16 +74,15 @@ class YoungDaly(ByClock):
     mtti_source: str = "given",
     clock: Callable[[], float] = time.monotonic,
   ):
-    """A schedule that knows no cost yet.
+    """Durations are seconds or text such as `6h`, shares are numbers or text such as `1%`.
 
     Args:
-      mtti: seconds, or text such as `6h`.
-      max_overhead: a share, or text such as `1%`.
-      node_mtti: mean time to interruption of one node, with `nodes`, in place of `mtti`.
+      mtti, max_overhead: see above.
+      node_mtti: mean time to interruption of one of the job's `nodes`, in place of `mtti`.
       nodes: how many nodes the job needs.
-      shortest, longest: bounds of the interval in seconds; the save's own duration and `max_overhead` go before
+      shortest, longest: bounds of the interval in seconds. The save's own duration and `max_overhead` may exceed
         `longest`.
-      mtti_source: for `explain`.
+      mtti_source: where `mtti` is from, for `explain`.
       clock: seconds, monotonic; replaced in tests.
     """
     try:
@@ -92,7 +90,7 @@ class YoungDaly(ByClock):
         if mtti is not None or nodes < 1:
           raise ValueError("give mtti, or node_mtti with nodes of at least 1")
         mtti = parse_duration(node_mtti) / nodes
-        mtti_source = f"{nodes} nodes of {duration_text(parse_duration(node_mtti))} each"
+        mtti_source = f"{nodes} node{'s' * (nodes > 1)} of {duration_text(parse_duration(node_mtti))} each"
       self.mtti: float | None = None if mtti is None else parse_duration(mtti)
       self.max_overhead: float | None = None if max_overhead is None else parse_share(max_overhead)
     except ValueError as e:
@@ -108,9 +106,7 @@ class YoungDaly(ByClock):
     self._busy_steps: list[float] = []
     self._writing = False
     self._last_step: tuple[int, float] | None = None
-    self._unmeasured: float | None = None  # when a save was asked for of which nobody has told us more
-
-  # -- what it learns from
+    self._unmeasured: float | None = None  # when this asked for a save that was not reported to `begun`
 
   def begun(self, step: int) -> None:
     super().begun(step)
@@ -128,7 +124,7 @@ class YoungDaly(ByClock):
     self._learn(max(blocking_s, 0.0), max(background_s, 0.0), slowdown)
 
   def seed(self, blocking_s: float, background_s: float) -> None:
-    """Starts from what saves of an earlier process cost, until this one has saved."""
+    """Starts with what saves of an earlier process cost, until this process has saved."""
     if not self._costs:
       self._costs.append((blocking_s, background_s, 0.0))
 
@@ -141,7 +137,7 @@ class YoungDaly(ByClock):
   def should_save(self, step: Any, previous_steps: Any, *, context: Any) -> bool:
     now = self._clock()
     if self._unmeasured is not None:
-      # A plain Orbax manager reports no costs. What this step took longer than others is the blocking time.
+      # A plain Orbax manager: how much longer this step took than others is the blocking time.
       calm = statistics.median(self._calm_steps) if self._calm_steps else 0.0
       self._learn(max(now - self._unmeasured - calm, 0.0), 0.0, 0.0)
       self._unmeasured, self._last_step = None, None
@@ -152,8 +148,6 @@ class YoungDaly(ByClock):
     due = super().should_save(step, previous_steps, context=context)
     self._unmeasured = now if due else None
     return due
-
-  # -- what it decides
 
   @property
   def cost(self) -> float | None:
@@ -194,21 +188,17 @@ class YoungDaly(ByClock):
     interval, why = self._bounded()
     blocking = _typical([b for b, _, _ in self._costs])
     slowdown = max(self.cost - blocking, 0.0)
-    lines = [
-      f"every {duration_text(interval)}, set by {why}: {', '.join(asked)}",
-      f"a save costs {duration_text(self.cost)} of training (blocking {duration_text(blocking)}, slowdown of steps "
-      f"{duration_text(slowdown)}) and commits after {duration_text(self.duration)}",
-    ]
-    lost = self.cost / max(interval, 1e-9)
+    expected = f"expected: {self.cost / max(interval, 1e-9):.2%} of the time goes into saving"
     if self.mtti is not None:
-      rework = (interval / 2 + self.duration) / self.mtti
-      lines.append(f"expected: {lost:.2%} of the time goes into saving, {rework:.2%} into work lost at interruptions")
-    else:
-      lines.append(f"expected: {lost:.2%} of the time goes into saving")
-    return "\n".join(lines)
+      expected += f", {(interval / 2 + self.duration) / self.mtti:.2%} into work lost at interruptions"
+    return (
+      f"every {duration_text(interval)}, set by {why}: {', '.join(asked)}\n"
+      f"a save costs {duration_text(self.cost)} of training (blocking {duration_text(blocking)}, slowdown of steps "
+      f"{duration_text(slowdown)}) and commits after {duration_text(self.duration)}\n{expected}"
+    )
 
 
 def _typical(values: list[float]) -> float:
-  """The mean, which is what the long run costs, without the extremes, which may be accidents."""
+  """The mean without the extremes, which may be accidents."""
   middle = sorted(values)[1:-1] if len(values) > 2 else values
   return statistics.fmean(middle)
