@@ -143,11 +143,9 @@ class Checkpointer:
   ) -> bool:
     """Saves `state` if the schedule says so. Returns once the arrays may be overwritten or donated.
 
-    State, metrics, extras and run metadata become visible together, when the background write commits. After a
-    preemption notice it saves whatever the schedule says, waits for the commit and raises SystemExit.
-
-    Steps ascend. A save that is due and not above the newest committed step is an error, since training that has
-    started over, or has gone back without `rollback`, would otherwise never be saved.
+    All parts of a step become visible together, when the background write commits. After a preemption notice it saves
+    whatever the schedule says, waits for the commit and raises SystemExit. Steps ascend: a save that is due and not
+    above the newest committed step is an error, since training that has started over would otherwise never be saved.
 
     Args:
       step: not negative; each step number can be saved once.
@@ -231,7 +229,7 @@ class Checkpointer:
       if sys.exc_info()[1] is None:  # else the exception that is on its way ends the process, and is the one to show
         raise SystemExit(self.config.preemption.exit_code)
 
-  # -- what there is
+  # -- steps
 
   @property
   def plan(self) -> Plan | None:
@@ -307,10 +305,10 @@ class Checkpointer:
     cast: bool | Mapping[str, Any] | None = None,
     healthy: bool = False,
   ) -> Restored:
-    """Reads a committed step, or a part of it, and compares what it delivers with what was saved (`restore.verify`).
+    """Reads a committed step, or a part of it, and compares it with what was saved (`restore.verify`).
 
-    If the newest step is damaged it goes on to the one before (`restore.on_corruption`), and says so in the log and in
-    `Restored.report`. A step that is asked for by number is never replaced by another one.
+    If the newest step is damaged it restores the one before (`restore.on_corruption`), logs that, and notes it in
+    `Restored.report`. A step that is given by number is never replaced by another one.
 
     Paths name leaves as `ckpt-jax show` does. A pattern names all leaves at or below a node: `params`, or with globs
     within a segment `params/*/kernel`; `**` is any number of segments.
@@ -323,10 +321,10 @@ class Checkpointer:
         dicts, lists and tuples of numpy arrays in host memory.
       only: pattern, or several: reads just these leaves. Each comes back in its place in the tree, so that
         `only="params"` gives `{"params": ...}`; a node of which only a part is read comes back as a dict. `like` may
-        be the whole state, `{"params": ...}`, or what lies below `params`; the latter gives just that.
-      strategy: how a job of several processes reads: `direct`: each what its devices need, so that R replicas read R
-        copies; `gather`: all read each byte once and exchange it; `broadcast`: one replica reads and sends to the
-        others; `auto`: what is expected to be fastest, see `Restored.report`. Default: `restore.strategy`.
+        be the whole state, `{"params": ...}`, or the subtree below `params`, which then is the result.
+      strategy: how a job of several processes reads. `direct`: each reads what its devices need, so that R replicas
+        read R copies; `gather`: each byte is read by one process and exchanged; `broadcast`: one replica reads and
+        sends to the others; `auto`: the fastest by prediction, see `Restored.report`. Default: `restore.strategy`.
       item: of a step with several: which to read; `ckpt-jax show` lists them. Default: the training state, see
         `Config.item`.
       init_missing: pattern, or several, of leaves of `like` that the checkpoint lacks: they keep like's values. With
@@ -341,8 +339,8 @@ class Checkpointer:
       NoCheckpointError: if there is no such step.
       StructureMismatchError: listing every difference between `like` and the step; nothing was read.
       CorruptCheckpointError: if the step cannot be read, or what was read is not what was saved; it names the leaves.
-      RestoreTimeoutError: after `timeouts.restore`, or many times what was expected; it says what was waited for, and
-        which processes did not come. All processes of a job raise the same error.
+      RestoreTimeoutError: after `timeouts.restore`, or many times the expected duration; the message names the wait and
+        the processes that did not arrive. All processes of a job raise the same error.
     """
     self._session.check_open()
     self._session.wait_for_predecessors(dropped=True)
@@ -410,7 +408,7 @@ class Checkpointer:
       self._exit_preempted()
 
   def _exit_preempted(self) -> None:
-    self._saver.wait()  # what fails here is raised, and tried again by whoever goes on
+    self._saver.wait()  # a failure here is raised, and retried by a trainer that goes on
     if self._run.notice is not None:
       self._run.notice.answered()
     self._session.close(PREEMPTED)

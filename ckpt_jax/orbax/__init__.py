@@ -1,1 +1,1 @@
-"""The one door to what is inside Orbax: private names, its names of files, the manager that we extend."""
+"""The one door to Orbax's insides: private names, names of files and keys, and the manager that we extend."""

@@ -1,4 +1,4 @@
-"""What Orbax's checkpoints are made of: its names of files and items, and its JSON keys, in one place.
+"""Orbax's names of files and items, and its JSON keys, in one place.
 
     RUN/12/_CHECKPOINT_METADATA          step: item handlers, times, custom metadata
     RUN/12/commit_success.txt            the step is committed (object stores; on a disk the rename says so as well)
@@ -8,7 +8,7 @@
     RUN/12/default/array_metadatas/      shapes and chunks that were written; which arrays are PRNG keys
     RUN/12/default/manifest.ocdbt, d/    the database of all arrays, merged from
     RUN/12/default/ocdbt.process_*/      one for each process that wrote
-    RUN/12/metrics/metrics               what was given as metrics
+    RUN/12/metrics/metrics               the metrics of the step
 
 tests/orbax/test_format.py writes a step with plain Orbax and finds each of these names in it.
 """

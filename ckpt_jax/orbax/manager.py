@@ -21,10 +21,10 @@ from ckpt_jax.orbax.private import before_executors_shut_down
 
 
 def end_save(manager: ocp.CheckpointManager, ended: threading.Event, timeout: float) -> bool:
-  """Waits, after `manager.save` has raised, for what it had started of the commit; False if that takes longer.
+  """Waits, after `manager.save` has raised, for the threads that it had started; False if `timeout` seconds pass.
 
-  Why private: `save` may raise when the thread that commits runs already (its retention policy raises, no more threads
-  can be started), and does not say so. What that thread then dies of would be raised by the next save.
+  Why private: `save` may raise while the thread that commits is already running (its retention policy raises, no more
+  threads can be started). An error in that thread would be raised by the next save.
   """
   last = manager._finalize_thread.get()  # pylint: disable=protected-access
   if last is not None and last.is_alive():
@@ -40,10 +40,10 @@ def end_save(manager: ocp.CheckpointManager, ended: threading.Event, timeout: fl
 
 
 def forget_failure(manager: ocp.CheckpointManager) -> None:
-  """Has `manager` drop the step of a save that has ended in failure, which is told elsewhere.
+  """Has `manager` forget a save that has failed, and whose error was taken.
 
-  Why private: Orbax raises it once in each thread that asks, in the next save too; and in the next save what became of
-  the metadata that it was still writing.
+  Why private: Orbax would raise the error again in each thread that asks, also in the next save, along with errors of
+  the metadata that the failed save was still writing.
   """
   with contextlib.suppress(BaseException):
     manager.wait_until_finished()
@@ -69,10 +69,10 @@ def leave_behind(manager: ocp.CheckpointManager, writing: Iterable[threading.Thr
 
 
 def never_wait_for_hanging_threads() -> None:
-  """Ends the process at the end of the program although a thread that was left behind still hangs.
+  """Ends the process at the end of the program even if a thread that was left behind still hangs.
 
-  Why private: see `before_executors_shut_down`. Python joins all threads when it ends, and a job would idle for ever.
-  The exit code is 1: what it was to be cannot be known here, and a job with a hanging write is no success.
+  Why private: see `before_executors_shut_down`. Python joins all threads at its end, so the job would idle forever.
+  The exit code is 1: the intended one is unknown here, and a job with a hanging write is no success.
   """
 
   def leave() -> None:
@@ -86,11 +86,11 @@ def never_wait_for_hanging_threads() -> None:
 
 
 class RunManager(ocp.CheckpointManager):
-  """Orbax's manager, which is told what steps there are instead of looking by itself, and tells when a save has ended.
+  """Orbax's manager, given the steps of the run instead of listing them itself, which also reports the end of a save.
 
   Why private: `check_for_errors()` raises nothing after a failed background save; `wait_until_finished()` does, but
-  blocks without a limit (google/orbax#392, #605), returns in silence from a save that was cancelled, and after a Ctrl-C
-  within it at once, since Python then takes the thread that it waited for to have ended (python/cpython#90882).
+  blocks without a limit (google/orbax#392, #605), returns silently from a cancelled save, and returns at once after a
+  Ctrl-C within it, since Python then believes that the thread it waited for has ended (python/cpython#90882).
 
   Orbax opens two files of each step and takes two turns in thread pools for it, whenever a manager opens:
   7 s for 5,000 steps, at the first save once more. It also takes leftovers and half deleted steps for steps. Its
@@ -109,7 +109,7 @@ class RunManager(ocp.CheckpointManager):
     Args:
       directory: the run.
       steps: asked when it opens and reloads.
-      ended: called in the background with the step of a save whose last thread ends, and what it died of.
+      ended: called in the background when the last thread of a save ends, with its step, and its error if it failed.
       options: Orbax's.
     """
     self._steps_there = steps
@@ -137,8 +137,8 @@ class RunManager(ocp.CheckpointManager):
   def is_due(self, step: int) -> bool:
     """What the policy says of a step, be it above the newest one or not.
 
-    Why private: `should_save` is False at or below the newest step without asking the policy, so that nobody can tell
-    a step that was not due from one that was dropped (google/orbax#527).
+    Why private: at or below the newest step `should_save` is False without asking the policy, so that a step that was
+    not due looks like one that was dropped (google/orbax#527).
     """
     from orbax.checkpoint._src.metadata.checkpoint_info import CheckpointInfo
 

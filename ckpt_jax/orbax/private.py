@@ -30,7 +30,7 @@ tensorstore_write_spec = ocp.type_handlers.get_json_tspec_write
 def uses_replica_parallel(handler: ocp.type_handlers.ArrayHandler) -> bool:
   """Whether an ArrayHandler has replicas write a part each, by its options and the number of processes.
 
-  Why private: it takes the option and keeps what it made of it to itself.
+  Why private: the handler takes the option and does not expose what it made of it.
   """
   return handler._use_replica_parallel  # pylint: disable=protected-access
 
@@ -38,8 +38,8 @@ def uses_replica_parallel(handler: ocp.type_handlers.ArrayHandler) -> bool:
 def coordination_service() -> Any:
   """The client of the service that `jax.distributed.initialize()` started: a key-value store of the whole job.
 
-  Why private: jax gives barriers and collectives in public, but no way to tell others that one will not come, or to ask
-  who is missing. Orbax uses the same object (`multihost.get_jax_distributed_client`).
+  Why private: jax has public barriers and collectives, but none that reports a process as failed, or names a missing
+  one. Orbax uses the same object (`multihost.get_jax_distributed_client`).
 
   Raises:
     CheckpointError: if jax.distributed was not initialized.
@@ -53,7 +53,7 @@ def coordination_service() -> Any:
 def is_empty_node(node: Any) -> bool:
   """Whether Orbax keeps a node of a tree as an empty one: None, {}, a namedtuple or dataclass without fields.
 
-  Why private: what is empty must be what Orbax finds empty; jax's own function for it is private too.
+  Why private: both must agree on what is empty; jax's own function for it is private too.
   """
   from orbax.checkpoint._src.tree import utils
 
@@ -103,7 +103,7 @@ async def write_array_metadatas(store: Any, item_dir: Any, arrays: Any, chunks: 
 
 
 def shardings_json(shardings: Mapping[str, Any]) -> str:
-  """The content of an item's `_sharding` file, from which plain Orbax restores without being told shardings.
+  """The content of an item's `_sharding` file, from which plain Orbax restores without shardings as an argument.
 
   Why private: the text of a sharding is Orbax's own. Orbax writes the file array by array through TensorStore's json
   driver, half a millisecond each.

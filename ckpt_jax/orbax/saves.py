@@ -32,7 +32,7 @@ class Operation:
   ever. Ours go by names of their own, so that neither another Checkpointer nor a plain Orbax manager can meet them.
 
   Attributes:
-    name: what Orbax knows it by.
+    name: its id inside Orbax.
   """
 
   def __init__(self, name: str):
@@ -58,13 +58,13 @@ class Operation:
     return [thread for thread in self._threads if thread.is_alive()]
 
   def end(self, timeout: float) -> bool:
-    """Ends what is left of a save that has failed; False if something still runs after `timeout` seconds.
+    """Ends the threads of a save that has failed; False if one still runs after `timeout` seconds.
 
     In a job of one process only: the signals that wake a thread here would wake it on other processes too.
 
-    Why private: each part of a save runs in a thread that waits for the step's directory, and nobody tells them when it
-    cannot be made (a read-only disk): they, and the end of the program with them, would wait for 300 s. A part that was
-    never begun leaves a coroutine that was never awaited, of which Python warns.
+    Why private: each part of a save runs in a thread that waits for the step's directory, and is not notified if the
+    directory cannot be made (a read-only disk): the threads, and with them the end of the program, would wait for
+    300 s. A part that was never begun leaves a coroutine that was never awaited, of which Python warns.
     """
     deadline = time.monotonic() + timeout
     for thread in self._threads:
@@ -136,11 +136,11 @@ def _keep_apart() -> None:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-  """Within it, and in the threads of our saves, what Orbax logs below a warning is not shown; nor its tracebacks.
+  """Within it, and in the threads of our saves, Orbax's log lines below WARNING, and its tracebacks, are not shown.
 
-  A save of Orbax logs some 40 lines at INFO, and one that fails several tracebacks of what is raised here anyway. They
-  are shown as ever if the level of the `absl` logger was set by the user, or that of `ckpt_jax` is DEBUG; and always
-  where a plain Orbax manager is used beside ours.
+  A save of Orbax logs some 40 lines at INFO, and a failing one several tracebacks of an error that is raised anyway.
+  They are shown as ever if the user has set the level of the `absl` logger, if the level of `ckpt_jax` is DEBUG, and
+  for plain Orbax managers used beside ours.
   """
   token = _quiet.set(True)
   try:
@@ -152,7 +152,7 @@ def quietly() -> Iterator[None]:
 def quiet_threads(manager: ocp.CheckpointManager) -> None:
   """Has the threads that `manager` will start be quiet too.
 
-  Why private: they begin without the context of whoever starts them.
+  Why private: Orbax starts its threads without the context of the starting thread.
   """
   saving = manager._checkpointer._async_manager  # type: ignore[attr-defined]  # pylint: disable=protected-access
   run = saving._thread_func

@@ -1,4 +1,4 @@
-"""A commit that survives a power cut, with the right modes: what happens between the last byte and the rename.
+"""Commits that survive a power cut, with the right file modes: from the last byte to the rename.
 
 TensorStore syncs the data files that it writes. Orbax syncs neither its metadata files and markers nor any directory
 (`_METADATA`, `_CHECKPOINT_METADATA`, `array_metadatas/*`, `commit_success.txt`), so that after a power cut a step may
@@ -85,7 +85,7 @@ def step_path_class(
 ) -> type[ocp.path.atomicity_types.TemporaryPath]:
   """Orbax's `temporary_path_class` for the steps of a run, and for the items in them.
 
-  It also decides what Orbax takes for a step: on a disk Orbax believes in any directory with a number.
+  It also decides which directories are steps for Orbax, which on a disk takes any with a number for one.
   """
   renames = not is_object_store(directory)
   naming = naming_in(directory)
