@@ -1,6 +1,7 @@
 """What is installed: the public names, and what a wheel holds beside the modules."""
 
 import inspect
+import os
 import pathlib
 import shutil
 import subprocess
@@ -40,6 +41,13 @@ def test_wheel_holds_every_module_the_type_marker_and_the_configurations(tmp_pat
   (wheel,) = tmp_path.glob("ckpt_jax-*.whl")
   held = set(zipfile.ZipFile(wheel).namelist())
   modules = {str(p.relative_to(ROOT)) for p in ROOT.glob("ckpt_jax/**/*.py")}
-  assert modules | {"ckpt_jax/py.typed"} <= held
-  shipped = {name.partition("/share/ckpt_jax/")[2] for name in held}
-  assert {str(p.relative_to(ROOT)) for p in (ROOT / "configs").rglob("*.*")} <= shipped
+  configs = {f"ckpt_jax/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*.*")}
+  assert len(configs) >= 10 and modules | configs | {"ckpt_jax/py.typed"} <= held
+  # From the wheel alone, a configuration is found by its name.
+  installed = tmp_path / "installed"
+  zipfile.ZipFile(wheel).extractall(installed)
+  code = "import ckpt_jax; print(ckpt_jax.__file__, ckpt_jax.load_config('s3').storage.kind)"
+  found = subprocess.run(
+    [sys.executable, "-c", code], cwd=installed, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True
+  )
+  assert found.stdout.split() == [str(installed / "ckpt_jax" / "__init__.py"), "s3"], found.stderr

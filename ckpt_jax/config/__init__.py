@@ -1,7 +1,7 @@
 """Typed, strict configuration: in Python `Config(retention={"last": 2})`, in a file `load_config("run.yaml")`.
 
-Every key is optional. A key that is not known is refused with the nearest right name: a misspelt `keep_last` that is
-silently ignored costs a disk, or a checkpoint. All problems of a file are reported at once, each with its line.
+Every key is optional. An unknown key is refused with the nearest right name: ignoring a misspelt `keep_last` would cost
+a disk, or a checkpoint. All problems of a file are reported at once, each with its line.
 
 Units: durations are seconds (`600`, or `"10m"`, `"1h30m"`, `"2d6h"` with the units ms, s, m, h, d, w), sizes are bytes
 (`2199023255552`, or `"2TiB"`; MB is 10**6, MiB is 2**20), shares are fractions (`0.01`, or `"1%"`).

@@ -1,4 +1,4 @@
-"""What callers pass to the public functions, checked at the call: a wrong type is one clear error, and at once."""
+"""Checks of what callers pass to the public functions, so that a wrong type is one clear error at the call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def step_number(value: Any, argument: str = "step") -> int:
 
   Args:
     value: an integer of Python, numpy or jax, not negative.
-    argument: what the caller knows it as, for the message.
+    argument: the caller's name for it, for the message.
 
   Raises:
     CheckpointError: if it is anything else.
@@ -43,10 +43,10 @@ def step_number(value: Any, argument: str = "step") -> int:
 
 
 def check_request(only: Any, init_missing: Any, cast: Any, item: Any) -> None:
-  """Makes sure that the arguments of a restore are of the right types.
+  """Checks the types of a restore's arguments.
 
   Raises:
-    ConfigError: naming the first one that is not.
+    ConfigError: for the first wrong one, with its name.
   """
   for name, value in (("only", only), ("init_missing", init_missing)):
     if value is not None and not isinstance(value, Iterable):
@@ -61,14 +61,14 @@ def check_request(only: Any, init_missing: Any, cast: Any, item: Any) -> None:
     try:
       jax.numpy.dtype(dtype)
     except TypeError:
-      raise ConfigError(f"cast={{{pattern!r}: {dtype!r:.60}}}: that is no dtype; write e.g. 'bfloat16'") from None
+      raise ConfigError(f"cast={{{pattern!r}: {dtype!r:.60}}}: not a dtype; write e.g. 'bfloat16'") from None
 
 
 def check_schedule(schedule: Any, argument: str = "schedule") -> None:
-  """Makes sure that something is a schedule, rather than at the first save.
+  """Checks that something is a schedule; else the first save would fail.
 
   Raises:
-    ConfigError: if it is not.
+    ConfigError: if it has no `should_save`.
   """
   if isinstance(schedule, type) or not callable(getattr(schedule, "should_save", None)):
     raise ConfigError(

@@ -1,10 +1,9 @@
-"""What is wrong with a setting, in words: key path, value, and the nearest right name."""
+"""Explains what is wrong with a setting: key path, value, and the nearest right name."""
 
 from __future__ import annotations
 
 import difflib
 import re
-import types
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +15,7 @@ from ckpt_jax.errors import ConfigError
 
 
 def config_error(model: type[BaseModel], error: pydantic.ValidationError) -> ConfigError:
+  """All problems of a section given in Python, one a line."""
   return ConfigError("\n".join(message for _, message in problems(model, error)))
 
 
@@ -23,46 +23,21 @@ def problems(model: type[BaseModel], error: pydantic.ValidationError) -> list[tu
   """(key path, message) of each error; the message starts with the key path."""
   found: dict[tuple[str, ...], str] = {}
   for detail in error.errors(include_url=False):
-    keys, section = _key_path(model, detail["loc"])
-    found.setdefault(keys, f"{'.'.join(keys) or model.__name__}: {_explain(model, section, keys, detail)}")
+    keys = tuple(map(str, detail["loc"]))
+    found.setdefault(keys, f"{'.'.join(keys) or model.__name__}: {_explain(model, keys, detail)}")
   return list(found.items())
 
 
-def _key_path(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[tuple[str, ...], type[BaseModel] | None]:
-  """The part of `loc` that names keys, and the section that the last key stands in.
-
-  pydantic adds the members of a union to `loc` (`target_file_size.int`), which no user has written.
-  """
-  keys: list[str] = []
-  section: type[BaseModel] | None = model
-  parent = section
-  for part in loc:
-    if section is None:
-      break
-    keys.append(str(part))
-    if isinstance(part, int):  # a place in a list of sections
-      continue
-    parent = section
-    section = _section_of(section, part)
-  return tuple(keys), parent
+def did_you_mean(wrong: str, right: Iterable[str]) -> str:
+  """`; did you mean X?`, or nothing if no name is near."""
+  near = difflib.get_close_matches(wrong.lower(), list(right), n=1)
+  return f"; did you mean {near[0]}?" if near else ""
 
 
-def _section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:
-  field = section.model_fields.get(key)
-  if field is None:
-    return None
-  annotation = field.annotation
-  options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-  for option in [inner for o in options for inner in (typing.get_args(o) or (o,))]:
-    if isinstance(option, type) and issubclass(option, BaseModel):
-      return option
-  return None
-
-
-def _explain(model: type[BaseModel], section: type[BaseModel] | None, keys: tuple[str, ...], detail: Any) -> str:
+def _explain(model: type[BaseModel], keys: tuple[str, ...], detail: Any) -> str:
   kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
-  if kind == "extra_forbidden" and section is not None:
-    return f"unknown key{_nearest_key(model, section, keys)}"
+  if kind == "extra_forbidden":
+    return f"unknown key{_right_key(model, keys)}"
   if kind == "missing":
     return f"missing; {keys[-1]} is required here"
   if kind == "value_error":
@@ -80,29 +55,34 @@ def _explain(model: type[BaseModel], section: type[BaseModel] | None, keys: tupl
   return f"{message[:1].lower()}{message[1:]}, got {value!r:.80}"
 
 
-def _nearest_key(model: type[BaseModel], section: type[BaseModel], keys: tuple[str, ...]) -> str:
+def _right_key(model: type[BaseModel], keys: tuple[str, ...]) -> str:
+  section = model
+  for key in keys[:-1]:  # a key that is no field is a place in a list of sections
+    field = section.model_fields.get(key)
+    section = (field and _section_in(field.annotation)) or section
   known = list(section.model_fields)
-  wrong = keys[-1]
-  near = difflib.get_close_matches(wrong.lower(), known, n=1)
-  if near:
-    return f"; did you mean {near[0]}?"
   # A right name in the wrong section, such as `every_steps` at the top level.
-  elsewhere = list(_all_keys(model))
-  moved = difflib.get_close_matches(wrong.lower(), [name for name, _ in elsewhere], n=1, cutoff=0.8)
-  if moved:
-    return f"; did you mean {' or '.join(path for name, path in elsewhere if name == moved[0])}?"
-  return f"; known here: {', '.join(known)}"
+  elsewhere = dict(_all_keys(model))
+  moved = difflib.get_close_matches(keys[-1].lower(), list(elsewhere.values()), n=1, cutoff=0.8)
+  places = [path for path, name in elsewhere.items() if [name] == moved]
+  return (
+    did_you_mean(keys[-1], known)
+    or (places and f"; did you mean {' or '.join(places)}?")
+    or f"; known here: {', '.join(known)}"
+  )
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterable[tuple[str, str]]:
-  for name in model.model_fields:
-    yield name, prefix + name
-    section = _section_of(model, name)
-    if section is not None and section is not model:
+  """(path, name) of each key, those of nested sections included."""
+  for name, field in model.model_fields.items():
+    yield prefix + name, name
+    section = _section_in(field.annotation)
+    if section is not None and section is not model:  # schedules hold schedules
       yield from _all_keys(section, f"{prefix}{name}.")
 
 
-def did_you_mean(wrong: str, right: Iterable[str]) -> str:
-  """`; did you mean X?`, or nothing if no name is near."""
-  near = difflib.get_close_matches(wrong.lower(), list(right), n=1)
-  return f"; did you mean {near[0]}?" if near else ""
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+  """The section in a type such as `tuple[ScheduleConfig, ...] | None`."""
+  if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    return annotation
+  return next(filter(None, map(_section_in, typing.get_args(annotation))), None)

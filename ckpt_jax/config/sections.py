@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
-from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from ckpt_jax.config.explain import config_error
 from ckpt_jax.config.units import (
@@ -17,17 +17,17 @@ from ckpt_jax.config.units import (
   Bytes,
   Count,
   Duration,
+  FileMode,
   ItemName,
   LeafPaths,
+  LearnedOrDuration,
   Price,
   Share,
   StepNumber,
   Switch,
-  file_mode,
-  learned_or_duration,
 )
 
-# The shortest that a timeout is when left to the plan: a hung save should end the job in minutes, not in days.
+# The shortest timeout that `auto` means: a hung save should end the job in minutes, not in days.
 TIMEOUT_FLOOR_S = 1200.0
 
 StorageName = Literal[
@@ -50,7 +50,7 @@ StorageName = Literal[
 
 
 class _Section(pydantic.BaseModel):
-  """Frozen, strict, and with ConfigError for what pydantic would raise."""
+  """Frozen and strict; raises ConfigError where pydantic would raise its own error."""
 
   model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
@@ -62,15 +62,13 @@ class _Section(pydantic.BaseModel):
       except pydantic.ValidationError as e:
         raise config_error(type(self), e) from None
 
-    # Without this mark pydantic would call __init__ for nested sections too, and the ConfigError of a section, a
-    # ValueError, would reach the root with its key path lost (tests/config/test_config.py fails if the mark changes).
+    # Without this mark pydantic would call __init__ for nested sections too, and their ConfigError, a ValueError, would
+    # reach the root without its key path (tests/config/test_config.py fails if the mark changes).
     __init__.__pydantic_base_init__ = True
 
 
 class ScheduleConfig(_Section):
-  """When to save. At most one rule; all unset means at each call of `save`.
-
-  A preemption notice saves whatever the schedule says.
+  """When to save: at most one rule; without one, at each call of `save`. A preemption notice saves in any case.
 
   Attributes:
     every_steps: save at each step that is a multiple of this.
@@ -78,20 +76,17 @@ class ScheduleConfig(_Section):
     at_steps: save at these steps.
     never: save only what `force=True`, or a preemption notice, asks for.
     last: the last step of training, which is saved too, whatever the rule says.
-    any: a list of schedules of which one must be due.
-    all: a list of schedules of which all must be due.
+    any, all: a list of schedules of which one, or all, must be due.
     overhead: the largest share of training time that saving may take, 0 to 1; the interval follows from the measured
       cost of a save.
-    mtti: mean time to interruption of the whole job, in seconds, or `learned` from this run's restarts; only with
-      `overhead`.
-    node_mtti: mean time to interruption of one process's node, in place of `mtti`: it is divided by the number of
-      processes.
+    mtti: mean time to interruption of the whole job, in seconds, or `learned` from this run's restarts.
+    node_mtti: mean time to interruption of one process's node; `mtti` is this, divided by the number of processes.
   """
 
   every_steps: Count | None = None
   every: Duration | None = None
   overhead: Share | None = None
-  mtti: Annotated[float | Literal["learned"], BeforeValidator(learned_or_duration)] | None = None
+  mtti: LearnedOrDuration | None = None
   node_mtti: Duration | None = None
   at_steps: tuple[StepNumber, ...] | None = None
   last: StepNumber | None = None
@@ -113,8 +108,8 @@ class ScheduleConfig(_Section):
         raise ValueError(f"{name} goes with overhead; add overhead, or remove {name}")
     if self.last is not None and not given:
       raise ValueError(
-        "last names the last step of training and goes with a rule such as every_steps; without one each "
-        "step is saved. How many steps to keep is retention.last"
+        "last names the last step of training and goes with a rule such as every_steps; without a rule every step is "
+        "saved. How many steps to keep is retention.last"
       )
     if self.mtti is not None and self.node_mtti is not None:
       raise ValueError("mtti and node_mtti exclude each other; keep one")
@@ -128,7 +123,7 @@ class BestConfig(_Section):
     metric: a name in the `metrics` given to `save`.
     mode: `min` if a lower value is better, `max` if a higher one is.
     n: how many steps to keep.
-    keep_missing: keep the steps that lack the metric, or have NaN for it, too.
+    keep_missing: keep also the steps that lack the metric or have NaN for it.
   """
 
   metric: Annotated[StrictStr, Field(min_length=1)]
@@ -138,14 +133,14 @@ class BestConfig(_Section):
 
 
 class ThinConfig(_Section):
-  """Older kept steps lose all but a part of their state: two thirds of a step are optimizer state.
+  """Removes a part of the state from older steps: two thirds of a step are optimizer state.
 
-  Training cannot go on from a thinned step. The newest, the newest healthy, pinned ones and those being restored are
-  never thinned.
+  Training cannot go on from a thinned step. The newest step, the newest healthy one, pinned steps and those being
+  restored are never thinned.
 
   Attributes:
     after: seconds, counted back from the newest step, after which a step is thinned.
-    keep: path in the state, or several, whose leaves stay.
+    keep: paths in the state whose leaves stay.
   """
 
   after: Duration
@@ -153,20 +148,20 @@ class ThinConfig(_Section):
 
 
 class RetentionConfig(_Section):
-  """Which steps to keep: each rule keeps some, and what no rule keeps is deleted (the words are restic's `forget`).
+  """Which steps to keep, in the words of restic's `forget`: a step that no rule keeps is deleted.
 
   Without a rule every step stays.
 
   Attributes:
-    last: the newest steps, this many.
-    hourly, daily, weekly, monthly: the newest step of each of so many hours, days, weeks, months.
-    within: every step younger than this, in seconds.
-    every_steps: every step that is a multiple of this, for ever.
-    best: the best steps by a metric.
-    budget: bytes that all steps of the run may take together; the oldest go first, those that `best` keeps last.
-    thin: what older kept steps lose.
-    delete_rate: the most files removed in a second on a file system, where others may need its metadata server; unset:
-      no limit. Buckets remove up to 1,000 objects with one request.
+    last: keeps this many of the newest steps.
+    hourly, daily, weekly, monthly: keep the newest step of each of this many hours, days, weeks, months.
+    within: keeps every step younger than this, in seconds.
+    every_steps: keeps every step that is a multiple of this.
+    best: keeps the best steps by a metric.
+    budget: bytes that all steps of the run may take together; the oldest are deleted first, those of `best` last.
+    thin: what is removed from older steps that are kept.
+    delete_rate: the most files to delete in a second on a file system whose metadata server others need too; unset: no
+      limit. Buckets delete up to 1,000 objects with one request.
   """
 
   last: Count | None = None
@@ -184,23 +179,22 @@ class RetentionConfig(_Section):
   @pydantic.model_validator(mode="before")
   @classmethod
   def _policy_is_section(cls, data: Any) -> Any:
-    """`policies.Retention(last=3)`, a room below, has the same fields."""
-    if dataclasses.is_dataclass(data) and not isinstance(data, type) and type(data).__name__ == "Retention":
-      values = ((field.name, getattr(data, field.name)) for field in dataclasses.fields(data))
-      return {name: value for name, value in values if value is not None}
-    return data
+    # `policies.Retention(last=3)`, which this room may not import, has the same fields.
+    if type(data).__name__ != "Retention" or not dataclasses.is_dataclass(data):
+      return data
+    return {name: value for name, value in vars(data).items() if value is not None}
 
 
 class LayoutConfig(_Section):
-  """How a state lies in storage.
+  """How a state is laid out in storage.
 
   Attributes:
     compression: zstd on the chunks. Trained float32 weights hardly shrink (8%) and the commit takes 2.3x as long.
     target_file_size: bytes of an OCDBT data file.
-    chunk_size: bytes of the pieces that each shard is stored in; a read fetches whole chunks, and several in parallel.
-    pack: concatenate small leaves into few arrays. A packed checkpoint cannot be read by plain Orbax. A process keeps
-      64 MiB of memory for it from save to save.
-    replica_parallel: replicas of a leaf each write a part of it, rather than one replica all of it.
+    chunk_size: bytes of the pieces that each shard is stored in; reads fetch whole chunks, several in parallel.
+    pack: concatenates small leaves into few arrays. Plain Orbax cannot read a packed checkpoint. Each process keeps
+      64 MiB of memory for packing.
+    replica_parallel: lets each replica of a leaf write a part of it, instead of one replica all of it.
     min_slice_for_replica_parallel: bytes below which such a part is not worth a request of its own.
   """
 
@@ -213,13 +207,13 @@ class LayoutConfig(_Section):
 
 
 class LimitsConfig(_Section):
-  """What saving and restoring may take from the host: bytes per process, and threads.
+  """What saving and restoring may take from the host, per process.
 
   Attributes:
-    host_memory: RAM for the copies of the state that wait to be written; auto is what the host (or cgroup) has free.
+    host_memory: bytes of RAM for copies of the state that wait to be written; auto: what the host or cgroup has free.
     save_concurrency: bytes in flight while writing.
     restore_concurrency: bytes in flight while reading.
-    file_io_concurrency: reads of files in flight at a time while restoring (TensorStore's `file_io_concurrency`).
+    file_io_concurrency: file reads in flight while restoring (TensorStore's `file_io_concurrency`).
     data_copy_concurrency: threads that copy and decompress meanwhile (TensorStore's `data_copy_concurrency`).
   """
 
@@ -236,7 +230,7 @@ class RestoreConfig(_Section):
   Attributes:
     strategy: `direct`: each process reads the shards it needs; `gather`: each reads 1/N and all exchange; `broadcast`:
       one replica reads and sends.
-    verify: check what was read against the fingerprints of what was saved.
+    verify: whether to compare what was read with the fingerprints of what was saved.
     on_corruption: `fallback` to the newest sound step, or `raise`.
   """
 
@@ -249,8 +243,8 @@ class HealthConfig(_Section):
   """What to do with a state that holds NaN or inf.
 
   Attributes:
-    nonfinite: `refuse` to save it, save it with a `tag`, or `ignore` it. Infinities that a leaf holds at the run's
-      first save of it are meant to be there, in that number, and count as healthy; see docs/integrity.md.
+    nonfinite: `refuse` to save it, save it with a `tag`, or `ignore` it. As many infinities as a leaf holds at its
+      first save in the run count as intended, and healthy; see docs/integrity.md.
   """
 
   nonfinite: Literal["refuse", "tag", "ignore"] = "refuse"
@@ -262,8 +256,8 @@ class PreemptionConfig(_Section):
   Attributes:
     enabled: save at the next call of `save` after the notice, wait for the commit, and exit. False: SIGTERM does what
       it does without ckpt_jax.
-    exit_code: with which code the process exits then, 0 to 255. 143 is what a shell reports for a process that SIGTERM
-      ended. With 0 a Kubernetes Job, or any other scheduler, takes the work for done and never starts it again.
+    exit_code: the exit code of the process then, 0 to 255. 143 is what a shell reports for a process that SIGTERM
+      ended. After 0 a Kubernetes Job, or any other scheduler, takes the work for done and never starts it again.
   """
 
   enabled: StrictBool = True
@@ -274,10 +268,10 @@ class TimeoutsConfig(_Section):
   """How long to wait before an operation counts as failed, in seconds.
 
   Attributes:
-    save: from the call of `save` to the commit; auto is 20 times what the plan expects, and 20 minutes at least.
-    restore: the whole of a restore; auto as above.
-    delete: how long `close` waits for old steps to be removed. What is left is marked, and the next open goes on.
-    lease: how long the heartbeat of a job on another host must stand still before its claim to the run is void.
+    save: from the call of `save` to the commit; auto: 20 times what the plan expects, and at least 20 minutes.
+    restore: a whole restore; auto as above.
+    delete: how long `close` waits for the deletion of old steps, which the next open continues.
+    lease: how long the heartbeat of a job on another host must be missing before its claim to the run is void.
   """
 
   save: AutoOrDuration = "auto"
@@ -287,22 +281,22 @@ class TimeoutsConfig(_Section):
 
   @property
   def save_s(self) -> float:
-    """Seconds; what auto means as long as there is no plan."""
+    """Seconds; the least that `auto` means as long as there is no plan."""
     return TIMEOUT_FLOOR_S if self.save == "auto" else self.save
 
   @property
   def restore_s(self) -> float:
-    """Seconds; what auto means as long as there is no plan."""
+    """Seconds; the least that `auto` means as long as there is no plan."""
     return TIMEOUT_FLOOR_S if self.restore == "auto" else self.restore
 
 
 class RetryConfig(_Section):
-  """How requests that an object store refuses (429, 503) or does not answer are sent again, in seconds.
+  """How to retry requests that an object store refuses (429, 503) or does not answer; all in seconds.
 
   Attributes:
-    initial_delay: the longest wait before the first retry; each further one may wait twice as long.
-    max_delay: the longest wait of all.
-    deadline: when a request that keeps failing is given up.
+    initial_delay: the longest wait before the first retry; it doubles with each further one.
+    max_delay: the longest wait before any retry.
+    deadline: how long to retry a request that keeps failing.
   """
 
   initial_delay: Duration = 0.05
@@ -311,24 +305,24 @@ class RetryConfig(_Section):
 
 
 class StorageConfig(_Section):
-  """The storage that the run lies on. A plain name is short for `{kind: NAME}`.
+  """The storage that holds the run. A plain name is short for `{kind: NAME}`.
 
   Attributes:
-    kind: what it is; `auto` finds out.
-    endpoint: address of an object store, `https://host[:port]`; null: as the standard variables say (AWS_ENDPOINT_URL,
+    kind: the kind of storage; `auto` detects it.
+    endpoint: address of an object store, `https://host[:port]`; null: from the standard variables (AWS_ENDPOINT_URL,
       STORAGE_EMULATOR_HOST).
     region: AWS region; null: AWS_REGION or the profile's.
     path_style: whether the bucket is in the path rather than in the host name; null: as the endpoint wants.
-    profile: name of an AWS profile. Keys themselves do not belong into this file.
+    profile: name of an AWS profile. Keys themselves do not belong in this file.
     anonymous: send no credentials.
     driver: TensorStore's driver for gs://, `gcs` or `gcs_grpc`.
-    requests: requests in flight at a time and process; `auto` leaves it to TensorStore.
-    retry: how failed requests are sent again.
+    requests: requests in flight per process; `auto` leaves it to TensorStore.
+    retry: how failed requests are retried.
     fsync: sync every file and directory of a step before it counts as committed, so that it survives a power cut;
       `auto`: where the storage does not do so by itself. `off` for scratch disks.
-    mode: permission bits of a step's files, as octal text, e.g. "0640"; directories also get x where r is. Null: as the
-      umask says. Nothing is writable for the world either way.
-    price_per_gib_month: what a GiB costs a month, in your currency: `prune` and `simulate` tell what retention costs.
+    mode: permission bits of a step's files, as octal text, e.g. "0640"; directories also get x where r is. Null: from
+      the umask. The world may never write.
+    price_per_gib_month: price of a GiB for a month in your currency, from which `prune` and `simulate` compute costs.
   """
 
   kind: StorageName = "auto"
@@ -338,10 +332,10 @@ class StorageConfig(_Section):
   profile: StrictStr | None = None
   anonymous: StrictBool | None = None
   driver: Literal["gcs", "gcs_grpc"] | None = None
-  requests: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] = "auto"
+  requests: AutoOrCount = "auto"
   retry: RetryConfig = Field(default_factory=RetryConfig)
   fsync: Switch = "auto"
-  mode: Annotated[str, BeforeValidator(file_mode)] | None = None
+  mode: FileMode | None = None
   price_per_gib_month: Price | None = None
 
   @pydantic.model_validator(mode="before")
@@ -351,21 +345,12 @@ class StorageConfig(_Section):
 
 
 class Config(_Section):
-  """All settings of a Checkpointer; each section is a dict or its typed object. Immutable.
+  """All settings of a Checkpointer. Each section is a dict or its class, whose docstring has the keys. Immutable.
 
   Attributes:
-    schedule: when to save.
-    retention: which steps to keep.
-    layout: how a state lies in storage.
-    limits: what saving and restoring may take from the host.
-    restore: how a step is read back.
-    health: what to do with non-finite states.
-    preemption: what SIGTERM does.
-    timeouts: when an operation counts as failed.
-    storage: what the run lies on, and how to reach it.
     item: the item of a step that holds the state, as in the runs of other programs: `items` of MaxText, `state` of
-      Orbax v1. It is restored, and saved under that name. Null: the one that the run's newest step has, and `default`
-      in a new run, which plain `ocp.CheckpointManager` asks for.
+      Orbax v1. It is restored, and saved under that name. Null: as in the newest step of the run; in a new run
+      `default`, which plain `ocp.CheckpointManager` expects.
 
   Raises:
     ConfigError: for an unknown key (with the nearest right one) or a wrong value; all of them at once.
@@ -408,5 +393,5 @@ class Config(_Section):
     return {k: v for k, v in data.items() if not (v is None and k in cls.model_fields)}
 
   def to_dict(self) -> dict[str, Any]:
-    """All settings, defaults included, as JSON-able data; `Config(**config.to_dict()) == config`."""
+    """All settings, defaults included, as data for JSON; `Config(**config.to_dict()) == config`."""
     return self.model_dump(mode="json")

@@ -14,7 +14,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 )
 def test_shipped_config_loads_and_comes_back_from_its_dict(name):
   config = ckpt.load_config(CONFIGS / f"{name}.yaml")
-  assert config != ckpt.Config()
+  assert config != ckpt.Config() and ckpt.load_config(name) == config
   assert ckpt.Config(**config.to_dict()) == config
 
 
@@ -52,10 +52,21 @@ def test_all_mistakes_are_told_at_once(tmp_path):
   assert len(str(e.value).splitlines()) == 2
 
 
-def test_missing_file_names_the_nearest(tmp_path):
+def test_missing_file_names_the_nearest_or_what_is_shipped(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   (tmp_path / "train.yaml").write_text("")
-  with pytest.raises(ckpt.ConfigError, match=r"did you mean .*train\.yaml"):
+  with pytest.raises(ckpt.ConfigError, match=rf"did you mean {tmp_path}/train\.yaml\?"):
     ckpt.load_config(tmp_path / "trian.yaml")
+  with pytest.raises(ckpt.ConfigError, match=r"did you mean laptop\?"):
+    ckpt.load_config("labtop")
+  with pytest.raises(ckpt.ConfigError, match="ships bucket_mount, gcs, laptop"):
+    ckpt.load_config("nothing/like/it.yml")
+
+
+def test_file_goes_before_the_shipped_one_of_its_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "nfs").write_text("retention: {last: 7}")
+  assert ckpt.load_config("nfs").retention.last == 7
 
 
 def test_python_config_takes_dicts_and_names_mistakes():
