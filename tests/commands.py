@@ -1,4 +1,4 @@
-"""The `ckpt-jax` command in the test's own process: what only prints and exits needs no interpreter of its own."""
+"""Runs `ckpt-jax` in the test process, which spares the start of an interpreter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Done:
 
 
 def cli(*arguments: object, answer: str = "") -> Done:
-  """Runs `ckpt-jax ARGUMENTS`, with `answer` on its standard input; what is no message of its own is raised."""
+  """Runs `ckpt-jax ARGUMENTS` with `answer` on its standard input; unexpected exceptions propagate."""
   out, err = io.StringIO(), io.StringIO()
   with (
     contextlib.redirect_stdout(out),
@@ -30,7 +30,7 @@ def cli(*arguments: object, answer: str = "") -> Done:
     mock.patch.object(sys, "stdin", io.StringIO(answer)),
     mock.patch.object(sys, "argv", ["ckpt-jax", *map(str, arguments)]),
     mock.patch.dict("os.environ", {"COLUMNS": "80", "CKPT_JAX_TRACEBACK": "1"}),
-    mock.patch.object(signal, "signal"),  # commands that clean up after SIGTERM must not do so for the tests
+    mock.patch.object(signal, "signal"),  # commands must not replace the test process's handlers
   ):
     try:
       code = main()

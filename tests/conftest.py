@@ -1,4 +1,4 @@
-"""Two virtual CPU devices in the test process itself, and a strict jax in all; multi-process tests start their own."""
+"""Two virtual CPU devices in the test process, strict promotion in all processes, buckets of real servers."""
 
 import gc
 import os
@@ -6,12 +6,12 @@ import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-# As variables, so that the processes that tests start are as strict: no dtype and no rank changes unasked.
+# Environment variables, so that processes started by tests do not promote dtypes and ranks implicitly either.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite that a shell runs in the background
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # so that the programs of tests can be interrupted
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell runs the suite in the background
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # programs started by tests must be interruptible
 
 import hypothesis
 import jax
@@ -21,9 +21,9 @@ import pytest
 
 from ckpt_jax.bench.buckets import gcs_server, s3_bucket, s3_process
 
-# A busy machine is no finding: how long examples take says nothing about what they show.
+# No deadline: on a busy machine slow examples are no finding.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-# Each run of the suite checks the same examples, so that it says something of the change and not of luck;
+# Each run of the suite checks the same examples, so that a failure is due to the change under test;
 # HYPOTHESIS_PROFILE=random draws new ones (make fuzz).
 hypothesis.settings.register_profile("same", hypothesis.settings.get_profile("patient"), derandomize=True)
 hypothesis.settings.register_profile("random", hypothesis.settings.get_profile("patient"))
@@ -31,13 +31,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 def pytest_collection_finish():
-  """Takes what is imported out of each collection of garbage: a million objects, which cost half a second a time."""
+  """Exempts imported objects from garbage collection: there are a million, and each collection took half a second."""
   gc.collect()
   gc.freeze()
 
 
 def bits(leaf):
-  """What must not change: type, dtype, shape and every bit."""
+  """What a restore must preserve: type, dtype, shape and every bit."""
   if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     return jax.Array, str(leaf.dtype), leaf.shape, np.asarray(jax.random.key_data(leaf)).tobytes()
   if isinstance(leaf, jax.Array):
@@ -45,15 +45,15 @@ def bits(leaf):
   if isinstance(leaf, (np.ndarray, np.generic)):
     return type(leaf), str(leaf.dtype), leaf.shape, leaf.tobytes()
   if isinstance(leaf, (float, complex)):
-    return type(leaf), None, None, np.asarray(leaf).tobytes()  # -0.0 and NaN count here too
+    return type(leaf), None, None, np.asarray(leaf).tobytes()  # distinguishes -0.0, compares NaNs
   return type(leaf), None, None, leaf
 
 
 @pytest.fixture
 def lenient_jax(monkeypatch):
-  """Lets the processes that a test starts promote as jax does by default, which optax and plain trainers need.
+  """Gives processes that a test starts jax's default promotion, which optax and plain trainers need.
 
-  They compile quickly rather than well: nobody waits for their few steps.
+  They also compile with few optimizations, since they run only a few steps.
   """
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "standard")
@@ -68,7 +68,7 @@ def s3_address():
 
 @pytest.fixture
 def s3(s3_address, monkeypatch):
-  """An empty bucket of a real S3 server, which this process and its children reach."""
+  """An empty bucket on a real S3 server, reachable from this process and its children."""
   with s3_bucket(s3_address) as bucket:
     for name, value in bucket.env.items():
       monkeypatch.setenv(name, value)
@@ -77,7 +77,7 @@ def s3(s3_address, monkeypatch):
 
 @pytest.fixture
 def gcs(tmp_path_factory, monkeypatch):
-  """An empty bucket of a real GCS server, which this process and its children reach."""
+  """An empty bucket on a real GCS server, reachable from this process and its children."""
   with gcs_server(tmp_path_factory.mktemp("objects")) as bucket:
     for name, value in bucket.env.items():
       monkeypatch.setenv(name, value)

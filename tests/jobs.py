@@ -1,7 +1,7 @@
-"""Jobs of several jax processes that outlive a test: starting one costs two seconds of CPU a process, a test little.
+"""Jobs of several jax processes that outlive a test, since starting one costs two seconds of CPU for each process.
 
-`together` runs a program of tests/programs as `ckpt_jax.multihost.launch` does, in processes that wait for the next one
-afterwards. A program that kills, hangs or signals its processes, or that needs fresh ones, is launched instead.
+`together` runs a program of tests/programs like `ckpt_jax.multihost.launch`, in processes that then wait for the next
+program. Programs that kill, hang or signal their processes, or need fresh ones, use `launch` instead.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from ckpt_jax.multihost import Job, Result
 
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
 _START_S = 180.0
-_GRACE_S = 20.0  # for processes that wait for one that failed
+_GRACE_S = 20.0  # for the other processes, once one has failed
 _pools: dict[tuple[int, int], Pool] = {}
 
 
 def together(
   program: str, *arguments: object, processes: int, devices: int | None = None, timeout: float = 300.0
 ) -> list[Result]:
-  """Runs a program of tests/programs in all processes of a job, in the environment that this process has now.
+  """Runs a program of tests/programs in all processes of a job, with this process's current environment.
 
-  Fails with what they wrote unless all of them succeed. One process of two devices is the test's own.
+  Fails with their output unless all of them succeed. A job of one process with two devices is the test process itself.
 
   Args:
-    program, arguments: what is run.
-    processes: how many; 1, 2 or 4 where it does not matter.
-    devices: of each; default: two, and one of more than two processes, whose collectives need a thread a device.
+    program, arguments: the program's file name and arguments.
+    processes: how many; prefer 1, 2 or 4, whose jobs other tests use too.
+    devices: of each process; default: two, or one in jobs of more than two processes, since collectives need a thread
+      for each device.
     timeout: seconds.
 
   Raises:
@@ -58,7 +59,7 @@ def together(
     except BaseException:
       _pools.pop(shape).close()
       raise
-    if any(r.returncode for r in results):  # nobody knows what state they are in
+    if any(r.returncode for r in results):  # their state is unknown: do not reuse them
       _pools.pop(shape).close()
   wrote = "\n".join(f"-- process {r.process}:\n{r.log[-5000:]}" for r in results if r.returncode)
   assert not any(r.returncode for r in results), f"exit codes {[r.returncode for r in results]}\n{wrote}"
@@ -73,7 +74,7 @@ def _alone(argv: list[str]) -> Result:
 
 
 class Pool:
-  """Processes that run one program after the other; see programs/pool.py for their side."""
+  """Processes that run one program after the other; tests/programs/pool.py is their side."""
 
   def __init__(self, processes: int, devices: int):
     self._lines: list[list[str]] = [[] for _ in range(processes)]

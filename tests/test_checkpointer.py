@@ -1,4 +1,4 @@
-"""Checkpointer in one process: what goes in comes out, and nothing is lost or half written."""
+"""Checkpointer in one process: restored states equal saved ones, and no step is lost or half written."""
 
 import json
 import logging
@@ -269,7 +269,7 @@ def test_relative_and_home_paths_work(tmp_path, monkeypatch):
     assert str(c.directory) == str(tmp_path / "runs/a")
 
 
-def test_empty_directory_is_no_step(tmp_path):
+def test_empty_directory_is_not_a_step(tmp_path):
   (tmp_path / "4").mkdir()
   with ckpt.Checkpointer(tmp_path) as c:
     assert c.steps() == [] and c.latest_step() is None
@@ -330,11 +330,11 @@ def test_script_that_ends_without_close_still_commits(tmp_path):
       assert c.latest_step() == 1
 
 
-def test_failed_background_save_is_told_once_and_is_no_step(tmp_path, monkeypatch):
+def test_failed_background_save_is_raised_once_and_its_step_is_not_listed(tmp_path, monkeypatch):
   with ckpt.Checkpointer(tmp_path) as c:
     c.save(0, {"x": jnp.ones(4)})
     c.wait()
-    # A directory that vanishes under a background write is a failure every storage can have.
+    # Any storage can fail in the last operation of a write.
     from orbax.checkpoint._src.path import atomicity
 
     def fail(*_, **__):
@@ -365,7 +365,7 @@ def test_too_little_memory_saves_in_chunks_and_says_so(tmp_path, monkeypatch, ca
   assert "4.4 MiB" in caplog.text and "976.6 KiB" in caplog.text
 
 
-def test_closed_checkpointer_says_so(tmp_path):
+def test_closed_checkpointer_raises_an_error(tmp_path):
   c = ckpt.Checkpointer(tmp_path)
   c.close()
   c.close()
