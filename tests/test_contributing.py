@@ -109,6 +109,13 @@ def test_paths_and_names_exist(page):
   assert not missing, f"{page.name} names what is not there: {missing}"
 
 
+def test_names_in_the_recipes_occur_in_the_code():
+  recipes = (ROOT / "CONTRIBUTING.md").read_text().partition("## Recipes")[2]
+  names = set(re.findall(r"`(\w+)`", recipes))
+  code = "\n".join(path.read_text() for folder in ("ckpt_jax", "tests") for path in ROOT.glob(f"{folder}/**/*.py"))
+  assert names - set(re.findall(r"\w+", code)) == set()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
   links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()) if "://" not in link]
