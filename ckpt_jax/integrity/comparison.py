@@ -1,175 +1,125 @@
-"""Compares what a restore delivers with what was recorded when it was saved."""
+"""Compares what a restore delivers with the record of the save."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ckpt_jax.errors import CorruptCheckpointError
-from ckpt_jax.integrity import device, fingerprint
+from ckpt_jax.integrity import device
+from ckpt_jax.integrity.fingerprint import Taken, sum_over_processes, take_restored
 from ckpt_jax.integrity.record import Record
-from ckpt_jax.integrity.sums import MASK, SMALL_NBYTES
+from ckpt_jax.integrity.sums import MASK
 from ckpt_jax.job.threads import transfers_asked_for
 
-if TYPE_CHECKING:  # a room below
+if TYPE_CHECKING:
   from ckpt_jax.job.waits import Together
 
 _MAX_NAMED = 10
-_BUNCH_NBYTES = 4 << 20  # a task for each leaf would cost more than its sum
-_SMALL_BUNCH = 256  # leaves
-
-
-class _Found(NamedTuple):
-  """What was found of a leaf: its sum, or its hash where it lies in the parts that were hashed when it was saved."""
-
-  dtype: str
-  shape: tuple[int, ...]
-  number: int
-  copies: int
-  is_hash: bool
-
-
-_Sums = dict[str, _Found]
+# A task for each leaf would cost more than its sum.
+_BUNCH_NBYTES = 4 << 20
+_BUNCH_LEAVES = 256
+_Found = dict[
+  str, tuple[int, int | None]
+]  # by path: sum or hash on this process, and what all processes must add up to
 
 
 class Verifier:
-  """Sums up leaves as they arrive, beside the reading of the others; `finish` compares.
+  """Sums leaves as they arrive, while the others are still being read; `finish` compares.
 
   All processes of the job make one for the same restore.
   """
 
-  def __init__(self, threads: int | None = None):
-    self._pool = concurrent.futures.ThreadPoolExecutor(threads or min(2, os.cpu_count() or 1), "ckpt_jax_verify")
+  def __init__(self, record: Record):
+    """Takes the record of the step that is being restored."""
+    self._saved = record.leaves
+    self._saved_as = {path: leaf.dtype for path, leaf in record.leaves.items()}
+    self._pool = concurrent.futures.ThreadPoolExecutor(min(2, os.cpu_count() or 1), "ckpt_jax_verify")
     self._lock = threading.Lock()
     self._bunch: dict[str, Any] = {}
     self._bunch_nbytes = 0
-    self._small: dict[str, Any] = {}
-    self._sums: list[_Sums | concurrent.futures.Future[_Sums]] = []
-    self._later: dict[str, Any] = {}
-    self._dtypes: Mapping[str, str] = {}
-    self._record: Record | None = None
-
-  def expecting(self, record: Record | None) -> Verifier | None:
-    """Itself, told what was saved; None if nothing was recorded, and nothing need be summed up."""
-    self._record = record
-    if record is None:
-      return None
-    # A number may come back as another type of number than it was saved as.
-    self._dtypes = {path: leaf.dtype for path, leaf in record.leaves.items()}
-    return self
+    self._on_accelerator: dict[str, Any] = {}
+    self._found: list[_Found | concurrent.futures.Future[_Found]] = []
 
   def __call__(self, path: str, value: Any) -> None:
-    """Takes a leaf as it was saved: decoded, and not cast. From any thread; if one comes twice the later counts."""
-    due: dict[str, Any] = {}
+    """Takes a leaf as it was saved: decoded, not cast. From any thread; if one comes twice, the later counts."""
     with self._lock:
-      nbytes = getattr(value, "nbytes", 0)
       if device.is_on_accelerator(value):
-        self._later[path] = value  # one dispatch for all of them
-      elif nbytes <= SMALL_NBYTES:
-        self._small[path] = value
-        if len(self._small) >= _SMALL_BUNCH:
-          due, self._small = self._small, {}
-      else:
-        self._bunch[path] = value
-        self._bunch_nbytes += nbytes
-        if self._bunch_nbytes >= _BUNCH_NBYTES:
-          due, self._bunch, self._bunch_nbytes = self._bunch, {}, 0
-    if due:
-      self._begin(due, small=nbytes <= SMALL_NBYTES)
+        self._on_accelerator[path] = value  # one dispatch for all of them
+        return
+      self._bunch[path] = value
+      self._bunch_nbytes += getattr(value, "nbytes", 0)
+      if self._bunch_nbytes < _BUNCH_NBYTES and len(self._bunch) < _BUNCH_LEAVES:
+        return
+      due, nbytes, place = self._bunch, self._bunch_nbytes, len(self._found)
+      self._bunch, self._bunch_nbytes = {}, 0
+      self._found.append({})
+    self._found[place] = self._begin(due, nbytes)
 
-  def _begin(self, leaves: dict[str, Any], *, small: bool) -> None:
-    """Hashes leaves here, and sums up in the pool what cannot be hashed.
+  def _begin(self, leaves: dict[str, Any], nbytes: int) -> _Found | concurrent.futures.Future[_Found]:
+    """Hashes leaves in this thread, and sums in the pool what cannot be hashed.
 
-    To hash is faster than to hand over: 1 GB read from a disk and hashed took 0.55 s here, 0.60 in two threads, which
-    take turns with the reading one at Python's lock. So do sums of small leaves, which are Python for the most part.
+    Hashing is faster than handing over: reading 1 GB from a disk and hashing it took 0.55 s in one thread and 0.60 s
+    in two, which take turns at Python's lock. The same holds for sums of small leaves, which are mostly Python.
     """
-    taken, hashed = self._take(leaves)
-    found: _Sums | concurrent.futures.Future[_Sums]
-    if small or leaves.keys() <= hashed:
-      found = self._sum(taken, hashed)
-    else:
-      found = self._pool.submit(self._sum, taken, hashed)
-    self._sums.append(found)
+    taken = take_restored(leaves, self._saved_as)
+    hashed = taken.in_parts_of(self._saved)
+    if nbytes < _BUNCH_NBYTES or leaves.keys() <= hashed:
+      return self._sums(taken, hashed)
+    return self._pool.submit(self._sums, taken, hashed)
 
-  def _take(self, leaves: dict[str, Any]) -> tuple[fingerprint.Taken, set[str]]:
-    """Views of leaves, and which of them can be hashed."""
-    assert self._record is not None
-    taken = fingerprint.take(leaves, every_copy=True, saved_as=self._dtypes)
-    return taken, taken.in_parts_of(self._record.leaves)
-
-  @staticmethod
   @transfers_asked_for()
-  def _sum(taken: fingerprint.Taken, hashed: set[str]) -> _Sums:
-    copies, out = taken.copies, {}
+  def _sums(self, taken: Taken, hashed: set[str]) -> _Found:
     tallies = taken.tallies(1, health=False, hashed=hashed)
+    found: _Found = {}
     for path, leaf in taken.leaves.items():
-      is_hash, tally = path in hashed, tallies[path]
-      out[path] = _Found(leaf.dtype, leaf.shape, tally.hash if is_hash else tally.total, copies[path], is_hash)
-    return out
+      saved, number, wanted = self._saved.get(path), tallies[path].total, None
+      if saved is not None and (saved.dtype, saved.shape) == (leaf.dtype, leaf.shape):
+        wanted = saved.total
+        if path in hashed and saved.hash is not None:
+          number, wanted = tallies[path].hash, saved.hash[1]
+        wanted = wanted * leaf.copies & MASK
+      found[path] = number, wanted
+    return found
 
   def finish(self, where: str, together: Together) -> int:
     """Waits for the sums and compares them.
 
     Returns:
-      How many leaves were compared: all that were read; 0 without a record.
+      How many leaves were compared: all that were read.
 
     Raises:
       CorruptCheckpointError: on every process, naming the leaves that are not what was saved.
     """
-    record = self._record
-    if record is None:
-      return 0
     error: Exception | None = None
-    found: _Sums = {}
-    shared: set[str] = set()
+    found: _Found = {}
     try:
-      self._begin(self._bunch, small=False)
-      self._begin(self._small, small=True)
-      for part in self._sums:
+      self._found += [self._begin(self._bunch, self._bunch_nbytes), self._begin(self._on_accelerator, 0)]
+      for part in self._found:
         found |= part if isinstance(part, dict) else part.result()
-      if self._later:
-        found |= self._sum(*self._take(self._later))
-        shared = set(self._later)
     except Exception as e:
       error = e
     together.meet("all processes to verify what they read", error)
-    names = sorted(found)
-    totals = _over_all_processes([0 if n in shared and jax.process_index() else found[n].number for n in names])
-    bad = [name for name, total in zip(names, totals, strict=True) if not _matches(record, name, found[name], total)]
-    # All found the same, unless one of them has a damaged copy of the record.
-    wrong = CorruptCheckpointError(f"{where}: {len(bad)} leaves are not what was saved: {_named(bad)}") if bad else None
+    paths = sorted(found)
+    numbers = [found[path][0] for path in paths]
+    totals = sum_over_processes(np.array(numbers, np.uint64), [path in self._on_accelerator for path in paths])
+    bad = [path for path, total in zip(paths, totals.tolist(), strict=True) if found[path][1] != total]
+    # All processes find the same, unless one has a damaged copy of the record.
+    wrong = CorruptCheckpointError(f"{where}: {_named(bad)}") if bad else None
     together.meet("all processes to compare what they read with what was saved", wrong)
-    return len(names)
+    return len(paths)
 
   def stop(self) -> None:
     """Gives up without comparing."""
     self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _matches(record: Record, name: str, found: _Found, total: int) -> bool:
-  saved = record.leaves.get(name)
-  if saved is None or (saved.dtype, saved.shape) != (found.dtype, found.shape):
-    return False
-  want = saved.hash[1] if found.is_hash and saved.hash else saved.total
-  return want * found.copies & MASK == total
-
-
-def _over_all_processes(sums: Sequence[int]) -> list[int]:
-  if jax.process_count() == 1:
-    return list(sums)
-  # As bytes: jax without x64 would cut 64-bit numbers to 32.
-  mine = np.array(sums, np.uint64).view(np.uint8)
-  everyone = np.asarray(multihost_utils.process_allgather(mine), np.uint8).reshape(jax.process_count(), -1)
-  return [int(n) & MASK for n in everyone.view(np.uint64).sum(axis=0, dtype=np.uint64)]
-
-
-def _named(names: Sequence[str]) -> str:
-  shown = ", ".join(names[:_MAX_NAMED])
-  return shown if len(names) <= _MAX_NAMED else f"{shown} and {len(names) - _MAX_NAMED} more"
+def _named(paths: Sequence[str]) -> str:
+  count = "1 leaf is" if len(paths) == 1 else f"{len(paths)} leaves are"
+  more = f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
+  return f"{count} not what was saved: {', '.join(paths[:_MAX_NAMED])}{more}"

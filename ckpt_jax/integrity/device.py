@@ -1,7 +1,7 @@
-"""The sums of `sums.py` as a jit, for arrays that live on an accelerator: one dispatch for many leaves, no copy.
+"""The sums of `sums.py` as a jit, for arrays on an accelerator: one dispatch for many leaves, no copy.
 
-The result is the same number, to the bit: tests hold the two against each other. GSPMD splits the sum over the devices
-that hold the array, and every process gets the total.
+The result is the same number, to the bit; tests compare the two. GSPMD splits the sum over the devices that hold the
+array, and every process gets the total.
 """
 
 from __future__ import annotations
@@ -17,35 +17,24 @@ from jax import lax
 
 from ckpt_jax.integrity import sums
 
-_AT_ONCE = 64  # leaves in one program: compiling grows with it, dispatching shrinks
+_AT_ONCE = 64  # leaves in one program: more take longer to compile, fewer to dispatch
 
 
 def is_on_accelerator(leaf: Any) -> bool:
-  """Whether a leaf's bits lie in the memory of an accelerator."""
-  if _has_cpu_alone() or not isinstance(leaf, jax.Array) or leaf.size == 0:
-    return False
-  return _is_on_accelerator(leaf.sharding)
-
-
-@functools.cache
-def _has_cpu_alone() -> bool:
-  return jax.default_backend() == "cpu"
+  """Whether a leaf is an array in the memory of an accelerator."""
+  return isinstance(leaf, jax.Array) and leaf.size > 0 and _is_on_accelerator(leaf.sharding)
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_on_accelerator(sharding: jax.sharding.Sharding) -> bool:
-  if sharding.memory_kind in ("pinned_host", "unpinned_host"):
-    return False  # parked in host memory
   one: jax.Device = next(iter(sharding.device_set))
-  return one.platform != "cpu"
+  return one.platform != "cpu" and sharding.memory_kind not in ("pinned_host", "unpinned_host")
 
 
 def dispatch(arrays: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:
-  """Starts the sums of `arrays` and returns what `result` reads, one tuple an array: sum, counts, squares.
+  """Starts the sums of `arrays`, and returns for each what `result` waits for.
 
-  The counts are of non-finite numbers, and of NaNs among them: one array, since each that is fetched takes its time.
-
-  Arrays of one shape, dtype and sharding share programs, so that a model compiles a handful of them once.
+  Arrays of one shape, dtype and sharding share programs, so that a model compiles only a handful.
   """
   groups: dict[Any, list[int]] = {}
   for i, x in enumerate(arrays):
@@ -62,43 +51,43 @@ def dispatch(arrays: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:
 
 
 def result(found: tuple[jax.Array, ...]) -> sums.Tally:
-  """Waits for one array's sums."""
-  tally = sums.Tally()
-  total, counts, squares = (x.addressable_data(0) for x in found)
-  tally.total = int(np.asarray(total))
-  tally.nonfinite, tally.nan = np.asarray(counts).tolist()
-  tally.squares = float(np.asarray(squares))
-  return tally
+  """Waits for the sums of one array."""
+  total, counts, squares = (np.asarray(x.addressable_data(0)) for x in found)
+  nonfinite, nan = counts.tolist()
+  return sums.Tally(int(total), nonfinite=nonfinite, nan=nan, squares=float(squares))
 
 
 @jax.jit
 def _tally_all(arrays: tuple[jax.Array, ...]) -> list[tuple[jax.Array, ...]]:
-  return [_tally(x) for x in arrays]
+  return [(_total(x), *_health(x)) for x in arrays]
 
 
-def _tally(x: jax.Array) -> tuple[jax.Array, ...]:
-  planes, itemsize = _planes(x)
-  if jnp.issubdtype(x.dtype, jnp.inexact):
-    parts = [lax.real(x), lax.imag(x)] if jnp.issubdtype(x.dtype, jnp.complexfloating) else [x]
-    finite = [jnp.isfinite(p) for p in parts]
-    wide = [jnp.where(ok, p, 0).astype(jnp.float32) for ok, p in zip(finite, parts, strict=True)]
-    squares = functools.reduce(jnp.add, [jnp.sum(p * p) for p in wide])
-    bad = [(~ok, jnp.isnan(p)) for ok, p in zip(finite, parts, strict=True)]
-    counts = functools.reduce(jnp.add, [jnp.stack([jnp.sum(b, dtype=jnp.int64) for b in both]) for both in bad])
-  else:
-    counts, squares = jnp.zeros(2, jnp.int64), jnp.zeros((), jnp.float32)
-  shape = x.shape
-  if x.size == 0:
-    return jnp.zeros((), jnp.uint64), counts, squares
-  first = sums.columns_from(shape, itemsize)
-  rows = _mixed(_flat_index(shape[:first]), sums.ROW_SEED)
-  rows = lax.optimization_barrier(rows.reshape(shape[:first] + (1,) * (len(shape) - first)))
+def _health(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """How many numbers are not finite and how many are NaN, in one array to fetch it once; squares of the others."""
+  if not jnp.issubdtype(x.dtype, jnp.inexact):
+    return jnp.zeros(2, jnp.int64), jnp.zeros((), jnp.float32)
+  if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    (counts, squares), (more_counts, more_squares) = _health(lax.real(x)), _health(lax.imag(x))
+    return counts + more_counts, squares + more_squares
+  finite = jnp.isfinite(x)
+  counts = jnp.stack([jnp.sum(bad, dtype=jnp.int64) for bad in (~finite, jnp.isnan(x))])
+  return counts, jnp.sum(jnp.square(jnp.where(finite, x, 0).astype(jnp.float32)))
+
+
+def _total(x: jax.Array) -> jax.Array:
   total = jnp.zeros((), jnp.uint64)
+  if x.size == 0:
+    return total
+  shape = x.shape
+  planes, itemsize = _planes(x)
+  first = sums.columns_from(shape, itemsize)
+  rows = sums.mix(_flat_index(shape[:first]), sums.ROW_SEED)
+  rows = lax.optimization_barrier(rows.reshape(shape[:first] + (1,) * (len(shape) - first)))
   columns = _flat_index(shape[first:]).reshape((1,) * first + shape[first:])
   for offset, plane in planes:
     weights = lax.optimization_barrier(_column_weights(columns * itemsize + offset))
     total += jnp.sum(plane.astype(jnp.uint64) * rows * weights, dtype=jnp.uint64)
-  return total, counts, squares
+  return total
 
 
 def _flat_index(shape: tuple[int, ...]) -> jax.Array:
@@ -108,29 +97,19 @@ def _flat_index(shape: tuple[int, ...]) -> jax.Array:
   return index
 
 
-def _mixed(numbers: jax.Array, seed: int) -> jax.Array:
-  z = (numbers.astype(jnp.uint64) + jnp.uint64(seed << 56)) * jnp.uint64(sums.GOLDEN)
-  z ^= z >> jnp.uint64(30)
-  z *= jnp.uint64(sums.MIX_1)
-  z ^= z >> jnp.uint64(27)
-  z *= jnp.uint64(sums.MIX_2)
-  z ^= z >> jnp.uint64(31)
-  return z | jnp.uint64(1)
-
-
 def _column_weights(byte: jax.Array) -> jax.Array:
-  """What a plane of at most four bytes that begins at this byte of its row counts."""
+  """The weight of a plane of at most four bytes that begins at this byte of its row."""
   word, within = byte // 8, (byte % 8).astype(jnp.uint64)
-  blocks = _mixed(word // sums.BLOCK, sums.BLOCK_SEED)
-  low = blocks * _mixed(word % sums.BLOCK, sums.LOW_SEED) << (8 * within)
-  high = blocks * _mixed(word % sums.BLOCK, sums.HIGH_SEED) << (
+  blocks = sums.mix(word // sums.BLOCK, sums.BLOCK_SEED)
+  low = blocks * sums.mix(word % sums.BLOCK, sums.LOW_SEED) << (8 * within)
+  high = blocks * sums.mix(word % sums.BLOCK, sums.HIGH_SEED) << (
     8 * (jnp.maximum(within, jnp.uint64(4)) - jnp.uint64(4))
   )
   return low + jnp.where(within >= 4, high, jnp.uint64(0))
 
 
 def _planes(x: jax.Array) -> tuple[list[tuple[int, jax.Array]], int]:
-  """The bits of `x` as unsigned arrays of at most four bytes, each with its place in the element; bytes an element."""
+  """The bits of `x` as unsigned arrays of at most four bytes with their offsets in the element; bytes per element."""
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
     real, itemsize = _planes(lax.real(x))
     imag, _ = _planes(lax.imag(x))
@@ -138,12 +117,9 @@ def _planes(x: jax.Array) -> tuple[list[tuple[int, jax.Array]], int]:
   if x.dtype == jnp.bool_:
     return [(0, x.astype(jnp.uint8))], 1
   bits = jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo(x.dtype).bits
-  if bits < 8:
-    unsigned = lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")) if bits in (2, 4) else None
-    if unsigned is None:
-      raise TypeError(f"{x.dtype}: no unsigned type of {bits} bits")
-    return [(0, unsigned.astype(jnp.uint8))], 1
+  if bits < 8 and bits not in (2, 4):
+    raise TypeError(f"{x.dtype}: there is no unsigned type of {bits} bits")
   word = lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
   if bits == 64:
     return [(0, word & jnp.uint64(0xFFFFFFFF)), (4, word >> jnp.uint64(32))], 8
-  return [(0, word)], bits // 8
+  return [(0, word.astype(jnp.uint8) if bits < 8 else word)], -(-bits // 8)

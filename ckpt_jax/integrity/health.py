@@ -1,4 +1,4 @@
-"""Is the state worth keeping? Non-finite values, and norms of its top-level groups, found before or behind a save."""
+"""Is the state worth keeping? Non-finite numbers and norms of its top-level groups, found before or during a save."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ckpt_jax.errors import UnhealthyStateError
-from ckpt_jax.integrity.fingerprint import Taken
+from ckpt_jax.integrity.fingerprint import Taken, sum_over_processes
 from ckpt_jax.integrity.sums import Tally
 
-# Up to this much of a state in host memory is looked at before `save` goes on: BLAS reads some 30 GB/s.
+# Larger states in host memory are not checked before `save` goes on: BLAS reads some 30 GB/s.
 BEFORE_SAVE_NBYTES = 64 << 20
 _MAX_GROUPS = 64
 _MAX_NAMED = 10
-JUMP = 10.0
+JUMP = 10.0  # a norm so many times the median of the steps before is logged
 
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-  """Of a whole state, over all processes.
+  """The health of a whole state, over all processes.
 
   Attributes:
     nonfinite: how many NaN and infinite numbers a leaf holds, by path; leaves without any are left out.
-    norms: Euclidean norm by top-level group (`params`, `opt_state`), without the non-finite numbers.
+    norms: Euclidean norm by top-level group (`params`, `opt_state`) of the finite numbers.
     nan: how many of `nonfinite` are NaN.
-    meant: how many infinities and NaNs the leaves of `nonfinite` may hold, see `meant.Meant`.
+    meant: how many infinities and NaNs each leaf of `nonfinite` may hold, see `meant.Meant`.
   """
 
   nonfinite: dict[str, int]
@@ -42,23 +41,26 @@ class Health:
   @property
   def unexpected(self) -> list[str]:
     """The leaves that hold more than they are meant to."""
-    return [
-      path
-      for path, count in self.nonfinite.items()
-      if count - self.nan.get(path, 0) > self.meant.get(path, (0, 0))[0]
-      or self.nan.get(path, 0) > self.meant.get(path, (0, 0))[1]
-    ]
+    found = []
+    for path, count in self.nonfinite.items():
+      nan = self.nan.get(path, 0)
+      infinities_meant, nan_meant = self.meant.get(path, (0, 0))
+      if count - nan > infinities_meant or nan > nan_meant:
+        found.append(path)
+    return found
 
   @property
   def healthy(self) -> bool:
+    """Whether no leaf holds more non-finite numbers than it is meant to."""
     return not self.unexpected
 
   def to_json(self) -> dict[str, Any]:
+    """What the record of a step holds."""
     norms = {group: norm if math.isfinite(norm) else None for group, norm in self.norms.items()}
     return {"healthy": self.healthy, "nonfinite": self.nonfinite, "norms": norms}
 
   def error(self, where: str) -> UnhealthyStateError:
-    """What `health.nonfinite: refuse` raises; names the leaves."""
+    """The error of `health.nonfinite: refuse`, naming the leaves."""
     unexpected = self.unexpected
     named = [self._described(path) for path in unexpected[:_MAX_NAMED]]
     if len(unexpected) > _MAX_NAMED:
@@ -75,55 +77,48 @@ class Health:
     return f"{found}; {meant[0]} infinities and {meant[1]} NaNs are meant to be there" if any(meant) else found
 
 
-def group_of(path: str) -> str:
-  return path.split("/", 1)[0]
-
-
 def from_tallies(tallies: Mapping[str, Tally]) -> Health:
-  """Health given the totals of all leaves."""
+  """The health of a state, given the totals of all leaves."""
   nonfinite = {path: t.nonfinite for path, t in tallies.items() if t.nonfinite}
   nan = {path: tallies[path].nan for path in nonfinite if tallies[path].nan}
   squares: dict[str, float] = {}
   for path, t in tallies.items():
-    squares[group_of(path)] = squares.get(group_of(path), 0.0) + t.squares
-  if len(squares) > _MAX_GROUPS:  # a flat dict of leaves: no groups
+    group = path.split("/", 1)[0]
+    squares[group] = squares.get(group, 0.0) + t.squares
+  if len(squares) > _MAX_GROUPS:  # a flat dict of leaves has no groups
     squares = {"": sum(squares.values())}
   return Health(nonfinite, {group: math.sqrt(s) for group, s in squares.items() if s}, nan)
 
 
 def before_save(taken: Taken, nbytes: int, *, always: bool) -> Health | None:
-  """The health of a state that is about to be saved, on every process; None if finding out would keep training.
+  """The health of a state that is about to be saved, on every process; None if training would wait too long for it.
 
-  All processes must call it alike. Jobs of many processes always find out: a decision to abort a write that all have
+  All processes call it alike. In jobs of many processes it is always found: a decision to abort a write that all have
   begun would have to travel.
 
   Args:
-    taken: the state.
-    nbytes: its bytes, over all processes.
-    always: find out whatever it takes.
+    taken: views of the state.
+    nbytes: size of the state, over all processes.
+    always: find it however long it takes.
   """
   alone = jax.process_count() == 1
-  if alone and not always and not taken.on_accelerator and nbytes > BEFORE_SAVE_NBYTES:
+  if alone and not always and not taken.on_device and nbytes > BEFORE_SAVE_NBYTES:
     return None
   tallies = taken.tallies(2, fingerprint=False)
   if alone:
     return from_tallies(tallies)
-  shared = taken.counted_by_all
-  names = list(tallies)
-  mine = np.array([[t.nonfinite, t.nan, t.squares] for t in tallies.values()], np.float64).reshape(len(names), 3)
-  mine[[name in shared and jax.process_index() > 0 for name in names]] = 0
-  # As bytes: jax without x64 would cut 64-bit numbers to 32.
-  everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8)
-  total = everyone.reshape(jax.process_count(), len(names), 24).view(np.float64).sum(axis=0)
-  out = {}
-  for name, (count, nan, squares) in zip(names, total, strict=True):
-    out[name] = Tally()
-    out[name].nonfinite, out[name].nan, out[name].squares = int(count), int(nan), float(squares)
-  return from_tallies(out)
+  rows = [[t.nonfinite, t.nan, t.squares] for t in tallies.values()]
+  mine = np.array(rows, np.float64).reshape(len(rows), 3)
+  totals = sum_over_processes(mine, [path in taken.on_device for path in tallies]).tolist()
+  found = {
+    path: Tally(nonfinite=int(nonfinite), nan=int(nan), squares=squares)
+    for path, (nonfinite, nan, squares) in zip(tallies, totals, strict=True)
+  }
+  return from_tallies(found)
 
 
 def jumps(norms: Mapping[str, float], before: Sequence[Mapping[str, float]]) -> dict[str, float]:
-  """How often larger each group's norm is than the median of the steps before; groups that are new are left out."""
+  """The ratio of each group's norm to its median in the steps before; new groups are left out."""
   found = {}
   for group, norm in norms.items():
     past = [n[group] for n in before if n.get(group)]

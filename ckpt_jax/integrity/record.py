@@ -1,8 +1,8 @@
-"""The fingerprints inside a step: written beside Orbax's data before the commit, read again by whoever restores.
+"""The record of a step: fingerprints and health, written beside Orbax's data before the commit, read by every restore.
 
-`default/ckpt_jax.json` holds, for each leaf, dtype, shape and fingerprints, for each small file of the item a digest,
-and what is known of the state's health. Each process sums its own shards behind the write, into a file of its own;
-the process that commits adds them up.
+`default/ckpt_jax.json` holds dtype, shape and fingerprints of each leaf, a digest of each small file of the item, and
+the state's health. Each process sums its own shards behind the write and leaves the result in a file; the process that
+commits adds them up.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.meant import Meant
-from ckpt_jax.integrity.sums import Tally
+from ckpt_jax.integrity.sums import MASK
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents, packing
 from ckpt_jax.layout.handler import PyTreeHandler
+from ckpt_jax.layout.structure import look as look_at
 from ckpt_jax.orbax.format import ARRAY_METADATAS, DEFAULT_ITEM, ITEM_METADATA, SHARDINGS, STEP_METADATA, TEXTS
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.checksums import FILE_KEY, is_intact_file, with_file_digest
@@ -40,83 +41,81 @@ from ckpt_jax.storage import look
 _log = logging.getLogger(__name__)
 FILE = RECORD
 _FORMAT = 1
-_PAST = 5  # steps that a norm is compared with
+_PAST = 5  # steps whose norms are kept to compare with
+# Files that a restore depends on, compared before it reads.
+_NEEDED = (ITEM_METADATA, SHARDINGS, TEXTS, packing.INDEX)
 
 
 @dataclasses.dataclass
 class Recording:
-  """What is recorded of one save.
+  """The record of one save in the making.
 
   Attributes:
-    step: its number.
-    taken: the state.
-    health: if it is known already.
-    judge: says of a state's health what is meant to be there.
-    refuse: abort the write if the state turns out to be unhealthy.
+    taken: views of the state.
+    health: the state's health if known; None until the state is summed.
+    judge: adds to a health what non-finite numbers are meant to be there.
+    refuse: whether an unhealthy state aborts the write.
     where: run and step, for messages.
-    health_told: what `steps()` says of the step's health once it is committed.
-    tallies: what was found; None until then.
-    prints_json: the fingerprints as they are written; empty until all processes are known to have summed up.
+    health_told: what `steps()` reports of the step's health once it is committed.
     writes: whether this process writes arrays, which must be in storage when the step is committed.
+    part: what this process contributes: sums and hashes by path, its own leaves, `writes`; empty until summed.
+    prints_json: the fingerprints of all processes as they are written; empty until complete.
   """
 
-  step: int
   taken: Taken
   health: Health | None
   judge: Callable[[Health], Health]
   refuse: bool
   where: str
   health_told: dict[str, bool]
-  tallies: dict[str, Tally] | None = None
-  prints_json: str = ""
   writes: bool = False
+  part: dict[str, Any] = dataclasses.field(default_factory=dict)
+  prints_json: str = ""
 
   @transfers_asked_for()
   def sum_up(self) -> None:
-    """Goes through the state; takes as long as reading it from memory a few times.
+    """Sums and hashes the state; takes as long as reading it from memory a few times.
 
     Raises:
-      UnhealthyStateError: if the state is unhealthy and that is not wanted.
+      UnhealthyStateError: if the state is unhealthy and `refuse` is set.
     """
-    self.tallies = self.taken.tallies(1, health=self.health is None)
-    self.taken.release()
-    if jax.process_count() > 1:
-      return
-    if self.health is None:
-      self.health = self.judge(health_checks.from_tallies(self.tallies))
-      if self.refuse and not self.health.healthy:
-        raise self.health.error(self.where)
-    self.complete([])  # here, where the arrays are being written still
-
-  def complete(self, others: Iterable[dict[str, Any]]) -> None:
-    """Makes `prints_json`, given what the other processes have found."""
-    if self.prints_json:
-      return
-    mine = self.to_json()
-    totals, hashes = collections.Counter(mine["totals"]), collections.Counter(mine["hashes"])
-    for theirs in others:
-      totals.update(theirs["totals"])
-      hashes.update(theirs["hashes"])
-    prints = self.taken.prints(totals, hashes)
-    leaves = {path: [leaf.dtype, leaf.shape, f"{leaf.total:016x}"] for path, leaf in prints.items()}
-    # Apart from the leaves: versions that did not hash read those.
-    hashed = {path: [leaf.hash[0], f"{leaf.hash[1]:016x}"] for path, leaf in prints.items() if leaf.hash}
-    self.prints_json = f'"leaves": {json.dumps(leaves)}, "hashes": {json.dumps(hashed)}'
-
-  def to_json(self) -> dict[str, Any]:
-    """Sums and hashes of what this process holds, by path; and whether it writes arrays."""
-    assert self.tallies is not None
-    shared = self.taken.counted_by_all if jax.process_index() > 0 else set()
-    mine = {path: tally for path, tally in self.tallies.items() if path not in shared}
-    return {
-      "totals": {path: t.total for path, t in mine.items()},
-      "hashes": {path: t.hash for path, t in mine.items()},
+    tallies = self.taken.tallies(1, health=self.health is None)
+    self.taken.pieces.clear()  # the state's buffers are free again
+    # What is on accelerators is summed over all processes already.
+    mine = {p: t for p, t in tallies.items() if jax.process_index() == 0 or p not in self.taken.on_device}
+    self.part = {
+      "totals": {path: tally.total for path, tally in mine.items()},
+      "hashes": {path: tally.hash for path, tally in mine.items()},
       "own": self.taken.own,
       "writes": self.writes,
     }
+    if jax.process_count() > 1:
+      return
+    if self.health is None:
+      self.health = self.judge(health_checks.from_tallies(tallies))
+      if self.refuse and not self.health.healthy:
+        raise self.health.error(self.where)
+    self.complete([])  # now, while the arrays are still being written
+
+  def complete(self, others: Iterable[dict[str, Any]]) -> None:
+    """Makes `prints_json`, given the parts of the other processes."""
+    if self.prints_json:
+      return
+    totals: collections.Counter[str] = collections.Counter()
+    hashes: collections.Counter[str] = collections.Counter()
+    for part in (self.part, *others):
+      totals.update(part["totals"])
+      hashes.update(part["hashes"])
+    leaves = self.taken.leaves
+    prints = {path: [leaf.dtype, leaf.shape, f"{totals[path] & MASK:016x}"] for path, leaf in leaves.items()}
+    # Apart from the leaves, which versions without hashes read too.
+    hashed = {
+      path: [leaf.part, f"{hashes[path] & MASK:016x}"] for path, leaf in leaves.items() if leaf.part is not None
+    }
+    self.prints_json = f'"leaves": {json.dumps(prints)}, "hashes": {json.dumps(hashed)}'
 
   def check_own(self, others: Sequence[dict[str, Any]]) -> None:
-    """Sees to it that leaves of which each process has one are the same on all: one is saved, and comes back on all.
+    """Checks that leaves of which each process has its own are the same on all, since only process 0's is saved.
 
     Raises:
       CheckpointError: naming those that differ.
@@ -130,8 +129,8 @@ class Recording:
     if differing:
       named = [f"{path} (process {', '.join(map(str, there[:5]))})" for path, there in sorted(differing.items())[:10]]
       raise CheckpointError(
-        f"leaves that are no arrays of the whole job are saved once and must be the same on all processes; other than "
-        f"on process 0 are {', '.join(named)}. Make one array of what each process has "
+        "leaves that are not arrays of the whole job are saved once and must be the same on all processes; different "
+        f"from process 0 are {', '.join(named)}. Make one array of what each process has "
         "(jax.make_array_from_process_local_data), or leave it out"
       )
 
@@ -139,52 +138,46 @@ class Recording:
 def record_of(
   step: int, state: Any, nbytes: int, nonfinite: str, where: str, judge: Callable[[Health], Health]
 ) -> Recording:
-  """What is to be recorded of a state that is about to be saved. All processes call it alike.
+  """The record of a state that is about to be saved. All processes call it alike.
 
   Args:
     step: its number.
     state: what training holds.
-    nbytes: its bytes, over all processes.
+    nbytes: size of the state, over all processes.
     nonfinite: `health.nonfinite`.
     where: run and step, for messages.
-    judge: says of a state's health what is meant to be there.
+    judge: adds to a health what non-finite numbers are meant to be there.
 
   Raises:
-    UnhealthyStateError: if the state is unhealthy, that is not wanted, and could be found out at once.
+    UnhealthyStateError: if the state is found to be unhealthy before the save and `nonfinite` is `refuse`.
   """
-  taken = take(state)
+  del step
+  taken = take(*look_at(state))
   known = None if nonfinite == "ignore" else health_checks.before_save(taken, nbytes, always=nonfinite == "tag")
   if known is not None:
     known = judge(known)
-  if known is not None and not known.healthy:
-    if nonfinite == "refuse":
-      raise known.error(where)
-    _log.warning("%s is tagged unhealthy: non-finite numbers in %s", where, ", ".join(known.unexpected[:10]))
+    if not known.healthy:
+      if nonfinite == "refuse":
+        raise known.error(where)
+      _log.warning("%s is tagged unhealthy: non-finite numbers in %s", where, ", ".join(known.unexpected[:10]))
   # If it is not known yet, it will be before the commit, and an unhealthy state is not committed.
-  told = {} if nonfinite == "ignore" else {"healthy": known is None or known.healthy}
-  return Recording(step, taken, known, judge, nonfinite == "refuse", where, told)
+  reported = {} if nonfinite == "ignore" else {"healthy": known is None or known.healthy}
+  return Recording(taken, known, judge, nonfinite == "refuse", where, reported)
 
 
 @dataclasses.dataclass
 class RecordedSave(ocp.args.CheckpointArgs):
-  """Orbax's arguments of a save, and what is recorded beside it."""
+  """Orbax's arguments of a save, and the record to write beside it."""
 
   args: ocp.args.PyTreeSave
   recording: Recording
 
 
-@dataclasses.dataclass
-class RecordedRestore(ocp.args.CheckpointArgs):
-  """Orbax's arguments of a restore, which goes to its own handler unchanged."""
-
-  args: ocp.args.PyTreeRestore
-
-
 class RecordingHandler(ocp.AsyncCheckpointHandler):
-  """Orbax's PyTree handler, with a record beside each state that it writes."""
+  """Orbax's PyTree handler for saves, which writes a record beside each state; `restore.read` has the restores."""
 
   def __init__(self, inner: PyTreeHandler, past: collections.deque[Mapping[str, float]], meant: Meant):
-    """Wraps `inner`; `past` and `meant` remember norms and more from one save to the next, by whatever handler."""
+    """Wraps `inner`; `past` and `meant` are the history of the run's health, shared by all its handlers."""
     self._inner = inner
     self._past = past
     self._meant = meant
@@ -204,17 +197,16 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
   async def _sum_up(self, recording: Recording, directory: epath.Path) -> None:
     self._inner.wait_until_queued()
     recording.sum_up()
-    _write_part(recording, directory)
+    if jax.process_index() > 0:  # process 0 commits, and has its own part in memory
+      _part(directory, jax.process_index()).write_text(json.dumps(recording.part))
 
-  def save(self, directory: epath.Path, args: RecordedSave) -> None:  # type: ignore[override]
-    self._recording = args.recording
-    self._inner.save(directory, args=args.args)
-    args.recording.writes = self._inner.writes
-    args.recording.sum_up()
-    _write_part(args.recording, directory)
+  def save(self, *args: Any, **kwargs: Any) -> None:
+    """Never called: the manager is opened with async options."""
+    raise NotImplementedError
 
-  def restore(self, directory: epath.Path, args: RecordedRestore | None = None) -> Any:  # type: ignore[override]
-    return self._inner.restore(directory, args=args.args if args else None)
+  def restore(self, *args: Any, **kwargs: Any) -> Any:
+    """Never called: see `restore.read`."""
+    raise NotImplementedError
 
   def metadata(self, directory: epath.Path) -> Any:
     return self._inner.metadata(directory)
@@ -226,7 +218,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
       return
     others = _read_parts(directory)
     recording.check_own(others)
-    writers = [process for process, part in enumerate([{"writes": recording.writes}, *others]) if part["writes"]]
+    writers = [process for process, part in enumerate([recording.part, *others]) if part["writes"]]
     databases.check_written(directory, writers)
     self._inner.finalize(directory)
     if writers:
@@ -245,21 +237,15 @@ def as_item(name: str, one: Any) -> Any:
   return ocp.args.Composite(**{name: one}) if isinstance(one, ocp.args.CheckpointArgs) else {name: one}
 
 
-ocp.args.register_with_handler(RecordingHandler, for_save=True)(RecordedSave)
-ocp.args.register_with_handler(RecordingHandler, for_restore=True)(RecordedRestore)
+ocp.args.register_with_handler(RecordingHandler, for_save=True, for_restore=True)(RecordedSave)
 
 
 def _part(directory: epath.Path, process: int) -> epath.Path:
   return directory / f"ckpt_jax.process_{process}.json"
 
 
-def _write_part(recording: Recording, directory: epath.Path) -> None:
-  if jax.process_index() > 0:  # process 0 commits, and has its own in memory
-    _part(directory, jax.process_index()).write_text(json.dumps(recording.to_json()))
-
-
 def _read_parts(directory: epath.Path) -> list[dict[str, Any]]:
-  """What the processes behind the first have to say."""
+  """The parts of all processes but the first."""
   parts = [_part(directory, i) for i in range(1, jax.process_count())]
   with concurrent.futures.ThreadPoolExecutor(min(16, len(parts) or 1)) as pool:
     return [json.loads(text) for text in pool.map(lambda p: p.read_text(), parts)]
@@ -272,7 +258,7 @@ def _write_record(
   if recording.health is not None:
     norms = recording.health.norms
     found["health"] = recording.health.to_json() | {"jumps": health_checks.jumps(norms, past)}
-    if recording.health_told:  # else whatever the state holds is wanted: the next job that minds looks into this step
+    if recording.health_told:  # under `ignore` nothing is known of what is meant: a later job looks into this step
       found["health"]["meant"] = meant.saved(recording.taken.leaves, recording.health)
     for group, ratio in found["health"]["jumps"].items():
       if ratio > health_checks.JUMP:
@@ -285,37 +271,29 @@ def _write_record(
 
 
 def history() -> collections.deque[Mapping[str, float]]:
+  """The norms of the last few saves of a run, to be filled."""
   return collections.deque(maxlen=_PAST)
-
-
-# Those that a restore depends on, and compares before it reads.
-_NEEDED = (ITEM_METADATA, SHARDINGS, TEXTS, packing.INDEX)
 
 
 def file_digests(item_dir: epath.Path) -> dict[str, str]:
   """Digests, by name, of the item's files that carry no checksum of their own: everything but OCDBT data."""
-  names = [name for name in _NEEDED if (item_dir / name).exists()]
-  folder = item_dir / ARRAY_METADATAS
-  if folder.exists():
-    names += sorted(f"{ARRAY_METADATAS}/{path.name}" for path in folder.iterdir())
+  names = [*_NEEDED, *(f"{ARRAY_METADATAS}/{name}" for name in sorted(look.names(item_dir / ARRAY_METADATAS)))]
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    return dict(zip(names, pool.map(lambda name: _digest(item_dir / name), names), strict=True))
+    found = zip(names, pool.map(lambda name: _digest(item_dir / name), names), strict=True)
+    return {name: digest for name, digest in found if digest is not None}
 
 
 def changed_files(item_dir: epath.Path, record: Record) -> list[str]:
-  """The small files that are gone or not what was written, among those that a restore can do without."""
-
-  def changed(name: str) -> bool:
-    try:
-      return _digest(item_dir / name) != record.files[name]
-    except FileNotFoundError:
-      return True
-
-  return [name for name in record.files if name not in _NEEDED and changed(name)]
+  """Small files that are missing or differ from what was written, among those that a restore can do without."""
+  return [name for name in record.files if name not in _NEEDED and _digest(item_dir / name) != record.files[name]]
 
 
-def _digest(file: epath.Path) -> str:
-  return hashlib.blake2b(look.read_bytes(file), digest_size=8).hexdigest()
+def _digest(file: epath.Path) -> str | None:
+  """The digest of a file; None if it is missing."""
+  try:
+    return hashlib.blake2b(look.read_bytes(file), digest_size=8).hexdigest()
+  except FileNotFoundError:
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +313,7 @@ def read_record(step_dir: epath.Path, item: str | None = None) -> Record | None:
     item: default: the one that holds the training state.
 
   Raises:
-    CorruptCheckpointError: if it must be there and is not, cannot be read, or does not fit the step's files.
+    CorruptCheckpointError: if it is missing although the step was saved with it, damaged, or at odds with the files.
   """
   ours = our_metadata(step_dir)
   item_dir = contents.item_directory(step_dir, item)
@@ -356,37 +334,32 @@ def read_record(step_dir: epath.Path, item: str | None = None) -> Record | None:
     record = Record(leaves, dict(data["files"]), dict(data.get("health") or {}))
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     raise CorruptCheckpointError(f"{file}: damaged ({type(e).__name__}: {e})") from e
-  for name, expected in record.files.items():
-    if name not in _NEEDED:
-      continue
-    try:
-      found = _digest(item_dir / name)
-    except FileNotFoundError:
-      raise CorruptCheckpointError(f"{item_dir / name}: missing") from None
-    if found != expected:
-      raise CorruptCheckpointError(f"{item_dir / name}: its bits are not those that were written")
+  for name in set(_NEEDED) & record.files.keys():
+    if (found := _digest(item_dir / name)) != record.files[name]:
+      why = "missing" if found is None else "its bits are not those that were written"
+      raise CorruptCheckpointError(f"{item_dir / name}: {why}")
   return record
 
 
 @functools.lru_cache(maxsize=256)
 def _dtype(name: Any) -> str:
   if not isinstance(name, str):
-    raise TypeError(f"{name!r:.40} is no dtype")
+    raise TypeError(f"{name!r:.40} is not a dtype")
   if not name.startswith("key<"):
-    jax.numpy.dtype(name)  # raises TypeError for what is none
+    jax.numpy.dtype(name)  # raises TypeError if it is none
   return name
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
   if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
-    raise TypeError(f"{shape!r:.40} is no shape")
+    raise TypeError(f"{shape!r:.40} is not a shape")
   return tuple(shape)
 
 
 def carry_record(old: epath.Path, new: epath.Path) -> None:
-  """Gives `new`, another form of the step `old` with all or some of its leaves, the fingerprints of those leaves.
+  """Writes the record of `new`, another form of the step `old` with all or some of its leaves.
 
-  The fingerprints are those of the original save, so that the copying is checked with everything else.
+  The fingerprints are those of the original save, so that a restore also detects errors of the copying.
   """
   item = contents.item_directory(old)
   try:
@@ -403,8 +376,6 @@ def carry_record(old: epath.Path, new: epath.Path) -> None:
 
 def is_unhealthy(error: BaseException | None) -> UnhealthyStateError | None:
   """The refusal of an unhealthy state among the causes of an error."""
-  while error is not None:
-    if isinstance(error, UnhealthyStateError):
-      return error
+  while error is not None and not isinstance(error, UnhealthyStateError):
     error = error.__cause__ or error.__context__
-  return None
+  return error

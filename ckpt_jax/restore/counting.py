@@ -7,7 +7,7 @@ from collections.abc import Collection
 from etils import epath
 
 from ckpt_jax.config import Config
-from ckpt_jax.integrity.fingerprint import take
+from ckpt_jax.integrity.fingerprint import take_restored
 from ckpt_jax.restore.leaf import AS_SAVED
 from ckpt_jax.restore.read import Reader, Step
 
@@ -26,6 +26,6 @@ def count_nonfinite(step_dir: epath.Path, item: str, names: Collection[str]) -> 
       continue
     plan = step.plan(name, AS_SAVED, {})
     value = plan.finish(reader.read([(plan, None)])[name])
-    tally = take({name: value}, every_copy=True).tallies(1, fingerprint=False)[name]
+    tally = take_restored({name: value}, {}).tallies(1, fingerprint=False)[name]
     found[name] = (tally.nonfinite - tally.nan, tally.nan)
   return found

@@ -133,22 +133,21 @@ class Restorer:
     started = time.perf_counter()
     step_dir = step_path(self._directory, step)
     self._restoring.add(step)
-    verifier = Verifier() if self._config.restore.verify else None
+    verifier: Verifier | None = None
     try:
       with snapshot(step_dir):
         error: Exception | None = None
         ours: dict[str, Any] = {}
         metrics: dict[str, Any] = {}
-        check = None
         try:
           ours, metrics, item, record = self._described(step, request)
           request = dataclasses.replace(request, item=item or None)  # no name: the step is one tree
-          check = verifier.expecting(record) if verifier is not None else None
+          verifier = Verifier(record) if record is not None else None
         except Exception as e:
           error = e
         together.meet("all processes to read what the step says of itself", error)
         settings = self._planner.for_restore(request.like)
-        read = read_state(step_dir, settings, request, together, strategy=strategy, check=check)
+        read = read_state(step_dir, settings, request, together, strategy=strategy, check=verifier)
       jax.block_until_ready(read.state)
       verified = verifier.finish(str(step_dir), together) if verifier is not None else 0
     finally:
@@ -165,7 +164,7 @@ class Restorer:
       read.casts,
       read.initialised,
       verified,
-      "" if verified else "restore.verify is off" if verifier is None else "the step has no fingerprints",
+      "" if verified else "the step has no fingerprints" if self._config.restore.verify else "restore.verify is off",
     )
     _log.info("restored step %d of %s in %.2f s", step, self._directory, report.seconds)
     return Restored(read.state, step, step + 1, metrics, ours.get("extras"), report)

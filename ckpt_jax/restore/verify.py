@@ -329,12 +329,11 @@ class _Check:
       return
     if known is not None:
       saved_as = {path: leaf.dtype for path, leaf in known.leaves.items()}
-      taken = fingerprint.take(leaves, every_copy=True, saved_as=saved_as)
+      taken = fingerprint.take_restored(leaves, saved_as)
       # Their sums, which ask for no particular parts.
       tallies = taken.tallies(min(4, os.cpu_count() or 1), health=False, hashed=())
-      copies = taken.copies
       for path, leaf in taken.leaves.items():
-        self._compare(path, known, leaf.dtype, leaf.shape, tallies[path].total * pow(copies[path], -1, 1 << 64), item)
+        self._compare(path, known, leaf.dtype, leaf.shape, tallies[path].total * pow(leaf.copies, -1, 1 << 64), item)
     self._advance(sum(p.nbytes for p in plans))
 
   def _compare(

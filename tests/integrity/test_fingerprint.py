@@ -16,8 +16,9 @@ from jobs import together
 
 import ckpt_jax as ckpt
 from ckpt_jax.integrity import device, sums
-from ckpt_jax.integrity.fingerprint import take
+from ckpt_jax.integrity.fingerprint import LeafPrint, take, take_restored
 from ckpt_jax.layout import structure
+from ckpt_jax.layout.structure import look
 
 DTYPES = ["float32", "bfloat16", "float16", "int8", "int4", "uint4", "bool", "float8_e4m3fn", "complex64", "uint32"]
 DTYPES += ["float64", "int64", "complex128"]
@@ -31,13 +32,23 @@ def total(array):
 
 
 def leaf_total(leaf):
-  return take({"x": leaf}).tallies(1)["x"].total
+  return views({"x": leaf}).tallies(1)["x"].total
 
 
-def prints(state, **options):
-  taken = take(state, **options)
+def views(state):
+  return take(*look(state))
+
+
+def prints(state):
+  return found_in(views(state))
+
+
+def found_in(taken):
   tallies = taken.tallies(2)
-  return taken.prints({path: t.total for path, t in tallies.items()}, {path: t.hash for path, t in tallies.items()})
+  return {
+    path: LeafPrint(leaf.dtype, leaf.shape, tallies[path].total, (leaf.part, tallies[path].hash))
+    for path, leaf in taken.leaves.items()
+  }
 
 
 def random_bits(rng, shape, dtype):
@@ -125,15 +136,15 @@ def test_numpy_jax_sharded_and_device_sums_are_one_number(dtype):
       assert leaf_total(sharded) == want and leaf_total(jnp.asarray(array)) == want
       on_device = device.result(device.dispatch([sharded])[0])
       assert on_device.total == want
-      host = take({"x": array}).tallies(1)["x"]
+      host = views({"x": array}).tallies(1)["x"]
       assert (on_device.nonfinite, on_device.nan) == (host.nonfinite, host.nan)
 
 
 def test_every_copy_is_counted_where_replicas_may_differ():
   mesh = jax.make_mesh((2,), ("a",))
   x = jax.device_put(np.arange(6.0, dtype=np.float32), NamedSharding(mesh, P()))
-  once, all_copies = take({"x": x}), take({"x": x}, every_copy=True)
-  assert all_copies.copies == {"x": 2}
+  once, all_copies = views({"x": x}), take_restored({"x": x}, {})
+  assert all_copies.leaves["x"].copies == 2
   assert all_copies.tallies(1)["x"].total == 2 * once.tallies(1)["x"].total % 2**64
 
 
@@ -156,7 +167,7 @@ def test_all_kinds_of_leaves_have_their_own_fingerprint():
   assert set(found) == set(state) and len(set(found.values())) == len(state)
   assert found["big_endian"] == prints({"big_endian": np.arange(3, dtype="<i4")})["big_endian"]
   assert prints({"n": np.int32(3)}) != prints({"n": 3})
-  assert prints({"n": np.int32(3)}, saved_as={"n": "int"}) == prints({"n": 3})
+  assert found_in(take_restored({"n": np.int32(3)}, {"n": "int"})) == prints({"n": 3})
 
 
 @settings(max_examples=100, deadline=None)
@@ -189,23 +200,23 @@ def test_leaves_are_hashed_where_they_lie_as_they_were_saved_and_summed_up_elsew
   x = random_bits(np.random.default_rng(0), (8, 6), "float32")
   saved = prints({"x": jax.device_put(x, place(P("a"))), "y": jnp.asarray(x), "n": 1, "z": np.complex128(1j)})
   there = {"x": jax.device_put(x, place(P("a"))), "y": jnp.asarray(x), "n": 1, "z": np.complex128(1j)}
-  again = take(there, every_copy=True)
+  again = take_restored(there, {})
   assert again.in_parts_of(saved) == set(saved)
   tallies = again.tallies(1, health=False, hashed=set(saved))
   assert {path: t.hash for path, t in tallies.items()} == {path: leaf.hash[1] for path, leaf in saved.items()}
   assert not any(t.total for t in tallies.values())  # the sum, which takes five times as long, was not made
   for spec in (P(), P(None, "a")):
-    other = take({"x": jax.device_put(x, place(spec)), "y": x, "new": 1}, every_copy=True)
+    other = take_restored({"x": jax.device_put(x, place(spec)), "y": x, "new": 1}, {})
     assert other.in_parts_of(saved) == {"y"}
     tallies = other.tallies(1, health=False, hashed={"y"})
-    assert tallies["x"].total == saved["x"].total * other.copies["x"] % 2**64 and tallies["x"].hash == 0
+    assert tallies["x"].total == saved["x"].total * other.leaves["x"].copies % 2**64 and tallies["x"].hash == 0
     assert tallies["y"].hash == saved["y"].hash[1] and tallies["y"].total == 0
 
 
 def test_a_buffer_that_is_looked_at_is_not_donated_away():
   x = jax.device_put(np.arange(1 << 16, dtype=np.float32))
   want = leaf_total(x)
-  taken = take({"x": x})
+  taken = views({"x": x})
   y = jax.jit(lambda v: v * 0, donate_argnums=0)(x)
   jax.block_until_ready(y)
   del x

@@ -62,7 +62,7 @@ def test_damage_is_found_where_leaves_are_hashed_and_where_they_are_summed_up(tm
   likes[1]["params"]["w"] = jnp.asarray(np.asarray(likes[1]["params"]["w"]))  # in one part: two were saved
   with ckpt.Checkpointer(tmp_path) as c:
     for like in likes:
-      with pytest.raises(ckpt.CorruptCheckpointError, match="1 leaves are not what was saved: params/w"):
+      with pytest.raises(ckpt.CorruptCheckpointError, match="1 leaf is not what was saved: params/w"):
         c.restore(1, like=like)
       assert c.restore(0, like=like).report.verified == 8
 
@@ -91,7 +91,7 @@ def test_a_step_asked_for_by_number_is_never_replaced_and_the_leaf_is_named(tmp_
   save(tmp_path)
   damage_params(tmp_path, 1)
   with ckpt.Checkpointer(tmp_path) as c:
-    with pytest.raises(ckpt.CorruptCheckpointError, match="1 leaves are not what was saved: params/w"):
+    with pytest.raises(ckpt.CorruptCheckpointError, match="1 leaf is not what was saved: params/w"):
       c.restore(1, like=state(1))
     assert c.latest_step() == 1
   with ckpt.Checkpointer(tmp_path, {"restore": {"on_corruption": "raise"}}) as c:
