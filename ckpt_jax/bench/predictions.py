@@ -101,6 +101,24 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
   return result
 
 
+def merged(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+  """What `run` found, with earlier results of the states and storages that it did not measure."""
+  old, new = before.get("results", {}), found["results"]
+  return {**found, "results": {name: old.get(name, {}) | new.get(name, {}) for name in {**old, **new}}}
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+  """The results as text, a line for each storage, state and compression."""
+  for storage, states in found["results"].items():
+    for state, settings in states.items():
+      for setting, entry in settings.items():
+        figures = ", ".join(
+          f"{key[:-2]} {entry[key]['predicted']:.2f} s predicted, {entry[key]['measured']:.2f} s measured"
+          for key in ("blocking_s", "commit_s", "restore_s")
+        )
+        yield f"{storage}, {state}, compression {setting}: {figures}"
+
+
 @contextlib.contextmanager
 def _storage(name: str, directory: str | None) -> Iterator[tuple[str, Mapping[str, str]]]:
   with contextlib.ExitStack() as stack:

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -68,12 +68,13 @@ class Trials:
     if key not in self._open:
       c = self._open[key] = Checkpointer(self._directory / str(len(self._open)), settings)
       # The first save of a run opens more than the later ones do. Not a tiny one: the room that a compressed step needs
-      # is told from the step before it.
+      # is estimated from the step before it.
       c.save(0, {"warm": np.random.default_rng(0).standard_normal(1 << 18, dtype=np.float32)})
       c.wait()
     return self._open[key]
 
   def close(self) -> None:
+    """Closes every run that was opened."""
     for c in self._open.values():
       with contextlib.suppress(CheckpointError):
         c.close()
@@ -99,28 +100,35 @@ def trials(path: str | os.PathLike[str], state: PyTree) -> Iterator[Trials]:
         parent.rmdir()
 
 
+def spread(sizes: Sequence[int], limit: int) -> list[int]:
+  """Indices of items, spread evenly over their bytes, that take at most `limit` together; all if they do."""
+  total = sum(sizes)
+  if total <= limit:
+    return list(range(len(sizes)))
+  chosen, taken, seen = [], 0, 0
+  for i, nbytes in enumerate(sizes):
+    seen += nbytes
+    if taken + nbytes <= min(limit, seen * limit / total + nbytes / 2):
+      chosen.append(i)
+      taken += nbytes
+  return chosen
+
+
 def bounded(state: PyTree, limit: int) -> PyTree:
   """Whole arrays of `state`, spread evenly over its bytes, that take at most `limit` together; all if they do.
 
-  One array above the limit is cut along its first axis, unless it lies on several devices.
+  If no array is that small, the smallest is cut along its first axis, unless it is on several devices.
   """
   leaves = [(path, x) for path, x in jax.tree_util.tree_leaves_with_path(state) if hasattr(x, "nbytes")]
-  total = sum(x.nbytes for _, x in leaves)
-  if total <= limit:
+  chosen = spread([x.nbytes for _, x in leaves], limit)
+  if len(chosen) == len(leaves):
     return state
-  share = limit / total
-  kept: dict[str, Any] = {}
-  taken = seen = 0.0
-  for path, x in leaves:
-    seen += x.nbytes
-    if taken + x.nbytes <= min(limit, seen * share + x.nbytes / 2):
-      kept[jax.tree_util.keystr(path)] = x
-      taken += x.nbytes
+  kept = dict(leaves[i] for i in chosen)
   if not kept:
     path, x = min(leaves, key=lambda item: item[1].nbytes)
     rows = max(1, math.floor(x.shape[0] * limit / x.nbytes))
-    kept[jax.tree_util.keystr(path)] = x if len(getattr(x, "devices", tuple)()) > 1 else x[:rows]
-  return kept
+    kept[path] = x if len(getattr(x, "devices", tuple)()) > 1 else x[:rows]
+  return {jax.tree_util.keystr(path): x for path, x in kept.items()}
 
 
 def _abstract(x: Any) -> Any:

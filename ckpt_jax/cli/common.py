@@ -1,21 +1,24 @@
-"""What the commands share: arguments, and how they print and fail."""
+"""What the commands share: their options, and how they print, ask and fail."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import difflib
+import functools
+import inspect
 import json
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from ckpt_jax.config.units import size_text
+from ckpt_jax.config import parse_bytes, parse_duration
 
 
 def _run(path: str) -> str:
@@ -29,15 +32,31 @@ def _run(path: str) -> str:
 
 
 Run = Annotated[str, typer.Argument(help="Directory of the run: a path, gs://...", show_default=False, callback=_run)]
-_RICH_ROWS = 300
+Step = Annotated[int, typer.Argument(help="A committed step.", show_default=False)]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before deleting.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_RICH_ROWS = 300
+
+
+def _parsed(parse: Callable[[Any], float], unit: str, *names: str, **settings: Any) -> Any:
+  def convert(value: Any) -> float:
+    try:
+      return parse(value)
+    except ValueError as e:
+      raise typer.BadParameter(str(e)) from None
+
+  return typer.Option(*names, parser=convert, metavar=unit, show_default=False, **settings)
+
+
+duration = functools.partial(_parsed, parse_duration, "DURATION")  # options such as 90s or 2d6h, in seconds
+size = functools.partial(_parsed, parse_bytes, "SIZE")  # options such as 512MiB, in bytes
 
 
 class NearestName(TyperGroup):
-  """Names the nearest command when one is mistyped."""
+  """A group of commands that suggests the nearest one when a name is mistyped."""
 
   def names(self) -> list[str]:
-    """What may be typed."""
+    """The names to choose from."""
     return list(self.commands)
 
   def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -48,39 +67,72 @@ class NearestName(TyperGroup):
     return super().resolve_command(ctx, args)
 
 
-def confirmed(question: str, *, yes: bool, aloud: bool = True) -> bool:
-  """Whether the user agrees to what cannot be undone. Nobody there to ask is wrong usage: exit 2.
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+  """Lets a command take options as a dataclass: each field is an option, declared as a parameter would be."""
+  parameters: list[inspect.Parameter] = []
+  groups: dict[str, type[Any]] = {}
+  for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+    if dataclasses.is_dataclass(parameter.annotation):
+      groups[name] = cast(type[Any], parameter.annotation)
+      parameters += inspect.signature(groups[name], eval_str=True).parameters.values()
+    else:
+      parameters.append(parameter)
+  parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+
+  def call(**values: Any) -> None:
+    for name, group in groups.items():
+      values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+    command(**values)
+
+  call.__name__, call.__doc__ = command.__name__, command.__doc__
+  call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+  call.__annotations__ = {p.name: p.annotation for p in parameters}
+  return call
+
+
+def confirmed(question: str, *, yes: bool, stderr: bool = False) -> bool:
+  """Whether the user agrees to something that cannot be undone. Without anybody to ask it is wrong usage: exit 2.
 
   Args:
-    question: what is asked.
-    yes: whether the command line has answered.
-    aloud: ask on stdout rather than on stderr, which leaves stdout to JSON.
+    question: the question.
+    yes: whether the command line has answered it.
+    stderr: ask on stderr, which leaves stdout to JSON.
   """
   if yes:
     return True
   try:
     if sys.stdin is not None and not sys.stdin.closed:
-      return typer.confirm(question, err=not aloud)
+      return typer.confirm(question, err=stderr)
   except typer.Abort:
     if sys.stdin.isatty():  # Ctrl-C
       raise
-  raise typer.BadParameter("nobody answers on the standard input, and this cannot be undone; agree to it with --yes")
+  raise typer.BadParameter("this cannot be undone, and standard input gives no answer; agree with --yes")
 
 
-def fail(message: str) -> NoReturn:
+def error(message: object) -> None:
+  """Prints an error message on stderr."""
   typer.echo(f"error: {message}", err=True)
+
+
+def fail(message: object) -> NoReturn:
+  """Ends the command with an error message and exit code 1."""
+  error(message)
   raise typer.Exit(1)
 
 
 def console() -> Console:
-  # Into a pipe or file nothing is cut to the width of a terminal that is not there.
+  """A console for tables: as wide as the terminal, and 160 columns where the output is a pipe or a file."""
   return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-  """Rows of plain text under headers. Thousands of rows come as bare columns: rich takes a second for each thousand."""
+  """Prints rows of plain text, under headers if there are any.
+
+  Many rows are printed as bare columns: rich needs a second for a thousand.
+  """
   if len(rows) <= _RICH_ROWS:
-    table = Table(*headers, title=escape(title))
+    columns = [Column(name, overflow="fold") for name in headers or [""] * len(rows[0])]
+    table = Table(*columns, title=escape(title), show_header=bool(headers))
     for row in rows:
       table.add_row(*map(escape, row))
     console().print(table)
@@ -91,14 +143,21 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 
 def print_json(value: Any) -> None:
-  def other(x: Any) -> Any:
+  """Prints a value as JSON: dataclasses as objects, times in ISO 8601."""
+
+  def plain(x: Any) -> Any:
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+      return dataclasses.asdict(x)
     return x.isoformat() if isinstance(x, datetime.datetime) else str(x)
 
-  typer.echo(json.dumps(value, default=other, indent=2))
+  typer.echo(json.dumps(value, default=plain, indent=2))
 
 
 def pairs(values: dict[str, Any]) -> str:
+  """Names and values on one line: `loss=0.5  step=3`."""
   return "  ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
 
 
-size = size_text
+def count(number: int, one: str = "step", many: str = "steps") -> str:
+  """A counted noun: `1 step`, `2 steps`."""
+  return f"{number} {one if number == 1 else many}"

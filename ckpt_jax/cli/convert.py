@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 
-from ckpt_jax.cli.common import fail
+from ckpt_jax.cli.common import count, fail
 
 
 def convert(
   source: Annotated[
     str, typer.Argument(help="Files of flax.training.checkpoints, an Orbax checkpoint, or a run.", show_default=False)
   ],
-  run: Annotated[str, typer.Argument(help="The run that is made: a path, gs://...", show_default=False)],
+  run: Annotated[str, typer.Argument(help="The run to make: a path, gs://...", show_default=False)],
   step: Annotated[
-    int | None, typer.Option(help="Of several the one to convert; for one without a number, the number it gets.")
+    int | None, typer.Option(help="The one of several to convert; the number of one that has none.")
   ] = None,
-  item: Annotated[str | None, typer.Option(help="Of steps with several items, the one that holds the state.")] = None,
+  item: Annotated[str | None, typer.Option(help="The item that holds the state, in steps with several.")] = None,
   config: Annotated[str | None, typer.Option(help="A YAML file with the settings of the new run.")] = None,
 ) -> None:
   """Make checkpoints of flax, or of Orbax without step numbers, steps of a new run, which Checkpointer opens."""
@@ -27,10 +26,10 @@ def convert(
   from ckpt_jax.run.steps import run_directory
 
   settings = None if config is None else load_config(config)
-  done = 0
-  for one in make_steps(source, run, step=step, item=item, config=settings):
-    typer.echo(f"{one.path} -> step {one.step}")
-    done += 1
-  if not done:
+  steps = 0
+  for made in make_steps(source, run, step=step, item=item, config=settings):
+    typer.echo(f"{made.path} -> step {made.step}")
+    steps += 1
+  if not steps:
     fail(f"{source}: nothing to convert")
-  typer.echo(f"{done} step{'s' * (done != 1)} in {os.fspath(run_directory(run))}")
+  typer.echo(f"{count(steps)} in {run_directory(run)}")

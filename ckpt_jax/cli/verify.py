@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ckpt_jax.cli import quarantine
-from ckpt_jax.cli.common import Json, Run, confirmed, fail, print_json, print_table
+from ckpt_jax.cli.common import Json, Run, Yes, confirmed, fail, print_json, print_table
 from ckpt_jax.config.units import size_text
 from ckpt_jax.restore.verify import DELETED, UNREADABLE, Verdict, verdicts
 
@@ -28,27 +27,25 @@ def verify(
 
   columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
   with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-    tasks: dict[int, object] = {}
+    tasks: dict[int, Any] = {}
 
     def show(number: int, done: int, total: int) -> None:
       if number not in tasks:
         tasks[number] = bar.add_task(f"step {number}", total=total)
-      bar.update(tasks[number], completed=done)  # type: ignore[arg-type]
+      bar.update(tasks[number], completed=done)
 
     found = list(verdicts(run, step, show))
   findings = [finding for verdict in found for finding in verdict.findings]
   aside = listed(run_directory(run)) if step is None else []
   if as_json:
     unread = {"leaves": 0, "nbytes": 0, "fingerprints": 0, "how_far": "not read: it does not count", "findings": []}
-    print_json([dataclasses.asdict(v) for v in found] + [unread | a for a in quarantine.as_json(run, aside)])
+    print_json([*found, *(unread | a for a in quarantine.as_json(run, aside))])
   else:
     rows = [(str(v.step), _state(v), str(v.leaves), size_text(v.nbytes), v.how_far) for v in found]
     print_table(("step", "", "leaves", "size", "checked"), rows)
     if findings:
-      print_table(
-        ("step", "kind", "leaf", "file", "what is wrong"),
-        [(str(f.step), f.kind, f.leaf, f.file, f.message) for f in findings],
-      )
+      wrong = [(str(f.step), f.kind, f.leaf, f.file, f.message) for f in findings]
+      print_table(("step", "kind", "leaf", "file", "what is wrong"), wrong)
     quarantine.show(run, aside, in_full=True)
   if findings:
     raise typer.Exit(1)
@@ -62,9 +59,9 @@ def _state(verdict: Verdict) -> str:
 
 def rollback(
   run: Run,
-  step: Annotated[int, typer.Argument(help="The step that shall be the newest.", show_default=False)],
+  step: Annotated[int, typer.Argument(help="The step that becomes the newest.", show_default=False)],
   delete: Annotated[bool, typer.Option("--delete", help="Delete the newer steps for good.")] = False,
-  yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before deleting.")] = False,
+  yes: Yes = False,
   as_json: Json = False,
 ) -> None:
   """Make an older step the newest one; no job may be writing the run."""
@@ -73,10 +70,10 @@ def rollback(
 
   directory = run_directory(run)
   if delete:
-    step_directory(directory, step)  # before the question is asked
-    going = fallback.deleted_by_rollback(directory, step)
-    steps = f"step {going[0]}" if len(going) == 1 else f"steps {', '.join(map(str, going))}"
-    if going and not confirmed(f"Delete {steps} for good?", yes=yes, aloud=not as_json):
+    step_directory(directory, step)  # fails before the question is asked
+    newer = fallback.deleted_by_rollback(directory, step)
+    steps = f"step{'s' * (len(newer) != 1)} {', '.join(map(str, newer))}"
+    if newer and not confirmed(f"Delete {steps} for good?", yes=yes, stderr=as_json):
       fail("nothing deleted")
   newer = fallback.rollback(directory, step, delete=delete)
   if as_json:
@@ -86,4 +83,4 @@ def rollback(
   where = "deleted" if delete else f"in {directory}/.ckpt_jax/set_aside"
   typer.echo(f"step {step} is the newest; newer steps: {names}" + (f" ({where})" if newer else ""))
   if newer and not delete:
-    typer.echo(f"the way back: ckpt-jax restore-quarantined {run} STEP")
+    typer.echo(f"the way back: {quarantine.way_back(run)}")

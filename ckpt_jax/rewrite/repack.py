@@ -9,6 +9,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -17,22 +18,62 @@ from etils import epath
 from ckpt_jax.config import LimitsConfig
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
-from ckpt_jax.layout import packing, reading, writing
+from ckpt_jax.layout import contents, packing, reading, writing
 from ckpt_jax.layout.direct import item_info
 from ckpt_jax.layout.sharding import whole_box
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import ITEM_METADATA, TREE, VALUE, VALUE_TYPE, key_path
 from ckpt_jax.rewrite.copy import copy_leaves, leaf_names
+from ckpt_jax.rewrite.swap import finish_rewrites, rewrite_step
+from ckpt_jax.run.steps import our_metadata, step_directory, step_info
 
 _BATCH_NBYTES = 256 * 2**20  # of values in memory at a time
 
 
-def moving_leaves(item: epath.Path, *, pack: bool) -> dict[str, int]:
-  """Names and bytes of the arrays that lie elsewhere once an item is packed, or is not.
+def repack_step(directory: epath.Path, step: int, *, pack: bool) -> int:
+  """Rewrites a committed step with its small arrays packed, or as an ordinary Orbax checkpoint.
+
+  Returns:
+    How many arrays moved, each compared bit by bit; 0 if the step has the wanted form already.
 
   Raises:
-    CorruptCheckpointError: if the item's metadata cannot be read.
+    NoCheckpointError: if there is no such step.
+    CorruptCheckpointError: if it cannot be read.
+    CheckpointError: if it is not an OCDBT database, is partly packed, or was deleted or saved again meanwhile.
   """
+  finish_rewrites(directory)
+  item = contents.item_directory(step_directory(directory, step))
+  moving = _moving(item, pack=pack)
+  if not moving:
+    return 0
+  if pack and packing.read_index(item):
+    raise CheckpointError(f"{item}: packed already")
+
+  def write(old: epath.Path, new: epath.Path) -> dict[str, Any]:
+    everything = leaf_names(item)
+    staying = [name for name in everything if ".".join(name) not in moving]
+    copy_leaves(item, new / item.name, everything, pause=lambda: None, chunks_of=staying)
+    _move(item, new / item.name, moving, pack=pack)
+    leaves = contents.saved_leaves(old)
+    known = {"nbytes": sum(leaf.nbytes for leaf in leaves), "leaves": len(leaves)}
+    return {"metrics": step_info(directory, step).metrics} | known | our_metadata(old)
+
+  def check(old: epath.Path, new: epath.Path) -> None:
+    # What was copied has been compared by `copy_leaves`.
+    for batch in _batches(moving):
+      before, after = _values(item, batch), _values(new / item.name, batch)
+      for name, value in before.items():
+        other = after[name]
+        if (value.dtype, value.shape) != (other.dtype, other.shape) or value.tobytes() != other.tobytes():
+          raise CorruptCheckpointError(f"{new / item.name}: {name} reads back differently from what was copied")
+
+  if not rewrite_step(directory, step, write, check):
+    raise CheckpointError(f"{directory}: step {step} was deleted or saved again meanwhile")
+  return len(moving)
+
+
+def _moving(item: epath.Path, *, pack: bool) -> dict[str, int]:
+  """Names and bytes of the arrays that packing an item, or unpacking it, moves."""
   index = packing.read_index(item)
   if not pack:
     return {name: packed.nbytes for name, packed in index.items()}
@@ -49,46 +90,10 @@ def moving_leaves(item: epath.Path, *, pack: bool) -> dict[str, int]:
   return {name: nbytes for name, nbytes in sizes.items() if packing.is_small(nbytes)}
 
 
-def repack_item(source: epath.Path, target: epath.Path, *, pack: bool) -> int:
-  """Makes `target` the same state as `source`, packed or not. Returns how many arrays lie elsewhere now.
-
-  Args:
-    source: an item directory, e.g. RUN/STEP/default.
-    target: a directory that does not exist.
-    pack: whether small arrays go into slabs.
-
-  Raises:
-    CheckpointError: if `source` is not an OCDBT database.
-    CorruptCheckpointError: if it cannot be read.
-  """
-  if pack and packing.read_index(source):
-    raise CheckpointError(f"{source}: packed already")
-  moving = moving_leaves(source, pack=pack)
-  everything = leaf_names(source)
-  staying = [name for name in everything if ".".join(name) not in moving]
-  copy_leaves(source, target, everything, pause=lambda: None, chunks_of=staying)
-  _move(source, target, moving, pack=pack)
-  return len(moving)
-
-
 def carry_packed(source: epath.Path, target: epath.Path, names: Collection[str]) -> None:
   """Gives `target`, a copy of some leaves of `source`, those of the leaves `names` that are packed, packed again."""
   index = packing.read_index(source)
   _move(source, target, {name: packed.nbytes for name, packed in index.items() if name in names}, pack=True)
-
-
-def check_moved(source: epath.Path, target: epath.Path, *, pack: bool) -> None:
-  """Compares what moved, bit by bit. What was copied has been compared by its copier.
-
-  Raises:
-    CorruptCheckpointError: naming the array that differs.
-  """
-  for batch in _batches(moving_leaves(source, pack=pack)):
-    old, new = _values(source, batch), _values(target, batch)
-    for name, value in old.items():
-      other = new[name]
-      if (value.dtype, value.shape) != (other.dtype, other.shape) or value.tobytes() != other.tobytes():
-        raise CorruptCheckpointError(f"{target}: {name} reads back differently from what was copied")
 
 
 def _move(source: epath.Path, target: epath.Path, moving: dict[str, int], *, pack: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import datetime
 import logging
 import threading
@@ -14,12 +13,10 @@ import jax
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as ocp_policies
 
-from ckpt_jax.config import ThinConfig
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.job.agreement import from_process_zero
 from ckpt_jax.policies.retention import Retention, RetentionContext
-from ckpt_jax.rewrite.thin import thinned_nbytes
-from ckpt_jax.run.steps import PINS, StepInfo, list_steps, noted_steps, run_directory, step_info, step_path
+from ckpt_jax.run.steps import PINS, StepInfo, noted_steps, step_info, step_path
 
 _log = logging.getLogger(__name__)
 
@@ -149,55 +146,3 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     with self._lock:
       self._known = {step: s for step, s in found.items() if step not in unread} | self._known
     return unread
-
-
-@dataclasses.dataclass(frozen=True)
-class Pruning:
-  """What a prune would do.
-
-  Attributes:
-    steps: all committed steps, oldest first.
-    reasons: step -> the rules that keep it; empty if it goes.
-    over_budget: steps that only the budget removes.
-    thinned: steps that stay, but lose what `thin` does not keep, and their bytes afterwards.
-    notes: remarks for the user.
-  """
-
-  steps: list[StepInfo]
-  reasons: dict[int, tuple[str, ...]]
-  over_budget: frozenset[int]
-  thinned: dict[int, int]
-  notes: tuple[str, ...]
-
-  @property
-  def removed(self) -> list[StepInfo]:
-    return [s for s in self.steps if not self.reasons[s.step]]
-
-  @property
-  def kept_nbytes(self) -> int:
-    """Bytes of all steps afterwards."""
-    return sum(self.thinned.get(s.step, s.nbytes) for s in self.steps if self.reasons[s.step])
-
-  @property
-  def freed_nbytes(self) -> int:
-    return sum(s.nbytes for s in self.steps) - self.kept_nbytes
-
-
-def plan_pruning(path: str, rules: Retention) -> Pruning:
-  """Applies `rules` to the committed steps of a run, as the live policy would; changes nothing.
-
-  Raises:
-    CheckpointError: if a step that is to be thinned cannot be.
-  """
-  steps = list_steps(path)
-  decided = rules.decide(steps)
-  nbytes = {s.step: s.nbytes for s in steps}
-  after: dict[int, int] = {}
-  if isinstance(rules.thin, ThinConfig):
-    directory = run_directory(path)
-    seen: dict[int, int] = {}  # steps of one size have the same leaves
-    for step in sorted(decided.thinned):
-      if nbytes[step] not in seen:
-        seen[nbytes[step]] = thinned_nbytes(step_path(directory, step), rules.thin.keep)
-      after[step] = seen[nbytes[step]]
-  return Pruning(steps, decided.reasons, decided.over_budget, after, decided.notes)

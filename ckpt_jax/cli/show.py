@@ -1,0 +1,106 @@
+"""`ckpt-jax ls`, `show` and `who`: what a run holds, what a step holds, and which process wrote it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ckpt_jax.cli import quarantine
+from ckpt_jax.cli.common import Json, Run, Step, console, count, error, fail, pairs, print_json, print_table
+from ckpt_jax.config.units import size_text
+from ckpt_jax.errors import CorruptCheckpointError
+
+
+def list_steps(
+  run: Run,
+  everything: Annotated[
+    bool, typer.Option("--all", "-a", help="Include steps in quarantine, and those that a rollback has set aside.")
+  ] = False,
+  as_json: Json = False,
+) -> None:
+  """List the committed steps of a run: when, how large, with which metrics."""
+  from ckpt_jax.run.quarantine import listed
+  from ckpt_jax.run.steps import list_readable_steps, run_directory
+
+  directory = run_directory(run)
+  steps, damaged = list_readable_steps(run)
+  aside = listed(directory)
+  if as_json:
+    unread = [
+      {"step": number, "damaged" if isinstance(e, CorruptCheckpointError) else "unreadable": str(e)}
+      for number, e in damaged.items()
+    ]
+    print_json([*steps, *unread, *(quarantine.as_json(run, aside) if everything else [])])
+  elif steps:
+    rows = [
+      [
+        str(s.step),
+        s.time.strftime("%Y-%m-%d %H:%M:%S") if s.time else "?",
+        size_text(s.nbytes),
+        pairs(s.metrics),
+        "yes" if s.resumable else "no, thinned",
+      ]
+      for s in steps
+    ]
+    headers = ["step", "committed (UTC)", "size", "metrics", "training can resume from it"]
+    shown = len(headers) - all(s.resumable for s in steps)
+    print_table(headers[:shown], [row[:shown] for row in rows], title=str(directory))
+  if not (as_json and everything):
+    quarantine.show(run, aside, in_full=everything, err=as_json)
+  for e in damaged.values():
+    error(e)
+  if damaged:
+    raise typer.Exit(1)
+  if not steps:
+    fail(f"{directory}: no committed checkpoint; check the path")
+
+
+def show(
+  run: Run,
+  step: Annotated[int | None, typer.Argument(help="Default: the newest.", show_default=False)] = None,
+  item: Annotated[str | None, typer.Option(help="Of a step with several items. Default: the training state.")] = None,
+  as_json: Json = False,
+) -> None:
+  """Show what a step holds: run metadata, metrics, extras, items, and every leaf with shape, dtype and size."""
+  from ckpt_jax.layout.contents import describe
+
+  found = describe(run, step, item)
+  if as_json:
+    print_json(found)
+    return
+  facts = {k: json.dumps(v) if isinstance(v, (dict, list)) else str(v) for k, v in found.metadata.items()}
+  facts |= {"metrics": pairs(found.metrics), "extras": json.dumps(found.extras)}
+  print_table((), list(facts.items()), title=f"step {found.step}")
+  if [part.name for part in found.items if part.name != "metrics"] != [found.item]:
+    items = [
+      (part.name, part.kind, part.handler, "shown below" if part.name == found.item else f"--item {part.name}")
+      for part in found.items
+    ]
+    print_table(("item", "kind", "handler", ""), items)
+  if found.content is not None:
+    console().print_json(json.dumps(found.content))
+  if found.leaves:
+    leaves = [
+      (leaf.path or "(the state itself)", str(list(leaf.shape)), leaf.dtype, size_text(leaf.nbytes))
+      for leaf in found.leaves
+    ]
+    total = (count(len(leaves), "leaf", "leaves"), "", "", size_text(sum(leaf.nbytes for leaf in found.leaves)))
+    print_table(("leaf", "shape", "dtype", "size"), [*leaves, total])
+
+
+def who(run: Run, step: Step, as_json: Json = False) -> None:
+  """Show how many bytes and chunks each process wrote; exit 1 if two wrote the same chunk."""
+  from ckpt_jax.multihost import who_wrote
+
+  report = who_wrote(run, step)
+  if as_json:
+    print_json(report)
+  else:
+    typer.echo(report.table())
+  empty = [p.process for p in report.processes if p.chunks == 0]
+  if empty and not as_json:
+    error(f"nothing is left of what process {', '.join(map(str, empty))} wrote")
+  if report.overlaps or empty:
+    raise typer.Exit(1)
