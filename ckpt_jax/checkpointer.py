@@ -22,12 +22,11 @@ from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout.sharding import abstract_state
 from ckpt_jax.policies.retention import best_steps
-from ckpt_jax.restore import fallback
 from ckpt_jax.restore.initial import Initialise
-from ckpt_jax.restore.read import Request
-from ckpt_jax.restore.restoring import Restorer
+from ckpt_jax.restore.read import RestoreRequest
+from ckpt_jax.restore.restorer import Restorer
 from ckpt_jax.restore.result import Restored
-from ckpt_jax.restore.strategy import STRATEGIES
+from ckpt_jax.restore.strategies import STRATEGIES
 from ckpt_jax.run import pins
 from ckpt_jax.run.attempts import PREEMPTED
 from ckpt_jax.run.steps import StepInfo, committed_steps, list_steps
@@ -291,7 +290,7 @@ class Checkpointer:
     with self._restoring:
       if self._restorer.is_empty():
         return Restored(init_fn(), None, 0, {}, None, None)
-      return self._restored(None, Request(abstract_state(init_fn), initial=True), self.config.restore.strategy)
+      return self._restored(None, RestoreRequest(abstract_state(init_fn), initial=True), self.config.restore.strategy)
 
   def restore(
     self,
@@ -349,7 +348,7 @@ class Checkpointer:
     strategy = strategy or self.config.restore.strategy
     if strategy not in ("auto", *STRATEGIES):
       raise ConfigError(f"strategy: {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
-    return self._restored(step, Request(like, only, init_missing, cast, item), strategy, healthy=healthy)
+    return self._restored(step, RestoreRequest(like, only, init_missing, cast, item), strategy, healthy=healthy)
 
   @transfers_asked_for()
   def rollback(self, step: int, *, delete: bool = False) -> list[int]:
@@ -373,13 +372,13 @@ class Checkpointer:
     with self._restoring, self._session.lock:
       self._saver.wait()
       with self._run.deleter.paused():
-        later = fallback.rolled_back(self.directory, step, self._restorer.together(), delete=delete)
+        later = self._restorer.rollback(step, delete=delete)
         self._saver.reload()
     return later
 
   # -- inside
 
-  def _restored(self, step: int | None, request: Request, strategy: str, *, healthy: bool = False) -> Restored:
+  def _restored(self, step: int | None, request: RestoreRequest, strategy: str, *, healthy: bool = False) -> Restored:
     with self._restoring:
       restored = self._restorer.restore(step, request, strategy, healthy=healthy)
     with self._session.lock:

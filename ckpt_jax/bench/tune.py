@@ -13,7 +13,7 @@ import ckpt_jax
 from ckpt_jax.bench.trial import bounded, spread, trials
 from ckpt_jax.config import Config
 from ckpt_jax.layout import contents
-from ckpt_jax.restore.read import Request, read_state
+from ckpt_jax.restore.read import RestoreRequest, read_state
 from ckpt_jax.tuning.plan import Plan, make_plan
 from ckpt_jax.tuning.search import Tuned, changed, search, to_yaml
 
@@ -28,7 +28,7 @@ def saved_state(step_dir: epath.Path, limit: int) -> Any:
   leaves = contents.saved_leaves(step_dir)
   names = [leaves[i].path for i in spread([leaf.nbytes for leaf in leaves], limit)]
   # Not through a Checkpointer, which would take over the run: a job may be writing there.
-  return read_state(step_dir, Config(), Request(only=None if len(names) == len(leaves) else names)).state
+  return read_state(step_dir, Config(), RestoreRequest(only=None if len(names) == len(leaves) else names))
 
 
 def synthetic_state() -> tuple[Any, str]:

@@ -65,17 +65,24 @@ def rollback(
   as_json: Json = False,
 ) -> None:
   """Make an older step the newest one; no job may be writing the run."""
-  from ckpt_jax.restore import fallback
+  from ckpt_jax.restore.rollback import deleted_by_rollback, roll_back
   from ckpt_jax.run.steps import run_directory, step_directory
 
   directory = run_directory(run)
   if delete:
+<<<<<<< HEAD
     step_directory(directory, step)  # fails before the question is asked
     newer = fallback.deleted_by_rollback(directory, step)
     steps = f"step{'s' * (len(newer) != 1)} {', '.join(map(str, newer))}"
     if newer and not confirmed(f"Delete {steps} for good?", yes=yes, stderr=as_json):
+=======
+    step_directory(directory, step)  # before the question is asked
+    going = deleted_by_rollback(directory, step)
+    steps = f"step {going[0]}" if len(going) == 1 else f"steps {', '.join(map(str, going))}"
+    if going and not confirmed(f"Delete {steps} for good?", yes=yes, aloud=not as_json):
+>>>>>>> 4db3a2f (A restore reads as its lifecycle (restorer, step, read, strategies, choice); strategies and routes are objects that say how to add one)
       fail("nothing deleted")
-  newer = fallback.rollback(directory, step, delete=delete)
+  newer = roll_back(directory, step, delete=delete)
   if as_json:
     print_json({"step": step, "deleted" if delete else "set_aside": newer})
     return

@@ -15,7 +15,7 @@ from ckpt_jax.checkpointer import Checkpointer
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, NoCheckpointError
 from ckpt_jax.layout.structure import path_name
-from ckpt_jax.restore.read import Request, read_state
+from ckpt_jax.restore.read import RestoreRequest, read_state
 from ckpt_jax.run import foreign
 from ckpt_jax.run.steps import committed_steps, is_step, newest_step, run_directory, step_directory, step_path
 
@@ -122,7 +122,7 @@ def _step(directory: epath.Path, step: int, item: str | None) -> tuple[PyTree, d
 
 
 def _bare(directory: epath.Path, item: str | None) -> tuple[PyTree, dict[str, Any], Any]:
-  return read_state(directory, Config(), Request(item=item)).state, {}, None
+  return read_state(directory, Config(), RestoreRequest(item=item)), {}, None
 
 
 def _flax(path: epath.Path, step: int) -> Source:

@@ -75,6 +75,21 @@ class Together:
       self._told = e
       raise
 
+  def decided(self, what: str, decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on process 0, which alone calls it, on every process; it must fit into JSON.
+
+    Raises:
+      RestoreTimeoutError, CheckpointError: as `meet`; what `decide` raises is raised on every process.
+    """
+    error: BaseException | None = None
+    text = "null"
+    if jax.process_index() == 0:
+      try:
+        text = json.dumps(decide())
+      except Exception as e:
+        error = e
+    return json.loads(self.meet(what, error, text)[0])
+
   def told(self, error: BaseException) -> bool:
     """Whether all processes know of `error` already."""
     return error is self._told

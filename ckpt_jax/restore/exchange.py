@@ -1,18 +1,17 @@
 """Moves arrays between devices, and bytes between hosts, bit for bit: always as unsigned integers.
 
-A sum of floats turns -0.0 into +0.0 and flushes denormals, and a compiler may widen bfloat16 on its way. Where
-something is summed here, all terms but one are zero and all are unsigned.
-
-Programs are compiled once for each (shape, dtype, shardings) and kept for later restores of the process.
+A sum of floats turns -0.0 into +0.0 and flushes denormals, and a compiler may widen bfloat16 on the way. Sums here are
+of unsigned integers of which all but one are zero.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,22 +19,51 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ckpt_jax.restore.routes import axes_by_dim, concrete, primary_mesh, replica_axes
+from ckpt_jax.restore.meshes import concrete, plain_mesh, primary_mesh, replica_axes
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
-_lock = threading.Lock()
-_programs: dict[Any, Any] = {}
+_NARROW = ("int4", "int2", "uint4", "uint2")
 _compile_s: list[float] = []
 
 
-@functools.lru_cache(maxsize=256)
-def plain_mesh(mesh: Mesh) -> Mesh:
-  """The same devices with axes that the compiler may use as it likes, whatever the user's mesh forbids."""
-  return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+def compile_seconds() -> float:
+  """Mean time that a program took to compile so far; a guess before the first."""
+  return sum(_compile_s) / len(_compile_s) if _compile_s else 0.15
+
+
+class Program:
+  """A computation between devices, compiled when it is first needed. All processes of its mesh must call it.
+
+  Attributes:
+    given: shape, dtype and sharding of its argument.
+  """
+
+  def __init__(self, jitted: Any, given: jax.ShapeDtypeStruct):
+    self.given = given
+    self._jitted = jitted
+    self._compiled: Any = None
+    self._lock = threading.Lock()
+
+  @property
+  def is_compiled(self) -> bool:
+    """Whether a call would not have to compile."""
+    return self._compiled is not None
+
+  def compile(self) -> Any:
+    """The executable."""
+    with self._lock:
+      if self._compiled is None:
+        started = time.perf_counter()
+        self._compiled = self._jitted.lower(self.given).compile()
+        _compile_s.append(time.perf_counter() - started)
+      return self._compiled
+
+  def __call__(self, array: jax.Array) -> jax.Array:
+    return self.compile()(array)
 
 
 def relabelled(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-  """The same buffers under another description of where they lie."""
+  """The same buffers under an equivalent sharding."""
   if array.sharding == sharding:
     return array
   # By device: two shardings may list their devices in another order.
@@ -44,76 +72,55 @@ def relabelled(array: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
   return jax.make_array_from_single_device_arrays(array.shape, sharding, pieces, dtype=array.dtype)
 
 
-def compile_seconds() -> float:
-  """What one program took to compile so far, on average; a guess before the first."""
-  return sum(_compile_s) / len(_compile_s) if _compile_s else 0.15
+@functools.cache
+def spread_program(shape: tuple[int, ...], dtype: Any, target: NamedSharding, spec: PartitionSpec) -> Program:
+  """The program that redistributes an array divided by `spec` to `target`."""
+  mesh = plain_mesh(concrete(target))
+  wanted = NamedSharding(mesh, target.spec)
+
+  def exchange(x: Any) -> Any:
+    # Without the barriers the compiler moves the conversions across the exchange.
+    words = jax.lax.optimization_barrier(_as_words(x))
+    words = jax.lax.with_sharding_constraint(words, wanted)
+    return _from_words(jax.lax.optimization_barrier(words), dtype)
+
+  given = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+  return Program(jax.jit(exchange, out_shardings=wanted), given)
 
 
-def is_compiled(shape: tuple[int, ...], dtype: Any, target: NamedSharding, spec: PartitionSpec | None) -> bool:
-  """Whether the program for this exchange is there already; `spec` as in `spread` and `replicate`."""
-  return _key("spread" if spec is not None else "replica", shape, dtype, target, spec) in _programs
+@functools.cache
+def replica_program(shape: tuple[int, ...], dtype: Any, target: NamedSharding) -> Program:
+  """The program that fills all replicas of an array from the first, where the others are zero."""
+  mesh = plain_mesh(concrete(target))
+  sharding = NamedSharding(mesh, target.spec)
+  axes = replica_axes(target.spec, mesh)
+
+  def exchange(x: Any) -> Any:
+    return _from_words(jax.lax.psum(_as_words(x), axes), dtype)
+
+  mapped = jax.shard_map(exchange, mesh=mesh, in_specs=target.spec, out_specs=target.spec, check_vma=False)
+  return Program(jax.jit(mapped, out_shardings=sharding), jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
 
 
-def spread_program(shape: tuple[int, ...], dtype: Any, target: NamedSharding, spec: PartitionSpec) -> Any:
-  """The program that brings an array divided by `spec` to `target`. Compiles it if need be."""
-
-  def build() -> Any:
-    mesh = plain_mesh(concrete(target))
-    given = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-    wanted = NamedSharding(mesh, target.spec)
-
-    def exchange(x: Any) -> Any:
-      # The barriers keep the compiler from moving the conversions across the exchange, which it else does.
-      words = jax.lax.optimization_barrier(_as_words(x))
-      words = jax.lax.with_sharding_constraint(words, wanted)
-      return _from_words(jax.lax.optimization_barrier(words), dtype)
-
-    return jax.jit(exchange, out_shardings=wanted).lower(given).compile()
-
-  return _compiled(_key("spread", shape, dtype, target, spec), build)
+def spread(program: Program, array: jax.Array, target: NamedSharding) -> jax.Array:
+  """Runs a `spread_program` on an array that was read divided."""
+  return relabelled(program(relabelled(array, program.given.sharding)), target)
 
 
-def spread(array: jax.Array, target: NamedSharding, spec: PartitionSpec) -> jax.Array:
-  """An array that was read divided by `spec`, where `target` wants it. All processes of the mesh must call it."""
-  program = spread_program(array.shape, array.dtype, target, spec)
-  given = relabelled(array, NamedSharding(plain_mesh(concrete(target)), spec))
-  return relabelled(program(given), target)
-
-
-def replica_program(shape: tuple[int, ...], dtype: Any, target: NamedSharding) -> Any:
-  """The program that fills all replicas of an array from the first, the others being zero. Compiles it if need be."""
-
-  def build() -> Any:
-    mesh = plain_mesh(concrete(target))
-    sharding = NamedSharding(mesh, target.spec)
-    axes = replica_axes(target.spec, mesh)
-
-    def exchange(x: Any) -> Any:
-      return _from_words(jax.lax.psum(_as_words(x), axes), dtype)
-
-    mapped = jax.shard_map(exchange, mesh=mesh, in_specs=target.spec, out_specs=target.spec, check_vma=False)
-    return (
-      jax.jit(mapped, out_shardings=sharding).lower(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)).compile()
-    )
-
-  return _compiled(_key("replica", shape, dtype, target, None), build)
-
-
-def replicate(shape: tuple[int, ...], dtype: Any, target: NamedSharding, primary: jax.Array | None) -> jax.Array:
-  """An array with all its replicas, from what the processes of the first replica have read.
+def replicate(program: Program, primary: jax.Array | None, target: NamedSharding) -> jax.Array:
+  """Runs a `replica_program` on what the first replica has read.
 
   Args:
-    shape, dtype: of the array.
-    target: where it shall be.
-    primary: the array on `primary_mesh(target)`; None on processes that have no device there.
+    program: the program.
+    primary: the array on `on_primary(target)`; None on processes that have no device there.
+    target: the sharding wanted.
   """
-  program = replica_program(shape, dtype, target)
-  sharding = NamedSharding(plain_mesh(concrete(target)), target.spec)
+  shape, dtype, sharding = program.given.shape, program.given.dtype, program.given.sharding
   held = {} if primary is None else {s.device: s.data for s in primary.addressable_shards}
   local = sharding.shard_shape(shape)
   # Not replicas of each other yet: the program looks at each device's own.
   pieces = [
-    held[d] if d in held else jax.device_put(np.zeros(local, np.dtype(dtype)), d)
+    held[d] if d in held else jax.device_put(np.zeros(local, dtype), d)
     for d in sharding.addressable_devices_indices_map(shape)
   ]
   return relabelled(program(jax.make_array_from_single_device_arrays(shape, sharding, pieces, dtype=dtype)), target)
@@ -136,7 +143,7 @@ def _one_device_each() -> Mesh:
 
 
 def exchange_bytes(mine: Sequence[np.ndarray], sizes: Sequence[Sequence[int]]) -> list[list[np.ndarray]]:
-  """What every process has to give, on all of them. All must call it alike.
+  """Gives every process the bytes of all. All processes call it alike.
 
   Args:
     mine: this process's pieces: uint8, contiguous.
@@ -145,46 +152,40 @@ def exchange_bytes(mine: Sequence[np.ndarray], sizes: Sequence[Sequence[int]]) -
   Returns:
     For each process its pieces, as uint8 views of one buffer.
   """
-  processes = jax.process_count()
+  processes, me = jax.process_count(), jax.process_index()
   loads = [sum(s) for s in sizes]
-  # Gathering sends as much for each as for the one that has most; summing sends everything twice.
-  together = sum(loads) * 2 < processes * max(loads)
-  offsets = np.concatenate([[0], np.cumsum(loads)]) if together else None
-  nbytes = _rounded(sum(loads) if together else max(loads))
+  # A gather sends as much for each process as for the one that has most; a sum sends everything twice.
+  summed = sum(loads) * 2 < processes * max(loads)
+  starts = [0, *itertools.accumulate(loads)] if summed else [0] * processes
+  nbytes = _rounded(sum(loads) if summed else max(loads))
   buffer = np.zeros(nbytes, np.uint8)
-  at = int(offsets[jax.process_index()]) if offsets is not None else 0
+  at = starts[me]
   for piece in mine:
     buffer[at : at + piece.nbytes] = piece
     at += piece.nbytes
-  mesh = _one_device_each()
-  device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
-  sharding = NamedSharding(mesh, PartitionSpec("process"))
-  shape = (processes, nbytes // 4)
-  given = jax.make_array_from_single_device_arrays(
-    shape, sharding, [jax.device_put(buffer.view(np.uint32).reshape(1, -1), device)]
-  )
-  program = _compiled(("bytes", together, nbytes, processes), lambda: _bytes_program(mesh, together, shape, sharding))
-  everything = np.asarray(program(given).addressable_shards[0].data).reshape(-1 if together else (processes, -1))
+  program = _bytes_program(summed, nbytes // 4)
+  device = next(iter(program.given.sharding.addressable_devices))
+  row = jax.device_put(buffer.view(np.uint32).reshape(1, -1), device)
+  given = jax.make_array_from_single_device_arrays(program.given.shape, program.given.sharding, [row])
+  rows = np.asarray(program(given).addressable_shards[0].data).view(np.uint8)
   out = []
-  for p, pieces in enumerate(sizes):
-    flat = everything.view(np.uint8) if together else everything[p].view(np.uint8)
-    at = int(offsets[p]) if offsets is not None else 0
-    mine_of_p = []
-    for size in pieces:
-      mine_of_p.append(flat[at : at + size])
-      at += size
-    out.append(mine_of_p)
+  for process, pieces in enumerate(sizes):
+    row_of = rows[0 if summed else process, starts[process] :]
+    out.append([row_of[end - size : end] for size, end in zip(pieces, itertools.accumulate(pieces), strict=True)])
   return out
 
 
-def _bytes_program(mesh: Mesh, together: bool, shape: tuple[int, int], sharding: NamedSharding) -> Any:
+@functools.cache
+def _bytes_program(summed: bool, words: int) -> Program:
   def exchange(x: Any) -> Any:
-    return jax.lax.psum(x, "process") if together else jax.lax.all_gather(x, "process", tiled=True)
+    return jax.lax.psum(x, "process") if summed else jax.lax.all_gather(x, "process", tiled=True)
 
+  mesh = _one_device_each()
   mapped = jax.shard_map(
     exchange, mesh=mesh, in_specs=PartitionSpec("process"), out_specs=PartitionSpec(), check_vma=False
   )
-  return jax.jit(mapped).lower(jax.ShapeDtypeStruct(shape, jnp.uint32, sharding=sharding)).compile()
+  sharding = NamedSharding(mesh, PartitionSpec("process"))
+  return Program(jax.jit(mapped), jax.ShapeDtypeStruct((jax.process_count(), words), jnp.uint32, sharding=sharding))
 
 
 def _rounded(nbytes: int) -> int:
@@ -199,28 +200,12 @@ def _rounded(nbytes: int) -> int:
 
 
 def _as_words(x: Any) -> Any:
-  if x.dtype == jnp.bool_:
-    return x.astype(jnp.uint8)
-  if np.dtype(x.dtype).name in ("int4", "int2", "uint4", "uint2"):
-    return x.astype(jnp.uint8)  # wraps negative values, and back
+  if x.dtype == jnp.bool_ or np.dtype(x.dtype).name in _NARROW:
+    return x.astype(jnp.uint8)  # negative values wrap, and back
   return jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize])
 
 
 def _from_words(words: Any, dtype: Any) -> Any:
-  if np.dtype(dtype).name in ("bool", "int4", "int2", "uint4", "uint2"):
+  if np.dtype(dtype).name in ("bool", *_NARROW):
     return words.astype(dtype)
   return jax.lax.bitcast_convert_type(words, dtype)
-
-
-def _key(way: str, shape: tuple[int, ...], dtype: Any, target: NamedSharding, spec: PartitionSpec | None) -> Any:
-  given = None if spec is None else axes_by_dim(spec, len(shape))
-  return way, shape, np.dtype(dtype).name, target.mesh, axes_by_dim(target.spec, len(shape)), given
-
-
-def _compiled(key: Any, build: Callable[[], Any]) -> Any:
-  with _lock:
-    if key not in _programs:
-      started = time.perf_counter()
-      _programs[key] = build()
-      _compile_s.append(time.perf_counter() - started)
-    return _programs[key]

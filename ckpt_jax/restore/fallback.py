@@ -1,12 +1,10 @@
-"""Which step a restore takes when the newest cannot be read, and what becomes of those that could not."""
+"""Which step a restore takes when the newest cannot be read, and what happens to the steps that could not be read."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
 
 import jax
 from etils import epath
@@ -19,34 +17,30 @@ from ckpt_jax.errors import (
   StorageError,
   StructureMismatchError,
 )
-from ckpt_jax.run.quarantine import QUARANTINE, SET_ASIDE, damaged_steps, listed, put_aside, remove_aside
+from ckpt_jax.job.waits import Together
+from ckpt_jax.restore.result import Restored
+from ckpt_jax.run.quarantine import QUARANTINE, damaged_steps, listed, put_aside
 from ckpt_jax.run.steps import (
   NOTES,
-  PINS,
   committed_steps,
   is_gone,
   is_step,
   list_readable_steps,
   newest_to_restore,
-  noted_steps,
-  step_directory,
   step_path,
 )
 from ckpt_jax.storage import look
 
-if TYPE_CHECKING:  # a room below
-  from ckpt_jax.job.waits import Together
-
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
 _MOST_GONE, _MOST_REWRITTEN = 30, 3
 _GONE, _REWRITTEN = "gone", "rewritten"
+Attempt = Callable[[int], Restored]
 
 
 def candidates(directory: epath.Path, *, healthy: bool) -> list[int]:
   """The steps that a restore of the newest may take, best first, damaged ones included.
 
-  Newest first, but for thinned ones, from which no training goes on.
+  Newest first, except that thinned steps come last, since training cannot go on from them.
 
   Args:
     directory: the run.
@@ -66,42 +60,22 @@ def candidates(directory: epath.Path, *, healthy: bool) -> list[int]:
 
 
 def damage(directory: epath.Path, step: int) -> CorruptCheckpointError | None:
-  """Why a directory that holds a step is no step any more; None if it is one, or never was."""
+  """What is wrong with a directory that was a committed step and is none now; None if it is one, or never was."""
   return None if is_step(step_path(directory, step)) else damaged_steps(directory).get(step)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sound(Generic[T]):
-  """What was made of a step, and of those that came before it.
-
-  Attributes:
-    found: what was read.
-    failed: newer steps that could not be read, and why.
-    gone: newer steps that were deleted while they were read.
-  """
-
-  found: T
-  failed: dict[int, str]
-  gone: tuple[int, ...]
-
-
 def newest_sound(
-  directory: epath.Path,
-  steps: Callable[[], Sequence[int]],
-  attempt: Callable[[int], T],
-  together: Together,
-  *,
-  fallback: bool,
-) -> Sound[T] | None:
+  directory: epath.Path, steps: Callable[[], Sequence[int]], attempt: Attempt, together: Together, *, fallback: bool
+) -> Restored | None:
   """What `attempt` makes of the newest step that it can read; None if there is no step.
 
-  Newer ones that it cannot read are put into quarantine, but only once an older step was read: where none can be, the
-  fault may lie elsewhere, and nothing is touched. A step that is deleted while it is read (by the retention of a
-  trainer elsewhere, say) is no damaged one: then the newest is looked for again.
+  Newer steps that it cannot read go into quarantine, but only after an older one was read: if none can be, the fault
+  may be elsewhere, and nothing is touched. A step that is deleted while it is read, for example by the retention of a
+  trainer elsewhere, is not damaged: the newest is then looked up again.
 
   Args:
     directory: the run.
-    steps: looks for steps, newest first; the same on all processes.
+    steps: looks up the steps, best first; the same on all processes.
     attempt: reads a step; raises the same error on all processes.
     together: the waits of the restore.
     fallback: whether to go on to older steps; else the first error is raised.
@@ -118,7 +92,7 @@ def newest_sound(
   while waiting:
     step = waiting.pop(0)
     try:
-      found = unless_gone(directory, step, attempt, together)
+      restored = unless_gone(directory, step, attempt, together)
     except NoCheckpointError as e:  # a StepGoneError, or it went before it was begun
       gone.append(step)
       if len(gone) >= _MOST_GONE:
@@ -128,19 +102,19 @@ def newest_sound(
         ) from e
       _log.info("step %d was deleted while it was read; looking for the newest again", step)
       waiting = [s for s in steps() if s not in failed]
-      continue
     except CorruptCheckpointError as e:
       if not fallback or (not failed and not waiting):  # the only one
         raise
       failed[step] = str(e)
       _log.error("step %d cannot be restored (%s); trying the one before", step, e)
-      continue
-    if failed:
-      _quarantine(directory, failed, together)
-      _log.error(
-        "restored step %d in place of %s: see `ckpt-jax ls %s --all`", step, ", ".join(map(str, failed)), directory
-      )
-    return Sound(found, failed, tuple(gone))
+    else:
+      if failed:
+        _quarantine(directory, failed, together)
+        names = ", ".join(map(str, failed))
+        _log.error("restored step %d in place of %s: see `ckpt-jax ls %s --all`", step, names, directory)
+      assert restored.report is not None
+      report = dataclasses.replace(restored.report, quarantined=failed, gone=tuple(gone))
+      return dataclasses.replace(restored, report=report)
   if not failed:
     return None
   reasons = "\n  ".join(f"step {step}: {why}" for step, why in failed.items())
@@ -151,14 +125,14 @@ class StepGoneError(NoCheckpointError):
   """A step was deleted while it was read."""
 
 
-def unless_gone(directory: epath.Path, step: int, attempt: Callable[[int], T], together: Together) -> T:
-  """`attempt(step)`, where an error that came of the step's deletion, or of its rewriting, is told from others.
+def unless_gone(directory: epath.Path, step: int, attempt: Attempt, together: Together) -> Restored:
+  """`attempt(step)`, again if the step was rewritten meanwhile.
 
   Raises:
     StepGoneError: on all processes, if the step was deleted meanwhile.
     CheckpointError: what `attempt` raises.
   """
-  for last in (*[False] * (_MOST_REWRITTEN - 1), True):
+  for attempts_left in reversed(range(_MOST_REWRITTEN)):
     before = look.identity(step_path(directory, step)) if jax.process_index() == 0 else None
     try:
       return attempt(step)
@@ -166,7 +140,7 @@ def unless_gone(directory: epath.Path, step: int, attempt: Callable[[int], T], t
       became = _what_became_of(directory, step, before, together)
       if became == _GONE:
         raise StepGoneError(f"{directory}: step {step} was deleted while it was read") from e
-      if became != _REWRITTEN or last:
+      if became != _REWRITTEN or not attempts_left:
         raise
       _log.info("step %d was rewritten while it was read; reading it again", step)
   raise AssertionError("unreachable")
@@ -174,94 +148,42 @@ def unless_gone(directory: epath.Path, step: int, attempt: Callable[[int], T], t
 
 def _what_became_of(directory: epath.Path, step: int, before: tuple[int, ...] | None, together: Together) -> str:
   """What process 0 sees of a step that could not be read."""
-  became = ""
-  if jax.process_index() == 0:
+
+  def see() -> str:
     try:
       if is_gone(directory, step):
-        became = _GONE
-      elif before != look.identity(step_path(directory, step)):
-        became = _REWRITTEN
-    except (CheckpointError, OSError):  # storage that does not answer: then that is what is wrong
-      pass
-  return together.meet("process 0 to see whether the step is still there", text=became)[0]
+        return _GONE
+      return "" if before == look.identity(step_path(directory, step)) else _REWRITTEN
+    except (CheckpointError, OSError):  # storage that does not answer: the error of the read says so
+      return ""
+
+  return together.decided("process 0 to see whether the step is still there", see)
 
 
 def _quarantine(directory: epath.Path, failed: dict[int, str], together: Together) -> None:
-  if jax.process_index() == 0:
+  def move() -> None:
     try:
       put_aside(directory, failed, QUARANTINE, failed)
-    except CheckpointError as e:  # a run that can only be read is restored all the same
+    except CheckpointError as e:  # a run that is read-only is restored all the same
       _log.warning("%s", e)
-  together.meet("process 0 to put damaged steps into quarantine")
+
+  together.decided("process 0 to put damaged steps into quarantine", move)
 
 
 def refuse_to_start_afresh(directory: epath.Path, together: Together) -> None:
-  """Raises, on all processes, if a run without a step that counts has had one: it must not begin at 0 in silence.
+  """Raises if a run without a step that counts has had one: training must not start at step 0 unnoticed.
 
   Raises:
-    CorruptCheckpointError: naming what there is.
+    CorruptCheckpointError: on all processes, naming the steps in quarantine.
   """
-  error: Exception | None = None
-  if jax.process_index() == 0:
-    try:
-      quarantined = sorted({a.step for a in listed(directory) if a.kind == QUARANTINE})
-      if quarantined:
-        error = CorruptCheckpointError(
-          f"{directory}: no step is left, and steps {quarantined} are in quarantine ({NOTES}/{QUARANTINE}): "
-          f"`ckpt-jax ls {directory} --all` says why, `ckpt-jax restore-quarantined {directory} STEP` puts one back. "
-          "Start in another directory, or remove them to begin afresh"
-        )
-    except Exception as e:
-      error = e
-  together.meet("process 0 to see whether the run is new", error)
 
+  def refuse() -> None:
+    quarantined = sorted({a.step for a in listed(directory) if a.kind == QUARANTINE})
+    if quarantined:
+      raise CorruptCheckpointError(
+        f"{directory}: no step is left, and steps {quarantined} are in quarantine ({NOTES}/{QUARANTINE}): "
+        f"`ckpt-jax ls {directory} --all` says why, `ckpt-jax restore-quarantined {directory} STEP` puts one back. "
+        "Start in another directory, or remove them to begin afresh"
+      )
 
-def rollback(directory: epath.Path, step: int, *, delete: bool = False) -> list[int]:
-  """Makes `step` the newest that counts. To be called by one process; `Checkpointer.rollback` is for running jobs.
-
-  Args:
-    directory: the run.
-    step: a committed step.
-    delete: remove the newer steps for good, those of earlier rollbacks too, rather than set them aside.
-
-  Returns:
-    The newer steps, now set aside or deleted.
-
-  Raises:
-    NoCheckpointError: if there is no such step.
-    CheckpointError: if a newer one is pinned and would be deleted.
-  """
-  step_directory(directory, step)
-  newer = sorted(_newer(directory, step))
-  pinned = noted_steps(directory, PINS) & set(newer)
-  if delete and pinned:
-    raise CheckpointError(f"{directory}: steps {sorted(pinned)} are pinned; unpin them, or roll back without delete")
-  put_aside(directory, newer, SET_ASIDE, dict.fromkeys(newer, f"rolled back to step {step}"))
-  if delete:
-    newer = sorted(set(newer) | set(remove_aside(directory, SET_ASIDE, _set_aside(directory, step))))
-  return newer
-
-
-def deleted_by_rollback(directory: epath.Path, step: int) -> list[int]:
-  """The steps that `rollback(directory, step, delete=True)` would delete."""
-  return sorted(_newer(directory, step) | _set_aside(directory, step))
-
-
-def _newer(directory: epath.Path, step: int) -> set[int]:
-  return {s for s in (*committed_steps(directory), *damaged_steps(directory)) if s > step}
-
-
-def _set_aside(directory: epath.Path, step: int) -> set[int]:
-  return {a.step for a in listed(directory) if a.kind == SET_ASIDE and a.step > step}
-
-
-def rolled_back(directory: epath.Path, step: int, together: Together, *, delete: bool) -> list[int]:
-  """`rollback` for a job: process 0 does it, all know the outcome."""
-  error: Exception | None = None
-  newer: list[int] = []
-  if jax.process_index() == 0:
-    try:
-      newer = rollback(directory, step, delete=delete)
-    except Exception as e:
-      error = e
-  return json.loads(together.meet(f"process 0 to go back to step {step}", error, json.dumps(newer))[0])
+  together.decided("process 0 to see whether the run is new", refuse)

@@ -109,7 +109,7 @@ class LeafPlan:
     return self.convert(self.decode(value))
 
 
-def make_plan(
+def plan_leaf(
   name: str, meta: Any, note: Note | None, like: Any, cast: Any = None, weak: bool | None = None
 ) -> LeafPlan:
   """The plan for a leaf.
@@ -206,7 +206,7 @@ def _as_like(name: str, value: Any, like: Any) -> Any:
     return value if value.sharding == sharding else jax.device_put(value, sharding)
   value = _exact(name, value, like.dtype)
   # Without a sharding it goes to the default device, which `finish_arrays` does for all leaves at once.
-  return value if sharding is None else _put(value, sharding)
+  return value if sharding is None else put(value, sharding)
 
 
 @functools.cache
@@ -218,7 +218,7 @@ def _impl(dtype: Any) -> str:
   return str(dtype).removeprefix("key<").removesuffix(">")
 
 
-def _put(value: np.ndarray, sharding: Sharding) -> jax.Array:
+def put(value: np.ndarray, sharding: Sharding) -> jax.Array:
   return jax.make_array_from_callback(value.shape, sharding, lambda index: to_be_copied(value[index]))
 
 

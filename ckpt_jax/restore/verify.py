@@ -1,14 +1,14 @@
-"""Reads whole steps from storage and says what is wrong with them: `ckpt_jax.verify`, `ckpt-jax verify`."""
+"""Reads whole steps from storage and reports what is wrong with them: `ckpt_jax.verify`, `ckpt-jax verify`."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
-import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,10 @@ from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.integrity import databases, fingerprint, record, sums
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents
-from ckpt_jax.layout.keys import database_name, prefix
-from ckpt_jax.orbax.format import COMMIT_MARKER, ITEM_HANDLERS, ITEM_METADATA, METRICS_ITEM, USE_ZARR3
-from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, make_plan
-from ckpt_jax.restore.read import Reader, Step
+from ckpt_jax.layout.keys import database_name
+from ckpt_jax.orbax.format import COMMIT_MARKER, ITEM_HANDLERS, ITEM_METADATA, METRICS_ITEM
+from ckpt_jax.restore.leaf import LeafPlan
+from ckpt_jax.restore.step import Step
 from ckpt_jax.run import foreign, quarantine, untrusted
 from ckpt_jax.run.steps import (
   committed_steps,
@@ -39,16 +39,15 @@ from ckpt_jax.run.steps import (
   uncounted_steps,
 )
 from ckpt_jax.storage import look
-from ckpt_jax.storage.clients import kvstore_spec
 from ckpt_jax.storage.objects import snapshot
 
-_log = logging.getLogger(__name__)
 _GROUP_NBYTES = 128 << 20  # leaves read together
 _GROUP_LEAVES = 256
 _BLOCK_NBYTES = 64 << 20  # a larger leaf is read in blocks of about this size
 _AT_ONCE = 4  # blocks
 _MOST_UNREADABLE = 3  # leaves that cannot be read, after which the others are not tried
 _UNREAD = "could not be read"
+_METADATA_DAMAGED = "nothing but the metadata, which are damaged"
 UNREADABLE = "unreadable"  # a kind of finding
 DELETED = "deleted while it was read"  # how far a step was checked
 Progress = Callable[[int, int, int], None]
@@ -63,7 +62,7 @@ class Finding:
     kind: `commit` (marker missing), `metadata`, `structure` (an OCDBT database or the tree), `data` (a leaf);
       `unreadable` for what could not be read, which says nothing about what it holds.
     leaf: its path; empty if it is not about one.
-    file: the file, or files, relative to the step, as far as it can be told.
+    file: the file, or files, relative to the step, if they are known.
     message: what is wrong.
   """
 
@@ -88,30 +87,29 @@ class Verdict:
   """
 
   step: int
-  leaves: int
-  nbytes: int
-  fingerprints: int
-  how_far: str
-  findings: tuple[Finding, ...]
+  leaves: int = 0
+  nbytes: int = 0
+  fingerprints: int = 0
+  how_far: str = ""
+  findings: tuple[Finding, ...] = ()
   items: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Checked:
-  """What `Verdict` says, for one item."""
+  """What a Verdict says, for one item."""
 
-  name: str
-  leaves: int
-  nbytes: int
-  fingerprints: int
   how_far: str
+  leaves: int = 0
+  nbytes: int = 0
+  fingerprints: int = 0
 
 
 def verify(run: str | os.PathLike[str], step: int | None = None) -> list[Finding]:
   """Reads a step, or all of a run, from storage and compares it with what was saved. Changes nothing.
 
-  All items, leaf by leaf, in bounded memory. Steps of plain Orbax have no fingerprints: of those it is checked that
-  metadata and databases can be read and each chunk decodes; see `verdicts` for how far each step could be checked.
+  All items, leaf by leaf, in bounded memory. Steps of plain Orbax have no fingerprints: of these it checks that the
+  metadata and databases can be read and that each chunk decodes; `verdicts` reports how far each step was checked.
 
   Args:
     run: the run.
@@ -143,120 +141,118 @@ def verdicts(
     step = step_number(step)
     there = counts(step_path(directory, step)) and step not in uncounted_steps(directory)
     if step not in damaged and not there:
-      step_directory(directory, step)  # raises, naming what there is
+      step_directory(directory, step)  # raises, naming the steps that there are
     steps = [step]
   else:
     steps = sorted({*committed_steps(directory), *damaged})
     if not steps:
       foreign.refuse(directory)
-      latest_committed(directory)  # says that there is none
+      latest_committed(directory)  # raises
   for number in steps:
     if number in damaged:
       finding = Finding(number, "commit", "", "", str(damaged[number]))
-      verdict = Verdict(number, 0, 0, 0, "nothing could be read", (finding,))
+      verdict = Verdict(number, how_far="nothing could be read", findings=(finding,))
     else:
       with snapshot(step_path(directory, number)):
         verdict = _Check(directory, number, progress).verdict()
     if verdict.findings and is_gone(directory, number):
       if step is not None:
         raise NoCheckpointError(f"{directory}: step {step} was deleted while it was read")
-      verdict = Verdict(number, 0, 0, 0, DELETED, ())
+      verdict = Verdict(number, how_far=DELETED)
     yield verdict
 
 
 class _Check:
-  def __init__(self, directory: epath.Path, step: int, progress: Progress):
-    self._step_dir = step_path(directory, step)
-    self._step = step
+  """Checks one step, and collects what is wrong with it."""
+
+  def __init__(self, directory: epath.Path, number: int, progress: Progress):
+    self._directory = step_path(directory, number)
+    self._number = number
     self._progress = progress
     self._findings: list[Finding] = []
-    self._stored: dict[str, str] = {}  # names of the leaves in Orbax's databases
+    self._checked: dict[str, _Checked] = {}
     self._done = 0
     self._total = 0
 
   @transfers_asked_for()
   def verdict(self) -> Verdict:
+    """Reads the step."""
     try:
-      found = self._verdict()
+      self._check()
     except StorageError as e:
       self._unreadable(e)
-      return Verdict(self._step, 0, self._done, 0, _UNREAD, tuple(self._findings))
-    unreadable = any(finding.kind == UNREADABLE for finding in self._findings)
-    return dataclasses.replace(found, how_far="not all of it could be read") if unreadable else found
-
-  def _verdict(self) -> Verdict:
-    trees: list[tuple[str, Step, list[LeafPlan]]] = []
-    checked: list[_Checked] = []
-    try:
-      ours = our_metadata(self._step_dir)
-      state = contents.item_name(self._step_dir) if ours else None  # it must be there, whatever else is
-      parts = contents.items(self._step_dir)
-      self._missing({part.name for part in parts})
+      return Verdict(self._number, nbytes=self._done, how_far=_UNREAD, findings=tuple(self._findings))
     except CorruptCheckpointError as e:
       self._found("metadata", str(e))
-      return Verdict(self._step, 0, 0, 0, "nothing but the metadata, which are damaged", tuple(self._findings))
-    for part in parts:
-      try:
-        if part.kind not in ("tree", "array"):
-          checked.append(self._other(part))
-          continue
-        described = Step(self._step_dir, Config(), part.name)
-        plans = [make_plan(n, m, described.notes.get(n), AS_SAVED) for n, m in described.meta.items()]
-        trees.append((part.name, described, plans))
-      except (ConfigError, CorruptCheckpointError) as e:
-        self._found("metadata", str(e), file=part.name)
-        checked.append(_Checked(part.name, 0, 0, 0, "nothing but the metadata, which are damaged"))
-      except StorageError as e:
-        checked.append(self._unread_item(part.name, e))
-    self._total = sum(plan.nbytes for _, _, plans in trees for plan in plans)
-    checked += [self._tree(name, described, plans, ours if name == state else {}) for name, described, plans in trees]
+      return Verdict(self._number, how_far=_METADATA_DAMAGED, findings=tuple(self._findings))
+    checked = self._checked.values()
+    incomplete = any(finding.kind == UNREADABLE for finding in self._findings)
     return Verdict(
-      self._step,
-      sum(part.leaves for part in checked),
-      sum(part.nbytes for part in checked),
-      sum(part.fingerprints for part in checked),
-      _in_words(checked),
+      self._number,
+      sum(item.leaves for item in checked),
+      sum(item.nbytes for item in checked),
+      sum(item.fingerprints for item in checked),
+      "not all of it could be read" if incomplete else _in_words(self._checked),
       tuple(self._findings),
-      {part.name: part.how_far for part in checked},
+      {name: item.how_far for name, item in self._checked.items()},
     )
 
-  def _tree(self, name: str, described: Step, plans: list[LeafPlan], ours: dict[str, Any]) -> _Checked:
+  def _check(self) -> None:
+    ours = our_metadata(self._directory)
+    state = contents.item_name(self._directory) if ours else None  # it must be there, whatever else is
+    parts = contents.items(self._directory)
+    handlers = step_metadata(self._directory).get(ITEM_HANDLERS)
+    for name in sorted(set(handlers if isinstance(handlers, dict) else ()) - {p.name.split("/")[0] for p in parts}):
+      self._found("structure", "this item was saved, and is not there", file=name)
+    steps = {}
+    for part in parts:
+      with self._item(part.name):
+        if part.kind in ("tree", "array"):
+          steps[part.name] = Step(self._directory, Config(), part.name)
+        else:
+          self._checked[part.name] = self._other(part)
+    plans = {name: [step.plan(leaf) for leaf in step.meta] for name, step in steps.items()}
+    self._total = sum(plan.nbytes for of_item in plans.values() for plan in of_item)
+    for name, step in steps.items():
+      with self._item(name):
+        self._checked[name] = self._tree(step, plans[name], ours if name == state else {})
+
+  @contextlib.contextmanager
+  def _item(self, name: str) -> Iterator[None]:
+    """Notes an error that ends the check of an item, so that the others are checked all the same."""
     try:
-      return self._tree_read(name, described, plans, ours)
+      yield
+    except (ConfigError, CorruptCheckpointError) as e:
+      self._found("metadata", str(e), file=name)
+      self._checked[name] = _Checked(_METADATA_DAMAGED)
     except StorageError as e:
-      return self._unread_item(name, e)
+      self._unreadable(e, file=name)
+      self._checked[name] = _Checked(_UNREAD)
 
-  def _unread_item(self, name: str, error: Exception) -> _Checked:
-    self._unreadable(error, file=name)
-    return _Checked(name, 0, 0, 0, _UNREAD)
-
-  def _tree_read(self, name: str, described: Step, plans: list[LeafPlan], ours: dict[str, Any]) -> _Checked:
-    item = described.item_dir
-    self._stored = {leaf: database_name(path) for leaf, path in described.paths.items()}
-    known = self._files(name, item, ours)
-    if known is not None and set(known.leaves) != {p.name for p in plans}:
-      differ = sorted(set(known.leaves) ^ {p.name for p in plans})
-      self._found("structure", f"leaves that were saved and those that there are differ: {', '.join(differ[:10])}")
-    # One without files of its own was packed with others.
-    large = [p for p in plans if p.nbytes > _GROUP_NBYTES and databases.files_of(item, self._stored[p.name])]
-    reader = Reader(described, Config())
+  def _tree(self, step: Step, plans: list[LeafPlan], ours: dict[str, Any]) -> _Checked:
+    known = self._files(step, ours)
+    if known is not None and (differ := sorted(set(known.leaves) ^ step.meta.keys())):
+      names = ", ".join(differ[:10])
+      self._found("structure", f"the leaves in the step are not those that were saved; they differ in {names}")
+    # A large leaf without files of its own was packed with others.
+    large = [p for p in plans if p.nbytes > _GROUP_NBYTES and databases.files_of(step.item_dir, _stored(step, p.name))]
     for group in _groups([p for p in plans if p not in large]):
-      self._read_group(reader, group, known, item)
+      self._read_group(step, group, known)
     for plan in large:
-      self._read_blocks(plan, known, item)
-    compared = 0 if known is None else sum(p.name in known.leaves for p in plans)
+      self._read_blocks(step, plan, known)
+    nbytes = sum(p.nbytes for p in plans)
     if known is None:
       how_far = "databases and chunks are readable; no fingerprints, so that changed values cannot be told"
-    else:
-      how_far = "all bits compared with what training held"
-    return _Checked(name, len(plans), sum(p.nbytes for p in plans), compared, how_far)
+      return _Checked(how_far, len(plans), nbytes)
+    compared = sum(p.name in known.leaves for p in plans)
+    return _Checked("all bits compared with what training held", len(plans), nbytes, compared)
 
   def _other(self, part: contents.Item) -> _Checked:
-    """What is no tree: JSON must be JSON; of what only its handler knows, each file must at least be readable."""
-    directory = self._step_dir / part.name
+    """An item that is no tree: JSON must be JSON; of one that only its handler knows, each file must be readable."""
+    directory = self._directory / part.name
     if part.kind == "json":
       contents.json_item(directory)
-      return _Checked(part.name, 0, 0, 0, "JSON, read; no fingerprints")
+      return _Checked("JSON, read; no fingerprints")
     if quarantine.holds_arrays(directory):
       raise CorruptCheckpointError(f"{directory}: holds arrays, but its {ITEM_METADATA} is gone")
     files = [file for file in look.files_below(directory) if file.name != COMMIT_MARKER]
@@ -266,29 +262,23 @@ class _Check:
         untrusted.read_json(file)
       nbytes += look.read_through(file, _BLOCK_NBYTES)
     who = f"only its handler{f' ({part.handler})' if part.handler else ''} could tell whether they are sound"
-    return _Checked(part.name, 0, nbytes, 0, f"{len(files)} files read; {who}" if files else "holds no file")
+    return _Checked(f"{len(files)} files read; {who}" if files else "holds no file", nbytes=nbytes)
 
   # -- metadata
 
-  def _missing(self, there: set[str]) -> None:
-    handlers = step_metadata(self._step_dir).get(ITEM_HANDLERS)
-    if isinstance(handlers, dict):
-      for name in sorted(set(handlers) - {name.split("/")[0] for name in there}):
-        self._found("structure", "this item was saved, and is not there", file=name)
-
-  def _files(self, name: str, item: epath.Path, ours: dict[str, Any]) -> record.Record | None:
-    known = None
+  def _files(self, step: Step, ours: dict[str, Any]) -> record.Record | None:
+    """Checks an item's files other than its arrays; `ours` if the item is a state of ours. Returns its record."""
+    known, item = None, step.item_dir
     try:
-      known = record.read_record(self._step_dir, name)
+      known = record.read_record(self._directory, step.item_name)
     except (ConfigError, CorruptCheckpointError) as e:  # the item was there a moment ago
       self._found("metadata", str(e), file=self._below_step(item / record.FILE))
     if known is not None:
       for file in record.changed_files(item, known):
         self._found("metadata", "its bits are not those that were written", file=self._below_step(item / file))
     if ours:
-      places = [self._step_dir, item, self._step_dir / METRICS_ITEM]
-      markers = [place / COMMIT_MARKER for place in places if look.exists(place)]
-      for marker in markers:
+      places = [self._directory, item, self._directory / METRICS_ITEM]
+      for marker in [place / COMMIT_MARKER for place in places if look.exists(place)]:
         if not look.exists(marker):
           self._found("commit", "missing", file=self._below_step(marker))
       self._metrics(ours)
@@ -299,7 +289,7 @@ class _Check:
     return known
 
   def _metrics(self, ours: dict[str, Any]) -> None:
-    file = self._step_dir / METRICS_ITEM / METRICS_ITEM
+    file = self._directory / METRICS_ITEM / METRICS_ITEM
     try:
       same = json.loads(look.read_bytes(file)) == ours.get("metrics")
     except FileNotFoundError:
@@ -313,55 +303,45 @@ class _Check:
 
   # -- leaves
 
-  def _read_group(self, reader: Reader, plans: Sequence[Any], known: record.Record | None, item: epath.Path) -> None:
+  def _read_group(self, step: Step, plans: Sequence[LeafPlan], known: record.Record | None) -> None:
     if sum(finding.kind == UNREADABLE for finding in self._findings) >= _MOST_UNREADABLE:
       return
     try:
-      values = reader.read([(p, None) for p in plans])
+      values = step.read([(p, None) for p in plans])
       leaves = {p.name: p.finish(values[p.name]) for p in plans}
     except Exception as e:
       if len(plans) == 1:
-        self._unread_leaf(plans[0].name, e, item)
+        self._unread_leaf(step, plans[0].name, e)
         self._advance(plans[0].nbytes)
-        return
-      for plan in plans:  # one by one, to tell which
-        self._read_group(reader, [plan], known, item)
+      else:
+        for plan in plans:  # one by one, to find the damaged ones
+          self._read_group(step, [plan], known)
       return
     if known is not None:
       saved_as = {path: leaf.dtype for path, leaf in known.leaves.items()}
+<<<<<<< HEAD
       taken = fingerprint.take_restored(leaves, saved_as)
       # Their sums, which ask for no particular parts.
       tallies = taken.tallies(min(4, os.cpu_count() or 1), health=False, hashed=())
       for path, leaf in taken.leaves.items():
         self._compare(path, known, leaf.dtype, leaf.shape, tallies[path].total * pow(leaf.copies, -1, 1 << 64), item)
+=======
+      taken = fingerprint.take(leaves, every_copy=True, saved_as=saved_as)
+      # Sums rather than hashes, which would need the parts that were hashed when it was saved.
+      tallies = taken.tallies(min(4, os.cpu_count() or 1), health=False, hashed=())
+      for path, leaf in taken.leaves.items():
+        saved = known.leaves.get(path)
+        if saved is not None and (saved.dtype, saved.shape) != (leaf.dtype, leaf.shape):
+          was = f"was saved as {saved.dtype}{list(saved.shape)}"
+          self._leaf(step, path, f"is {leaf.dtype}{list(leaf.shape)}, {was}")
+        else:
+          self._compare(step, path, known, tallies[path].total * pow(taken.copies[path], -1, 1 << 64) & sums.MASK)
+>>>>>>> 4db3a2f (A restore reads as its lifecycle (restorer, step, read, strategies, choice); strategies and routes are objects that say how to add one)
     self._advance(sum(p.nbytes for p in plans))
 
-  def _compare(
-    self, path: str, known: record.Record, dtype: str, shape: tuple[int, ...], total: int, item: epath.Path
-  ) -> None:
-    saved = known.leaves.get(path)
-    if saved is None:
-      return
-    if (saved.dtype, saved.shape) != (dtype, shape):
-      self._leaf(path, f"is {dtype}{list(shape)}, was saved as {saved.dtype}{list(saved.shape)}", item)
-    elif saved.total != total & sums.MASK:
-      self._leaf(path, "its bits are not those that training held when it saved", item)
-
-  def _read_blocks(self, plan: Any, known: record.Record | None, item: epath.Path) -> None:
-    import tensorstore as ts
-
-    described = item / ITEM_METADATA
-    zarr3 = look.exists(described) and json.loads(look.read_bytes(described)).get(USE_ZARR3, False)
-    base = kvstore_spec(str(item).rstrip("/") + "/")
-    if (item / databases.MANIFEST).exists():
-      base = {"driver": "ocdbt", "base": base}
+  def _read_blocks(self, step: Step, plan: LeafPlan, known: record.Record | None) -> None:
     try:
-      root = ts.KvStore.open(base).result()
-      spec = {
-        "driver": "zarr3" if zarr3 else "zarr",
-        "kvstore": (root / prefix(self._stored[plan.name])).spec().to_json(),
-      }
-      store = ts.open(spec, open=True, read=True).result()
+      store = step.store(plan.name)
       tally = sums.Tally()
       blocks = list(_blocks(store))
       for at in range(0, len(blocks), _AT_ONCE):
@@ -370,55 +350,62 @@ class _Check:
           value = np.ascontiguousarray(read.result())
           bits = fingerprint.bits_of(value)
           start = tuple(b[0] for b in block) + (0,) * (bits.ndim - len(block))
-          shape = (*store.shape, *bits.shape[len(block) :])
-          sums.add_block(tally, bits, start, shape)
+          sums.add_block(tally, bits, start, (*store.shape, *bits.shape[len(block) :]))
           self._advance(value.nbytes)
     except Exception as e:
-      self._unread_leaf(plan.name, e, item)
+      self._unread_leaf(step, plan.name, e)
       return
-    saved = known.leaves.get(plan.name) if known is not None else None
-    if saved is not None and saved.total != tally.total:
-      self._leaf(plan.name, "its bits are not those that training held when it saved", item)
+    self._compare(step, plan.name, known, tally.total)
+
+  def _compare(self, step: Step, path: str, known: record.Record | None, total: int) -> None:
+    saved = known.leaves.get(path) if known is not None else None
+    if saved is not None and saved.total != total:
+      self._leaf(step, path, "its bits are not those that training held when it saved")
 
   # -- what was found
 
   def _advance(self, nbytes: int) -> None:
     self._done += nbytes
-    self._progress(self._step, self._done, self._total)
+    self._progress(self._number, self._done, self._total)
 
-  def _unread_leaf(self, path: str, error: Exception, item: epath.Path) -> None:
+  def _unread_leaf(self, step: Step, path: str, error: Exception) -> None:
     if is_unreachable(error):
       self._unreadable(error, path)
     else:
-      self._leaf(path, root_cause(error), item)
+      self._leaf(step, path, root_cause(error))
 
   def _unreadable(self, error: Exception, leaf: str = "", file: str = "") -> None:
     self._found(UNREADABLE, f"{_UNREAD}: {root_cause(error)}", leaf=leaf, file=file)
 
-  def _leaf(self, path: str, message: str, item: epath.Path) -> None:
-    files = databases.files_of(item, self._stored.get(path, path))
-    self._found("data", message, leaf=path, file=", ".join(self._below_step(item / file) for file in files))
+  def _leaf(self, step: Step, path: str, message: str) -> None:
+    files = databases.files_of(step.item_dir, _stored(step, path))
+    self._found("data", message, leaf=path, file=", ".join(self._below_step(step.item_dir / file) for file in files))
 
   def _below_step(self, path: epath.Path) -> str:
-    return str(path)[len(str(self._step_dir)) + 1 :]
+    return str(path)[len(str(self._directory)) + 1 :]
 
   def _found(self, kind: str, message: str, *, leaf: str = "", file: str = "") -> None:
-    self._findings.append(Finding(self._step, kind, leaf, file, message))
+    self._findings.append(Finding(self._number, kind, leaf, file, message))
 
 
-def _in_words(checked: Sequence[_Checked]) -> str:
+def _stored(step: Step, path: str) -> str:
+  """The name of a leaf in Orbax's databases."""
+  return database_name(step.paths[path])
+
+
+def _in_words(checked: Mapping[str, _Checked]) -> str:
   """How far the items of a step could be checked; metrics, which are in the step's JSON too, are left out."""
   by_text: dict[str, list[str]] = {}
-  for part in checked:
-    if part.name != METRICS_ITEM:
-      by_text.setdefault(part.how_far, []).append(part.name)
+  for name, item in checked.items():
+    if name != METRICS_ITEM:
+      by_text.setdefault(item.how_far, []).append(name)
   if len(by_text) < 2:
     return "".join(by_text)
   return "; ".join(f"{', '.join(names)}: {text}" for text, names in by_text.items())
 
 
-def _groups(plans: Sequence[Any]) -> Iterator[list[Any]]:
-  group: list[Any] = []
+def _groups(plans: Sequence[LeafPlan]) -> Iterator[list[LeafPlan]]:
+  group: list[LeafPlan] = []
   nbytes = 0
   for plan in plans:
     if group and (nbytes + plan.nbytes > _GROUP_NBYTES or len(group) >= _GROUP_LEAVES):

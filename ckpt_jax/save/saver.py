@@ -36,7 +36,7 @@ from ckpt_jax.orbax.manager import (
   never_wait_for_hanging_threads,
 )
 from ckpt_jax.orbax.saves import Operation, quietly
-from ckpt_jax.restore.counting import count_nonfinite
+from ckpt_jax.restore.step import count_nonfinite
 from ckpt_jax.run.checksums import with_digest
 from ckpt_jax.run.steps import OURS, committed_steps, is_step, step_path
 from ckpt_jax.save.after_commit import AfterCommit

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.restore import restoring
+from ckpt_jax.restore import restorer
 from ckpt_jax.run.deletion import StepDeleter
 
 mesh = jax.make_mesh((2, jax.device_count() // 2), ("data", "fsdp"))
@@ -36,16 +36,16 @@ with ckpt.Checkpointer(sys.argv[1]) as c:
       c.save(step, state(step), extras=step)
   else:
     if sys.argv[2] == "deleted":
-      read_state = restoring.read_state
+      Step = restorer.Step
 
-      def deleting(step_dir, *arguments, **options):
+      def deleting(step_dir, *arguments):
         if step_dir.name == "1" and jax.process_index() == 0:
           deleter = StepDeleter(c.directory)
           deleter.delete(1)
           deleter.finish()
-        return read_state(step_dir, *arguments, **options)
+        return Step(step_dir, *arguments)
 
-      restoring.read_state = deleting
+      restorer.Step = deleting
     got = c.restore_or_init(lambda: state(0))
     assert got.extras == got.step == got.state["step"]
     for name, leaf in state(got.step).items():

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
 from ckpt_jax.job import waits
-from ckpt_jax.restore import exchange, fetch, read
+from ckpt_jax.restore import exchange, fetch
+from ckpt_jax.restore.step import Step
 
 logging.set_verbosity("error")
 run, mode = sys.argv[1:3]
@@ -71,9 +72,9 @@ elif mode == "count":
       got = c.restore(like=like, strategy=strategy)
       print("read", strategy, rchar() - before, got.report.strategy, flush=True)
       check(got.state)
-    compiled = len(exchange._programs)
+    compiled = len(exchange._compile_s)
     c.restore(like=like, strategy="gather")
-    assert len(exchange._programs) == compiled, "a second restore compiled again"
+    assert len(exchange._compile_s) == compiled, "a second restore compiled again"
 elif mode == "reshard":
   # Saved by rows over all processes; wanted by rows over fewer or more, by columns, and on one device.
   rows = Mesh(np.array(jax.devices()), ("x",))
@@ -97,7 +98,7 @@ elif mode == "words":
       exchange.spread_program((64, 64), dtype, target, P("data", "fsdp")),
       exchange.replica_program((64, 64), dtype, target),
     ):
-      lines = [x for x in program.as_text().splitlines() if " all-" in x or "collective-permute" in x]
+      lines = [x for x in program.compile().as_text().splitlines() if " all-" in x or "collective-permute" in x]
       assert lines and all(f"= u{jnp.dtype(dtype).itemsize * 8}[" in x for x in lines), (dtype, lines)
 elif mode == "absent":
   with ckpt.Checkpointer(run, ckpt.Config(timeouts={"restore": 3})) as c:
@@ -105,12 +106,12 @@ elif mode == "absent":
       expect(ckpt.errors.RestoreTimeoutError, "these did not arrive: 1", lambda: c.restore(like=abstract(state())))
 elif mode == "slow_reader":
   with ckpt.Checkpointer(run, ckpt.Config(timeouts={"restore": 4})) as c:
-    whole = read.Reader.read
+    whole = Step.read
     if me == 1:
-      read.Reader.read = lambda self, *args: time.sleep(9) or whole(self, *args)
+      Step.read = lambda self, *args: time.sleep(9) or whole(self, *args)
     what = "storage to read" if me == 1 else "1"
     expect(ckpt.CheckpointError, what, lambda: c.restore(like=abstract(state()), strategy="gather"))
-    read.Reader.read = whole
+    Step.read = whole
 elif mode == "stuck_exchange":
   with ckpt.Checkpointer(run, ckpt.Config(timeouts={"restore": 6})) as c:
     if me == 1:
@@ -124,16 +125,16 @@ elif mode == "unreadable":
   with ckpt.Checkpointer(run) as c:
     for strategy in ("direct", "gather", "broadcast"):
       if me == 1:
-        whole = read.Reader.read
+        whole = Step.read
 
         def fail(self, *args):
           raise ckpt.CorruptCheckpointError(f"{run}: cannot be read: disk on fire")
 
-        read.Reader.read = fail
+        Step.read = fail
       call = lambda strategy=strategy: c.restore(like=abstract(state()), strategy=strategy)  # noqa: E731
       expect(ckpt.CorruptCheckpointError, "process 1: ", call)
       if me == 1:
-        read.Reader.read = whole
+        Step.read = whole
     like = abstract(state())
     if me == 1:
       like["typo"] = like["w0"]

@@ -11,10 +11,11 @@ from jax.sharding import PartitionSpec as P
 from jobs import together
 
 from ckpt_jax.multihost import launch, who_wrote
+from ckpt_jax.restore import choice as choosing
 from ckpt_jax.restore import fetch
-from ckpt_jax.restore import strategy as choosing
 from ckpt_jax.restore.leaf import LeafPlan
-from ckpt_jax.restore.routes import Totals, plan_routes, spread_spec, totals
+from ckpt_jax.restore.meshes import spread_spec
+from ckpt_jax.restore.strategies import Replica, Route, Spread, Totals, Whole, plan_routes, totals
 
 PROGRAMS = pathlib.Path(__file__).parents[1] / "programs"
 multiprocess = pytest.mark.multiprocess
@@ -142,7 +143,7 @@ def test_array_that_no_axis_divides_by_whole_chunks_is_read_by_one():
   assert spread_spec((64, 64), (64, 64), m, P("fsdp")) is None
   big = leaf((1024, 1024), NamedSharding(m, P("fsdp")), (1024, 1024))
   (route,) = plan_routes([big], "gather", processes=8)
-  assert route.way == "whole" and route.read_nbytes == big.nbytes
+  assert isinstance(route, Whole) and route.read_nbytes == big.nbytes
   assert plan_routes([big], "direct", processes=8)[0].read_nbytes == 8 * big.nbytes
 
 
@@ -163,7 +164,7 @@ def test_sharded_array_without_replicas_goes_direct():
   m = mesh(8)
   x = leaf((1024, 1024), NamedSharding(m, P("data")), (128, 1024))
   for strategy in ("gather", "broadcast"):
-    assert plan_routes([x], strategy, processes=8)[0].way == "direct"
+    assert plan_routes([x], strategy, processes=8)[0].moves is False
 
 
 def test_tiny_arrays_are_read_by_all_while_that_costs_little():
@@ -171,9 +172,9 @@ def test_tiny_arrays_are_read_by_all_while_that_costs_little():
   big = leaf((4096, 1024), NamedSharding(m, P()), (1024, 1024))
   tiny = [leaf((10,), NamedSharding(m, P()), (10,), name=f"b{i}") for i in range(20)]
   routes = plan_routes([big, *tiny], "gather", processes=4)
-  assert [r.way for r in routes] == ["spread"] + ["direct"] * 20
+  assert [type(r) for r in routes] == [Spread] + [Route] * 20
   routes = plan_routes(tiny, "gather", processes=4)  # nothing else there to hide behind
-  assert {r.way for r in routes} == {"whole"}
+  assert {type(r) for r in routes} == {Whole}
   assert totals(routes).read_nbytes < 1.05 * sum(x.nbytes for x in tiny)
 
 
@@ -181,7 +182,7 @@ def test_broadcast_reads_on_the_first_replica_only():
   m = mesh(4, 2)
   x = leaf((1024, 1024), NamedSharding(m, P("fsdp")), (512, 1024))
   (route,) = plan_routes([x], "broadcast", processes=8)
-  assert route.way == "replica" and route.read_nbytes == x.nbytes and route.most_nbytes == x.nbytes / 2
+  assert isinstance(route, Replica) and route.read_nbytes == x.nbytes and route.most_nbytes == x.nbytes / 2
 
 
 def test_parts_stay_below_the_bound_and_hold_every_leaf_once():
@@ -191,9 +192,9 @@ def test_parts_stay_below_the_bound_and_hold_every_leaf_once():
   for bound in (1, 4 * 2**20, 2**40):
     parts = fetch.divide(routes, bound)
     for part in parts[:-1]:
-      assert sum(r.plan.nbytes for r in part.routes) <= max(bound, 3 * 2**20)
-    assert sorted(r.plan.name for part in parts for r in part.routes) == sorted(r.plan.name for r in routes)
-    assert not parts[-1].exchanges
+      assert sum(r.plan.nbytes for r in part) <= max(bound, 3 * 2**20)
+    assert sorted(r.plan.name for part in parts for r in part) == sorted(r.plan.name for r in routes)
+    assert not fetch.moves(parts[-1])
 
 
 COPIES = {
@@ -209,23 +210,22 @@ def speeds(storage, scales=False, one_host=False, network=1e9):
 
 
 def test_auto_gathers_from_slow_shared_storage_and_says_why():
-  choice = choosing.choose(COPIES, 100e6, speeds(50e6), NO_COMPILE, 4)
+  choice = choosing.choose(COPIES, 100e6, speeds(50e6), NO_COMPILE)
   assert choice.strategy == "gather"
   assert choice.predicted["direct"] == pytest.approx(8.0) and choice.predicted["gather"] < 2.2
   assert "4.00 copies" in choice.why and "50 MB/s in all" in choice.why
 
 
 def test_auto_reads_direct_where_nothing_is_to_be_gained():
-  assert choosing.choose(COPIES, 100e6, speeds(2e9, one_host=True), NO_COMPILE, 4).strategy == "direct"
-  assert choosing.choose(COPIES, 100e6, speeds(50e6, network=5e6), NO_COMPILE, 4).strategy == "direct"
+  assert choosing.choose(COPIES, 100e6, speeds(2e9, one_host=True), NO_COMPILE).strategy == "direct"
+  assert choosing.choose(COPIES, 100e6, speeds(50e6, network=5e6), NO_COMPILE).strategy == "direct"
   one = {**COPIES, "direct": Totals(100e6, 25e6, 0)}
-  assert "read once anyhow" in choosing.choose(one, 100e6, speeds(50e6), NO_COMPILE, 4).why
-  assert choosing.choose(COPIES, 100e6, speeds(50e6), NO_COMPILE, 1).strategy == "direct"
+  assert "read once anyhow" in choosing.choose(one, 100e6, speeds(50e6), NO_COMPILE).why
 
 
 def test_auto_counts_what_is_still_to_be_compiled():
   slow = {"direct": 0.0, "gather": 30.0, "broadcast": 30.0}
-  assert choosing.choose(COPIES, 100e6, speeds(50e6), slow, 4).strategy == "direct"
+  assert choosing.choose(COPIES, 100e6, speeds(50e6), slow).strategy == "direct"
 
 
 def test_what_several_readers_saw_tells_whether_storage_grows_with_them():
@@ -249,5 +249,5 @@ def test_what_a_restore_saw_is_kept_unless_it_tells_nothing(tmp_path, monkeypatc
 
 
 def test_storage_that_grows_with_its_readers_is_predicted_so():
-  choice = choosing.choose(COPIES, 100e6, speeds(50e6, scales=True), NO_COMPILE, 4)
+  choice = choosing.choose(COPIES, 100e6, speeds(50e6, scales=True), NO_COMPILE)
   assert choice.predicted["direct"] == pytest.approx(2.0) and choice.predicted["gather"] < 0.7

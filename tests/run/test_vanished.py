@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import ckpt_jax as ckpt
 from ckpt_jax.cli.app import app
 from ckpt_jax.layout import contents
-from ckpt_jax.restore import fallback, restoring
+from ckpt_jax.restore import fallback, restorer
 from ckpt_jax.restore import verify as verification
 from ckpt_jax.rewrite.swap import rewrite_step
 from ckpt_jax.run import steps as run
@@ -94,12 +94,12 @@ def test_evaluator_beside_a_trainer_that_keeps_one_step_reads_the_newest_every_t
 def test_newest_step_that_is_deleted_while_it_is_read_gives_way_to_the_next(tmp_path, monkeypatch):
   save(tmp_path, 0, 1, 2)
   with ckpt.Checkpointer(tmp_path) as c:
-    before(monkeypatch, restoring, "read_state", lambda: delete(tmp_path, 2))
+    before(monkeypatch, restorer, "Step", lambda: delete(tmp_path, 2))
     restored = c.restore(like=state(0))
     assert restored.step == 1 and restored.extras == {"at": 1} and np.all(restored.state["w"] == 1)
     assert restored.report.gone == (2,) and not restored.report.quarantined
     # What the deletion takes first is what says which extras there were.
-    before(monkeypatch, restoring, "read_record", lambda: delete(tmp_path, 1))
+    before(monkeypatch, restorer, "read_record", lambda: delete(tmp_path, 1))
     restored = c.restore(like=state(0))
     assert restored.step == 0 and restored.extras == {"at": 0}
     assert not (tmp_path / ".ckpt_jax" / "quarantine").exists()
@@ -110,12 +110,12 @@ def test_step_asked_for_by_number_that_is_deleted_meanwhile_is_no_checkpoint(tmp
   with ckpt.Checkpointer(tmp_path) as c:
     with pytest.raises(ckpt.NoCheckpointError, match=r"no committed step 7; committed steps: 0, 1"):
       c.restore(7)
-    before(monkeypatch, restoring, "read_state", lambda: delete(tmp_path, 1))
+    before(monkeypatch, restorer, "Step", lambda: delete(tmp_path, 1))
     with pytest.raises(ckpt.NoCheckpointError, match="step 1 was deleted while it was read"):
       c.restore(1, like=state(1))
     save(tmp_path / "other", 0)
   with ckpt.Checkpointer(tmp_path / "other") as c:  # by a program that leaves no mark
-    before(monkeypatch, restoring, "read_state", lambda: shutil.rmtree(tmp_path / "other" / "0"))
+    before(monkeypatch, restorer, "Step", lambda: shutil.rmtree(tmp_path / "other" / "0"))
     with pytest.raises(ckpt.NoCheckpointError, match="step 0 was deleted while it was read"):
       c.restore(0, like=state(0))
 
@@ -137,7 +137,7 @@ def test_files_that_somebody_is_removing_one_by_one_are_waited_for(tmp_path, mon
     threading.Thread(target=rest).start()
 
   with ckpt.Checkpointer(tmp_path) as c:
-    before(monkeypatch, restoring, "read_state", remove)
+    before(monkeypatch, restorer, "Step", remove)
     restored = c.restore(like=state(0))
   assert restored.step == 0 and restored.report.gone == (1,)
 
@@ -154,13 +154,13 @@ def test_damaged_step_that_stays_is_damaged_still(tmp_path):
 
 def test_steps_that_go_faster_than_they_are_read_end_in_an_error(tmp_path, monkeypatch):
   save(tmp_path, *range(5))
-  original = restoring.read_state
+  original = restorer.Step
 
-  def slow(step_dir, *arguments, **options):
+  def slow(step_dir, *arguments):
     delete(tmp_path, int(step_dir.name))
-    return original(step_dir, *arguments, **options)
+    return original(step_dir, *arguments)
 
-  monkeypatch.setattr(restoring, "read_state", slow)
+  monkeypatch.setattr(restorer, "Step", slow)
   monkeypatch.setattr(fallback, "_MOST_GONE", 3)
   with ckpt.Checkpointer(tmp_path) as c, pytest.raises(ckpt.NoCheckpointError, match=r"\[4, 3, 2\].*keep more"):
     c.restore(like=state(0))
@@ -176,7 +176,7 @@ def test_step_that_is_rewritten_while_it_is_read_is_read_again(tmp_path, monkeyp
     threading.Timer(0.5, lambda: (tmp_path / "held").rename(tmp_path / "0" / "default" / "_METADATA")).start()
 
   with ckpt.Checkpointer(tmp_path) as c:
-    before(monkeypatch, restoring, "read_state", rewrite)
+    before(monkeypatch, restorer, "Step", rewrite)
     original = fallback._what_became_of
 
     def after_the_swap(*arguments):
@@ -207,11 +207,11 @@ def test_listings_look_again_when_a_step_went_under_their_hands(tmp_path, monkey
   steps, damaged = run.list_readable_steps(directory)
   assert [s.step for s in steps] == [2] and damaged == {}
   save(tmp_path, 3)
-  before(monkeypatch, verification, "make_plan", lambda: delete(tmp_path, 2))
+  before(monkeypatch, verification, "Step", lambda: delete(tmp_path, 2))
   found = list(verification.verdicts(tmp_path))
   assert (found[0].step, found[0].how_far, found[0].findings) == (2, verification.DELETED, ())
   assert found[1].step == 3 and found[1].findings == ()
-  before(monkeypatch, verification, "make_plan", lambda: delete(tmp_path, 3))
+  before(monkeypatch, verification, "Step", lambda: delete(tmp_path, 3))
   with pytest.raises(ckpt.NoCheckpointError, match="deleted while it was read"):
     ckpt.verify(tmp_path, 3)
 

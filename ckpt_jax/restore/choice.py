@@ -1,0 +1,221 @@
+"""Which strategy a restore takes: a prediction from the rates of storage and network, which process 0 makes for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from ckpt_jax.config import Config
+from ckpt_jax.job.waits import Together, Worker
+from ckpt_jax.restore import exchange
+from ckpt_jax.restore.leaf import LeafPlan
+from ckpt_jax.restore.strategies import STRATEGIES, Route, Totals, plan_routes, totals
+from ckpt_jax.storage.cache import recall, remember
+from ckpt_jax.storage.kinds import StorageKind, storage_identity
+from ckpt_jax.storage.probe import StorageProfile
+from ckpt_jax.tuning.assumed import is_assumed
+from ckpt_jax.tuning.plan import known_profile
+
+# Storage of one server, or one disk: more readers do not make it faster. The others grow with them.
+_FIXED = frozenset({StorageKind.LOCAL, StorageKind.NETWORK_DISK, StorageKind.TMPFS, StorageKind.NFS, StorageKind.SMB})
+# Rate of a copy out of the page cache, where all processes share a host.
+_MEMORY_BYTES_PER_S = 2e9
+# Predictions are rough: another strategy must beat direct by this share and by so many seconds.
+_MARGIN = 0.85
+_WORTH_S = 0.2
+_MEASURED_NBYTES = 4 * 2**20
+# N readers that together get more than this share of N times one reader's rate: storage grows with them.
+_SCALES = 0.6
+# A shorter restore measures caches and latencies rather than storage.
+_TELLING_NBYTES, _TELLING_S = 32 * 2**20, 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Speeds:
+  """The rates that a restore may expect, in bytes per second.
+
+  Attributes:
+    storage: of one reader.
+    scales: whether N readers get N times as much together; else they share it.
+    one_host: whether all processes share a host, so that what one has read the others find in memory.
+    network: what a process receives from the others; None if it was not measured.
+    source: where the figures come from.
+  """
+
+  storage: float
+  scales: bool
+  one_host: bool
+  network: float | None
+  source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StrategyChoice:
+  """A strategy, the reason for it, and the seconds that each was expected to take."""
+
+  strategy: str
+  why: str
+  predicted: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Readers:
+  """An observation of an earlier restore: the number of readers and their rate in all, in bytes per second."""
+
+  count: int
+  bytes_per_s: float
+
+
+def agree_on_strategy(
+  plans: list[LeafPlan], strategy: str, step_dir: str, config: Config, together: Together
+) -> tuple[StrategyChoice, list[Route]]:
+  """The strategy of a restore, which process 0 decides for all, and the routes that follow. All processes call it.
+
+  Args:
+    plans: all leaves to read.
+    strategy: a key of STRATEGIES, or `auto`.
+    step_dir: the step.
+    config: the settings.
+    together: the waits of the restore; afterwards they are as patient as the prediction asks.
+  """
+  processes = jax.process_count()
+  if strategy == "direct" or processes == 1:
+    why = "one process reads everything once" if strategy == "auto" else "asked for"
+    return StrategyChoice("direct" if strategy == "auto" else strategy, why), plan_routes(plans, "direct")
+  routes = {name: plan_routes(plans, name, processes) for name in STRATEGIES}
+  costs = {name: totals(r) for name, r in routes.items()}
+  nbytes = float(sum(p.nbytes for p in plans))
+  speed = None
+  if jax.process_index() == 0:
+    kind = None if config.storage.kind == "auto" else StorageKind(config.storage.kind)
+    speed = speeds(known_profile(step_dir, kind), next(iter(_network), None), seen_readers(step_dir))
+  measure = speed is not None and speed.network is None and worth_exchanging(costs, nbytes, speed)
+  if together.meet("process 0 to see whether to measure the network", text="measure" if measure else "")[0]:
+    worker = Worker("ckpt_jax-network")
+    try:
+      network = together.wait("a measurement of the network", worker.submit(_measure_network))
+    finally:
+      worker.close()
+    _network.append(network)
+    speed = None if speed is None else dataclasses.replace(speed, network=network)
+  text = ""
+  if speed is not None:
+    choice = choose(costs, nbytes, speed, {name: _compile_seconds(r) for name, r in routes.items()})
+    if strategy != "auto":
+      choice = StrategyChoice(strategy, "asked for", choice.predicted)
+    text = json.dumps(dataclasses.asdict(choice))
+  choice = StrategyChoice(**json.loads(together.meet("process 0 to choose a strategy", text=text)[0]))
+  together.expected_s = choice.predicted[choice.strategy]
+  return choice, routes[choice.strategy]
+
+
+def speeds(profile: StorageProfile, network: float | None, seen: Readers | None = None) -> Speeds:
+  """The speeds of a storage as `probe` measured it, or as its kind usually is.
+
+  Args:
+    profile: of one reader.
+    network: bytes per second from the other processes, if measured.
+    seen: what several readers got before. With the profile of one it shows whether storage grows with its readers.
+  """
+  one = max(profile.read_bytes_per_s, 1.0)
+  scales = profile.kind not in _FIXED
+  source = f"usual for {profile.kind}" if is_assumed(profile) else f"measured on {profile.measured_at[:10]}"
+  if seen is not None and profile.kind.traits.shared:  # else they read from the page cache
+    scales = seen.bytes_per_s > _SCALES * seen.count * one
+    one = seen.bytes_per_s / seen.count if scales else seen.bytes_per_s
+    source = f"seen by {seen.count} readers before"
+  return Speeds(storage=one, scales=scales, one_host=not profile.kind.traits.shared, network=network, source=source)
+
+
+def _read_seconds(total: Totals, nbytes: float, speed: Speeds) -> float:
+  """Seconds until all processes have read their parts."""
+  if speed.one_host:
+    once = min(total.read_nbytes, nbytes)
+    return once / speed.storage + (total.read_nbytes - once) / _MEMORY_BYTES_PER_S
+  return (total.most_nbytes if speed.scales else total.read_nbytes) / speed.storage
+
+
+def predict(
+  costs: Mapping[str, Totals], nbytes: float, speed: Speeds, compile_s: Mapping[str, float]
+) -> dict[str, float]:
+  """Seconds that each strategy takes: reading overlaps with exchanging and with compiling."""
+  found = {}
+  for strategy, total in costs.items():
+    reading = _read_seconds(total, nbytes, speed)
+    exchanging = total.received_nbytes / speed.network if speed.network and strategy != "direct" else 0.0
+    longer, shorter = max(reading, exchanging), min(reading, exchanging)
+    found[strategy] = longer + 0.15 * shorter + max(0.0, compile_s[strategy] - reading)
+  return found
+
+
+def worth_exchanging(costs: Mapping[str, Totals], nbytes: float, speed: Speeds) -> bool:
+  """Whether reading each byte once could save anything, were the network free."""
+  return _wins(predict(costs, nbytes, dataclasses.replace(speed, network=None), dict.fromkeys(costs, 0.0)))
+
+
+def _wins(predicted: Mapping[str, float]) -> bool:
+  direct = predicted["direct"]
+  return min(predicted.values()) < min(_MARGIN * direct, direct - _WORTH_S)
+
+
+def choose(costs: Mapping[str, Totals], nbytes: float, speed: Speeds, compile_s: Mapping[str, float]) -> StrategyChoice:
+  """The strategy that is expected to be fastest; `direct` unless another is clearly faster.
+
+  Args:
+    costs: for each strategy what its routes cost.
+    nbytes: of the leaves.
+    speed: of storage and network.
+    compile_s: for each strategy seconds of compiling that are still to be done.
+  """
+  predicted = predict(costs, nbytes, speed, compile_s)
+  copies = costs["direct"].read_nbytes / max(nbytes, 1.0)
+  facts = f"direct reads {copies:.2f} copies; storage gives {speed.storage / 1e6:.0f} MB/s "
+  facts += f"{'to each reader' if speed.scales else 'in all'} ({speed.source})"
+  if copies <= 1.02:
+    return StrategyChoice("direct", f"each byte is read once anyhow: {facts}", predicted)
+  if not worth_exchanging(costs, nbytes, speed):
+    return StrategyChoice("direct", f"reading less would save little: {facts}", predicted)
+  facts += f", the network {(speed.network or 0) / 1e6:.0f} MB/s"
+  if _wins(predicted):
+    return StrategyChoice(min(predicted, key=lambda s: predicted[s]), f"fastest by prediction: {facts}", predicted)
+  return StrategyChoice("direct", f"nothing is clearly faster: {facts}", predicted)
+
+
+def _compile_seconds(routes: Sequence[Route]) -> float:
+  """Seconds of compiling that the routes still need."""
+  left = {p for r in routes if (p := r.program()) is not None and not p.is_compiled}
+  return len(left) * exchange.compile_seconds()
+
+
+_network: list[float] = []  # what this process has measured, in bytes per second
+
+
+def _measure_network() -> float:
+  """Bytes per second that a process receives when all gather; all processes must call it together."""
+  processes = jax.process_count()
+  best = float("inf")
+  for i in range(3):
+    started = time.perf_counter()
+    exchange.exchange_bytes([np.zeros(_MEASURED_NBYTES, np.uint8)], [[_MEASURED_NBYTES]] * processes)
+    if i:  # the first compiles and connects
+      best = min(best, time.perf_counter() - started)
+  return _MEASURED_NBYTES * (processes - 1) / best
+
+
+def seen_readers(path: str) -> Readers | None:
+  """What the last long restore from the storage of `path` observed, in this process or an earlier one on this host."""
+  try:
+    return Readers(**recall("readers", storage_identity(path)) or {})
+  except TypeError:
+    return None
+
+
+def see_readers(path: str, count: int, nbytes: float, seconds: float) -> None:
+  """Keeps what a restore observed, if it was long enough to measure storage."""
+  if count >= 2 and nbytes >= _TELLING_NBYTES and seconds >= _TELLING_S:
+    remember("readers", storage_identity(path), dataclasses.asdict(Readers(count, nbytes / seconds)))

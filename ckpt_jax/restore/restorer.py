@@ -1,0 +1,200 @@
+"""The lifecycle of a restore: which step, reading it, comparing it with what was saved, falling back from damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from ckpt_jax.config import Config
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StructureMismatchError
+from ckpt_jax.integrity.comparison import Verifier
+from ckpt_jax.integrity.record import Record, read_record
+from ckpt_jax.job import garbage
+from ckpt_jax.job.rendezvous import Rendezvous
+from ckpt_jax.job.threads import transfers_asked_for
+from ckpt_jax.job.waits import Together
+from ckpt_jax.layout.forms import why_not_flat
+from ckpt_jax.layout.sharding import global_nbytes
+from ckpt_jax.orbax.format import STEP_METADATA
+from ckpt_jax.orbax.saves import quietly
+from ckpt_jax.restore import fallback
+from ckpt_jax.restore.placement import on_real_devices
+from ckpt_jax.restore.read import Reading, RestoreRequest, fetch_state, plan_reading
+from ckpt_jax.restore.result import Restored, RestoreReport
+from ckpt_jax.restore.rollback import roll_back
+from ckpt_jax.restore.step import Step
+from ckpt_jax.run.steps import RECORD, step_directory, step_info, step_path
+from ckpt_jax.storage import look
+from ckpt_jax.storage.objects import snapshot
+from ckpt_jax.tuning.planner import Planner
+
+_log = logging.getLogger(__name__)
+
+
+class Restorer:
+  """The restores of one run. All processes of the job call it alike, and each step below ends on all before the next.
+
+  1. (process 0) `fallback.candidates` lists the steps, so that a commit in between cannot give two answers.
+  2. (all) `Planner.for_restore` chooses settings; `Step` reads the step's metadata and opens its arrays.
+  3. (all) `plan_reading` matches its leaves with `like`, before any value is read.
+  4. (process 0) `agree_on_strategy` chooses a strategy, from which all derive the same route for each leaf.
+  5. (all) `fetch` reads and exchanges the leaves in parts; `LeafPlan` gives each the type and sharding of `like`.
+  6. (all) `Verifier` compares what arrives with the fingerprints of the save; `finish` adds up those of all processes.
+  7. (process 0) If the step is damaged, `fallback` puts it into quarantine after an older one was read; if it was
+     deleted or rewritten meanwhile, it begins anew.
+
+  All errors are raised on all processes, through `Together.meet`.
+  """
+
+  def __init__(self, directory: epath.Path, config: Config, planner: Planner, restoring: set[int]):
+    """Reads nothing.
+
+    Args:
+      directory: the run.
+      config: the settings.
+      planner: chooses those that are left open.
+      restoring: holds the steps that are being read, which must not be deleted.
+    """
+    self._directory = directory
+    self._config = config
+    self._planner = planner
+    self._restoring = restoring
+    self._rendezvous = Rendezvous(f"restore {directory}")
+
+  def is_empty(self) -> bool:
+    """Whether the run never had a step.
+
+    Raises:
+      CorruptCheckpointError: if it had, and none is left that counts.
+    """
+    together = self._together()
+    if self._candidates(None, False, together):
+      return False
+    fallback.refuse_to_start_afresh(self._directory, together)
+    return True
+
+  def rollback(self, step: int, *, delete: bool) -> list[int]:
+    """Process 0 rolls back, and all processes get the outcome; see `roll_back`."""
+    what = f"process 0 to go back to step {step}"
+    return self._together().decided(what, lambda: roll_back(self._directory, step, delete=delete))
+
+  def restore(self, step: int | None, request: RestoreRequest, strategy: str, *, healthy: bool) -> Restored:
+    """See `Checkpointer.restore`."""
+    if problem := why_not_flat(request.like):
+      raise StructureMismatchError(f"like= is no tree for jax; nothing was read:\n  {problem}")
+    with garbage.paused(), quietly(), transfers_asked_for():
+      return self._restore(step, request, strategy, healthy=healthy)
+
+  # -- inside
+
+  def _together(self) -> Together:
+    """The waits of a new restore."""
+    return Together(self._rendezvous, self._config.timeouts.restore_s)
+
+  def _restore(self, step: int | None, request: RestoreRequest, strategy: str, *, healthy: bool) -> Restored:
+    together = self._together()
+    wrong: Exception | None = None
+    try:
+      request = dataclasses.replace(request, like=on_real_devices(request.like))
+    except Exception as e:
+      wrong = e
+    known = self._candidates(step, healthy, together, wrong)
+
+    def read(number: int) -> Restored:
+      return self._read(number, request, strategy, together)
+
+    def steps() -> list[int]:
+      nonlocal known
+      found, known = known, []
+      return found or self._candidates(None, healthy, together)
+
+    if step is not None:
+      return fallback.unless_gone(self._directory, int(step), read, together)
+    may_fall_back = self._config.restore.on_corruption == "fallback"
+    restored = fallback.newest_sound(self._directory, steps, read, together, fallback=may_fall_back)
+    if restored is None:
+      which = "no committed checkpoint that is not tagged unhealthy" if healthy else "no committed checkpoint"
+      raise NoCheckpointError(f"{self._directory}: {which}; save one first, or check the path")
+    return restored
+
+  def _candidates(
+    self, step: int | None, healthy: bool, together: Together, error: Exception | None = None
+  ) -> list[int]:
+    """The steps to try, which process 0 looks up for all; none if `step` is given.
+
+    `error`: what went wrong before on this process, to be raised on all.
+    """
+    found: list[int] = []
+    if jax.process_index() == 0 and step is None and error is None:
+      try:
+        found = fallback.candidates(self._directory, healthy=healthy)
+      except Exception as e:
+        error = e
+    said = together.meet(f"all processes to restore from {self._directory}", error, json.dumps([step, found]))
+    answers = [json.loads(text) for text in said]
+    if any(asked != answers[0][0] for asked, _ in answers):
+      who = ", ".join(f"process {process}: {asked}" for process, (asked, _) in enumerate(answers[:20]))
+      raise CheckpointError(f"{self._directory}: the processes ask for different steps ({who})")
+    return answers[0][1]
+
+  def _read(self, number: int, request: RestoreRequest, strategy: str, together: Together) -> Restored:
+    started = time.perf_counter()
+    step_dir = step_path(self._directory, number)
+    self._restoring.add(number)
+    verifier = Verifier() if self._config.restore.verify else None
+    try:
+      with snapshot(step_dir):
+        settings = self._planner.for_restore(request.like)
+        error: Exception | None = None
+        try:
+          step, metrics, record, reading = self._opened(number, request, settings)
+          check = verifier.expecting(record) if verifier is not None else None
+        except Exception as e:
+          error = e
+        together.meet("all processes to compare like= with the step", error)
+        state, choice = fetch_state(step, reading, settings, together, strategy, check)
+      jax.block_until_ready(state)
+      verified = verifier.finish(str(step_dir), together) if verifier is not None else 0
+    finally:
+      self._restoring.discard(number)
+      if verifier is not None:
+        verifier.stop()
+    report = RestoreReport(
+      strategy=choice.strategy,
+      seconds=time.perf_counter() - started,
+      nbytes=global_nbytes(state),
+      directory=str(step_dir),
+      why=choice.why,
+      predicted=choice.predicted,
+      casts=reading.casts,
+      initialised=tuple(reading.kept),
+      verified=verified,
+      unverified="" if verified else "restore.verify is off" if verifier is None else "the step has no fingerprints",
+    )
+    _log.info("restored step %d of %s in %.2f s", number, self._directory, report.seconds)
+    return Restored(state, number, number + 1, metrics, step.ours.get("extras"), report)
+
+  def _opened(
+    self, number: int, request: RestoreRequest, settings: Config
+  ) -> tuple[Step, dict[str, Any], Record | None, Reading]:
+    """A step, its metrics and fingerprints, and what to read of it."""
+    damaged = fallback.damage(self._directory, number)
+    if damaged is not None:
+      raise damaged
+    step_dir = step_directory(self._directory, number)
+    step = Step(step_dir, settings, request.item, request.like)
+    record = read_record(step_dir, step.item_name) if self._config.restore.verify else None
+    # `ours` was read once, at first: the file that holds it is among the first that a deletion removes, and a step
+    # without it looks like one of an old Orbax, which has no extras.
+    if not step.ours and look.exists(step.item_dir / RECORD):
+      raise CorruptCheckpointError(f"{step_dir / STEP_METADATA}: what ckpt_jax wrote there is missing")
+    metrics = step.ours.get("metrics")
+    if not isinstance(metrics, dict):
+      metrics = step_info(self._directory, number).metrics
+    return step, metrics, record, plan_reading(step, request)

@@ -1,0 +1,201 @@
+"""An item of a committed step, opened to be read: its leaves, what was noted of them, and their values."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from jax.sharding import Sharding
+
+from ckpt_jax.config import Config
+from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
+from ckpt_jax.failures import is_damage, is_unreachable, root_cause
+from ckpt_jax.integrity.fingerprint import take
+from ckpt_jax.layout import aggregate, contents, direct, reading
+from ckpt_jax.layout.forms import shared_names
+from ckpt_jax.layout.handler import pytree_handler
+from ckpt_jax.layout.keys import database_name
+from ckpt_jax.layout.structure import path_name
+from ckpt_jax.orbax.format import ITEM_METADATA, MANIFEST
+from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, plan_leaf
+from ckpt_jax.run import untrusted
+from ckpt_jax.run.steps import THINNED, is_tree, our_item, our_metadata
+from ckpt_jax.storage import look
+
+Wanted = Sequence[tuple[LeafPlan, Sharding | None]]
+
+
+class Step:
+  """An item as Orbax describes it, with its arrays open within the limits of a Config.
+
+  Attributes:
+    directory: of the step.
+    ours: what ckpt_jax wrote into the step's metadata; empty for a step of another program.
+    item_name: the item; empty where the step is a tree by itself.
+    item: its description.
+    meta: Orbax's metadata of each leaf, by path.
+    infos: each leaf as its trainer saw it, by path.
+    notes: how leaves were encoded, by path.
+    thinned: the patterns that a thinned step was reduced to; None if it is whole.
+  """
+
+  def __init__(self, step_dir: epath.Path, config: Config, item: str | None = None, like: Any = None):
+    """Reads the metadata.
+
+    Args:
+      step_dir: a committed step.
+      config: the limits, and the item to read.
+      item, like: see `item_to_read`.
+
+    Raises:
+      ConfigError, SeveralItemsError: see `item_to_read`.
+      CorruptCheckpointError: if the metadata are damaged.
+    """
+    self.directory = step_dir
+    self.ours = our_metadata(step_dir)
+    self.item_name = name = item_to_read(step_dir, config, item, like, self.ours)
+    self.item_dir = step_dir / name
+    self.item = contents.describe_item(self.item_dir, config)
+    self.notes = contents.encoded_leaves(self.ours, name)
+    weak = self.ours.get("weak") if our_item(self.ours) == name else None
+    self._weak: frozenset[str] | None = None if weak is None else frozenset(weak)
+    self.thinned: list[str] | None = (self.ours.get(THINNED) or {}).get("keep")
+    self._config = config
+    leaves, structure = jax.tree_util.tree_flatten_with_path(self.item.tree)
+    self._treedef: Any = structure  # jax's stubs do not know its methods
+    self.paths = {path_name(path): path for path, _ in leaves}
+    refuse_shared(self.paths, leaves, str(step_dir))
+    self.meta: dict[str, Any] = dict(zip(self.paths, (meta for _, meta in leaves), strict=True))
+    self.infos = {info.path: info for info in contents.leaf_infos(self.item.tree, self.notes)}
+
+  def __str__(self) -> str:
+    return str(self.directory)
+
+  def plan(self, name: str, like: Any = AS_SAVED, casts: Mapping[str, tuple[str, str]] | None = None) -> LeafPlan:
+    """How to read a leaf, given the one wanted and, of those whose dtype changes, the old and the new one."""
+    cast = (casts or {}).get(name, (None, None))[1]
+    weak = None if self._weak is None else name in self._weak
+    return plan_leaf(name, self.meta[name], self.notes.get(name), like, cast, weak)
+
+  def store(self, name: str) -> ts.TensorStore:
+    """The array of a leaf, open, to be read in pieces."""
+    stored = database_name(self.paths[name])
+    if stored not in self.item.stores:
+      data = untrusted.read_json(self.item_dir / ITEM_METADATA)
+      info = direct.item_info(self.item_dir, data, self._config.limits)
+      info = info.replace(name=stored, is_ocdbt_checkpoint=look.exists(self.item_dir / MANIFEST))
+      self.item.stores[stored] = reading.open_stores([info], info.ts_context)[0]
+    return self.item.stores[stored]
+
+  def read(self, wanted: Wanted, arrived: Callable[[str, Any], None] | None = None) -> dict[str, Any]:
+    """The stored values of leaves, by path. May be called several times, from any thread, for different leaves.
+
+    It does not go through `ocp.Checkpointer`, whose restore ends in a barrier that waits forever for a process that
+    failed, and where each process has to ask for the same leaves.
+
+    Args:
+      wanted: which, and the sharding to read each into: see `LeafPlan.request`.
+      arrived: called with path and value of each array when it has been read, before the others have.
+
+    Raises:
+      StorageError: if storage does not answer.
+      CorruptCheckpointError: if it holds something else than its metadata says.
+      CheckpointError: for a failure that says nothing about the step, which then stays where it is.
+    """
+    held = self.item.values
+    found = {p.name: aggregate.as_asked(held[p.name], p.scalar, where) for p, where in wanted if p.name in held}
+    wanted = [(plan, where) for plan, where in wanted if plan.name not in found]
+    if not wanted:
+      return found
+    try:
+      return found | (self._through_orbax if self.item.info is None else self._directly)(wanted, arrived)
+    except (MemoryError, CheckpointError):
+      raise
+    except Exception as e:
+      if "more bytes than we reserved" in str(e):
+        raise ConfigError(f"{self.item_dir}: {root_cause(e)}") from e
+      if is_unreachable(e):
+        raise StorageError(f"{self.item_dir}: {root_cause(e)}") from e
+      if is_damage(e):
+        raise CorruptCheckpointError(f"{self.item_dir}: cannot be read: {root_cause(e)}") from e
+      raise CheckpointError(f"{self.item_dir}: cannot be read: {type(e).__name__}: {root_cause(e)}") from e
+
+  def _directly(self, wanted: Wanted, arrived: Any) -> dict[str, Any]:
+    rows = {}
+    for plan, sharding in wanted:
+      keys = self.paths[plan.name]
+      args = functools.partial(plan.restore_args, sharding)
+      rows[database_name(keys)] = direct.Wanted(plan.name, keys, sharding, args)
+    found = direct.read(self.item.info, rows, self.item.index, self.item.stores, self._config, arrived)
+    return {plan.name: found[name] for (plan, _), name in zip(wanted, rows, strict=True)}
+
+  def _through_orbax(self, wanted: Wanted, arrived: Any) -> dict[str, Any]:
+    nothing = (ocp.PLACEHOLDER, ocp.RestoreArgs())
+    requests = {plan.name: plan.request(sharding) for plan, sharding in wanted}
+    items, args = zip(*(requests.get(name, nothing) for name in self.meta), strict=True)
+    restore = ocp.args.PyTreeRestore(self._treedef.unflatten(items), restore_args=self._treedef.unflatten(args))
+    read = pytree_handler(self._config, arrived=arrived).restore(self.item_dir, args=restore)
+    values = zip(self.meta, self._treedef.flatten_up_to(read), strict=True)
+    return {name: value for name, value in values if name in requests}
+
+
+def refuse_shared(by_name: Collection[str], leaves: Sequence[tuple[tuple[Any, ...], Any]], where: str) -> None:
+  """Leaves are found by their names: `{"a": {"b": 1}, "a/b": 2}` has two of one name, which `save` refuses.
+
+  Raises:
+    StructureMismatchError: if `by_name` has fewer names than there are leaves.
+  """
+  if len(by_name) < len(leaves):
+    paths = [path for path, _ in leaves]
+    shared = "\n  ".join(shared_names(paths, [path_name(path) for path in paths]))
+    raise StructureMismatchError(f"{where}: some leaves have a name in common; nothing was read:\n  {shared}")
+
+
+def item_to_read(step_dir: epath.Path, config: Config, item: str | None, like: Any, ours: dict[str, Any]) -> str:
+  """The name of the item that a restore takes.
+
+  Args:
+    step_dir: a committed step.
+    config: its `item` says where the state is in steps that another program wrote.
+    item: the one asked for, which must be there.
+    like: the tree that is to be restored, or None. If several items are trees and none has the name that states have,
+      the only one with the leaves of `like` is taken.
+    ours: `run.our_metadata` of the step.
+
+  Raises:
+    ConfigError: if there is no such item.
+    SeveralItemsError: if it is not clear which is meant; the message names them.
+  """
+  if item is not None:
+    return contents.item_name(step_dir, item)
+  try:
+    # `Config.item` is about steps of other programs; a step that is a tree by itself has no items.
+    has_state = config.item is None or bool(ours) or is_tree(step_dir)
+    return contents.item_name(step_dir, None if has_state else config.item, ours)
+  except contents.SeveralItemsError as e:
+    if like is not None:
+      wanted = {path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]}
+      fitting = [name for name in e.names if {leaf.path for leaf in contents.saved_leaves(step_dir, name)} == wanted]
+      if len(fitting) == 1:
+        return fitting[0]
+    raise
+
+
+def count_nonfinite(step_dir: epath.Path, item: str, names: Collection[str]) -> dict[str, tuple[int, int]]:
+  """Infinities and NaNs, by path, of those leaves among `names` that an item has. Reads them one at a time.
+
+  Raises:
+    CheckpointError: if they cannot be read.
+  """
+  step = Step(step_dir, Config(), item)
+  found = {}
+  for plan in [step.plan(name) for name in names if name in step.meta]:
+    value = plan.finish(step.read([(plan, None)])[plan.name])
+    tally = take({plan.name: value}, every_copy=True).tallies(1, fingerprint=False)[plan.name]
+    found[plan.name] = (tally.nonfinite - tally.nan, tally.nan)
+  return found
