@@ -22,7 +22,7 @@ from ckpt_jax.tuning.assumed import is_assumed
 from ckpt_jax.tuning.plan import known_profile
 
 # Storage of one server, or one disk: more readers do not make it faster. The others grow with them.
-_FIXED = frozenset({StorageKind.LOCAL, StorageKind.NETWORK_DISK, StorageKind.TMPFS, StorageKind.NFS, StorageKind.SMB})
+FIXED = frozenset({StorageKind.LOCAL, StorageKind.NETWORK_DISK, StorageKind.TMPFS, StorageKind.NFS, StorageKind.SMB})
 # Rate of a copy out of the page cache, where all processes share a host.
 _MEMORY_BYTES_PER_S = 2e9
 # Predictions are rough: another strategy must beat direct by this share and by so many seconds.
@@ -123,7 +123,7 @@ def speeds(profile: StorageProfile, network: float | None, seen: Readers | None 
     seen: what several readers got before. With the profile of one it shows whether storage grows with its readers.
   """
   one = max(profile.read_bytes_per_s, 1.0)
-  scales = profile.kind not in _FIXED
+  scales = profile.kind not in FIXED
   source = f"usual for {profile.kind}" if is_assumed(profile) else f"measured on {profile.measured_at[:10]}"
   if seen is not None and profile.kind.traits.shared:  # else they read from the page cache
     scales = seen.bytes_per_s > _SCALES * seen.count * one
