@@ -70,17 +70,10 @@ def rollback(
 
   directory = run_directory(run)
   if delete:
-<<<<<<< HEAD
     step_directory(directory, step)  # fails before the question is asked
-    newer = fallback.deleted_by_rollback(directory, step)
+    newer = deleted_by_rollback(directory, step)
     steps = f"step{'s' * (len(newer) != 1)} {', '.join(map(str, newer))}"
     if newer and not confirmed(f"Delete {steps} for good?", yes=yes, stderr=as_json):
-=======
-    step_directory(directory, step)  # before the question is asked
-    going = deleted_by_rollback(directory, step)
-    steps = f"step {going[0]}" if len(going) == 1 else f"steps {', '.join(map(str, going))}"
-    if going and not confirmed(f"Delete {steps} for good?", yes=yes, aloud=not as_json):
->>>>>>> 4db3a2f (A restore reads as its lifecycle (restorer, step, read, strategies, choice); strategies and routes are objects that say how to add one)
       fail("nothing deleted")
   newer = roll_back(directory, step, delete=delete)
   if as_json:

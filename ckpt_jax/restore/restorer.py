@@ -147,18 +147,18 @@ class Restorer:
     started = time.perf_counter()
     step_dir = step_path(self._directory, number)
     self._restoring.add(number)
-    verifier = Verifier() if self._config.restore.verify else None
+    verifier: Verifier | None = None
     try:
       with snapshot(step_dir):
         settings = self._planner.for_restore(request.like)
         error: Exception | None = None
         try:
           step, metrics, record, reading = self._opened(number, request, settings)
-          check = verifier.expecting(record) if verifier is not None else None
+          verifier = Verifier(record) if record is not None else None
         except Exception as e:
           error = e
         together.meet("all processes to compare like= with the step", error)
-        state, choice = fetch_state(step, reading, settings, together, strategy, check)
+        state, choice = fetch_state(step, reading, settings, together, strategy, verifier)
       jax.block_until_ready(state)
       verified = verifier.finish(str(step_dir), together) if verifier is not None else 0
     finally:
@@ -175,7 +175,11 @@ class Restorer:
       casts=reading.casts,
       initialised=tuple(reading.kept),
       verified=verified,
-      unverified="" if verified else "restore.verify is off" if verifier is None else "the step has no fingerprints",
+      unverified=""
+      if verified
+      else "the step has no fingerprints"
+      if self._config.restore.verify
+      else "restore.verify is off",
     )
     _log.info("restored step %d of %s in %.2f s", number, self._directory, report.seconds)
     return Restored(state, number, number + 1, metrics, step.ours.get("extras"), report)

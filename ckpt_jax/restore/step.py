@@ -15,7 +15,7 @@ from jax.sharding import Sharding
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_damage, is_unreachable, root_cause
-from ckpt_jax.integrity.fingerprint import take
+from ckpt_jax.integrity.fingerprint import take_restored
 from ckpt_jax.layout import aggregate, contents, direct, reading
 from ckpt_jax.layout.forms import shared_names
 from ckpt_jax.layout.handler import pytree_handler
@@ -196,6 +196,6 @@ def count_nonfinite(step_dir: epath.Path, item: str, names: Collection[str]) -> 
   found = {}
   for plan in [step.plan(name) for name in names if name in step.meta]:
     value = plan.finish(step.read([(plan, None)])[plan.name])
-    tally = take({plan.name: value}, every_copy=True).tallies(1, fingerprint=False)[plan.name]
+    tally = take_restored({plan.name: value}, {}).tallies(1, fingerprint=False)[plan.name]
     found[plan.name] = (tally.nonfinite - tally.nan, tally.nan)
   return found

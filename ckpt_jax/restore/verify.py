@@ -319,14 +319,7 @@ class _Check:
       return
     if known is not None:
       saved_as = {path: leaf.dtype for path, leaf in known.leaves.items()}
-<<<<<<< HEAD
       taken = fingerprint.take_restored(leaves, saved_as)
-      # Their sums, which ask for no particular parts.
-      tallies = taken.tallies(min(4, os.cpu_count() or 1), health=False, hashed=())
-      for path, leaf in taken.leaves.items():
-        self._compare(path, known, leaf.dtype, leaf.shape, tallies[path].total * pow(leaf.copies, -1, 1 << 64), item)
-=======
-      taken = fingerprint.take(leaves, every_copy=True, saved_as=saved_as)
       # Sums rather than hashes, which would need the parts that were hashed when it was saved.
       tallies = taken.tallies(min(4, os.cpu_count() or 1), health=False, hashed=())
       for path, leaf in taken.leaves.items():
@@ -335,8 +328,7 @@ class _Check:
           was = f"was saved as {saved.dtype}{list(saved.shape)}"
           self._leaf(step, path, f"is {leaf.dtype}{list(leaf.shape)}, {was}")
         else:
-          self._compare(step, path, known, tallies[path].total * pow(taken.copies[path], -1, 1 << 64) & sums.MASK)
->>>>>>> 4db3a2f (A restore reads as its lifecycle (restorer, step, read, strategies, choice); strategies and routes are objects that say how to add one)
+          self._compare(step, path, known, tallies[path].total * pow(leaf.copies, -1, 1 << 64) & sums.MASK)
     self._advance(sum(p.nbytes for p in plans))
 
   def _read_blocks(self, step: Step, plan: LeafPlan, known: record.Record | None) -> None:
