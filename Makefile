@@ -49,7 +49,7 @@ test-latest: ## the tests on Python 3.13 with the newest jax, flax and Orbax
 	  $(LATEST)/bin/python $(PYTEST); fi
 
 fuzz: setup ## the property tests with new random examples, and 200 random programs of several Checkpointers
-	HYPOTHESIS_PROFILE=random CKPT_JAX_PROGRAMS=200 $(BIN)/python -m pytest \
+	HYPOTHESIS_PROFILE=random CKPT_JAX_PROGRAMS=200 $(BIN)/python $(PYTEST) \
 	  $$(grep -rlE 'hypothesis|CKPT_JAX_PROGRAMS' --include='test_*.py' tests)
 
 bench: setup ## measure side by side with raw Orbax (25 minutes); writes docs/bench.json, bench.png and the tables
