@@ -21,7 +21,7 @@ from ckpt_jax.bench.runner import fill_free_memory
 from ckpt_jax.bench.worker import drop_cache, give_memory_back
 from ckpt_jax.integrity import fingerprint, health, record
 from ckpt_jax.layout.sharding import global_nbytes
-from ckpt_jax.layout.structure import look
+from ckpt_jax.layout.structure import flatten
 from ckpt_jax.save import saver
 
 _SETTLE_S = 10.0  # a file system that discards what was deleted is busy with it for a while
@@ -59,7 +59,7 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
   nbytes, leaves = global_nbytes(state), len(jax.tree.leaves(state))
   say(f"{nbytes / 1e9:.2f} GB in {leaves} leaves")
   found: dict[str, Any] = {"nbytes": nbytes, "leaves": leaves, "cpus": os.cpu_count(), "rounds": rounds}
-  taken = fingerprint.take(*look(state))
+  taken = fingerprint.take(flatten(state))
   speeds: dict[str, dict[str, Any]] = {
     "sum": dict(health=False, hashed=()),
     "hash": dict(health=False, hashed=taken.leaves),
@@ -71,9 +71,9 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
       seconds = _median(rounds, functools.partial(taken.tallies, threads, **options))
       found.setdefault("gigabytes_per_second", {})[f"{name}, {threads} threads"] = nbytes / seconds / 1e9
   found["blocking_s"] = {
-    "views": _median(rounds, lambda: fingerprint.take(*look(state))),
+    "views": _median(rounds, lambda: fingerprint.take(flatten(state))),
     "views and health": _median(
-      rounds, lambda: health.before_save(fingerprint.take(*look(state)), nbytes, always=True)
+      rounds, lambda: health.before_save(fingerprint.take(flatten(state)), nbytes, always=True)
     ),
   }
   found["blocking_s"]["per 100 leaves"] = found["blocking_s"]["views"] / leaves * 100

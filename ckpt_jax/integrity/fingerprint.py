@@ -25,9 +25,9 @@ from jax.experimental import multihost_utils
 from ckpt_jax.integrity import device, sums
 from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key
-from ckpt_jax.layout.memory import host_view
+from ckpt_jax.layout.memory import HostViews
 from ckpt_jax.layout.sharding import one_device, replicas
-from ckpt_jax.layout.structure import Structure
+from ckpt_jax.layout.structure import Flat
 
 _TASK_NBYTES = 32 << 20  # larger pieces are cut for the threads to share
 _SCALARS = {"bool": np.uint8, "int": np.int64, "float": np.float64, "complex": np.complex128}
@@ -89,6 +89,7 @@ class Taken:
     summed: tallies that are known already.
     on_device: sums under way on accelerators, each over all processes.
     own: dtype, shape and hash of each leaf that every process of a job has for itself; empty in one process.
+    views: of the arrays on a CPU, for the writing of the same arrays.
   """
 
   leaves: dict[str, Leaf] = dataclasses.field(default_factory=dict)
@@ -96,6 +97,7 @@ class Taken:
   summed: dict[str, Tally] = dataclasses.field(default_factory=dict)
   on_device: dict[str, tuple[jax.Array, ...]] = dataclasses.field(default_factory=dict)
   own: dict[str, str] = dataclasses.field(default_factory=dict)
+  views: HostViews = dataclasses.field(default_factory=HostViews)
 
   def tallies(
     self, threads: int, *, fingerprint: bool = True, health: bool = True, hashed: Collection[str] | None = None
@@ -145,12 +147,13 @@ class Taken:
     return {path for path, hash_ in known.items() if hash_ is not None and hash_[0] == self.leaves[path].part}
 
 
-def take(structure: Structure, leaves: Sequence[Any]) -> Taken:
+def take(state: Flat) -> Taken:
   """Views of a state that is about to be saved; of replicated values one copy is counted.
 
   Args:
-    structure, leaves: of the state, from `structure.look`: arrays, PRNG keys, scalars and text.
+    state: arrays, PRNG keys, scalars and text.
   """
+  structure, leaves = state.structure, state.leaves
   taken = _take(structure.names, leaves, structure.once(_describe_arrays, leaves), every_copy=False)
   # Numpy arrays may be overwritten once `save` returns, and summing them now is faster than a copy. In a job of many
   # each process has its own, of which process 0's is saved.
@@ -188,10 +191,10 @@ def _take(names: Sequence[str], leaves: Sequence[Any], known: Sequence[Leaf | No
       values, leaf = _describe(values)
     taken.leaves[path] = leaf
     if leaf.place == "own":
-      taken.pieces[path] = [(host_view(values) if isinstance(values, jax.Array) else values, ())]
+      taken.pieces[path] = [(taken.views.of(values) if isinstance(values, jax.Array) else values, ())]
     elif leaf.place == "shards":
       shards = [s for s in values.addressable_shards if every_copy or s.replica_id == 0]
-      taken.pieces[path] = [(host_view(s.data), tuple([i.start or 0 for i in s.index])) for s in shards]
+      taken.pieces[path] = [(taken.views.of(s.data), tuple([i.start or 0 for i in s.index])) for s in shards]
     elif leaf.place == "accelerator":
       ahead[path] = values
   taken.on_device = dict(zip(ahead, device.dispatch(list(ahead.values())), strict=True))

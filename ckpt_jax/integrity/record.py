@@ -31,7 +31,8 @@ from ckpt_jax.integrity.sums import MASK
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents, packing
 from ckpt_jax.layout.handler import PyTreeHandler
-from ckpt_jax.layout.structure import look as look_at
+from ckpt_jax.layout.memory import HostViews
+from ckpt_jax.layout.structure import Flat, flatten
 from ckpt_jax.orbax.format import ARRAY_METADATAS, DEFAULT_ITEM, ITEM_METADATA, SHARDINGS, STEP_METADATA, TEXTS
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.checksums import FILE_KEY, is_intact_file, with_file_digest
@@ -136,7 +137,7 @@ class Recording:
 
 
 def record_of(
-  step: int, state: Any, nbytes: int, nonfinite: str, where: str, judge: Callable[[Health], Health]
+  step: int, state: Any | Flat, nbytes: int, nonfinite: str, where: str, judge: Callable[[Health], Health]
 ) -> Recording:
   """The record of a state that is about to be saved. All processes call it alike.
 
@@ -152,7 +153,7 @@ def record_of(
     UnhealthyStateError: if the state is found to be unhealthy before the save and `nonfinite` is `refuse`.
   """
   del step
-  taken = take(*look_at(state))
+  taken = take(flatten(state))
   known = None if nonfinite == "ignore" else health_checks.before_save(taken, nbytes, always=nonfinite == "tag")
   if known is not None:
     known = judge(known)
@@ -187,6 +188,8 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
 
   async def async_save(self, directory: epath.Path, args: RecordedSave) -> list[ocp.future.Future]:  # type: ignore[override]
     self._recording = args.recording
+    taken = args.recording.taken
+    self._inner.views, taken.views = taken.views, HostViews()  # kept no longer than until they are used
     futures = await self._inner.async_save(directory, args=args.args)
     args.recording.writes = self._inner.writes
     write = ocp.future.CommitFutureAwaitingContractedSignals(

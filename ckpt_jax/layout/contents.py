@@ -11,8 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError
-from ckpt_jax.failures import is_unreachable, root_cause
+from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from ckpt_jax.orbax.format import (
   AGGREGATE,
   COMMIT_MARKER,
@@ -35,7 +34,6 @@ from ckpt_jax.run.steps import (
   step_directory,
   step_info,
   step_metadata,
-  tree_nbytes,
 )
 from ckpt_jax.storage import look
 
@@ -250,9 +248,11 @@ def json_item(item_dir: epath.Path) -> Any:
 
 def saved_leaves(step_dir: epath.Path, item: str | None = None) -> list[LeafInfo]:
   """The leaves of an item, default: of the training state, as its trainer saw them, sorted as in the saved tree."""
+  from ckpt_jax.layout import description  # listing steps needs neither jax nor TensorStore
+
   ours = our_metadata(step_dir)
   name = item_name(step_dir, item, ours)
-  return leaf_infos(describe_item(step_dir / name).tree, encoded_leaves(ours, name))
+  return leaf_infos(description.describe_item(step_dir / name).tree, encoded_leaves(ours, name))
 
 
 def encoded_leaves(ours: dict[str, Any], item: str) -> dict[str, Any]:
@@ -290,70 +290,3 @@ def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
       label = note["dtype"]
     leaves.append(LeafInfo(name, shape, label, nbytes, scalar=is_number(meta)))
   return leaves
-
-
-@dataclasses.dataclass(frozen=True)
-class ItemDescription:
-  """What an item says of itself.
-
-  Attributes:
-    tree: as Orbax describes it: nested containers with ArrayMetadata, ScalarMetadata, StringMetadata leaves.
-    info: Orbax's description of an array, without a name; None if only Orbax knows the item, see `layout.direct`.
-    index: where its small arrays lie; empty if it is not packed.
-    stores: its other arrays, open, by their names in the database.
-    values: those that the description itself holds, by path, as early Orbax wrote them.
-  """
-
-  tree: Any
-  info: Any = None
-  index: dict[str, Any] = dataclasses.field(default_factory=dict)
-  stores: dict[str, Any] = dataclasses.field(default_factory=dict)
-  values: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def describe_item(item_dir: epath.Path, config: Any = None) -> ItemDescription:
-  """Reads what an item, RUN/STEP/default, says of itself, and opens its arrays within the limits of `config`.
-
-  Raises:
-    CorruptCheckpointError: if it is damaged.
-    StorageError: if storage does not answer, or does not let us in.
-  """
-  from ckpt_jax.config import Config
-  from ckpt_jax.layout import aggregate, direct, packing
-  from ckpt_jax.layout.handler import pytree_handler
-
-  try:
-    limits = (config or Config()).limits
-    if (old := aggregate.describe(item_dir, limits)) is not None:
-      tree, info, stores, values = old
-      return ItemDescription(tree, info, {}, stores, values)
-    data = untrusted.read_json(item_dir / ITEM_METADATA)
-    untrusted.check_tree(data, str(item_dir / ITEM_METADATA))
-    index = packing.read_index(item_dir)
-    known = bool(index) or direct.is_known(item_dir, data)
-    if not known:
-      tree = pytree_handler(Config()).metadata(item_dir).tree
-      _check_claims(tree, item_dir)
-      return ItemDescription(tree)
-    info = direct.item_info(item_dir, data, limits)
-    tree, stores = direct.describe(info, data, index)
-    _check_claims(tree, item_dir)
-    return ItemDescription(tree, info, index, stores)
-  except (CheckpointError, MemoryError):
-    raise
-  except Exception as e:
-    if is_unreachable(e):
-      raise StorageError(f"{item_dir}: {root_cause(e)}") from e
-    raise CorruptCheckpointError(f"{item_dir}: its metadata cannot be read: {' '.join(str(e).split())[:500]}") from e
-
-
-def _check_claims(tree: Any, item_dir: epath.Path) -> None:
-  import jax
-  import numpy as np
-
-  leaves = [leaf for leaf in jax.tree.leaves(tree) if getattr(leaf, "shape", None) is not None]
-  claimed = untrusted.claimed_bytes(
-    ((leaf.shape, np.dtype(leaf.dtype).itemsize if leaf.dtype is not None else 1) for leaf in leaves), str(item_dir)
-  )
-  if claimed > untrusted.FREE_CLAIM:
-    untrusted.check_claim(claimed, tree_nbytes(item_dir), str(item_dir))

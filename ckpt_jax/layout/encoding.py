@@ -18,7 +18,7 @@ import numpy as np
 import tensorstore as ts
 
 from ckpt_jax.layout.forms import form_of, refusal, shown, why_not_flat
-from ckpt_jax.layout.structure import look, path_name
+from ckpt_jax.layout.structure import Flat, flatten, path_name
 
 PyTree = Any
 # Orbax's zarr driver knows int2 and int4 but not their unsigned twins; uint8 holds every value of them.
@@ -50,17 +50,18 @@ def dtype_name(dtype: Any) -> str:
   return str(dtype) if is_prng_dtype(dtype) else np.dtype(dtype).name
 
 
-def encode(state: PyTree) -> tuple[PyTree, dict[str, dict[str, Any]]]:
+def encode(state: PyTree | Flat) -> tuple[PyTree, dict[str, dict[str, Any]]]:
   """Returns the tree to hand to Orbax, and `{leaf path: what it was}` for the leaves that were changed.
 
   Raises:
     CheckpointError: naming the leaves that no checkpoint can hold, before anything is written.
   """
-  structure, leaves = look(state)
-  form = structure.once(form_of, structure, state)
+  flat = flatten(state)
+  structure, leaves = flat.structure, flat.leaves
+  form = structure.once(form_of, structure, flat.tree)
   unchanged = structure.once(_unchanged, leaves)
   if form is None and False not in unchanged:
-    return state, {}
+    return flat.tree, {}
   out, notes, refused = list(leaves), {}, []
   for i, name in enumerate(structure.names):
     if unchanged[i]:

@@ -9,8 +9,6 @@ import mmap
 import jax
 import numpy as np
 
-from ckpt_jax.layout.keeping import kept
-
 # XLA's CPU client takes over host memory without a copy if it is aligned so. It never gives that away to a program
 # whose argument is donated, so what is to become an array is aligned for numpy alone, and XLA copies it.
 ALIGNMENT = 64
@@ -50,13 +48,22 @@ def to_be_copied(array: np.ndarray) -> np.ndarray:
   return out
 
 
-@kept  # a view takes 2 us, and a save asks twice
-def host_view(array: jax.Array) -> np.ndarray:
-  """The values of an array on one CPU device: a view of its memory, which keeps the buffer alive as long as it lives.
+class HostViews:
+  """Views of the memory of arrays on one CPU device. A view takes 2 us, and a save both writes and sums up an array."""
 
-  np.asarray of the array itself would be kept by it, and the array could never be donated again.
-  """
-  try:
-    return np.asarray(memoryview(array))  # type: ignore[arg-type]
-  except (BufferError, TypeError):  # bfloat16, float8 and the like
-    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array]))
+  def __init__(self) -> None:
+    self._found: dict[int, tuple[jax.Array, np.ndarray]] = {}  # the array too, lest another one takes its id
+
+  def of(self, array: jax.Array) -> np.ndarray:
+    """The values of an array: a view, which keeps the buffer alive.
+
+    np.asarray of the array itself would be cached in it, and the array could never be donated again.
+    """
+    if (known := self._found.get(id(array))) is not None:
+      return known[1]
+    try:
+      view = np.asarray(memoryview(array))  # type: ignore[arg-type]
+    except (BufferError, TypeError):  # bfloat16, float8 and the like
+      view = np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array]))
+    self._found[id(array)] = array, view
+    return view

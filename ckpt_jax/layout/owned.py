@@ -15,10 +15,12 @@ import logging
 import math
 import mmap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+
+from ckpt_jax.layout.sharding import Box, shape_of
 
 _log = logging.getLogger(__name__)
 _LARGE_NBYTES = 2**18
@@ -28,11 +30,12 @@ _A_PROGRAM, _A_RUN = 100, 0.7
 _MOST_ROUNDS = 200
 _HUGE_PAGE = 2 * 2**20
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
+_Key = TypeVar("_Key")
 Kind = tuple[tuple[int, ...], np.dtype]
 
 
 @functools.lru_cache(maxsize=4096)
-def cpu_of(sharding: jax.sharding.Sharding) -> jax.Device | None:
+def _cpu_of(sharding: jax.sharding.Sharding) -> jax.Device | None:
   """The one device of this process that an array lies on, if that is a CPU; None if it lies on several here."""
   here = sharding.addressable_devices
   if len(here) != 1:
@@ -48,14 +51,30 @@ def default_cpu() -> jax.sharding.Sharding | None:
   return jax.sharding.SingleDeviceSharding(device) if getattr(device, "platform", None) == "cpu" else None
 
 
-def large(kinds: Sequence[Kind]) -> list[int]:
-  """Which of some arrays are worth to be made by `make`: those that are large, if that is much in all."""
-  found = [i for i, (shape, dtype) in enumerate(kinds) if _is_large(shape, dtype)]
-  nbytes = sum(math.prod(kinds[i][0]) * kinds[i][1].itemsize for i in found)
-  return found if nbytes >= _WORTH_NBYTES else []
+def make_for(
+  wanted: Mapping[_Key, tuple[Sequence[Box], np.dtype, jax.sharding.Sharding]],
+) -> dict[_Key, tuple[jax.Array, np.ndarray]]:
+  """Arrays to read into, and their memory, for large arrays of which a CPU device of this process holds one part.
+
+  Args:
+    wanted: of each array the parts that this process holds, the dtype and the sharding.
+  """
+  devices: dict[jax.Device, dict[_Key, Kind]] = collections.defaultdict(dict)
+  for key, (boxes, dtype, sharding) in wanted.items():
+    if len(boxes) == 1 and (device := _cpu_of(sharding)) is not None:
+      kind = shape_of(boxes[0]), dtype
+      if _is_large(kind):
+        devices[device][key] = kind
+  found: dict[_Key, tuple[jax.Array, np.ndarray]] = {}
+  for device, kinds in devices.items():
+    enough = sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds.values()) >= _WORTH_NBYTES
+    if enough and (made := make(list(kinds.values()), device)) is not None:
+      found |= dict(zip(kinds, made, strict=True))
+  return found
 
 
-def _is_large(shape: tuple[int, ...], dtype: np.dtype) -> bool:
+def _is_large(kind: Kind) -> bool:
+  shape, dtype = kind
   # jax packs numbers of less than a byte, numpy does not.
   whole_bytes = not dtype.name.endswith(("int2", "int4", "float4_e2m1fn"))
   return whole_bytes and math.prod(shape) * dtype.itemsize >= _LARGE_NBYTES

@@ -12,21 +12,16 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from etils import epath
 
-from ckpt_jax.errors import StructureMismatchError
 from ckpt_jax.job import threads
 from ckpt_jax.layout import packing
-from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.keys import prefix
-from ckpt_jax.layout.memory import to_be_copied, unaligned_empty
-from ckpt_jax.layout.sharding import Box, box_of, chunk_nbytes, local_regions, one_device, split_box, whole_box
+from ckpt_jax.layout.memory import unaligned_empty
+from ckpt_jax.layout.sharding import Box, chunk_nbytes, split_box
 from ckpt_jax.orbax import private
-from ckpt_jax.storage.urls import is_object_store
 
 # How long to wait for the oldest read before looking at the others, which costs about 0.2 us each.
 _SWEEP_S, _SWEEP_S_A_READ = 0.003, 5e-6
@@ -52,33 +47,30 @@ class Request:
   memory: tuple[np.ndarray, ...] | None = None
 
 
-def open_stores(infos: Sequence[ocp.type_handlers.ParamInfo], context: ts.Context) -> list[ts.TensorStore]:
-  """Opens the arrays of a checkpoint through one key-value store.
+def open_stores(info: ocp.type_handlers.ParamInfo, names: Sequence[str]) -> dict[str, ts.TensorStore]:
+  """Opens arrays of an item, by their names in the database, through one key-value store.
 
   Args:
-    infos: Orbax's descriptions; all of one checkpoint.
-    context: TensorStore's resources.
+    info: Orbax's description of an array of the item.
+    names: of the arrays.
 
   Raises:
     ValueError: naming the array that cannot be opened.
   """
-  first = infos[0]
+  if not names:
+    return {}
   spec = private.tensorstore_read_spec(
-    first.replace(name=""),
-    use_ocdbt=bool(first.is_ocdbt_checkpoint),
-    raise_array_data_missing_error=first.raise_array_data_missing_error,
+    info.replace(name=""),
+    use_ocdbt=bool(info.is_ocdbt_checkpoint),
+    raise_array_data_missing_error=info.raise_array_data_missing_error,
   )
+  context = info.ts_context
   root = ts.KvStore.open(spec.pop("kvstore"), context=context).result()
-  futures = [
-    ts.open(spec, kvstore=root / prefix(info.name) if info.name else root, context=context, open=True, read=True)
-    for info in infos
-  ]
-  return [_result(future, info.name) for future, info in zip(futures, infos, strict=True)]
-
-
-def as_dtype(store: ts.TensorStore, dtype: Any) -> ts.TensorStore:
-  """The store, with values cast to `dtype` while they are read; None leaves them."""
-  return store if dtype is None or store.dtype.name == (name := dtype_name(dtype)) else ts.cast(store, name)
+  futures = {
+    name: ts.open(spec, kvstore=root / prefix(name) if name else root, context=context, open=True, read=True)
+    for name in names
+  }
+  return {name: result_of(future, name) for name, future in futures.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +96,6 @@ class Window:
   def part(self, enough: int) -> int:
     """Bytes of which one read consists, where chunks allow it."""
     return min(self.most, max(1, enough // _SEVERAL)) if self.is_local else self.most
-
-
-def window_of(directory: epath.Path, most: int) -> Window:
-  """The window for an item, given a limit in bytes."""
-  return Window(most, not is_object_store(directory))
 
 
 def read(
@@ -221,7 +208,7 @@ class _Flight:
 
   def _land(self, read: tuple[int, Any, _Wanted]) -> Iterator[tuple[Request, list[np.ndarray]]]:
     nbytes, future, wanted = read
-    _result(future, wanted.request.name)
+    result_of(future, wanted.request.name)
     self.nbytes -= nbytes
     wanted.pending -= 1
     if wanted.all_started and not wanted.pending:
@@ -232,7 +219,6 @@ def read_packed(
   info: ocp.type_handlers.ParamInfo,
   index: packing.Index,
   boxes: Mapping[str, tuple[Box, ...]],
-  context: ts.Context,
   window: Window,
 ) -> Iterator[tuple[str, list[np.ndarray]]]:
   """Parts of arrays that lie in slabs, in the order in which they come; only chunks that hold some of them are read.
@@ -241,7 +227,7 @@ def read_packed(
     info: Orbax's description of any array of the checkpoint.
     index: where the arrays lie.
     boxes: the parts wanted, by array.
-    context, window: as in `open_stores` and `read`.
+    window: how much at a time.
   """
   wanted: dict[int, list[tuple[int, int, str]]] = {}
   for name, parts in boxes.items():
@@ -255,12 +241,11 @@ def read_packed(
     return
   names = [packing.slab_name(process) for process in wanted]
   # A slab is zarr 2 in every item.
-  infos = [info.replace(name=name, use_zarr3=False, raise_array_data_missing_error=True) for name in names]
-  stores = open_stores(infos, context)
+  stores = open_stores(info.replace(use_zarr3=False, raise_array_data_missing_error=True), names)
   requests: dict[Request, int] = {}
   missing: collections.Counter[str] = collections.Counter()  # chunks that an array waits for
   waiting: dict[tuple[int, int], list[str]] = {}
-  for process, name, store in zip(wanted, names, stores, strict=True):
+  for process, name, store in zip(wanted, names, stores.values(), strict=True):
     length = store.shape[0]
     chunk = _chunk_shape(store)[0] or length
     touched: dict[int, None] = {}
@@ -282,85 +267,12 @@ def read_packed(
         yield name, [packing.gather(index[name], box, slabs) for box in boxes[name]]
 
 
-def read_small(
-  info: ocp.type_handlers.ParamInfo,
-  index: packing.Index,
-  shardings: Mapping[str, jax.sharding.Sharding | None],
-  context: ts.Context,
-  window: Window,
-) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
-  """Arrays that lie in slabs, in the order in which they come.
-
-  Args:
-    info, index, context, window: as for `read_packed`.
-    shardings: where each goes; None for a numpy array.
-  """
-  boxes = {
-    name: (whole_box(index[name].shape),) if sharding is None else local_regions(sharding, index[name].shape)
-    for name, sharding in shardings.items()
-  }
-  for name, parts in read_packed(info, index, boxes, context, window):
-    if (sharding := shardings[name]) is None:
-      yield name, parts[0].copy()  # since a slab would stay in memory for as long as one of its leaves does
-      continue
-    regions = dict(zip(boxes[name], parts, strict=True))
-    yield name, to_jax(index[name].shape, sharding, regions, packing.dtype_of(index[name].dtype))
-
-
-def to_jax(
-  shape: tuple[int, ...], sharding: jax.sharding.Sharding, regions: dict[Box, np.ndarray], dtype: Any
-) -> jax.Array:
-  """A jax array from what this process read of it, in memory of jax's own.
-
-  Args:
-    shape: of the whole array.
-    sharding: where it goes.
-    regions: `local_regions(sharding, shape)` and what they hold.
-    dtype: of the array, for a process that holds no part of it.
-  """
-
-  if one_device(sharding) == "here":
-    (whole,) = regions.values()
-    whole = to_be_copied(whole)
-    return jax.make_array_from_callback(shape, sharding, lambda _: whole)
-
-  def piece(index: tuple[slice, ...] | None) -> np.ndarray:
-    assert index is not None  # it is for devices of other processes only
-    box = box_of(index, shape)
-    if (region := regions.get(box)) is not None:
-      return to_be_copied(region)
-    for outer, array in regions.items():
-      if all(a <= c and d <= b for (a, b), (c, d) in zip(outer, box, strict=True)):
-        return to_be_copied(array[tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(outer, box, strict=True))])
-    raise AssertionError(f"{box} lies in none of {list(regions)}")
-
-  return jax.make_array_from_callback(shape, sharding, piece, dtype=dtype)
-
-
-def placed(shape: tuple[int, ...], part: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-  """An array of which this process holds one part, on one device."""
-  if part.sharding == sharding:
-    return part
-  return jax.make_array_from_single_device_arrays(shape, sharding, [part])
-
-
-def check_shape(name: str, saved: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
-  """Refuses to pad or truncate.
-
-  Raises:
-    StructureMismatchError: naming the array.
-  """
-  if wanted is not None and tuple(wanted) != saved:
-    raise StructureMismatchError(
-      f"{name}: saved with shape {list(saved)}, asked for {list(wanted)}; pass a like= with the saved shape"
-    )
-
-
 def _chunk_shape(store: ts.TensorStore) -> Sequence[int | None]:
   return store.chunk_layout.read_chunk.shape or store.shape
 
 
-def _result(future: Any, name: str) -> Any:
+def result_of(future: Any, name: str) -> Any:
+  """TensorStore's result; a ValueError that names the array if there is none."""
   try:
     return future.result()
   except (ValueError, OSError) as e:

@@ -17,13 +17,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from ckpt_jax.errors import StructureMismatchError
 from ckpt_jax.layout.forms import why_not_flat
-from ckpt_jax.layout.structure import look
+from ckpt_jax.layout.structure import Flat, flatten
 
 _log = logging.getLogger(__name__)
 PyTree = Any
 
 
-def local_nbytes(state: PyTree) -> int:
+def local_nbytes(state: PyTree | Flat) -> int:
   """Bytes of distinct array data that this process holds: what a copy of its shards to host memory needs.
 
   A shard replicated on several local devices counts once.
@@ -31,19 +31,19 @@ def local_nbytes(state: PyTree) -> int:
   return _sizes_of(state)[1]
 
 
-def largest_shard_nbytes(state: PyTree) -> int:
+def largest_shard_nbytes(state: PyTree | Flat) -> int:
   """Bytes of the largest piece of one array that this process holds; 0 without arrays."""
   return _sizes_of(state)[2]
 
 
-def global_nbytes(state: PyTree) -> int:
+def global_nbytes(state: PyTree | Flat) -> int:
   """Bytes of all array leaves, each counted once however it is sharded."""
   return _sizes_of(state)[0]
 
 
-def _sizes_of(state: PyTree) -> tuple[int, int, int]:
-  structure, leaves = look(state)
-  return structure.once(_sizes, leaves)
+def _sizes_of(state: PyTree | Flat) -> tuple[int, int, int]:
+  flat = flatten(state)
+  return flat.structure.once(_sizes, flat.leaves)
 
 
 def _sizes(leaves: Sequence[Any]) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from etils import epath
 
 from ckpt_jax.layout import packing, writing
 from ckpt_jax.layout.encoding import is_prng_key
-from ckpt_jax.layout.structure import look, segment
+from ckpt_jax.layout.structure import flatten, segment
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import ITEM_METADATA, KEY, KEY_TYPE, KEYS, TREE, VALUE, VALUE_TYPE, WRITE_SHAPE
 
@@ -101,8 +101,8 @@ def split(tree: PyTree) -> tuple[dict[str, Any], list[jax.Array], Small] | None:
     What Orbax is to save, as dicts of dicts; the small arrays; and what is known of them. None if there is nothing to
     cut off.
   """
-  structure, leaves = look(tree)
-  cut = structure.once(_cut, tree)
+  flat = flatten(tree)
+  cut = flat.structure.once(_cut, tree)
   if cut is None:
     return None
   rest: dict[str, Any] = {}
@@ -110,8 +110,8 @@ def split(tree: PyTree) -> tuple[dict[str, Any], list[jax.Array], Small] | None:
     node = rest
     for name in names[:-1]:
       node = node.setdefault(name, {})
-    node[names[-1]] = empty if number is None else leaves[number]
-  return rest, [leaves[i] for i in cut.numbers], cut.small
+    node[names[-1]] = empty if number is None else flat.leaves[number]
+  return rest, [flat.leaves[i] for i in cut.numbers], cut.small
 
 
 def _cut(tree: PyTree) -> _Cut | None:

@@ -1,12 +1,13 @@
-"""What a tree is apart from its values, found again for the next tree that is alike.
+"""The structure of a tree apart from its values, shared by all trees that are alike.
 
 A training loop saves leaves of the same names, shapes and shardings at every step, and Python takes some microseconds
-for each question about a leaf: its name, its size, whether it can be stored, who writes it. For 5,000 arrays that was
-most of what a save kept training. Answers that do not depend on values are asked for once.
+to answer a question about a leaf: its name, its size, whether it can be stored, which process writes it. For 5,000
+arrays that was most of a save's blocking time. Answers that do not depend on values are computed once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 import threading
@@ -15,15 +16,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from ckpt_jax.layout.keeping import kept
-
 PyTree = Any
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
-_REMEMBERED = 8  # what is saved, and what it is encoded to, of a few checkpointers
+_REMEMBERED = 8  # the states, and their encoded forms, of a few checkpointers
 
 _lock = threading.Lock()
-_known: list[Structure] = []  # the last one used first
+_known: list[Structure] = []  # the most recently used first
 
 
 class Structure:
@@ -32,8 +31,7 @@ class Structure:
   Attributes:
     treedef: of the tree.
     paths: the key path of each leaf.
-    kinds: of each leaf `(aval, sharding)` if it is a jax array, else its type and what it has of a shape, a dtype and
-      a sharding.
+    kinds: `(aval, sharding)` of each jax array; of other leaves the type, and shape, dtype and sharding if any.
   """
 
   def __init__(self, treedef: Any, paths: Sequence[tuple[Any, ...]], kinds: Sequence[tuple[Any, ...]]):
@@ -48,26 +46,37 @@ class Structure:
     return [path_name(path) for path in self.paths]
 
   def once(self, question: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """`question(*args)`, asked the first time only; what it makes of its arguments must follow from the structure."""
+    """`question(*args)`, computed the first time only; the answer must follow from the structure alone."""
     if question not in self._answers:
       self._answers[question] = question(*args, **kwargs)
     return self._answers[question]
 
 
-@kept
-def look(tree: PyTree) -> tuple[Structure, list[Any]]:
-  """The structure of a tree, the same object for trees that are alike, and its leaves."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flat:
+  """A flattened tree. Functions that take a state take this in its place, so that a save flattens its state once."""
+
+  tree: PyTree
+  structure: Structure
+  leaves: list[Any]
+
+
+def flatten(tree: PyTree | Flat) -> Flat:
+  """A tree with its leaves and its structure, which is the same object for trees that are alike."""
+  if isinstance(tree, Flat):
+    return tree
   leaves, treedef = jax.tree.flatten(tree)
   kinds = list(map(_kind, leaves))
   with _lock:
     for i, known in enumerate(_known):
       if _alike(known.treedef, treedef) and known.kinds == kinds:
+        known.kinds = kinds  # the next tree may hold the same arrays, whose kinds are compared by identity then
         _known.insert(0, _known.pop(i))
-        return known, leaves
+        return Flat(tree, known, leaves)
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
     _known.insert(0, Structure(treedef, paths, kinds))
     del _known[_REMEMBERED:]
-    return _known[0], leaves
+    return Flat(tree, _known[0], leaves)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -77,7 +86,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def segment(key: Any) -> str:
   """One key of a path as a name."""
-  if type(key) is jax.tree_util.DictKey:  # the most of them, in trees of thousands of leaves
+  if type(key) is jax.tree_util.DictKey:  # most of them, in trees of thousands of leaves
     return str(key.key)
   for attribute in ("key", "idx", "name"):
     if hasattr(key, attribute):
@@ -88,7 +97,7 @@ def segment(key: Any) -> str:
 def _alike(one: Any, other: Any) -> bool:
   try:
     return bool(one == other)
-  except Exception:  # what a node holds beside its leaves may be an array, which is not to be compared
+  except Exception:  # a node's static data may hold an array, which has no single truth value
     return False
 
 

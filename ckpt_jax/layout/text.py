@@ -15,7 +15,6 @@ import jax
 import orbax.checkpoint as ocp
 
 from ckpt_jax.orbax.format import TEXTS
-from ckpt_jax.run import untrusted
 
 
 class TextHandler(ocp.type_handlers.StringHandler):
@@ -34,12 +33,6 @@ class TextHandler(ocp.type_handlers.StringHandler):
       await info.await_path_creation()
     if jax.process_index() == 0:
       await asyncio.to_thread((infos[0].parent_dir / TEXTS).write_text, json.dumps(nested(texts)))
-
-  async def deserialize(self, infos: Sequence[ocp.type_handlers.ParamInfo], args: Any = None) -> Sequence[str]:
-    """See Orbax's."""
-    del args
-    data = await asyncio.to_thread(untrusted.read_json, infos[0].parent_dir / TEXTS)
-    return [str(find(data, info.name)) for info in infos]
 
 
 def nested(texts: Mapping[str, Any]) -> dict[str, Any]:

@@ -197,16 +197,6 @@ def array_as(array: Any, *, weak: bool, committed: bool) -> Any:
   return type(array)(aval, array.sharding, shards, committed=committed, _skip_checks=one)
 
 
-async def prng_key_names(store: Any, item_dir: Any) -> set[str]:
-  """The arrays of a checkpoint that are the words of PRNG keys, as `store` (see above) has them.
-
-  Why private: as above; the file says so under `ext_metadata`, and Orbax offers nothing else that does.
-  """
-  found = await store.read(item_dir)
-  arrays = next(iter(found.values())) if found else []
-  return {a.param_name for a in arrays if "random_key_impl" in (a.ext_metadata or {})}
-
-
 def before_executors_shut_down(callback: Callable[[], None]) -> None:
   """Runs `callback` when the interpreter ends, while threads can still be started.
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StructureMismatchError
@@ -70,25 +69,6 @@ class LeafPlan:
   def nbytes(self) -> int:
     """Bytes of the stored form."""
     return math.prod(self.shape) * self.dtype.itemsize if self.dtype is not None else 0
-
-  def request(self, sharding: Sharding | None) -> tuple[Any, ocp.RestoreArgs]:
-    """Orbax's item and restore args: the stored form with a sharding, or as numpy without one."""
-    args = self.restore_args(sharding)
-    if self.scalar is not None:
-      return self.scalar(), args
-    if sharding is None:
-      return np.zeros((), np.uint8), args
-    return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding), args
-
-  def restore_args(self, sharding: Sharding | None) -> ocp.RestoreArgs:
-    """The second part of `request`."""
-    if self.scalar is not None:
-      return ocp.RestoreArgs(restore_type=self.scalar)
-    if sharding is None:
-      return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(
-      restore_type=jax.Array, sharding=sharding, global_shape=self.shape, dtype=np.dtype(self.dtype)
-    )
 
   def decode(self, value: Any) -> Any:
     """What was saved, given the stored form."""

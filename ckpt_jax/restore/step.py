@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 from jax.sharding import Sharding
 
 from ckpt_jax.config import Config
-from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, StorageError, StructureMismatchError
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_damage, is_unreachable, root_cause
 from ckpt_jax.integrity.fingerprint import take_restored
-from ckpt_jax.layout import aggregate, contents, direct, reading
+from ckpt_jax.layout import contents
+from ckpt_jax.layout.description import describe_item
 from ckpt_jax.layout.forms import shared_names
-from ckpt_jax.layout.handler import pytree_handler
-from ckpt_jax.layout.keys import database_name
 from ckpt_jax.layout.structure import path_name
-from ckpt_jax.orbax.format import ITEM_METADATA, MANIFEST
+from ckpt_jax.layout.values import Wanted, read_leaves
 from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, plan_leaf
-from ckpt_jax.run import untrusted
 from ckpt_jax.run.steps import THINNED, is_tree, our_item, our_metadata
-from ckpt_jax.storage import look
-
-Wanted = Sequence[tuple[LeafPlan, Sharding | None]]
 
 
 class Step:
@@ -60,14 +53,13 @@ class Step:
     self.ours = our_metadata(step_dir)
     self.item_name = name = item_to_read(step_dir, config, item, like, self.ours)
     self.item_dir = step_dir / name
-    self.item = contents.describe_item(self.item_dir, config)
+    self.item = describe_item(self.item_dir, config)
     self.notes = contents.encoded_leaves(self.ours, name)
     weak = self.ours.get("weak") if our_item(self.ours) == name else None
     self._weak: frozenset[str] | None = None if weak is None else frozenset(weak)
     self.thinned: list[str] | None = (self.ours.get(THINNED) or {}).get("keep")
     self._config = config
-    leaves, structure = jax.tree_util.tree_flatten_with_path(self.item.tree)
-    self._treedef: Any = structure  # jax's stubs do not know its methods
+    leaves = jax.tree_util.tree_flatten_with_path(self.item.tree)[0]
     self.paths = {path_name(path): path for path, _ in leaves}
     refuse_shared(self.paths, leaves, str(step_dir))
     self.meta: dict[str, Any] = dict(zip(self.paths, (meta for _, meta in leaves), strict=True))
@@ -84,22 +76,18 @@ class Step:
 
   def store(self, name: str) -> ts.TensorStore:
     """The array of a leaf, open, to be read in pieces."""
-    stored = database_name(self.paths[name])
-    if stored not in self.item.stores:
-      data = untrusted.read_json(self.item_dir / ITEM_METADATA)
-      info = direct.item_info(self.item_dir, data, self._config.limits)
-      info = info.replace(name=stored, is_ocdbt_checkpoint=look.exists(self.item_dir / MANIFEST))
-      self.item.stores[stored] = reading.open_stores([info], info.ts_context)[0]
-    return self.item.stores[stored]
+    stored = self.meta[name].name
+    return self.item.open([stored])[stored]
 
-  def read(self, wanted: Wanted, arrived: Callable[[str, Any], None] | None = None) -> dict[str, Any]:
+  def read(
+    self, wanted: Sequence[tuple[LeafPlan, Sharding | None]], arrived: Callable[[str, Any], None] | None = None
+  ) -> dict[str, Any]:
     """The stored values of leaves, by path. May be called several times, from any thread, for different leaves.
 
-    It does not go through `ocp.Checkpointer`, whose restore ends in a barrier that waits forever for a process that
-    failed, and where each process has to ask for the same leaves.
+    Each process may ask for leaves of its own, which `ocp.Checkpointer` does not allow.
 
     Args:
-      wanted: which, and the sharding to read each into: see `LeafPlan.request`.
+      wanted: which, and the sharding of each jax array; None for a numpy array, a number or text.
       arrived: called with path and value of each array when it has been read, before the others have.
 
     Raises:
@@ -107,41 +95,17 @@ class Step:
       CorruptCheckpointError: if it holds something else than its metadata says.
       CheckpointError: for a failure that says nothing about the step, which then stays where it is.
     """
-    held = self.item.values
-    found = {p.name: aggregate.as_asked(held[p.name], p.scalar, where) for p, where in wanted if p.name in held}
-    wanted = [(plan, where) for plan, where in wanted if plan.name not in found]
-    if not wanted:
-      return found
+    rows = {plan.name: Wanted(self.meta[plan.name].name, plan.scalar, sharding) for plan, sharding in wanted}
     try:
-      return found | (self._through_orbax if self.item.info is None else self._directly)(wanted, arrived)
+      return read_leaves(self.item, rows, self._config, arrived)
     except (MemoryError, CheckpointError):
       raise
     except Exception as e:
-      if "more bytes than we reserved" in str(e):
-        raise ConfigError(f"{self.item_dir}: {root_cause(e)}") from e
       if is_unreachable(e):
         raise StorageError(f"{self.item_dir}: {root_cause(e)}") from e
       if is_damage(e):
         raise CorruptCheckpointError(f"{self.item_dir}: cannot be read: {root_cause(e)}") from e
       raise CheckpointError(f"{self.item_dir}: cannot be read: {type(e).__name__}: {root_cause(e)}") from e
-
-  def _directly(self, wanted: Wanted, arrived: Any) -> dict[str, Any]:
-    rows = {}
-    for plan, sharding in wanted:
-      keys = self.paths[plan.name]
-      args = functools.partial(plan.restore_args, sharding)
-      rows[database_name(keys)] = direct.Wanted(plan.name, keys, sharding, args)
-    found = direct.read(self.item.info, rows, self.item.index, self.item.stores, self._config, arrived)
-    return {plan.name: found[name] for (plan, _), name in zip(wanted, rows, strict=True)}
-
-  def _through_orbax(self, wanted: Wanted, arrived: Any) -> dict[str, Any]:
-    nothing = (ocp.PLACEHOLDER, ocp.RestoreArgs())
-    requests = {plan.name: plan.request(sharding) for plan, sharding in wanted}
-    items, args = zip(*(requests.get(name, nothing) for name in self.meta), strict=True)
-    restore = ocp.args.PyTreeRestore(self._treedef.unflatten(items), restore_args=self._treedef.unflatten(args))
-    read = pytree_handler(self._config, arrived=arrived).restore(self.item_dir, args=restore)
-    values = zip(self.meta, self._treedef.flatten_up_to(read), strict=True)
-    return {name: value for name, value in values if name in requests}
 
 
 def refuse_shared(by_name: Collection[str], leaves: Sequence[tuple[tuple[Any, ...], Any]], where: str) -> None:

@@ -41,7 +41,7 @@ def leaf_names(item: epath.Path) -> list[tuple[str, ...]]:
   Raises:
     CorruptCheckpointError: if the item's metadata cannot be read.
   """
-  return [key_path(entry) for entry in _metadata(item)[TREE].values()]
+  return [key_path(entry) for entry in item_metadata(item)[TREE].values()]
 
 
 def under(names: Collection[tuple[str, ...]], keep: Collection[str]) -> list[tuple[str, ...]]:
@@ -82,7 +82,12 @@ def copy_leaves(
       (source / file).copy(target / file)
 
 
-def _metadata(item: epath.Path) -> dict[str, Any]:
+def item_metadata(item: epath.Path) -> dict[str, Any]:
+  """The JSON of an item's tree.
+
+  Raises:
+    CorruptCheckpointError: if it cannot be read.
+  """
   file = item / ITEM_METADATA
   try:
     data = json.loads(look.read_bytes(file))
@@ -94,7 +99,7 @@ def _metadata(item: epath.Path) -> dict[str, Any]:
 
 
 def _copy_descriptions(source: epath.Path, target: epath.Path, names: set[tuple[str, ...]], stored: set[str]) -> None:
-  data = _metadata(source)
+  data = item_metadata(source)
   data[TREE] = {key: entry for key, entry in data[TREE].items() if key_path(entry) in names}
   (target / ITEM_METADATA).write_text(json.dumps(data))
   if (source / SHARDINGS).exists():

@@ -1,13 +1,11 @@
 """A saved state with its small arrays packed, or not, made from one that has them the other way.
 
-What does not move is copied chunk by chunk (`subset`); what moves is read and written in batches of bounded size.
+Arrays that stay where they are are copied chunk by chunk (`copy`); the others are read and written in batches of
+bounded size.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import threading
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -15,15 +13,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ckpt_jax.config import LimitsConfig
+from ckpt_jax.config import Config, LimitsConfig
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
-from ckpt_jax.layout import contents, packing, reading, writing
-from ckpt_jax.layout.direct import item_info
+from ckpt_jax.layout import contents, packing
+from ckpt_jax.layout.description import ItemDescription, describe_item, item_info, prng_keys
 from ckpt_jax.layout.sharding import whole_box
-from ckpt_jax.orbax import private
-from ckpt_jax.orbax.format import ITEM_METADATA, TREE, VALUE, VALUE_TYPE, key_path
-from ckpt_jax.rewrite.copy import copy_leaves, leaf_names
+from ckpt_jax.layout.values import Wanted, read_leaves
+from ckpt_jax.layout.writing import Writer, Written
+from ckpt_jax.orbax.format import ARRAY_TYPES, TREE, USE_ZARR3, VALUE, VALUE_TYPE, key_path
+from ckpt_jax.rewrite.copy import copy_leaves, item_metadata, leaf_names
 from ckpt_jax.rewrite.swap import finish_rewrites, rewrite_step
 from ckpt_jax.run.steps import our_metadata, step_directory, step_info
 
@@ -60,10 +59,11 @@ def repack_step(directory: epath.Path, step: int, *, pack: bool) -> int:
 
   def check(old: epath.Path, new: epath.Path) -> None:
     # What was copied has been compared by `copy_leaves`.
+    before, after = describe_item(item), describe_item(new / item.name)
     for batch in _batches(moving):
-      before, after = _values(item, batch), _values(new / item.name, batch)
-      for name, value in before.items():
-        other = after[name]
+      copied = _values(after, batch)
+      for name, value in _values(before, batch).items():
+        other = copied[name]
         if (value.dtype, value.shape) != (other.dtype, other.shape) or value.tobytes() != other.tobytes():
           raise CorruptCheckpointError(f"{new / item.name}: {name} reads back differently from what was copied")
 
@@ -77,16 +77,11 @@ def _moving(item: epath.Path, *, pack: bool) -> dict[str, int]:
   index = packing.read_index(item)
   if not pack:
     return {name: packed.nbytes for name, packed in index.items()}
-  entries = json.loads((item / ITEM_METADATA).read_text())[TREE].values()
-  arrays = [".".join(key_path(entry)) for entry in entries if entry[VALUE][VALUE_TYPE] == "jax.Array"]
-  keys = asyncio.run(private.prng_key_names(private.array_metadata_store(), item))
-  names = [name for name in arrays if name not in index and name not in keys]
-  if not names:
-    return {}
-  info = _info(item)
-  infos = [info.replace(name=name) for name in names]
-  stores = reading.open_stores(infos, infos[0].ts_context)
-  sizes = {name: store.size * store.dtype.numpy_dtype.itemsize for name, store in zip(names, stores, strict=True)}
+  entries = item_metadata(item)[TREE].values()
+  arrays = {".".join(key_path(entry)) for entry in entries if entry[VALUE][VALUE_TYPE] == ARRAY_TYPES[0]}
+  names = arrays - index.keys() - prng_keys(item).keys()
+  stores = describe_item(item).open(sorted(names)) if names else {}
+  sizes = {name: store.size * store.dtype.numpy_dtype.itemsize for name, store in stores.items()}
   return {name: nbytes for name, nbytes in sizes.items() if packing.is_small(nbytes)}
 
 
@@ -98,38 +93,22 @@ def carry_packed(source: epath.Path, target: epath.Path, names: Collection[str])
 
 def _move(source: epath.Path, target: epath.Path, moving: dict[str, int], *, pack: bool) -> None:
   index: packing.Index = {}
+  old = describe_item(source)
+  info = item_info(target, LimitsConfig(), ocdbt=True, zarr3=bool(item_metadata(target).get(USE_ZARR3)))
   for number, batch in enumerate(_batches(moving)):
-    values = _values(source, batch)
-    specs, info = writing.Specs(None), _info(target)
+    values = _values(old, batch)
     arrays = [
-      writing.Written(
-        info.replace(name=name),
-        ocp.SaveArgs(),
-        value.shape,
-        value.dtype,
-        value.shape,
-        ((whole_box(value.shape), value),),
-      )
-      for name, value in values.items()
+      Written(info.replace(name=n), ocp.SaveArgs(), v.shape, v.dtype, v.shape, ((whole_box(v.shape), v),))
+      for n, v in values.items()
     ]
-    for array in arrays:
-      specs.of(array)
-    slab = None
+    writer = Writer(info.ts_context, _BATCH_NBYTES)
     if pack:
       slab = packing.lay_out(number, {a.info.name: (a.dtype, a.shape, [box for box, _ in a.pieces]) for a in arrays})
       index |= slab.index
-    writing.write(
-      [] if pack else arrays,
-      slab,
-      list(values.values()),
-      specs,
-      compressed=False,
-      context=arrays[0].info.ts_context,
-      process=0,
-      slab_number=number,
-      window=_BATCH_NBYTES,
-      stop=threading.Event(),
-    )
+      writer.spec(arrays[0])  # locates the database
+      writer.write([], slab, list(values.values()), number)
+    else:
+      writer.write(arrays)
   if index:
     packing.write_index(target, index)
 
@@ -147,25 +126,11 @@ def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:
     yield batch
 
 
-def _values(item: epath.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-  index = packing.read_index(item)
-  info, window = _info(item), reading.window_of(item, _BATCH_NBYTES)
+def _values(item: ItemDescription, names: Sequence[str]) -> dict[str, np.ndarray]:
+  directory = item.info.parent_dir
   try:
-    boxes = {name: (whole_box(index[name].shape),) for name in names if name in index}
-    found = reading.read_packed(info, index, boxes, info.ts_context, window)
-    values = {name: parts[0] for name, parts in found}
-    alone = [name for name in names if name not in index]
-    if alone:
-      stores = reading.open_stores([info.replace(name=name) for name in alone], info.ts_context)
-      requests = [reading.Request(n, store, (whole_box(store.shape),)) for n, store in zip(alone, stores, strict=True)]
-      values |= {request.name: arrays[0] for request, arrays in reading.read(requests, window)}
+    return read_leaves(item, {name: Wanted(name, None, None) for name in names}, Config())
   except ValueError as e:
     if is_unreachable(e):
-      raise StorageError(f"{item}: {root_cause(e)}") from e
-    raise CorruptCheckpointError(f"{item}: {e}") from e
-  return values
-
-
-def _info(item: epath.Path) -> ocp.type_handlers.ParamInfo:
-  data = json.loads((item / ITEM_METADATA).read_text())
-  return item_info(item, data, LimitsConfig())
+      raise StorageError(f"{directory}: {root_cause(e)}") from e
+    raise CorruptCheckpointError(f"{directory}: {e}") from e

@@ -25,7 +25,6 @@ from ckpt_jax.job.errand import Errand, wait_for
 from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_size
-from ckpt_jax.layout.keeping import keeping
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.orbax.manager import (
   RunManager,
@@ -125,7 +124,6 @@ class Saver:
         self._manager = self._opened(pytree_handler(self._config))
     return self._manager
 
-  @keeping()
   def save(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
     """Starts a save and returns once the arrays may be overwritten; see `Checkpointer.save`.
 
@@ -205,10 +203,10 @@ class Saver:
     self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any
   ) -> tuple[_Snapshot, float]:
     """What is to be written, and seconds until the state was computed. The previous save has ended when it returns."""
-    tree, notes, numbers, computing_s = encoded(state, metrics)
-    config = self._run.planner.for_save(state)
-    record = SaveRecord(step, global_nbytes(state))
-    metadata = run_metadata(config, state, record.nbytes) | {
+    flat, tree, notes, numbers, computing_s = encoded(state, metrics)
+    config = self._run.planner.for_save(flat)
+    record = SaveRecord(step, global_nbytes(flat))
+    metadata = run_metadata(config, flat, record.nbytes) | {
       "metrics": numbers,
       "extras": checked_json(extras, "extras"),
       "encoded": notes,
@@ -217,9 +215,9 @@ class Saver:
     self.wait()
     record.waited_s = time.perf_counter() - waited
     where = f"{self._directory}: step {step}"
-    recording = record_of(step, state, record.nbytes, config.health.nonfinite, where, self._judge)
+    recording = record_of(step, flat, record.nbytes, config.health.nonfinite, where, self._judge)
     metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._run.item}
-    in_chunks = chunk_nbytes(self._directory, state, self._config.limits.host_memory)
+    in_chunks = chunk_nbytes(self._directory, flat, self._config.limits.host_memory)
     return _Snapshot(tree, metadata, recording, record, config, in_chunks), computing_s
 
   @transfers_asked_for()

@@ -21,7 +21,7 @@ from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout.encoding import encode, refuse_unusable
 from ckpt_jax.layout.sharding import is_weak, largest_shard_nbytes, local_nbytes
-from ckpt_jax.layout.structure import Structure, look
+from ckpt_jax.layout.structure import Flat, Structure, flatten
 from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ PyTree = Any
 
 def encoded(
   state: PyTree, metrics: Mapping[str, Any] | None
-) -> tuple[PyTree, dict[str, dict[str, Any]], dict[str, float | int], float]:
-  """The state as Orbax takes it, notes on the leaves that differ from it, metrics as numbers, and seconds of waiting.
+) -> tuple[Flat, PyTree, dict[str, dict[str, Any]], dict[str, float | int], float]:
+  """The flat state, the tree that Orbax takes, notes on leaves that differ, metrics as numbers, seconds of waiting.
 
   The seconds are those until state and metrics were computed, which are not the save's cost.
 
@@ -44,7 +44,8 @@ def encoded(
     jax.block_until_ready((state, metrics))
     seconds = time.perf_counter() - computing
     numbers = plain_metrics(metrics)
-    return *encode(state), numbers, seconds
+    flat = flatten(state)
+    return flat, *encode(flat), numbers, seconds
   except CheckpointError:
     raise
   except Exception:
@@ -53,7 +54,7 @@ def encoded(
     raise
 
 
-def chunk_nbytes(directory: epath.Path, state: PyTree, limit: int | Literal["auto"]) -> int | None:
+def chunk_nbytes(directory: epath.Path, state: PyTree | Flat, limit: int | Literal["auto"]) -> int | None:
   """None if a copy of this process's shards fits into host memory, else how many bytes to hold at a time.
 
   All processes call it alike, and all get None or none does.
@@ -96,9 +97,10 @@ def _versions() -> dict[str, str]:
   return found
 
 
-def run_metadata(config: Config, state: Any, nbytes: int) -> dict[str, Any]:
+def run_metadata(config: Config, state: PyTree | Flat, nbytes: int) -> dict[str, Any]:
   """Where a step comes from: package versions, processes, devices, meshes, configuration and sizes."""
-  structure, leaves = look(state)
+  flat = flatten(state)
+  structure, leaves = flat.structure, flat.leaves
   return {
     "format": FORMAT,
     "versions": _versions(),

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from ckpt_jax.config import Config
-from ckpt_jax.layout.structure import look
+from ckpt_jax.layout.structure import Flat, flatten
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import StorageProfile, quick_probe
 from ckpt_jax.tuning.assumed import is_assumed
@@ -76,14 +76,15 @@ class Planner:
     known = timeouts.model_copy(update={"save": timeouts.save_s, "restore": timeouts.restore_s})
     return self._user.model_copy(update={"timeouts": known})
 
-  def for_save(self, state: PyTree) -> Config:
+  def for_save(self, state: PyTree | Flat) -> Config:
     """The settings to save `state` with."""
     self._saves += 1
+    flat = flatten(state)
     again = self._saves & (self._saves - 1) == 0
-    signature = _signature(state)
+    signature = _signature(flat)
     sample = self._user.layout.compression == "auto"
     if signature != self._planned_for or (again and sample and signature[1] >= _WORTH_MEASURING_NBYTES):
-      self._make(state, signature, sample=sample)
+      self._make(flat.tree, signature, sample=sample)
       self._planned_for = signature
     return self.config
 
@@ -154,10 +155,10 @@ class Planner:
     return storage
 
 
-def _signature(state: PyTree) -> tuple[Any, ...]:
+def _signature(state: PyTree | Flat) -> tuple[Any, ...]:
   """What a plan depends on, of a state's structure."""
-  structure, leaves = look(state)
-  return structure.once(_signature_of, leaves)
+  flat = flatten(state)
+  return flat.structure.once(_signature_of, flat.leaves)
 
 
 def _signature_of(leaves: Sequence[Any]) -> tuple[Any, ...]:

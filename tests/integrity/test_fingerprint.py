@@ -18,7 +18,7 @@ import ckpt_jax as ckpt
 from ckpt_jax.integrity import device, sums
 from ckpt_jax.integrity.fingerprint import LeafPrint, take, take_restored
 from ckpt_jax.layout import structure
-from ckpt_jax.layout.structure import look
+from ckpt_jax.layout.structure import flatten
 
 DTYPES = ["float32", "bfloat16", "float16", "int8", "int4", "uint4", "bool", "float8_e4m3fn", "complex64", "uint32"]
 DTYPES += ["float64", "int64", "complex128"]
@@ -36,7 +36,7 @@ def leaf_total(leaf):
 
 
 def views(state):
-  return take(*look(state))
+  return take(flatten(state))
 
 
 def prints(state):

@@ -138,10 +138,10 @@ def test_packed_leaves_are_shown_as_they_are(tmp_path):
 
 def test_chunks_go_through_the_same_memory_within_a_save_and_from_one_to_the_next(tmp_path, monkeypatch):
   made = []
-  fresh = writing._fresh
+  fresh = writing.fresh
   monkeypatch.setattr(packing, "_CHUNK_NBYTES", 4096)
   monkeypatch.setattr(writing, "_SLAB_NBYTES", 3 * 4096)
-  monkeypatch.setattr(writing, "_fresh", lambda nbytes: made.append(nbytes) or fresh(nbytes))
+  monkeypatch.setattr(writing, "fresh", lambda nbytes: made.append(nbytes) or fresh(nbytes))
 
   def state(step):
     return {f"x{i}": np.random.default_rng((step, i)).standard_normal((7, 30), np.float32) for i in range(100)}
@@ -248,7 +248,9 @@ def test_repacking_that_fails_leaves_the_step_as_it_was(tmp_path, monkeypatch, a
     c.save(0, state)
   real = repacking._values
   monkeypatch.setattr(
-    repacking, "_values", lambda item, names: {n: v + (".ckpt_jax" in str(item)) for n, v in real(item, names).items()}
+    repacking,
+    "_values",
+    lambda item, names: {n: v + (".ckpt_jax" in str(item.info.parent_dir)) for n, v in real(item, names).items()},
   )
   done = cli("repack", tmp_path, 0, "--pack", "off")
   assert done.returncode == 1 and "b reads back differently" in done.stderr

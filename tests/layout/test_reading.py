@@ -1,8 +1,11 @@
 """Reading: every byte right, whatever the layout, and no byte twice."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
@@ -14,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jobs import together
 
 import ckpt_jax as ckpt
-from ckpt_jax.layout import contents, reading
-from ckpt_jax.layout.handler import pytree_handler
+from ckpt_jax.layout import reading
+from ckpt_jax.layout.description import describe_item
 from ckpt_jax.layout.memory import to_be_copied, unaligned_empty
 from ckpt_jax.layout.sharding import chunk_nbytes, local_regions, merge_boxes, split_box
 
@@ -129,7 +132,7 @@ def test_each_array_is_opened_once_in_a_restore(tmp_path, monkeypatch):
   state = {"w": jnp.arange(1000.0), "n": np.arange(7), "half": jnp.ones((3, 5), jnp.bfloat16)}
   opened = []
   real = reading.open_stores
-  monkeypatch.setattr(reading, "open_stores", lambda infos, c: opened.extend(i.name for i in infos) or real(infos, c))
+  monkeypatch.setattr(reading, "open_stores", lambda info, names: opened.extend(names) or real(info, names))
   with ckpt.Checkpointer(tmp_path) as c:
     c.save(1, state)
     c.wait()
@@ -138,15 +141,27 @@ def test_each_array_is_opened_once_in_a_restore(tmp_path, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
-def test_an_item_is_described_as_orbax_handler_of_trees_does(tmp_path):
+@pytest.mark.parametrize("options", [None, {}, {"use_zarr3": True}, {"use_ocdbt": False}], ids=str)
+def test_an_item_is_described_as_orbax_handler_of_trees_does(tmp_path, options):
   state = {"w": jnp.arange(12.0).reshape(3, 4), "n": np.arange(7), "deep": [{"half": jnp.ones((3, 5), jnp.bfloat16)}]}
-  with ckpt.Checkpointer(tmp_path) as c:
-    c.save(1, state)
+  state |= {"empty": {}, "none": None, "adam": (optax.EmptyState(), 3, "text"), "key": jax.random.key(0)}
+  if options is None:
+    with ckpt.Checkpointer(tmp_path) as c:
+      c.save(1, state)
+  else:
+    with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler(**options)) as plain:
+      plain.save(1, args=ocp.args.PyTreeSave(state))
   item = epath.Path(tmp_path) / "1" / "default"
-  ours = contents.describe_item(item)
-  assert ours.info is not None
-  assert ours.tree == pytree_handler(ckpt.Config()).metadata(item).tree
+  ours = describe_item(item)
+  assert ours.stores
+  theirs = jax.tree.map(without_sharding, ocp.PyTreeCheckpointHandler().metadata(item).tree)
+  assert ours.tree == theirs
+  assert [leaf.name for leaf in jax.tree.leaves(ours.tree)] == [leaf.name for leaf in jax.tree.leaves(theirs)]
   assert {leaf.directory for leaf in jax.tree.leaves(ours.tree)} == {item}
+
+
+def without_sharding(meta):
+  return dataclasses.replace(meta, sharding=None) if hasattr(meta, "sharding") else meta
 
 
 @pytest.mark.parametrize("is_local", [True, False])

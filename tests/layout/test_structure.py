@@ -1,7 +1,6 @@
 """What is known of a state apart from its values is worked out once, and never for another state."""
 
 import gc
-import threading
 import weakref
 
 import jax
@@ -12,10 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.layout import memory
-from ckpt_jax.layout.keeping import keeping
+from ckpt_jax.layout.memory import HostViews
 from ckpt_jax.layout.sharding import global_nbytes, largest_shard_nbytes, local_nbytes
-from ckpt_jax.layout.structure import look
+from ckpt_jax.layout.structure import flatten
 
 
 def state(value=0.0, shape=(4, 6), dtype=jnp.float32):
@@ -23,8 +21,9 @@ def state(value=0.0, shape=(4, 6), dtype=jnp.float32):
 
 
 def test_states_of_one_structure_share_it_and_others_do_not():
-  first, leaves = look(state())
-  assert look(state(7.0))[0] is first
+  flat = flatten(state())
+  first, leaves = flat.structure, flat.leaves
+  assert flatten(flat) is flat and flatten(state(7.0)).structure is first
   assert first.names == ["a/0", "a/1/b", "key", "n"] and leaves[-1] == 3
   mesh = jax.make_mesh((2,), ("x",))
   other = state()
@@ -32,11 +31,12 @@ def test_states_of_one_structure_share_it_and_others_do_not():
   changed = [state(shape=(6, 4)), state(dtype=jnp.bfloat16), {**state(), "n": 3.0}, {**state(), "m": 1}, other]
   changed.append({**state(), "key": jax.random.key(1, impl="rbg")})
   changed.append(state() | {"a": tuple(state()["a"])})
-  assert len({id(look(s)[0]) for s in [state(), *changed]}) == 1 + len(changed)
+  assert len({id(flatten(s).structure) for s in [state(), *changed]}) == 1 + len(changed)
 
 
 def test_a_question_is_asked_once_and_an_error_is_no_answer():
-  structure, leaves = look({"x": jnp.zeros(3)})
+  flat = flatten({"x": jnp.zeros(3)})
+  structure, leaves = flat.structure, flat.leaves
   asked = []
 
   def count(values):
@@ -87,14 +87,10 @@ def test_sizes_are_those_of_the_state_at_hand():
     assert largest_shard_nbytes(held) == 8 * n
 
 
-def test_what_is_kept_is_found_once_within_a_save_by_its_thread_and_afresh_without():
-  x = jnp.arange(5.0)
-  elsewhere = []
-  with keeping():
-    first = memory.host_view(x)
-    assert memory.host_view(x) is first
-    thread = threading.Thread(target=lambda: elsewhere.append(memory.host_view(x)))
-    thread.start()
-    thread.join()
-  assert elsewhere[0] is not first and memory.host_view(x) is not first
-  assert first.tolist() == elsewhere[0].tolist() == [0, 1, 2, 3, 4]
+def test_a_view_of_an_array_is_made_once():
+  views = HostViews()
+  arrays = [jnp.arange(5.0), jnp.ones(3, jnp.bfloat16)]
+  found = [views.of(x) for x in arrays]
+  assert all(views.of(x) is view for x, view in zip(arrays, found, strict=True))
+  assert found[0].tolist() == [0, 1, 2, 3, 4] and found[1].tolist() == [1, 1, 1]
+  assert HostViews().of(arrays[0]) is not found[0]

@@ -129,9 +129,9 @@ def test_managers_deleter_and_step_list_are_where_we_look(tmp_path):
 
 
 def test_array_metadata_store_tells_prng_keys_from_words(tmp_path):
-  import asyncio
-
   import jax
+
+  from ckpt_jax.layout.description import prng_keys
 
   store = private.array_metadata_store()
   handler = ocp.type_handlers.ArrayHandler(array_metadata_store=store)
@@ -139,7 +139,7 @@ def test_array_metadata_store_tells_prng_keys_from_words(tmp_path):
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as c:
     c.save(tmp_path / "a", {"key": jax.random.key(0), "words": jnp.zeros(2, jnp.uint32)})
   assert (tmp_path / "a" / "array_metadatas").is_dir()
-  assert asyncio.run(private.prng_key_names(store, epath.Path(tmp_path / "a"))) == {"key"}
+  assert prng_keys(epath.Path(tmp_path / "a")) == {"key": "threefry2x32"}
 
 
 def test_threads_of_a_save_are_where_we_wait_for_them_and_leave_them(tmp_path, monkeypatch):
@@ -271,7 +271,7 @@ def test_orbax_keeps_the_class_of_the_paths_that_it_is_given(tmp_path, monkeypat
 def test_what_a_process_writes_is_the_same_on_the_branch_for_accelerators(monkeypatch, replica_parallel):
   from jax.sharding import NamedSharding, PartitionSpec
 
-  from ckpt_jax.layout.memory import host_view
+  from ckpt_jax.layout.memory import HostViews
 
   mesh = jax.make_mesh((2,), ("a",))
   arrays = [
@@ -280,7 +280,7 @@ def test_what_a_process_writes_is_the_same_on_the_branch_for_accelerators(monkey
   ]
 
   def pieces():
-    found = private.replica_slices_on_host(arrays, replica_parallel, None, False, host_view)
+    found = private.replica_slices_on_host(arrays, replica_parallel, None, False, HostViews().of)
     return [(shape, [(box, value.tolist()) for box, value in parts]) for shape, parts in found]
 
   on_cpu = pieces()
