@@ -1,4 +1,4 @@
-"""What the project set out to reach, checked against results."""
+"""The ratios that the project aims at, checked against results."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Aim:
 
   Attributes:
     suite: where it is measured.
-    what: in words.
-    ratio: the ratio of a suite's results; None if something for it was not measured.
+    what: its description.
+    ratio: computes it from a suite's results; None if a value for it was not measured.
     least: the bound.
   """
 
@@ -34,6 +34,7 @@ class Outcome:
 
   @property
   def met(self) -> bool:
+    """Whether the measured ratio reaches the aim."""
     return self.ratio >= self.aim.least
 
 
@@ -89,7 +90,7 @@ AIMS = (
 
 
 def outcomes(suites: Iterable[SuiteResults]) -> list[Outcome]:
-  """The aims that these results say something about."""
+  """The aims that these results can answer."""
   by_name = {s.name: s for s in suites}
   found = [(aim, aim.ratio(by_name[aim.suite])) for aim in AIMS if aim.suite in by_name]
   return [Outcome(aim, ratio) for aim, ratio in found if ratio is not None]

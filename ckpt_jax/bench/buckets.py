@@ -40,7 +40,7 @@ class Bucket:
   Attributes:
     url: `gs://NAME` or `s3://NAME`.
     endpoint: the address that clients talk to.
-    env: environment variables with which Orbax, TensorStore, fsspec and this package find it.
+    env: environment variables that lead Orbax, TensorStore, fsspec and this package to it.
     proxy: counts requests, and makes them fail.
   """
 
@@ -56,11 +56,11 @@ class Proxy:
   Attributes:
     fail_share: 0 to 1; 1 refuses everything. May be changed at any time.
     fail_status: e.g. 503 or 429.
-    fails: says by method and path which requests may fail; all may by default.
+    fails: decides by method and path which requests may fail; by default all.
     delay: seconds that each request waits, as on a network.
-    delayed: says by method and path which requests wait; all do by default.
+    delayed: decides by method and path which requests wait; by default all.
     requests: Counter of the requests served, by kind: list, head, read, write, delete, copy, other.
-    failed: how many were failed.
+    failed: how many requests got an error instead.
     sent_nbytes, received_nbytes: bodies to and from clients.
   """
 
@@ -83,6 +83,7 @@ class Proxy:
 
   @property
   def address(self) -> str:
+    """Where the proxy listens, `http://HOST:PORT`."""
     return f"http://127.0.0.1:{self.port}"
 
   def reset(self) -> None:
@@ -92,6 +93,7 @@ class Proxy:
     self.failed = self.sent_nbytes = self.received_nbytes = 0
 
   def close(self) -> None:
+    """Stops listening."""
     self._call(self._stop())
     self._loop.call_soon_threadsafe(self._loop.stop)
     self._thread.join(10)
@@ -123,7 +125,7 @@ class Proxy:
     await self._runner.cleanup()
 
   async def _control(self, request: Any) -> Any:
-    """GET tells the counters and sets them to zero; POST sets `fail_share` first."""
+    """GET returns the counters and sets them to zero; POST sets `fail_share` first."""
     from aiohttp import web
 
     if request.method == "POST":
@@ -161,14 +163,14 @@ class Proxy:
 
 
 def control(endpoint: str, fail_share: float | None = None) -> dict[str, Any]:
-  """The counters of the proxy at `endpoint`, perhaps another process's; zeroes them, and sets what share fails."""
+  """Returns the counters of the proxy at `endpoint` and sets them to zero; sets the share of requests that fail."""
   data = None if fail_share is None else json.dumps({"fail_share": fail_share}).encode()
   with urllib.request.urlopen(endpoint + _CONTROL, data=data, timeout=30) as answer:
     return json.loads(answer.read())
 
 
 def request_kind(method: str, path: str, headers: Any = ()) -> str:
-  """What a request to GCS's JSON API or to S3 does: list, head, read, write, delete, copy or other."""
+  """The kind of a request to GCS's JSON API or to S3: list, head, read, write, delete, copy or other."""
   bare, _, query = path.partition("?")
   if method == "DELETE" or ("delete" in query.split("&") or "delete=" in query) or "/batch/" in bare:
     return "delete"
@@ -241,7 +243,7 @@ def gcs_binary() -> str:
 def gcs_server(
   directory: str | os.PathLike[str], bucket: str = "bucket", *, seed: int = 0, link: Link | None = None
 ) -> Iterator[Bucket]:
-  """Serves an empty `gs://BUCKET` whose objects lie in `directory` while the block runs, behind `link` if given."""
+  """Serves an empty `gs://BUCKET` whose objects are in `directory`, while the block runs, behind `link` if given."""
   port = free_port()
   host = link.address if link else "127.0.0.1"
   proxy = Proxy(f"http://{host}:{port}", seed=seed)
@@ -261,14 +263,14 @@ def gcs_process(
   prefix: Sequence[str] = (),
   public: str | None = None,
 ) -> Iterator[dict[str, str]]:
-  """fake-gcs-server at `host:port`, with nothing in between; gives the variables with which clients find it.
+  """fake-gcs-server at `host:port`, without a proxy; yields the environment variables that lead clients to it.
 
   Args:
-    directory: where its objects lie.
-    bucket: made there.
+    directory: where it stores objects.
+    bucket: the bucket to create.
     host, port: where it listens.
-    prefix: what it runs under, e.g. `ip netns exec NAME`.
-    public: the address that clients use, if it is another.
+    prefix: the command that it runs under, e.g. `ip netns exec NAME`.
+    public: the address for clients, if it differs.
   """
   own = f"http://{host}:{port}"
   public = public or own
@@ -292,7 +294,7 @@ def gcs_process(
 
 @contextlib.contextmanager
 def s3_process() -> Iterator[str]:
-  """moto's server while the block runs, with no bucket yet; gives its address, for `s3_bucket`."""
+  """Runs moto's server while the block runs; yields its address, for `s3_bucket`."""
   port = free_port()
   own = f"http://127.0.0.1:{port}"
   args = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]

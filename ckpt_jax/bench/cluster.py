@@ -23,7 +23,7 @@ __all__ = ["Cluster", "Host", "available", "cluster"]
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-  """A namespace: its address, and what commands run under to be on it."""
+  """A namespace: its address, and the prefix of commands that run in it."""
 
   name: str
   address: str
@@ -43,15 +43,15 @@ class Cluster:
   storage: Host
 
   def storage_nbytes(self) -> tuple[int, int]:
-    """Bytes that storage has sent and received so far, by the counters of its interface; headers are in them."""
+    """Bytes that storage has sent and received so far, by the counters of its interface, headers included."""
     counters = pathlib.Path("/sys/class/net") / self.storage.name / "statistics"
-    # This is the other end of its cable: what comes in here was sent there.
+    # The other end of the pair: what arrives here was sent by the storage host.
     return int((counters / "rx_bytes").read_text()), int((counters / "tx_bytes").read_text())
 
 
 @contextlib.contextmanager
 def cluster(hosts: int, mbit: float) -> Iterator[Cluster]:
-  """A cluster while the block runs; everything of it is gone afterwards.
+  """A cluster that exists while the block runs.
 
   Args:
     hosts: how many, at most 200.

@@ -2,8 +2,8 @@
 
     python -m ckpt_jax.bench.fault_worker SIDE SCENARIO RUN [OPTIONS as JSON]
 
-SIDE is `ckpt_jax` or `orbax`. It prints one JSON object a line. A state is a function of its step, so that whatever is
-restored can be checked bit by bit without knowing how it was written.
+SIDE is `ckpt_jax` or `orbax`. It prints one JSON object a line. A state is a function of its step, so that every
+restored state can be checked bit by bit.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ from ckpt_jax import multihost
 TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
-def tell(**facts: Any) -> None:
+def emit(**facts: Any) -> None:
+  """Prints facts as a line of JSON."""
   print(json.dumps(facts), flush=True)
 
 
 class Side:
-  """What the scenarios need of a checkpointer; `save` and `wait` raise what it tells training.
+  """What the scenarios need of a checkpointer; `save` and `wait` raise the errors that training would see.
 
   Attributes:
     run: the directory.
-    told: errors that training got, one line each.
+    errors: those that training would see, one line each.
   """
 
   def __init__(self, run: pathlib.Path, megabytes: int, timeout: float):
     import jax
 
     self.run = run
-    self.told: list[str] = []
+    self.errors: list[str] = []
     self._timeout = timeout
     self._rows = max(1, int(megabytes * 1e6) // (8 * 4 * 256))
     self._mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
@@ -74,16 +75,16 @@ class Side:
         for shard in got[name].addressable_shards
       )
     except Exception as e:
-      self.told.append(f"restore: {type(e).__name__}: {_line(e)}")
+      self.errors.append(f"restore: {type(e).__name__}: {_line(e)}")
       return False
 
   def try_to(self, action: Callable[[], Any]) -> bool:
-    """Whether it went without an error; the error is noted."""
+    """Whether an action raised no error; an error is recorded."""
     try:
       action()
       return True
     except Exception as e:
-      self.told.append(f"{type(e).__name__}: {_line(e)}")
+      self.errors.append(f"{type(e).__name__}: {_line(e)}")
       return False
 
   def saved(self, step: int) -> bool:
@@ -97,7 +98,7 @@ class Side:
     self.wait()
 
   def leftovers(self) -> int:
-    """How many there are after five seconds: Orbax removes them in the background."""
+    """Counts temporary directories, after five seconds if there are some: Orbax removes them in the background."""
     deadline = time.monotonic() + 5
     while True:
       count = len(list(self.run.glob(TEMPORARY))) if self.run.is_dir() else 0
@@ -193,7 +194,7 @@ def _line(error: BaseException) -> str:
 
 
 def live(side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
-  """One life of a job that will be killed: says what it found of the lives before, then saves until the end."""
+  """One life of a job that will be killed: reports the steps of earlier lives, then saves until the end."""
   import jax
 
   job = side(run, options["megabytes"], 300.0)
@@ -201,23 +202,23 @@ def live(side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
   wrong = [step for step in steps if not job.is_right(step)]
   first = jax.process_index() == 0
   if first:
-    tell(found=steps, wrong=wrong, leftovers=job.leftovers(), told=job.told)
+    emit(found=steps, wrong=wrong, leftovers=job.leftovers(), told=job.errors)
   step = (max(steps) if steps else -1) + 1
   for _ in range(options["saves"]):
     if first:
-      tell(begin=step)
+      emit(begin=step)
     job.save(step)
     step += 1
     time.sleep(0.01)
   job.wait()
   good = step - 1 in job.steps() and job.is_right(step - 1)
   if first:
-    tell(saved=step - 1, good=good)
+    emit(saved=step - 1, good=good)
   job.close()
 
 
 def full_disk(job: Side, disk: pathlib.Path, seed: int) -> None:
-  """Somebody else fills the disk while a step is being written."""
+  """Another program fills the disk while a step is being written."""
   filler = threading.Thread(target=_fill, args=(disk / "filler", seed * 0.005))
   filler.start()
   job.try_to(lambda: job.commit(2))
@@ -233,7 +234,7 @@ def _fill(file: pathlib.Path, delay: float) -> None:
 
 
 def too_large(job: Side, disk: pathlib.Path, _: int) -> None:
-  """A step that does not fit is saved, again and again."""
+  """A step that does not fit is saved again and again."""
   size = shutil.disk_usage(disk).free - int(job._rows * 256 * 4 * 8 * 0.7)
   with open(disk / "filler", "wb") as f:
     f.write(bytes(max(0, size)))
@@ -268,7 +269,7 @@ def directory_deleted(job: Side, disk: pathlib.Path, seed: int) -> None:
 
 
 def hang(job: Side, disk: pathlib.Path, _: int) -> None:
-  """The file system stops to answer writes in the middle of a save (fsfreeze), for longer than the timeout."""
+  """The file system stops answering writes in the middle of a save (fsfreeze), for longer than the timeout."""
   job.save(2)
   subprocess.run(["fsfreeze", "-f", disk], check=True)
   thaw = threading.Timer(30, lambda: subprocess.run(["fsfreeze", "-u", disk], check=True))
@@ -276,9 +277,9 @@ def hang(job: Side, disk: pathlib.Path, _: int) -> None:
   started = time.monotonic()
   job.try_to(job.wait)
   waited = time.monotonic() - started
-  tell(waited_s=waited)
+  emit(waited_s=waited)
   if waited > 29:
-    job.told.append("wait() hung for as long as the storage did")
+    job.errors.append("wait() hung for as long as the storage did")
   thaw.cancel()
   subprocess.run(["fsfreeze", "-u", disk], check=False, capture_output=True)
   time.sleep(2)
@@ -294,7 +295,7 @@ def sigterm(job: Side, disk: pathlib.Path, _: int) -> None:
 
 
 def odd_directories(job: Side, disk: pathlib.Path, _: int) -> None:
-  """Somebody makes an empty directory named 4 in the run, and one named 5 with a file of his own in it."""
+  """The run holds an empty directory named 4, and one named 5 with a file of the user in it."""
   del disk
   (job.run / "4").mkdir()
   (job.run / "5").mkdir()
@@ -318,18 +319,18 @@ SCENARIOS: dict[str, Callable[[Side, pathlib.Path, int], None]] = {
 
 
 def scenario(name: str, side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
-  """Two steps, the fault, and what is left: told to whoever started this process."""
+  """Saves two steps, runs the fault, and reports what is left."""
   job = side(run, options["megabytes"], options.get("timeout", 60.0))
   for step in (0, 1):
     job.save(step)
     job.wait()
-  told = len(job.told)
-  tell(before=job.steps())
+  before = len(job.errors)
+  emit(before=job.steps())
   SCENARIOS[name](job, pathlib.Path(options["disk"]), options["seed"])
-  errors = job.told[told:]
-  tell(errors=errors)
+  errors = job.errors[before:]
+  emit(errors=errors)
   following = 4 if name == "odd_directories" else 7
-  tell(next=job.saved(following), kept=job.is_right(1), told=job.told[told + len(errors) :])
+  emit(next=job.saved(following), kept=job.is_right(1), told=job.errors[before + len(errors) :])
   job.try_to(job.close)
 
 
@@ -339,23 +340,23 @@ def after(side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
   steps = job.steps()
   wrong = [step for step in steps if not job.is_right(step)]
   works = job.saved(options.get("step", 9))
-  tell(found=steps, wrong=wrong, next=works, leftovers=job.leftovers(), told=job.told)
+  emit(found=steps, wrong=wrong, next=works, leftovers=job.leftovers(), told=job.errors)
   job.try_to(job.close)
 
 
 def hold(side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
   """Saves a step, and stays open until standard input ends."""
   job = side(run, options["megabytes"], 60.0)
-  tell(saved=job.saved(0))
+  emit(saved=job.saved(0))
   sys.stdin.readline()
-  tell(next=job.saved(5), found=job.steps(), told=job.told)
+  emit(next=job.saved(5), found=job.steps(), told=job.errors)
   job.try_to(job.close)
 
 
 def main() -> None:
   side, name, run = SIDES[sys.argv[1]], sys.argv[2], pathlib.Path(sys.argv[3])
   options = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
-  if "clock" in options:  # before anything has looked at it
+  if "clock" in options:  # before any module reads it
     real, real_ns, shift = time.time, time.time_ns, options["clock"]
     time.time = lambda: real() + shift
     time.time_ns = lambda: real_ns() + int(shift * 1e9)

@@ -1,8 +1,8 @@
-"""Faults as real processes, ckpt_jax beside plain Orbax: what is kept, what is told, what works afterwards.
+"""Faults in real processes, over ckpt_jax and plain Orbax: what is kept, what is reported, what works afterwards.
 
 Each row of the table is a fault, each entry in the JSON one try of it. A try is good if every step that was committed
-before the fault restores bit for bit, training was told of a lost step (once, or not at all where none was lost), the
-next save works, a new process can go on, and it finds nothing left behind.
+before the fault restores bit for bit, training got one error for a lost step (none if no step was lost), the next
+save works, a new process can resume, and it finds no leftovers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FAULTS: dict[str, str] = {
   "too_large": "a step that does not fit, tried three times",
   "read_only": "file system turns read-only during a run, and back",
   "directory_deleted": "directory of a step deleted while it is written",
-  "hang": "storage stops to answer in the middle of a save, longer than the timeout (5 s)",
+  "hang": "storage stops answering in the middle of a save, longer than the timeout (5 s)",
   "sigterm": "SIGTERM during a save",
   "odd_directories": "an empty directory 4 and a foreign directory 5 in the run",
   "clock_back": "the clock of the next job is a year behind",
@@ -46,7 +46,7 @@ FAULTS: dict[str, str] = {
 
 
 class Worker:
-  """A worker process and what it tells."""
+  """A worker process, and the facts that it prints."""
 
   def __init__(self, side: str, name: str, run: pathlib.Path, **options: Any):
     self.facts: dict[str, Any] = {}
@@ -70,7 +70,7 @@ class Worker:
     self._lines.put(None)
 
   def until(self, key: str, timeout: float) -> bool:
-    """Reads until a fact is there; False if the process ended or the time is over before."""
+    """Reads until a fact is there. Returns False if the process ends, or the time is over, before."""
     deadline = time.monotonic() + timeout
     while key not in self.facts:
       try:
@@ -84,7 +84,7 @@ class Worker:
     return True
 
   def end(self, timeout: float) -> int | None:
-    """Waits for the end; kills it when the time is over, and returns None then."""
+    """Waits for the end. Returns the exit code; None if the process had to be killed."""
     with contextlib.suppress(OSError):
       assert self.child.stdin is not None
       self.child.stdin.close()
@@ -94,7 +94,7 @@ class Worker:
       self.child.kill()
       self.child.wait(30)
       code = None
-    self.until("nothing that is ever told", 1.0)
+    self.until("no such fact", 1.0)
     return code
 
 
@@ -104,7 +104,7 @@ def _environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _disk(work: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-  """A file system of its own for the faults that need one: a tmpfs, or ext4 in a file where it must freeze."""
+  """A file system of its own for faults that need one: a tmpfs, or ext4 in a file if it must freeze."""
   if name not in ("full_disk", "too_large", "read_only", "hang"):
     yield work
     return
@@ -134,7 +134,7 @@ def _disk(work: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
 def kills(
   side: str, processes: int, seeds: list[int], megabytes: int = 16, log: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
-  """Lives of one job after another in one run, each killed at a moment that its seed decides; see `live`."""
+  """Runs one job after another in the same run, each killed at a moment that its seed decides; see `live`."""
   work = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-jax-faults-"))
   found: list[dict[str, Any]] = []
   try:
@@ -144,7 +144,7 @@ def kills(
         last = found[-1]
         committed = report.get("found", [])
         last |= {
-          # Three steps are kept; the one that was being written may be lost, and nothing else.
+          # Three steps are kept; only the one that was being written may be lost.
           "kept": not report.get("wrong", [-1]) and (committed or [-1])[-1] >= last["begun"] - 2,
           "leftovers": report.get("leftovers", -1),
           "next": report.get("next", False),
@@ -162,7 +162,7 @@ def kills(
 def _life(
   side: str, run: pathlib.Path, processes: int, megabytes: int, seed: int | None
 ) -> tuple[dict[str, Any], int, int]:
-  """Starts a job and kills it. Returns what it said, which process was killed, and the step that was being written."""
+  """Starts a job and kills it. Returns its facts, the process killed, and the step that was being written."""
   rng = random.Random(seed)
   wanted, delay, victim = rng.randint(2, 4), rng.uniform(0, 0.25 * processes**0.5), rng.randrange(processes)
   facts: dict[str, Any] = {"next": False}
@@ -171,14 +171,14 @@ def _life(
 
   def listen(_: int, line: str) -> None:
     with contextlib.suppress(ValueError):
-      told = json.loads(line)
-      if not isinstance(told, dict):
+      message = json.loads(line)
+      if not isinstance(message, dict):
         return
-      facts.update({k: v for k, v in told.items() if k != "begin"})
-      if "begin" in told:
-        begun.append(told["begin"])
+      facts.update({k: v for k, v in message.items() if k != "begin"})
+      if "begin" in message:
+        begun.append(message["begin"])
         if len(begun) > 1:
-          facts["next"] = True  # the save before it was accepted, and the one before that is committed
+          facts["next"] = True  # the previous save was accepted, and the one before it is committed
         if len(begun) == wanted:
           enough.set()
 
@@ -200,7 +200,7 @@ def _life(
 
 
 def one_fault(side: str, name: str, seed: int) -> dict[str, Any]:
-  """One try of a fault that is no kill."""
+  """Tries a fault that is not a kill once."""
   work = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-jax-faults-"))
   try:
     with _disk(work, name) as disk:
@@ -283,7 +283,7 @@ _special: dict[str, Callable[..., dict[str, Any]]] = {"two_jobs": _two_jobs, "co
 def campaign(
   names: list[str], seeds: int, kill_seeds: int, minutes: float, results: dict[str, Any], log: Callable[[str], None]
 ) -> dict[str, Any]:
-  """Runs what `results` does not hold yet, until the time is over. Returns the completed results."""
+  """Runs the tries that `results` lacks, until the time is over. Returns `results`."""
   deadline = time.monotonic() + minutes * 60
   rows = results.setdefault("faults", {})
   for name in names:
@@ -304,7 +304,7 @@ def campaign(
 
 
 def fsync_cost(rounds: int = 15, megabytes: float = 8.0) -> dict[str, Any]:
-  """Seconds from `save` to the commit with `storage.fsync` on and off, interleaved, and what of it is syncing."""
+  """Seconds from `save` to the commit with `storage.fsync` on and off, interleaved, and of syncing alone."""
   import jax.numpy as jnp
   import numpy as np
 
@@ -337,7 +337,7 @@ def fsync_cost(rounds: int = 15, megabytes: float = 8.0) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-  """The results as Markdown: tries that were good of those made, and what went wrong in the others."""
+  """The results as a Markdown table: the number of good tries, and what went wrong in the others."""
   lines = ["| fault | ckpt_jax | plain Orbax | what went wrong with Orbax |", "|---|---|---|---|"]
   for name, sides in results["faults"].items():
     cells = [
@@ -354,7 +354,7 @@ def _complaints(tries: list[dict[str, Any]]) -> str:
       continue
     for key, text in (
       ("kept", "a step was lost, or is listed and cannot be restored"),
-      ("told right", "training was not told, or told more than once"),
+      ("told right", "training got no error, or more than one"),
       ("next", "the next save failed"),
       ("ended", "the process did not end as it should"),
     ):
@@ -366,7 +366,7 @@ def _complaints(tries: list[dict[str, Any]]) -> str:
 
 
 def render(results: dict[str, Any], template: str) -> str:
-  """Puts the table between the marks of a Markdown file."""
+  """The text of a Markdown file with the table between its marks."""
   head, _, rest = template.partition("<!-- faults -->")
   _, _, tail = rest.partition("<!-- /faults -->")
   text = table(results)

@@ -1,4 +1,4 @@
-"""JSON files of results: a campaign continues where its file ends, and Markdown pages quote it."""
+"""JSON files of results: campaigns continue them, and Markdown pages quote them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def continued(file: str | None) -> Iterator[dict[str, Any]]:
 
 
 def rewrite(page: str | pathlib.Path, change: Callable[[str], str]) -> None:
-  """Replaces the text of a page by what `change` makes of it."""
+  """Replaces the text of a page by `change(text)`."""
   path = pathlib.Path(page)
   path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")

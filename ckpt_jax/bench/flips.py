@@ -1,4 +1,4 @@
-"""Random single-bit flips over all files of a step: what ckpt_jax restores then, and what plain Orbax does.
+"""Random single-bit flips over all files of a step: what ckpt_jax and plain Orbax restore then.
 
 For each way of saving, a run of two steps is saved once by real processes. Then, again and again, one bit of one file
 of the newer step is flipped, the run is restored, and every bit that comes back is compared with what was saved. A file
@@ -25,8 +25,8 @@ import numpy as np
 from ckpt_jax.errors import CheckpointError
 
 _WORKER = ["-m", "ckpt_jax.bench.flips_worker"]
-# What a restore after a flip came to. `harmless`: the flipped step, bit for bit right, metrics and extras too; `fell
-# back`: the step before, bit for bit right, and the report says so; `detected`: an error; `silently wrong`: the rest.
+# How a restore after a flip ends. `harmless`: with the flipped step, bit for bit right, metrics and extras too; `fell
+# back`: with the step before, bit for bit right, and a report of it; `detected`: with an error; `silently wrong`: else.
 OUTCOMES = ("harmless", "fell back", "detected", "silently wrong")
 
 
@@ -41,7 +41,7 @@ class Case:
 
   @property
   def name(self) -> str:
-    """What the table calls it."""
+    """Its name in the table."""
     kind = "zstd" if self.compression == "on" else "raw"
     packed = ", packed" if self.pack == "on" else ""
     return f"{self.storage}, {self.processes} process{'es' * (self.processes > 1)}, {kind}{packed}"
@@ -64,12 +64,12 @@ def cases() -> list[Case]:
 
 
 def run(flips: int, seed: int, say: Callable[[str], None], *, plain: bool = True) -> dict[str, Any]:
-  """The whole campaign: `flips` in all, spread evenly over the cases.
+  """Runs the campaign: `flips` in all, spread evenly over the cases.
 
   Args:
-    flips: of ckpt_jax's steps; plain Orbax gets as many, on local disk, which is all that it can write to.
-    seed: of the flips.
-    say: told what is going on.
+    flips: of ckpt_jax's steps; plain Orbax, which can write to local disks only, gets as many there.
+    seed: seed of the random flips.
+    say: called with a line about each case.
     plain: whether plain Orbax takes part.
   """
   from ckpt_jax.bench.buckets import s3_server

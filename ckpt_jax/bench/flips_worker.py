@@ -13,13 +13,13 @@ def values(step: int) -> dict[str, Any]:
   """The state of a step, in host memory."""
   rng = np.random.default_rng(step)
   arrays = {f"w{i}": rng.standard_normal((64, 512), dtype=np.float32) for i in range(4)}
-  # As weights in training often are: many equal values, so that compressed blocks repeat and a flip may be harmless.
+  # As in trained weights, many values are equal: compressed blocks repeat, and a flip may be harmless.
   arrays["sparse"] = np.where(rng.random((64, 512)) < 0.9, 0, rng.standard_normal((64, 512))).astype(np.float32)
   return arrays | {"bias": rng.standard_normal(100).astype(np.float32), "count": np.int32(step)}
 
 
 def main() -> None:
-  """Runs on each process."""
+  """Saves both steps, on each process."""
   multihost.initialize()
 
   import jax  # after joining the job

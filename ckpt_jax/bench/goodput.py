@@ -1,13 +1,13 @@
-"""Goodput measured: a small trainer killed again and again, under YoungDaly and under fixed schedules beside it.
+"""Measures goodput: a small trainer is killed again and again, under YoungDaly and under fixed schedules.
 
 Three arms save to an emulated bucket behind a link of a few megabytes a second, with too little host memory for a
-copy, so that a save costs training what the link takes; a fourth saves to the local disk behind training. All arms run
-at the same time and are killed by the same clock: lives are drawn from an exponential distribution (one from each of
-as many equal parts of it as there are kills, shuffled) and count from the first step of each life.
+copy, so that a save stops training for as long as the link takes; a fourth saves to the local disk behind training.
+All arms run at the same time and are killed by the same clock: lives are drawn from an exponential distribution (one
+from each of as many equal parts of it as there are kills, shuffled) and count from the first step of each life.
 
 Goodput is the committed steps times the time of an undisturbed step, over the time from the first start to the last
-kill. The simulator is told what the run itself measured (the time to come back, and the blocking and background time of
-a save) and when the kills came, and has to predict it.
+kill. The simulator gets what the run itself measured (the time to restart, and the blocking and background time of a
+save) and the times of the kills, and has to predict it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _FRESH = multiprocessing.get_context("forkserver")
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """A trainer under one schedule: `schedule` of the configuration, the run, and variables with which it is found."""
+  """A trainer under one schedule: its configuration, its run, and environment variables that lead to the run."""
 
   name: str
   schedule: dict[str, Any]
@@ -59,12 +59,12 @@ class Arm:
 
 
 def measure(kills: int, seed: int, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-  """One round of all arms: `kills` lives each. Takes about `kills` * 16 s. Needs root, for the link.
+  """Measures one round of all arms: `kills` lives each, about `kills` * 16 s. Needs root, for the link.
 
   Args:
     kills: lives of each arm.
-    seed: of the lives.
-    progress: told about each life.
+    seed: seed of the lifetimes.
+    progress: called with a line about each life.
   """
   lives = lifetimes(kills, seed)
   os.environ["JAX_PLATFORMS"], os.environ["XLA_FLAGS"] = "cpu", ""
@@ -87,7 +87,7 @@ def measure(kills: int, seed: int, progress: Callable[[str], None] = lambda _: N
       arms.append(Arm("local", {"every": _LOCAL_EVERY_S}, str(here / "run"), {}, here))
       with concurrent.futures.ThreadPoolExecutor(len(arms)) as pool:
         lived = list(pool.map(lambda arm: _lives(arm, lives, progress), arms))
-      # Undisturbed: these arms write nothing behind training, and what else the machine does slows all of them alike.
+      # Undisturbed: these arms write nothing behind training, and other work of the machine slows all of them alike.
       step_s = statistics.mean(e["s"] for arm in arms[:3] for e in _events(arm.log) if "s" in e)
       found = {arm.name: _outcome(arm, times, step_s) for arm, times in zip(arms, lived, strict=True)}
   return {"seed": seed, "kills": kills, "mtti_s": MTTI_S, "step_s": step_s, "arms": found}
@@ -102,25 +102,25 @@ def lifetimes(kills: int, seed: int) -> list[float]:
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
   """Goodput of each arm over all rounds, what was predicted, and by how much YoungDaly is ahead of the others."""
-  told: dict[str, Any] = {}
+  found: dict[str, Any] = {}
   for name in rounds[0]["arms"]:
     arms = [r["arms"][name] for r in rounds]
     total = sum(a["seconds"] for a in arms)
     good = sum(a["committed_s"] for a in arms)
     predicted = sum(a["predicted"] * a["seconds"] for a in arms)
-    told[name] = {
+    found[name] = {
       "kills": sum(a["kills"] for a in arms),
       "goodput": good / total,
       "goodput_while_up": good / sum(a["up_s"] for a in arms),
       "predicted": predicted / total,
       "predicted_off_by": predicted / good - 1,
     }
-  ours = told["young_daly"]["goodput"]
+  ours = found["young_daly"]["goodput"]
   for name in ("half", "double"):
     ahead = [r["arms"]["young_daly"]["goodput"] - r["arms"][name]["goodput"] for r in rounds]
-    told[name]["young_daly_ahead_by"] = ours - told[name]["goodput"]
-    told[name]["young_daly_ahead_by_round"] = ahead
-  return told
+    found[name]["young_daly_ahead_by"] = ours - found[name]["goodput"]
+    found[name]["young_daly_ahead_by_round"] = ahead
+  return found
 
 
 def _lives(arm: Arm, lives: list[float], progress: Callable[[str], None]) -> list[tuple[float, float]]:
@@ -132,7 +132,7 @@ def _lives(arm: Arm, lives: list[float], progress: Callable[[str], None]) -> lis
 
 
 def _life(arm: Arm, life: float) -> tuple[float, float]:
-  """Starts the trainer and kills it `life` seconds after its first step. Returns seconds in all, and seconds up."""
+  """Starts the trainer; kills it `life` seconds after its first step. Returns seconds in all, and since that step."""
   since = time.time()
   child = _FRESH.Process(target=_train, args=(arm.run, arm.schedule, str(arm.log), arm.env), daemon=True)
   child.start()
@@ -228,9 +228,9 @@ def _events(log: pathlib.Path) -> list[dict[str, Any]]:
 def _train(run: str, schedule: dict[str, Any], log: str, env: dict[str, str]) -> None:
   """One life: restore, then train until killed."""
   os.environ.update(env)
-  told = os.open(os.path.splitext(log)[0] + ".stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-  os.dup2(told, 1)
-  os.dup2(told, 2)
+  stderr = os.open(os.path.splitext(log)[0] + ".stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+  os.dup2(stderr, 1)
+  os.dup2(stderr, 2)
   import jax
   import jax.numpy as jnp
 

@@ -1,8 +1,8 @@
 """Many hosts restore one checkpoint over a storage link of fixed bandwidth: our strategies and Orbax's side by side.
 
-Each host is a network namespace of `bench.cluster`; a bucket server lies behind a link that `tc` limits. The bytes are
-read off the counters of that link. All hosts share this machine's cores: what is bound by the link shows what it would
-on a cluster, what is bound by the cores gets worse with each host.
+Each host is a network namespace of `bench.cluster`; a bucket server is behind a link that `tc` limits. Bytes are read
+from the counters of that link. All hosts share this machine's cores: what the link limits is as on a cluster, what the
+cores limit gets worse with each host.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def run(
   peers: bool = True,
   local: bool = True,
 ) -> dict[str, Any]:
-  """Restores a state that every host holds whole, on so many hosts at a time; JSON-able.
+  """Restores a state that every host holds whole, on one number of hosts after the other. Returns JSON-able data.
 
   Args:
-    hosts: numbers of hosts, each measured by itself.
+    hosts: numbers of hosts.
     mbit: 10**6 bits per second of the storage's link.
     megabytes: 10**6 bytes of the state.
     repeats: restores that count, after one that also compiles.
-    progress: told what is measured now.
+    progress: called with a line before each measurement.
     peers: measure raw Orbax beside us.
     local: compare auto with direct on this machine's own disk too.
   """
@@ -171,11 +171,11 @@ def plot(found: dict[str, Any], file: str | os.PathLike[str] | None = None) -> A
   """Draws seconds over hosts, and copies that went through the link.
 
   Args:
-    found: what `run` gave.
-    file: where to; None returns matplotlib's figure, as notebooks want it.
+    found: the result of `run`.
+    file: the file to write; None: return matplotlib's figure, for notebooks.
 
   Raises:
-    CheckpointError: if matplotlib is not installed, or does not know the kind of file.
+    CheckpointError: if matplotlib is not installed, or cannot write that kind of file.
   """
   try:
     from matplotlib.figure import Figure
@@ -239,7 +239,7 @@ def _main() -> None:
     for turn in turns:
       multihost_utils.sync_global_devices(f"{variant} {turn}")
       say(begins=variant, turn=turn)
-      time.sleep(0.3)  # the counters are read
+      time.sleep(0.3)  # the parent reads the counters meanwhile
       started = time.perf_counter()
       state, report = restore()
       jax.block_until_ready(state)
@@ -285,7 +285,7 @@ def _ours(measure: Callable[..., None], like: Any, host: Any, sharding: Any, run
     if run.startswith("gs://"):
       for strategy in OURS:
         measure(strategy, functools.partial(restore, strategy))
-    else:  # in turn, since a disk has its moods
+    else:  # in turn, since the speed of a disk varies
       for turn in range(repeats + 1):
         for strategy in ("direct", "auto"):
           measure(strategy, functools.partial(restore, strategy), [turn])

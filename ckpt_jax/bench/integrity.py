@@ -1,4 +1,4 @@
-"""What fingerprints and the look at a state's health cost: on one core, in `save`, in a commit, in a restore."""
+"""Measures what fingerprints and health checks cost: on one core, in `save`, in a commit, in a restore."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.layout.structure import flatten
 from ckpt_jax.save import saver
 
-_SETTLE_S = 10.0  # a file system that discards what was deleted is busy with it for a while
+_SETTLE_S = 10.0  # a file system needs a while to discard the blocks of deleted files
 
 
 def adam_state() -> Any:
@@ -32,13 +32,7 @@ def adam_state() -> Any:
   rng = np.random.default_rng(0)
 
   def matrices() -> dict[str, Any]:
-    shapes: dict[str, tuple[int, ...]] = {
-      "q": (768, 768),
-      "k": (768, 768),
-      "v": (768, 768),
-      "o": (768, 768),
-      "up": (768, 1024),
-    }
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys("qkvo", (768, 768))
     shapes |= {"up": (768, 1024), "b1": (768,), "b2": (1024,), "ln": (768,)}
     layers = {f"l{i}": {k: rng.standard_normal(s, dtype=np.float32) for k, s in shapes.items()} for i in range(25)}
     return layers | {"emb": rng.standard_normal((8192, 768), dtype=np.float32)}
@@ -48,74 +42,90 @@ def adam_state() -> Any:
 
 
 def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[str, Any]:
-  """Medians over `rounds`, with and without taking turns; restores cold, where the page cache can be dropped, and warm.
+  """Medians over `rounds`, with fingerprints and without in turn; restores from cold and from warm storage.
 
   Args:
-    rounds: turns of each.
+    rounds: rounds that count.
     directory: where to write; default: the temporary directory.
-    say: told what is going on.
+    say: called with a line about each round.
   """
   state = adam_state()
   nbytes, leaves = global_nbytes(state), len(jax.tree.leaves(state))
   say(f"{nbytes / 1e9:.2f} GB in {leaves} leaves")
-  found: dict[str, Any] = {"nbytes": nbytes, "leaves": leaves, "cpus": os.cpu_count(), "rounds": rounds}
+  views = _median(rounds, lambda: fingerprint.take(flatten(state)))
+  checked = _median(rounds, lambda: health.before_save(fingerprint.take(flatten(state)), nbytes, always=True))
+  found: dict[str, Any] = {
+    "nbytes": nbytes,
+    "leaves": leaves,
+    "cpus": os.cpu_count(),
+    "rounds": rounds,
+    "gigabytes_per_second": _speeds(rounds, state, nbytes),
+    "blocking_s": {"views": views, "views and health": checked, "per 100 leaves": views / leaves * 100},
+  }
+  with tempfile.TemporaryDirectory(dir=directory) as work:
+    saves = _saves(rounds, state, pathlib.Path(work), say)
+    # Apart from the saves: a restore behind one is slower, whichever side it is on.
+    os.sync()
+    time.sleep(_SETTLE_S)
+    restores = _restores(rounds, state, pathlib.Path(work), say)
+  for name, sides in {**saves, **restores}.items():
+    medians = {side: statistics.median(values) for side, values in sides.items()}
+    found[name] = medians | {"share": medians["with"] / medians["without"] - 1, "all": sides}
+  return found
+
+
+def _speeds(rounds: int, state: Any, nbytes: int) -> dict[str, float]:
   taken = fingerprint.take(flatten(state))
-  speeds: dict[str, dict[str, Any]] = {
+  passes: dict[str, dict[str, Any]] = {
     "sum": dict(health=False, hashed=()),
     "hash": dict(health=False, hashed=taken.leaves),
     "sum, hash and health": {},
     "health": dict(fingerprint=False),
   }
-  for name, options in speeds.items():
-    for threads in (1, 2):
-      seconds = _median(rounds, functools.partial(taken.tallies, threads, **options))
-      found.setdefault("gigabytes_per_second", {})[f"{name}, {threads} threads"] = nbytes / seconds / 1e9
-  found["blocking_s"] = {
-    "views": _median(rounds, lambda: fingerprint.take(flatten(state))),
-    "views and health": _median(
-      rounds, lambda: health.before_save(fingerprint.take(flatten(state)), nbytes, always=True)
-    ),
+  return {
+    f"{name}, {threads} threads": nbytes / _median(rounds, functools.partial(taken.tallies, threads, **options)) / 1e9
+    for name, options in passes.items()
+    for threads in (1, 2)
   }
-  found["blocking_s"]["per 100 leaves"] = found["blocking_s"]["views"] / leaves * 100
-  commits: dict[str, list[float]] = {"with": [], "without": []}
-  blocked: dict[str, list[float]] = {"with": [], "without": []}
-  restores: dict[str, dict[str, list[float]]] = {}
-  with tempfile.TemporaryDirectory(dir=directory) as work:
-    place = pathlib.Path(work)
-    for turn in range(rounds + 1):
-      say(f"saves, round {turn} of {rounds}")
-      for side in _order(turn):
-        shutil.rmtree(place / side, ignore_errors=True)
-        os.sync()
+
+
+def _saves(rounds: int, state: Any, work: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
+  """Seconds of saves, with a record of the state and without. The last steps stay in `work`."""
+  found: dict[str, Any] = {name: {"with": [], "without": []} for name in ("save_blocking_s", "commit_s")}
+  for turn in range(rounds + 1):
+    say(f"saves, round {turn} of {rounds}")
+    for side in _order(turn):
+      shutil.rmtree(work / side, ignore_errors=True)
+      os.sync()
+      fill_free_memory()
+      with _recording(side == "with"), ckpt.Checkpointer(work / side) as c:
+        c.save(0, state)
+        c.wait()
+      if turn:
+        found["save_blocking_s"][side].append(c.saves[0].blocking_s)
+        found["commit_s"][side].append(c.saves[0].blocking_s + (c.saves[0].background_s or 0.0))
+  return found
+
+
+def _restores(rounds: int, state: Any, work: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
+  """Seconds of restores, verified and not; cold ones only where the page cache can be dropped."""
+  found: dict[str, Any] = {}
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+  for turn in range(rounds + 1):
+    say(f"restores, round {turn} of {rounds}")
+    for kind, side in ((kind, side) for kind in ("cold_restore_s", "warm_restore_s") for side in _order(turn)):
+      with ckpt.Checkpointer(work / "with", {"restore": {"verify": side == "with"}}) as c:
+        give_memory_back()
+        if kind == "cold_restore_s" and not drop_cache(str(work / "with")):
+          continue
         fill_free_memory()
-        with _recording(side == "with"), ckpt.Checkpointer(place / side) as c:
-          c.save(0, state)
-          c.wait()
+        started = time.perf_counter()
+        got = c.restore(like=like)
         if turn:
-          blocked[side].append(c.saves[0].blocking_s)
-          commits[side].append(c.saves[0].blocking_s + (c.saves[0].background_s or 0.0))
-    # Apart from the saves: a restore behind one is slower, whichever side it is on.
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    os.sync()
-    time.sleep(_SETTLE_S)
-    for turn in range(rounds + 1):
-      say(f"restores, round {turn} of {rounds}")
-      for kind, side in ((kind, side) for kind in ("cold_restore_s", "warm_restore_s") for side in _order(turn)):
-        with ckpt.Checkpointer(place / "with", {"restore": {"verify": side == "with"}}) as c:
-          give_memory_back()
-          if kind == "cold_restore_s" and not drop_cache(str(place / "with")):
-            continue
-          fill_free_memory()
-          started = time.perf_counter()
-          got = c.restore(like=like)
-          if turn:
-            sides = restores.setdefault(kind, {"with": [], "without": []})
-            sides[side].append(time.perf_counter() - started)
-          assert got.report is not None and got.report.verified == (leaves if side == "with" else 0)
-          del got
-  for name, sides in {"save_blocking_s": blocked, "commit_s": commits, **restores}.items():
-    medians = {side: statistics.median(values) for side, values in sides.items()}
-    found[name] = medians | {"share": medians["with"] / medians["without"] - 1, "all": sides}
+          found.setdefault(kind, {"with": [], "without": []})[side].append(time.perf_counter() - started)
+        assert got.report is not None
+        assert got.report.verified == (len(jax.tree.leaves(state)) if side == "with" else 0)
+        del got
   return found
 
 
@@ -134,7 +144,7 @@ def _median(rounds: int, action: Callable[[], Any]) -> float:
 
 @contextmanager
 def _recording(on: bool) -> Iterator[None]:
-  """Saves without a record while `on` is False, to have something to compare with."""
+  """Saves without a record if `on` is False, for comparison."""
   original = saver.record_of
 
   def nothing(

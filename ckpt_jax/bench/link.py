@@ -1,6 +1,6 @@
 """A network link of fixed bandwidth on this machine: a network namespace behind a veth pair that `tc` limits.
 
-Needs root and Debian's iproute2. Used to see a tool measure what is known.
+Needs root and Debian's iproute2. With it a benchmark can compare a measurement with the known bandwidth.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ckpt_jax.errors import CheckpointError
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-  """A namespace: start commands in it with `prefix`; it is reached at `address`, and reaches this side at `here`."""
+  """A namespace: commands that start with `prefix` run in it; its address, and that of this side as it sees it."""
 
   prefix: tuple[str, ...]
   address: str

@@ -1,7 +1,7 @@
-"""Object stores, raw Orbax beside ours: requests of a save, restore and open; saves while requests fail; s3 and s3fs.
+"""Object stores, raw Orbax beside ckpt_jax: requests of save, restore and open; saves while requests fail; s3 and s3fs.
 
-Each variant runs in a process of its own, since ours teaches Orbax about object stores for the whole process. Servers
-are emulators on this machine: request counts and ratios mean something, seconds do not.
+Each variant runs in a process of its own, since ckpt_jax changes how Orbax reaches object stores for the whole process.
+Servers are emulators on this machine: request counts and ratios are meaningful, seconds are not.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LEAVES = 64
 
 
 def run(repeats: int = 10, megabytes: int = 268, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-  """All measurements, as JSON-able data.
+  """Runs all measurements. Returns JSON-able data.
 
   Args:
     repeats: saves while requests fail; the others are made 5 times at most.
     megabytes: 10**6 bytes of the state that is saved while requests fail.
-    progress: told what is measured now.
+    progress: called with a line before each measurement.
   """
   result: dict[str, Any] = {"leaves": _LEAVES, "megabytes": megabytes, "repeats": repeats, "cpus": os.cpu_count()}
   for scheme, variants in (("gs", ("orbax", "ckpt_jax")), ("s3", ("ckpt_jax",))):
@@ -84,7 +84,7 @@ def _mounted(repeats: int) -> dict[str, Any]:
 
 
 class _Raw:
-  """Plain Orbax with compression off, behind the few calls that are measured."""
+  """Plain Orbax with compression off, behind the calls that are measured."""
 
   def __init__(self, url: str, keep: int | None):
     import orbax.checkpoint as ocp

@@ -1,7 +1,7 @@
-"""What people do, ckpt_jax beside plain Orbax: ordinary use and its mistakes, each tried in a real process.
+"""Ordinary use and common mistakes, each tried in a real process, over ckpt_jax and over plain Orbax.
 
-A row of the table is a thing that people do; the JSON holds, for each side, whether it ended well, and what was seen.
-It ends well if nothing is lost in silence: the right thing happens, or one error says what does not.
+A row of the table is a scenario; the JSON holds, for each side, whether it ended well, and what was seen. It ends well
+if nothing is lost in silence: the right thing happens, or one error explains the failure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ckpt_jax.errors import CheckpointError
 from ckpt_jax.multihost import Job
 
 _WORKER = ["-m", "ckpt_jax.bench.people_worker"]
-_LIMIT_S = 240.0  # of a scenario: all of them take seconds on an idle machine
+_LIMIT_S = 240.0  # for one scenario, which takes seconds on an idle machine
 PEOPLE: dict[str, str] = {
   "two_managers": "two runs in one process, and the save of one fails",
   "four_threads": "four threads, each with a run of its own (a sweep)",
@@ -63,7 +63,7 @@ PEOPLE: dict[str, str] = {
 
 
 def one(side: str, name: str) -> dict[str, Any]:
-  """One thing that people do, tried once: `good`, and `seen` in words."""
+  """Tries one scenario once. Returns `good`, and `seen` in words."""
   work = pathlib.Path(tempfile.mkdtemp(prefix="ckpt-jax-people-"))
   try:
     good, seen = _SPECIAL.get(name, _plain)(side, name, work)
@@ -73,7 +73,7 @@ def one(side: str, name: str) -> dict[str, Any]:
 
 
 class _Process:
-  """A worker, and what it says."""
+  """A worker process, and the facts that it prints."""
 
   def __init__(self, side: str, name: str, work: pathlib.Path, before: list[str] | None = None):
     self.facts: dict[str, Any] = {}
@@ -95,14 +95,14 @@ class _Process:
         _take(text, self.facts)
 
   def until(self, key: str) -> bool:
-    """Waits for a fact; False if the process ends without it."""
+    """Waits for a fact. Returns False if the process ends without it."""
     deadline = time.monotonic() + _LIMIT_S
     while key not in self.facts and self.child.poll() is None and time.monotonic() < deadline:
       time.sleep(0.05)
     return key in self.facts
 
   def end(self, limit: float = _LIMIT_S) -> int | None:
-    """The exit code; None if it had to be killed."""
+    """Waits for the end. Returns the exit code; None if the process had to be killed."""
     try:
       code: int | None = self.child.wait(limit)
     except subprocess.TimeoutExpired:
@@ -138,7 +138,7 @@ def _plain(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
 
 
 def _unreadable(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
-  # Root reads everything unless it gives that up.
+  # Root reads everything unless it gives up that capability.
   if os.geteuid() == 0 and shutil.which("setpriv") is None:
     raise CheckpointError(f"{name}: needs setpriv (util-linux) to be refused anything as root")
   refused = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
@@ -147,7 +147,7 @@ def _unreadable(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
 
 
 def _preempted(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
-  process = _Process(side, "train_until_told", work)
+  process = _Process(side, "train_until_sigterm", work)
   process.until("at")
   time.sleep(1.0)
   process.child.terminate()
@@ -163,7 +163,7 @@ def _code(code: int | None) -> str:
 
 
 def _serving(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
-  process = _Process(side, "serve_until_told", work)
+  process = _Process(side, "serve_until_sigterm", work)
   process.until("at")
   process.child.terminate()
   code = process.end(30)
@@ -213,7 +213,7 @@ _SPECIAL: dict[str, Callable[[str, str, pathlib.Path], tuple[bool, str]]] = {
 def campaign(
   names: list[str], minutes: float, results: dict[str, Any], log: Callable[[str], None], *, again: bool = False
 ) -> dict[str, Any]:
-  """Tries what `results` does not hold yet, or all of `names` again, until the time is over. Returns the results."""
+  """Tries the scenarios that `results` lacks, or all of `names` again, until the time is over. Returns `results`."""
   deadline = time.monotonic() + minutes * 60
   rows = results.setdefault("people", {})
   for name in names:
@@ -249,7 +249,7 @@ def _cell(tried: dict[str, Any] | None) -> str:
 
 
 def render(results: dict[str, Any], template: str) -> str:
-  """Puts the table between the marks of a Markdown file."""
+  """The text of a Markdown file with the table between its marks."""
   head, mark, rest = template.partition("<!-- people -->")
   if not mark:
     return template

@@ -1,4 +1,4 @@
-"""The two that people use: ckpt_jax and plain Orbax, behind the same few calls."""
+"""ckpt_jax and plain Orbax as people use them, behind the same calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 Verdict = tuple[bool, str]
 
 
-def tell(**facts: Any) -> None:
+def emit(**facts: Any) -> None:
+  """Prints facts as a line of JSON."""
   print(json.dumps(facts), flush=True)
 
 
@@ -33,7 +34,7 @@ class Ours:
     m.wait()
 
   def steps(self, path: Any) -> list[int]:
-    """What a reader finds, however it was written."""
+    """The committed steps, whichever program wrote them."""
     from ckpt_jax.run.steps import list_steps
 
     return [s.step for s in list_steps(path)]
@@ -94,7 +95,7 @@ Side = Ours | Orbax
 SIDES: dict[str, type[Ours] | type[Orbax]] = {"ckpt_jax": Ours, "orbax": Orbax}
 
 
-where = "/nowhere"  # the scenario's directory, left out of messages
+where = "/nowhere"  # the scenario's directory, which messages leave out
 
 
 def line(error: BaseException) -> str:
@@ -103,7 +104,7 @@ def line(error: BaseException) -> str:
 
 
 def brief(text: str) -> str:
-  """A message in one line of a table, without TensorStore's list of what it was about."""
+  """A message as one line of a table, without TensorStore's source locations."""
   text = " ".join(text.replace(where, "").split())
   text = re.sub(r" ?\[(source locations|tensorstore_spec|os_error_code).*", "", text)
   text = re.sub(r'Failed to open: "[^"]*": ', "", text)
@@ -112,13 +113,14 @@ def brief(text: str) -> str:
 
 
 def small(step: int = 0) -> dict[str, Any]:
+  """A small state, which depends on the step."""
   import jax.numpy as jnp
 
   return {"w": jnp.full(1000, step, jnp.float32)}
 
 
 def large(step: int) -> dict[str, Any]:
-  """200 MB: long enough to write that something can happen meanwhile."""
+  """A state of 200 MB, whose write is long enough for an event in the middle of it."""
   import jax.numpy as jnp
 
   return {f"w{i}": jnp.full((2048, 2048), step + i, jnp.float32) for i in range(12)}

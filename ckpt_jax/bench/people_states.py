@@ -1,4 +1,4 @@
-"""What people save, and what comes back: the other half of `people_worker`."""
+"""Scenarios of `people_worker` about the states that are saved. Their descriptions are `people.PEOPLE`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ckpt_jax.bench.people_sides import Verdict, brief, is_right, line, small
 
 
 def _back(side: Any, path: pathlib.Path, state: Any, like: Any = None) -> tuple[Any, str]:
-  """What comes back of a state, or an error in words: of the save, or of the restore after a save that went well."""
+  """Saves and restores a state. Returns it, or the error of the save or of the restore in words."""
   with side.open(path) as m:
     try:
       side.save(m, 0, state)
@@ -228,7 +228,7 @@ def nan_by_accident(side: Any, work: pathlib.Path) -> Verdict:
   import jax.numpy as jnp
   import numpy as np
 
-  told = ""
+  error = ""
   with side.open(work / "run", last=1) as m:
     side.save(m, 0, small())
     side.wait(m)
@@ -236,10 +236,10 @@ def nan_by_accident(side: Any, work: pathlib.Path) -> Verdict:
       side.save(m, 1, {"w": jnp.full(1000, jnp.nan)})
       side.wait(m)
     except Exception as e:
-      told = line(e)
+      error = line(e)
   with side.open(work / "run") as m:
     finite = bool(np.isfinite(side.restore(m, like=small())["w"]).all())
-  return finite, f"an error: {told}" if told else "saved without a word, and the last finite step is deleted"
+  return finite, f"an error: {error}" if error else "saved without a word, and the last finite step is deleted"
 
 
 STATES: dict[str, Callable[[Any, pathlib.Path], Verdict]] = {

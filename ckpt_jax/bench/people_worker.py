@@ -1,9 +1,9 @@
-"""What people do, in a process of its own, over ckpt_jax or over plain Orbax: run as
+"""Runs one scenario of `people.PEOPLE`, over ckpt_jax or over plain Orbax:
 
     python -m ckpt_jax.bench.people_worker SIDE NAME DIRECTORY
 
 SIDE is `ckpt_jax` or `orbax`. It prints one JSON object a line; the last one with `good` is the verdict, and `seen`
-says in words what happened. Scenarios about what a state is are in `people_states`.
+describes it. Scenarios about the state itself are in `people_states`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from ckpt_jax import multihost
 from ckpt_jax.bench import people_sides
-from ckpt_jax.bench.people_sides import SIDES, Orbax, Side, Verdict, large, line, small, tell
+from ckpt_jax.bench.people_sides import SIDES, Orbax, Side, Verdict, emit, large, line, small
 
 # -- one process, several of everything
 
@@ -39,7 +39,7 @@ def two_managers(side: Side, work: pathlib.Path) -> Verdict:
     side.save(a, 1, small())
     side.wait(a)
   except Exception as e:
-    tell(expected=line(e))
+    emit(expected=line(e))
   try:
     side.wait(b)
   except Exception as e:
@@ -76,14 +76,14 @@ def four_threads(side: Side, work: pathlib.Path) -> Verdict:
 
 
 def two_threads_one_manager(side: Side, work: pathlib.Path) -> Verdict:
-  m, numbers, told = side.open(work / "run"), itertools.count(), list[str]()
+  m, numbers, refused = side.open(work / "run"), itertools.count(), list[str]()
 
   def save() -> None:
     for _ in range(5):
       try:
         side.save(m, next(numbers), small())
       except Exception as e:
-        told.append(line(e))
+        refused.append(line(e))
 
   threads = [threading.Thread(target=save, daemon=True) for _ in range(2)]
   for thread in threads:
@@ -95,8 +95,8 @@ def two_threads_one_manager(side: Side, work: pathlib.Path) -> Verdict:
     return False, "hangs"
   side.wait(m)
   count = len(side.steps(work / "run"))
-  return count + len(told) == 10, f"{count} of 10 steps are committed, {len(told)} refused" + (
-    f" ({told[0]})" if told else ""
+  return count + len(refused) == 10, f"{count} of 10 steps are committed, {len(refused)} refused" + (
+    f" ({refused[0]})" if refused else ""
   )
 
 
@@ -231,23 +231,23 @@ def step_removed(side: Side, work: pathlib.Path) -> Verdict:
 # -- processes
 
 
-def train_until_told(side: Side, work: pathlib.Path) -> Verdict:
-  """Training that saves seldom; somebody sends SIGTERM."""
+def train_until_sigterm(side: Side, work: pathlib.Path) -> Verdict:
+  """Training that saves rarely, until SIGTERM."""
   with side.open(work / "run", every=1000) as m:
     for step in range(100_000):
       side.save(m, step, small(step))
-      tell(at=step)
+      emit(at=step)
       time.sleep(0.02)
   return False, "SIGTERM did not end it"
 
 
-def serve_until_told(side: Side, work: pathlib.Path) -> Verdict:
-  """A process that restores and serves."""
+def serve_until_sigterm(side: Side, work: pathlib.Path) -> Verdict:
+  """A process that restores and serves, until SIGTERM."""
   with side.open(work / "run") as m:
     side.save(m, 0, small())
   m = side.open(work / "run")
   side.restore(m, 0)
-  tell(at=0)
+  emit(at=0)
   time.sleep(300)
   return False, "SIGTERM did not end it"
 
@@ -314,7 +314,7 @@ def job_of_many(side: Side, work: pathlib.Path) -> Verdict:
   mesh = jax.make_mesh((jax.device_count(),), ("x",))
   spread = NamedSharding(mesh, PartitionSpec("x"))
   w = jax.make_array_from_callback((8, 8), spread, lambda index: jnp.ones((8, 8))[index])
-  state = {"w": w, "step": jnp.int32(5)}  # an eager scalar, which each process has for itself
+  state = {"w": w, "step": jnp.int32(5)}  # an eager scalar, which is local to each process
   m = side.open(work / "run")
   try:
     side.save(m, 0, state)
@@ -346,8 +346,8 @@ SCENARIOS: dict[str, Callable[[Any, pathlib.Path], Verdict]] = {
     began_anew,
     last_step,
     step_removed,
-    train_until_told,
-    serve_until_told,
+    train_until_sigterm,
+    serve_until_sigterm,
     train_and_keep_one,
     evaluator,
     forked_worker,
@@ -366,8 +366,8 @@ def main() -> None:
     good, seen = {**SCENARIOS, **STATES}[name](side, work)
   except Exception as e:
     good, seen = False, line(e)
-  tell(good=good, seen=seen)
-  os._exit(0)  # what hangs at the end was said before
+  emit(good=good, seen=seen)
+  os._exit(0)  # a process that hangs at its end has printed its verdict
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What decisions cost in a run of thousands of steps: deciding, listing, opening, and each save.
+"""Times retention decisions, listing, opening and saving in a run of thousands of steps.
 
 The run is made of one real step, hard-linked under all the other numbers, each with a commit time and metrics of its
 own.
@@ -37,10 +37,10 @@ RULES: dict[str, Any] = {
 
 
 def measure(steps: int = 5000, repeats: int = 5, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-  """Seconds of each operation on a run of `steps` steps with all rules set: medians; of `decide` the least.
+  """Seconds of each operation on a run of `steps` steps with all rules set: medians, and the minimum for `decide`.
 
-  `save` keeps every step, so that all of them are there for each save; a second run of 3 steps says what a save costs
-  without them.
+  `save` keeps every step, so that each save meets all of them; a second run of 3 steps shows what a save costs without
+  them.
   """
   with tempfile.TemporaryDirectory() as directory:
     progress(f"making a run of {steps} steps")
@@ -61,7 +61,7 @@ def measure(steps: int = 5000, repeats: int = 5, progress: Callable[[str], None]
 
 
 def make_run(path: pathlib.Path, steps: int) -> None:
-  """A run of `steps` committed steps, one every 10 minutes until now."""
+  """Makes a run of `steps` committed steps, one every 10 minutes until now."""
   import jax.numpy as jnp
 
   import ckpt_jax as ckpt
@@ -96,7 +96,7 @@ def _decisions(path: pathlib.Path, repeats: int) -> dict[str, float]:
   return {
     "list_steps": _timed(repeats, lambda: list_steps(path)),
     "committed_steps": _timed(repeats, lambda: committed_steps(run_directory(path))),
-    # Nothing but computation: what else the machine does can only add to it.
+    # Pure computation: other work of the machine can only add to it.
     "decide": min(_timed(1, lambda: rules.decide(listed)) for _ in range(5 * repeats)),
   }
 
@@ -130,7 +130,7 @@ def _saves(path: pathlib.Path, repeats: int) -> dict[str, float]:
 
 
 def _not_due(path: pathlib.Path, calls: int = 1000) -> float:
-  """Seconds of one call of `save` between two that the clock wants."""
+  """Seconds of one call of `save` for which no save is due."""
   import ckpt_jax as ckpt
 
   with ckpt.Checkpointer(path, ckpt.Config(schedule={"every": "1h"}, retention={"last": None})) as c:

@@ -1,4 +1,4 @@
-"""Predictions of a plan beside what then happened: w1 to w3 on a disk and on a bucket behind a 50 MB/s link.
+"""Compares the predictions of a plan with measurements: w1 to w3 on a disk and on a bucket behind a 50 MB/s link.
 
 The storage is measured once, then each round plans, saves and restores. The same for a compressible state, with
 compression as the plan decides, on and off.
@@ -26,10 +26,10 @@ from ckpt_jax.errors import CheckpointError, ConfigError
 STATES = ("w1", "w2", "w3")
 COMPRESSIBLE = "compressible"
 _LINK_MBIT = 400.0
-# Some hundred megabytes, or only a disk's write-behind is seen.
+# Some hundred megabytes: less would only measure a disk's write-behind.
 _PROBE = {"disk": (6.0, "1GiB"), "50 MB/s": (6.0, "128MiB")}
 _TIMEOUT = 1500.0
-# A file system that discards what is deleted is busy with it after a probe: saves took twice as long on this ext4.
+# A file system discards the blocks of a probe's files after it: saves took twice as long on this ext4.
 _SETTLE_S = 10.0
 
 
@@ -41,15 +41,15 @@ def run(
   progress: Callable[[str], None] = lambda _: None,
   done: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-  """All measurements, as JSON-able data.
+  """Runs all measurements. Returns JSON-able data.
 
   Args:
     rounds: on the disk; the slow link gets 3 at most.
     states: of `STATES` and `COMPRESSIBLE`.
     storages: `disk`, `50 MB/s`.
     directory: on the disk to measure; None: the temporary directory.
-    progress: told what is measured now.
-    done: given all that there is so far after each state: a long run may be cut off.
+    progress: called with a line before each measurement.
+    done: called with all results so far after each state, since a long run may be cut off.
 
   Raises:
     ConfigError: for a state or storage that there is not.
@@ -79,7 +79,7 @@ def run(
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """Medians over rounds of what was predicted and measured, by setting, and their ratios."""
+  """Medians over rounds of predictions and measurements, by setting, and their ratios."""
   result: dict[str, Any] = {}
   for setting in dict.fromkeys(row["setting"] for row in rows):
     mine = [row for row in rows if row["setting"] == setting]
@@ -171,7 +171,7 @@ def _measure(state_name: str, storage: str, where: str, rounds: int) -> list[dic
         user = Config(layout={"compression": setting})
         plan = ckpt_jax.make_plan(profile, measured, host, user)
         sample = measure(plan.apply(user))
-        if turn:  # the first of a process pays for imports and connections
+        if turn:  # the first turn of a process pays for imports and connections
           rows.append(
             {
               "setting": setting,

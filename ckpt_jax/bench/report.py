@@ -27,6 +27,7 @@ class Table:
   rows: tuple[tuple[str, ...], ...]
 
   def rich(self) -> RichTable:
+    """For a terminal."""
     table = RichTable(title=escape(self.title), title_justify="left")
     for i, name in enumerate(self.header):
       table.add_column(escape(name), justify="left" if i == 0 else "right")
@@ -35,6 +36,7 @@ class Table:
     return table
 
   def markdown(self) -> str:
+    """For a Markdown file."""
     rule = ["---"] + ["---:"] * (len(self.header) - 1)
     lines = [self.header, tuple(rule), *self.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -56,19 +58,19 @@ def _megabytes(value: float | None) -> str:
 
 
 def ratio_table(suite: SuiteResults) -> Table:
-  """How many times faster than raw Orbax's defaults."""
+  """Speed relative to raw Orbax's defaults."""
   rows = [(v.title, *(_ratio(suite.ratio(v.name, metric)) for metric in TIMES)) for v in suite.variants]
   return Table(f"{suite.name}: times faster than Orbax's defaults", (suite.name, *TIMES.values()), tuple(rows))
 
 
 def seconds_table(suite: SuiteResults) -> Table:
-  """Medians in seconds, and the least and greatest."""
+  """Medians in seconds, with minimum and maximum."""
   rows = [(v.title, *(_seconds(v.metrics.get(metric)) for metric in TIMES)) for v in suite.variants]
   return Table(f"{suite.name}: seconds, median (min-max)", (suite.name, *TIMES.values()), tuple(rows))
 
 
 def space_table(suite: SuiteResults) -> Table:
-  """Bytes and files stored, and the memory taken above what the process had with its state."""
+  """Bytes and files stored, and peak memory above that of the process with its state."""
 
   def cell(v: Measured, metric: str) -> str:
     median = v.median(metric)
@@ -90,7 +92,7 @@ def summary_table(suites: Iterable[SuiteResults], variants: Sequence[str] = ("ck
       if measured is not None and suite.variant(_BASELINE) is not None:
         cells = []
         for metric in columns:
-          # A bucket has no page cache of this host to write out: its commit is its commit.
+          # A bucket has no page cache on this host to sync: its commit is durable.
           value = suite.ratio(name, metric)
           cells.append(_ratio(suite.ratio(name, "commit_s") if metric == "synced_s" and value is None else value))
         rows.append((f"{suite.name}: {measured.title}", *cells))
@@ -98,7 +100,7 @@ def summary_table(suites: Iterable[SuiteResults], variants: Sequence[str] = ("ck
 
 
 def aims_table(suites: Iterable[SuiteResults]) -> Table:
-  """What the project set out to reach, met or not."""
+  """The project's aims, met or not."""
   rows = [
     (f"{o.aim.suite}: {o.aim.what}", _ratio(o.aim.least), _ratio(o.ratio), "yes" if o.met else "no")
     for o in outcomes(suites)
@@ -152,12 +154,12 @@ def _blocks(suites: Sequence[SuiteResults]) -> dict[str, Callable[[], str]]:
 
 
 def fill(text: str, suites: Sequence[SuiteResults], where: str = "text") -> str:
-  """`text` with what stands between `<!-- bench:NAME -->` and `<!-- /bench -->` made afresh from the results.
+  """`text` with each block between `<!-- bench:NAME -->` and `<!-- /bench -->` made from the results.
 
   NAME is summary, aims, ratios, seconds, space or conditions, and may name suites: `summary w1 w2`.
 
   Raises:
-    ConfigError: for a block or suite that there is not, naming `where`.
+    ConfigError: for an unknown block or suite, naming `where`.
   """
   by_name = {s.name: s for s in suites}
 
@@ -175,7 +177,7 @@ def fill(text: str, suites: Sequence[SuiteResults], where: str = "text") -> str:
 
 
 def fill_file(path: str, suites: Sequence[SuiteResults]) -> None:
-  """Makes the blocks of a file afresh."""
+  """Replaces the blocks of a Markdown file by tables of the results."""
   file = pathlib.Path(path)
   text = file.read_text(encoding="utf-8")
   filled = fill(text, suites, path)

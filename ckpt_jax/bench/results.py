@@ -1,4 +1,4 @@
-"""What was measured: files of results, medians, ratios. No I/O but of the JSON file itself."""
+"""Results of suites: the JSON file, medians, ratios."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SPACE = {
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-  """Median, least and greatest of some rounds."""
+  """Median, minimum and maximum over the rounds."""
 
   median: float
   least: float
@@ -41,7 +41,7 @@ class Spread:
 
 
 def spread(values: Sequence[float] | None) -> Spread | None:
-  """None where nothing was measured."""
+  """The Spread of measured values; None where nothing was measured."""
   return Spread(statistics.median(values), min(values), max(values)) if values else None
 
 
@@ -54,6 +54,7 @@ class Measured:
   metrics: Mapping[str, Spread | None]
 
   def median(self, metric: str) -> float | None:
+    """The median of a metric; None if it was not measured."""
     found = self.metrics.get(metric)
     return None if found is None else found.median
 
@@ -63,7 +64,7 @@ class SuiteResults:
   """One suite's variants, the baseline first.
 
   Attributes:
-    name, what, nbytes, leaves, rounds, machine: what was measured, and where.
+    name, what, nbytes, leaves, rounds, machine: the state, and the conditions.
     variants: in the suite's order.
     left_out: why a variant is not among them, by title.
   """
@@ -78,6 +79,7 @@ class SuiteResults:
   left_out: Mapping[str, str]
 
   def variant(self, name: str) -> Measured | None:
+    """A variant by name; None if it was not measured."""
     return next((v for v in self.variants if v.name == name), None)
 
   def ratio(self, variant: str, metric: str, baseline: str = "orbax") -> float | None:
@@ -90,7 +92,7 @@ class SuiteResults:
 
 
 def suite_results(name: str, data: Mapping[str, Any]) -> SuiteResults:
-  """A suite of the file as its medians."""
+  """The medians of a suite of the file."""
   order = [n for n in SUITES[name].variants if n in data["variants"]] if name in SUITES else list(data["variants"])
   measured = [
     Measured(n, _title(n), {metric: spread(data["variants"][n].get(metric)) for metric in (*TIMES, *SPACE)})
@@ -119,7 +121,7 @@ def all_results(data: Mapping[str, Any]) -> list[SuiteResults]:
 
 
 def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-  """The suites of both; where both have one, all of the newer, since a ratio means something in one run only."""
+  """The suites of both; a suite in both is the newer one as a whole, since ratios are meaningful within a run only."""
   return {"format": FORMAT, "suites": {**old.get("suites", {}), **new["suites"]}}
 
 
@@ -143,7 +145,7 @@ def save(path: str | os.PathLike[str], new: Mapping[str, Any]) -> dict[str, Any]
   file = pathlib.Path(path)
   merged = merge(load(file) if file.exists() else {}, new)
   file.parent.mkdir(parents=True, exist_ok=True)
-  aside = file.with_name(f".{file.name}.tmp")  # a run of minutes must not end with half a file
+  aside = file.with_name(f".{file.name}.tmp")  # an interrupted write must not leave half a file
   aside.write_text(_compact(merged) + "\n", encoding="utf-8")
   os.replace(aside, file)
   return merged

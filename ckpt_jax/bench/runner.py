@@ -1,7 +1,7 @@
 """Measures suites: every variant in its turn, rounds interleaved, the order rotated from round to round.
 
-A turn is one save, a cold and a warm restore, and the check of every bit. Everything that is no part of it (making the
-state, the first save of a process, removing what was saved before) happens outside of the timings.
+A turn is one save, a cold and a warm restore, and the check of every bit. Everything else (making the state, the first
+save of a process, removing earlier steps) happens outside of the timings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TURN_TIMEOUT = 600.0
 
 
 class WorkerJob:
-  """The process of one variant, or its processes in a suite of several, and the connection to each."""
+  """The process of one variant, or several in a multi-process suite, and the connection to each."""
 
   def __init__(self, suite: Suite, variant: Variant, directory: str, env: Mapping[str, str]):
     self.what = f"{suite.name}, {variant.title}"
@@ -74,11 +74,11 @@ class WorkerJob:
           raise self._failure(f"waited {_START_TIMEOUT:.0f} s for it to start") from e
         continue
       if not connection.poll(_START_TIMEOUT):
-        raise self._failure("connected and said nothing")
+        raise self._failure("connected and sent nothing")
       self._connections[int(connection.recv_bytes())] = connection
 
   def send(self, do: str, **arguments: Any) -> None:
-    """Gives every process a command; `receive` has the answers."""
+    """Sends every process a command; `receive` returns the answers."""
     for connection in self._connections.values():
       connection.send_bytes(json.dumps({"do": do, "with": arguments}).encode())
 
@@ -102,7 +102,7 @@ class WorkerJob:
     return answers
 
   def ask(self, do: str, **arguments: Any) -> list[Any]:
-    """`send` and `receive`."""
+    """Sends every process a command. Returns the answers."""
     self.send(do, **arguments)
     return self.receive(do)
 
@@ -129,9 +129,9 @@ def run_suite(
   Args:
     suite: what to save.
     variants: names of those to measure; None: all of the suite.
-    rounds: how many turns of each count; one more comes before them and does not.
-    directory: where to write; emptied afterwards of what was written.
-    progress: told each turn.
+    rounds: turns of each variant that count; one more comes before them.
+    directory: where to write; everything written is removed afterwards.
+    progress: called with a line about each turn.
 
   Returns:
     JSON-able: `variants` with a list a metric (one value a round), `left_out` with reasons, and the machine.
@@ -140,15 +140,7 @@ def run_suite(
     ConfigError: for a variant that the suite does not have.
     CheckpointError: if a variant fails, or restores other bits than it saved.
   """
-  names = list(variants or suite.variants)
-  for name in names:
-    if name not in suite.variants:
-      raise ConfigError(f"suite {suite.name} has no variant {name!r}; there are {', '.join(suite.variants)}")
-  reasons = {name: left_out(VARIANTS[name], suite) for name in names}
-  excluded = {name: reason for name, reason in reasons.items() if reason is not None}
-  for excluded_name, why in excluded.items():
-    progress(f"{suite.name}: {VARIANTS[excluded_name].title} is left out: {why}")
-  names = [name for name in names if name not in excluded]
+  names, excluded = _runnable(suite, variants, progress)
   os.makedirs(directory, exist_ok=True)
   with contextlib.ExitStack() as stack:
     work = stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=directory))
@@ -158,7 +150,7 @@ def run_suite(
     for name in names:
       if suite.storage == "disk":
         os.makedirs(f"{url}/{name}")
-      # A cache of its own: what one variant measured of the machine is not known to another.
+      # A cache of its own: no variant uses the storage measurements of another.
       cache = {"XDG_CACHE_HOME": f"{work}/cache/{name}"}
       jobs[name] = WorkerJob(suite, VARIANTS[name], f"{url}/{name}", env | cache)
       stack.callback(jobs[name].stop)
@@ -167,9 +159,7 @@ def run_suite(
       _check_space(work, 3 * max((s["nbytes"] for s in started), default=0))
     large = any(s["nbytes"] >= _WORTH_FILLING_NBYTES for s in started)
     found = _rounds(suite, jobs, rounds, url, progress, large=large)
-  versions: dict[str, str] = {}
-  for s in started:
-    versions |= s["versions"]
+  versions = {name: version for s in started for name, version in s["versions"].items()}
   return {
     "what": suite.what,
     "nbytes": started[0]["nbytes"] if started else 0,
@@ -181,10 +171,24 @@ def run_suite(
   }
 
 
+def _runnable(
+  suite: Suite, variants: Sequence[str] | None, progress: Callable[[str], None]
+) -> tuple[list[str], dict[str, str]]:
+  """The variants that can be measured here, and why others cannot."""
+  names = list(variants or suite.variants)
+  for name in names:
+    if name not in suite.variants:
+      raise ConfigError(f"suite {suite.name} has no variant {name!r}; there are {', '.join(suite.variants)}")
+  excluded = {name: why for name in names if (why := left_out(VARIANTS[name], suite)) is not None}
+  for name, why in excluded.items():
+    progress(f"{suite.name}: {VARIANTS[name].title} is left out: {why}")
+  return [name for name in names if name not in excluded], excluded
+
+
 def _rounds(
   suite: Suite, jobs: Mapping[str, WorkerJob], rounds: int, url: str, progress: Callable[[str], None], *, large: bool
 ) -> dict[str, Any]:
-  """Lists by metric, and what it chose, for each variant."""
+  """Measures all rounds. Returns lists by metric, and the settings chosen, for each variant."""
   names = list(jobs)
   for job in jobs.values():
     job.ask("prepare")
@@ -213,7 +217,7 @@ def _turn(job: WorkerJob, step: int, place: str | None, settle: Callable[[], Non
   found = {key: _most(saves, key) for key in ("blocking_s", "commit_s", "synced_s", "save_rss")}
   found["stored_nbytes"], found["files"] = _stored(f"{place}/{step}") if place else (None, None)
   found["cold_s"] = None
-  # An emulated bucket has caches of its own that nobody can drop.
+  # An emulated bucket has caches of its own that cannot be dropped.
   if place and drop_cache(f"{place}/{step}"):
     settle()
     found["cold_s"] = _most(job.ask("restore", step=step, check=False), "seconds")
@@ -230,13 +234,13 @@ def _turn(job: WorkerJob, step: int, place: str | None, settle: Callable[[], Non
 
 
 def _most(answers: list[dict[str, Any]], key: str) -> Any:
-  """The slowest, or largest, process: the job waits for it."""
+  """The largest value of all processes: a job is as slow as its slowest process."""
   values = [a[key] for a in answers]
   return None if None in values else max(values)
 
 
 def _by_metric(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-  """Lists by metric; seconds to a tenth of a millisecond."""
+  """Lists by metric; seconds rounded to 0.1 ms."""
   found: dict[str, Any] = {}
   for key in rounds[0] if rounds else ():
     values = [r[key] for r in rounds]
@@ -259,13 +263,13 @@ def _stored(directory: str) -> tuple[int, int]:
 
 _MIB = 2**20
 _WORTH_FILLING_NBYTES = 100 * _MIB
-_FREE_MIB = 400  # left free, so that nothing waits for memory
+_FREE_MIB = 400  # stays free, so that allocations do not wait
 _filler_at = 0
 
 
 @functools.cache
 def _filler() -> int:
-  """A file of holes, larger than memory, that takes no room on the disk and goes with the process."""
+  """A sparse file, as large as memory, that takes no disk space and vanishes with the process."""
   descriptor, path = tempfile.mkstemp(prefix="ckpt-bench-")
   os.unlink(path)
   os.truncate(descriptor, psutil.virtual_memory().total)
@@ -273,11 +277,11 @@ def _filler() -> int:
 
 
 def fill_free_memory() -> None:
-  """Fills free memory with page cache that the next one to need memory gets at once.
+  """Fills free memory with page cache, which the kernel can hand out at once.
 
-  The host of a virtual machine takes free memory back (free page reporting), and whoever uses it next, for an array or
-  for the page cache, waits for the host: 2 to 8 s a GB were seen, in whichever turn happened to come to it. Reading a
-  file of holes takes that wait beforehand. Nothing happens where the kernel does not say how much is free.
+  The host of a virtual machine takes free memory back (free page reporting), and the next use of it, for an array or
+  for the page cache, waits for the host: 2 to 8 s per GB were measured, in arbitrary turns. Reading a sparse file moves
+  that wait out of the timings. Does nothing where the kernel does not report free memory.
   """
   global _filler_at
   buffer = bytearray(4 * _MIB)
@@ -306,7 +310,7 @@ def _check_space(work: str, nbytes: int) -> None:
 
 
 def _machine(work: str) -> dict[str, Any]:
-  """What the figures depend on."""
+  """The machine, as far as figures depend on it."""
   model = platform.processor()
   with contextlib.suppress(OSError):
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

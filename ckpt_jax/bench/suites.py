@@ -1,6 +1,6 @@
-"""The states that are saved and restored, as numpy trees, and how each lies on devices and in storage.
+"""The states that are saved and restored, as numpy trees, and the devices and storage of each.
 
-Only numpy is imported here: a peer's process has no jax.
+Imports only numpy: the processes of other libraries have no jax.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DCP, DCP_ASYNC, SAFETENSORS, RAW = "dcp", "dcp-async", "safetensors", "raw"
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-  """One state and who saves it.
+  """One state, and the variants that save it.
 
   Attributes:
     name, what: for commands and tables.
@@ -32,7 +32,7 @@ class Suite:
     mesh: axis names and sizes over all devices; empty for one device. Leaves whose first dimension divides by the
       `fsdp` axis are split along it and replicated along the others, all other leaves are replicated.
     storage: `disk`, or the emulated bucket `gs` or `s3`.
-    hidden: a check of the benchmark itself: its figures mean nothing.
+    hidden: whether it only tests the benchmark itself; its figures are meaningless.
   """
 
   name: str
@@ -47,7 +47,7 @@ class Suite:
 
 
 def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-  """Leaves with their paths, dots between: a peer's flat names."""
+  """Leaves with their dotted paths, the names in formats without a tree."""
   for key, value in tree.items():
     if isinstance(value, dict):
       yield from leaves(value, f"{prefix}{key}.")
@@ -56,7 +56,7 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
 
 
 def state_of(suite: Suite) -> Tree:
-  """The suite's state; the same bits at each call."""
+  """Makes the suite's state, with the same bits at each call."""
   return suite.make(np.random.default_rng(0))
 
 
@@ -112,7 +112,7 @@ def _bucket(rng: np.random.Generator) -> Tree:
 
 def _compressible(rng: np.random.Generator) -> Tree:
   def upcast() -> np.ndarray:
-    # A bfloat16 in a float32 has 16 zero bits.
+    # A bfloat16 stored as float32 has 16 zero bits.
     return (_normal(rng, 1024, 1024).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
 
   return {
@@ -178,10 +178,10 @@ NAMES = [*(s.name for s in SUITES.values() if not s.hidden), *GROUPS]
 
 
 def chosen_suites(names: Sequence[str]) -> list[Suite]:
-  """Suites by name or group, each once, in the order asked.
+  """Suites by name or group, each once, in the order of `names`.
 
   Raises:
-    ConfigError: naming those that there are.
+    ConfigError: for an unknown name; the message lists the known ones.
   """
   found: dict[str, Suite] = {}
   for name in names:

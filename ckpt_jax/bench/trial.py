@@ -27,7 +27,7 @@ PyTree = Any
 
 
 class Trials:
-  """Saves and restores `state` in a directory of its own, one run for each configuration, which holds one step."""
+  """Saves and restores `state` in a directory of its own, one run for each configuration, which keeps one step."""
 
   def __init__(self, directory: epath.Path, state: PyTree):
     self._directory = directory
@@ -40,7 +40,7 @@ class Trials:
     """One trial: the save is timed to its commit, the restore from cold storage where the page cache can be dropped."""
     c = self._checkpointer(config)
     self._step += 1
-    # Let the disk finish what others left in the page cache, so that a trial pays for its own bytes only.
+    # Write out the page cache first, so that a trial pays for its own bytes only.
     os.sync()
     started = time.perf_counter()
     c.save(self._step, self._state)
@@ -82,7 +82,7 @@ class Trials:
 
 @contextlib.contextmanager
 def trials(path: str | os.PathLike[str], state: PyTree) -> Iterator[Trials]:
-  """Trials under `path`, made if need be; all that was made is gone afterwards, on Ctrl-C too."""
+  """Trials under `path`, which is created if necessary. Everything created is removed afterwards, on Ctrl-C too."""
   connect(path)
   root = run_directory(path)
   made = [p for p in (root, *root.parents) if not is_object_store(p) and not p.exists()]
@@ -96,7 +96,7 @@ def trials(path: str | os.PathLike[str], state: PyTree) -> Iterator[Trials]:
     with contextlib.suppress(FileNotFoundError):
       directory.rmtree()
     for parent in made:
-      with contextlib.suppress(OSError):  # somebody else may have put something there
+      with contextlib.suppress(OSError):  # another program may have put files there
         parent.rmdir()
 
 

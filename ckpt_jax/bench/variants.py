@@ -1,7 +1,7 @@
-"""Who saves: raw Orbax, ckpt_jax, and what others would use. Each runs in a process of its own (see worker.py).
+"""The variants of a comparison: raw Orbax, ckpt_jax, and alternatives. Each runs in a process of its own (worker.py).
 
-The parent asks `left_out` which of them can run here; the process makes the target by its `kind`. Nothing of jax, torch
-or Orbax is imported before that.
+The parent calls `left_out` to see which can run here; the process makes the target by its `kind`. jax, torch and Orbax
+are imported only there.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Variant:
 
   Attributes:
     name, title: for commands and for tables.
-    kind: which class below it is.
+    kind: the class below that implements it.
     options: its arguments.
-    package: what must be installed, and by which extra.
+    package: the package that must be installed.
   """
 
   name: str
@@ -63,7 +63,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def python_of(variant: Variant) -> str:
-  """The interpreter that runs a variant; torch may live in an environment of its own."""
+  """The interpreter that runs a variant; torch may be installed in an environment of its own."""
   return os.environ.get(TORCH_PYTHON, sys.executable) if variant.package == "torch" else sys.executable
 
 
@@ -88,7 +88,7 @@ def left_out(variant: Variant, suite: Suite) -> str | None:
 
 
 class Target(Protocol):
-  """What the process of a variant does. `save` returns once the state may be overwritten, `wait` once it is kept.
+  """What the process of a variant does. `save` returns once the state may be overwritten, `wait` once it is committed.
 
   Attributes:
     sizes: bytes of each leaf.
@@ -97,7 +97,7 @@ class Target(Protocol):
   sizes: list[int]
 
   def prepare(self) -> None:
-    """What is done once, alone on the machine, before the first save."""
+    """Prepares the first save, while no other variant runs."""
     ...
 
   def save(self, step: int) -> None: ...
@@ -105,14 +105,14 @@ class Target(Protocol):
   def restore(self, step: int) -> Any: ...
   def same(self, restored: Any) -> bool: ...
   def about(self) -> dict[str, Any]:
-    """`settings` that it chose, and what it `predicted`; empty for those that do neither."""
+    """The `settings` that it chose and its `predicted` costs; empty if it has none."""
     ...
 
   def close(self) -> None: ...
 
 
 def make_target(variant: Variant, suite: Suite, directory: str) -> Target:
-  """The variant's target, holding the suite's state in the form that it saves."""
+  """The variant's target, with the suite's state in the form that it saves."""
   state = suites.state_of(suite)
   if variant.kind == "dcp":
     return _Dcp(state, directory, **variant.options)
@@ -125,7 +125,7 @@ def make_target(variant: Variant, suite: Suite, directory: str) -> Target:
   if variant.kind == "orbax":
     return _Orbax(placed, directory, **variant.options)
   if variant.kind == "tuned":
-    # The default plan is made from a measurement of under a second, and packing is off in it.
+    # The default plan rests on a measurement of less than a second, and packing is off in it.
     return _CkptJax(placed, directory, {"layout": {"pack": "auto"}}, probe=True)
   return _CkptJax(placed, directory, variant.options)
 
@@ -161,7 +161,7 @@ def on_devices(state: suites.Tree, suite: Suite) -> Any:
 
 
 class _Jax:
-  """A state on jax devices, and the check of what came back."""
+  """A state on jax devices, and the check of a restored one."""
 
   def __init__(self, state: Any):
     import jax
@@ -267,7 +267,7 @@ class _CkptJax(_Jax):
 
 
 class _Flat:
-  """A state in host memory under flat names, and the check of what came back."""
+  """A state in host memory under flat names, and the check of a restored one."""
 
   def __init__(self, state: suites.Tree, directory: str):
     self.directory = directory
@@ -351,7 +351,7 @@ def _view(array: np.ndarray) -> memoryview:
 
 
 class _RawFile(_Flat):
-  """All bytes one after the other into one file, and fsync: what the disk can do."""
+  """All bytes in one file, with fsync: the speed of the disk."""
 
   def save(self, step: int) -> None:
     os.makedirs(self.path(step))

@@ -27,12 +27,12 @@ _PACKAGES = ("ckpt-jax", "jax", "orbax-checkpoint", "tensorstore", "numpy", "tor
 
 
 def peak_rss() -> int | None:
-  """The most resident bytes of this process since `reset_peak`, or None where the kernel does not say."""
+  """The peak of resident bytes since `reset_peak`; None where the kernel does not report it."""
   return _status("VmHWM")
 
 
 def reset_peak() -> None:
-  """Makes the present resident size the peak (proc(5), clear_refs)."""
+  """Sets the peak of resident bytes to the current value (proc(5), clear_refs)."""
   try:
     pathlib.Path("/proc/self/clear_refs").write_text("5")
   except OSError:
@@ -49,14 +49,14 @@ def _status(key: str) -> int | None:
 
 
 def give_memory_back() -> None:
-  """Frees what is garbage, and hands what is free to the system."""
+  """Collects garbage, and returns free memory to the system."""
   gc.collect()
   with contextlib.suppress(OSError, AttributeError):  # not glibc
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def drop_cache(directory: str) -> bool:
-  """Makes the next reads of the files below a directory come from storage; False where the system cannot be told to."""
+  """Drops the files below a directory from the page cache. Returns False where the system has no call for it."""
   if not hasattr(os, "posix_fadvise"):
     return False
   for root, _, names in os.walk(directory):
@@ -74,7 +74,7 @@ class Worker:
   """Answers commands about one target.
 
   Attributes:
-    idle_rss: resident bytes with the state in memory and nothing saved yet; peaks are told as bytes above it.
+    idle_rss: resident bytes with the state in memory and nothing saved yet; peaks are reported relative to it.
   """
 
   def __init__(self, target: Target, sync: bool):
@@ -84,15 +84,15 @@ class Worker:
     self.idle_rss = _status("VmRSS")
 
   def prepare(self) -> None:
-    """What the target does once before the first save."""
+    """Prepares the target for its first save."""
     self.target.prepare()
 
   def about(self) -> dict[str, Any]:
-    """What the target chose and predicted."""
+    """The settings that the target chose and the costs that it predicted."""
     return self.target.about()
 
   def save(self, step: int) -> dict[str, Any]:
-    """Seconds of `save`, to the commit as the API tells it, and until the kernel has written everything out."""
+    """Seconds of `save`, to the commit as the API reports it, and until the kernel has written everything out."""
     reset_peak()
     started = time.perf_counter()
     self.target.save(step)
@@ -110,7 +110,7 @@ class Worker:
     }
 
   def restore(self, step: int, check: bool) -> dict[str, Any]:
-    """Seconds to a state on its devices; `check` compares every bit afterwards."""
+    """Seconds until the state is on its devices; `check` compares every bit afterwards."""
     gc.collect()
     reset_peak()
     started = time.perf_counter()
@@ -122,7 +122,7 @@ class Worker:
     return found
 
   def rest(self) -> None:
-    """Gives freed memory back to the system, outside of the timings: the other variants wait beside this one."""
+    """Returns freed memory to the system, outside of the timings: other variants need it."""
     give_memory_back()
 
   def _extra(self) -> int | None:
@@ -141,7 +141,7 @@ def _versions() -> dict[str, str]:
 
 
 def start(suite_name: str, variant_name: str, directory: str) -> tuple[Worker, dict[str, Any]]:
-  """The worker with its state in memory, and what it tells about itself."""
+  """The worker with its state in memory, and its description for the runner."""
   suite = SUITES[suite_name]
   target = make_target(VARIANTS[variant_name], suite, directory)
   about = {
@@ -153,7 +153,7 @@ def start(suite_name: str, variant_name: str, directory: str) -> tuple[Worker, d
 
 
 def serve(connection: Any, suite_name: str, variant_name: str, directory: str) -> None:
-  """Makes the state, then answers the runner's commands until it says `end`."""
+  """Makes the state, then answers the runner's commands until `end`."""
 
   def send(**message: Any) -> None:
     connection.send_bytes(json.dumps(message).encode())

@@ -30,7 +30,7 @@ def test_a_scenario_that_ends_badly_is_told_with_what_was_seen():
 
 
 def test_everything_that_people_do_has_a_program():
-  helpers = {"train_until_told", "serve_until_told", "train_and_keep_one"}
+  helpers = {"train_until_sigterm", "serve_until_sigterm", "train_and_keep_one"}
   assert {*SCENARIOS, *STATES} - helpers == {*PEOPLE} - {"preempted", "serving"}
 
 
