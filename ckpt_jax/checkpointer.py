@@ -22,7 +22,7 @@ from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout.sharding import abstract_state
 from ckpt_jax.policies.retention import best_steps
-from ckpt_jax.restore.initial import Initialise
+from ckpt_jax.restore.like import Initialise
 from ckpt_jax.restore.read import RestoreRequest
 from ckpt_jax.restore.restorer import Restorer
 from ckpt_jax.restore.result import Restored

@@ -20,7 +20,7 @@ from ckpt_jax.layout.owned import default_cpu
 from ckpt_jax.layout.sharding import is_weak
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import is_number, is_text
-from ckpt_jax.restore.placement import is_held_by_jax
+from ckpt_jax.restore.like import is_held_by_jax
 
 Note = dict[str, Any]
 

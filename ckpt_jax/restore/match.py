@@ -7,7 +7,9 @@ may have happened.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,17 +20,18 @@ from ckpt_jax.errors import ConfigError, StructureMismatchError
 from ckpt_jax.layout.contents import LeafInfo
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key, is_traced
 from ckpt_jax.layout.forms import shown
-from ckpt_jax.restore.hints import Leaf, brief, explain, nearest
+from ckpt_jax.restore.hints import ShapeDtype, count, explain, nearest
+from ckpt_jax.restore.like import why_impossible
 from ckpt_jax.restore.patterns import matches, selected
-from ckpt_jax.restore.placement import why_impossible
 
-Note = dict[str, Any]
 _MAX_SHOWN = 40
 _ADVICE = "\nPass a like= that matches, or none at all to get the checkpoint as it is."
 _ADVICE_INIT = (
   "\nHere like= is what init_fn makes: let it make what was saved, or call restore(like=init_fn(), ...) with only=, "
   "init_missing= or cast=. To begin afresh, use another directory."
 )
+_PYTHON = {"bool": jnp.bool_, "int": jnp.integer, "float": jnp.floating, "complex": jnp.complexfloating}
+Cast = bool | Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +44,9 @@ class Match:
     casts: for each leaf whose dtype changes: (saved, wanted).
   """
 
-  both: dict[str, Any]
-  kept: dict[str, Any]
-  casts: dict[str, tuple[str, str]]
+  both: dict[str, Any] = dataclasses.field(default_factory=dict)
+  kept: dict[str, Any] = dataclasses.field(default_factory=dict)
+  casts: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
 
 def match(
@@ -52,7 +55,7 @@ def match(
   where: str,
   *,
   init_missing: tuple[str, ...] = (),
-  cast: bool | Mapping[str, Any] = False,
+  cast: Cast = False,
   initial: bool = False,
 ) -> Match:
   """Pairs the leaves of `like` with those of a checkpoint.
@@ -72,66 +75,83 @@ def match(
   """
   if init_missing:
     selected(init_missing, like, "init_missing", "like")
-  rules = dict(cast) if isinstance(cast, Mapping) else {}
-  if rules:
-    selected(tuple(rules), saved, "cast", where)
-  both, kept, casts = {}, {}, {}
-  missing, extra, differing = {}, {}, {}
+  if isinstance(cast, Mapping) and cast:
+    selected(tuple(cast), saved, "cast", where)
+  found = Match()
+  missing: dict[str, Any] = {}
+  differing: dict[str, str] = {}
   for name, leaf in like.items():
+    problem = _unusable(leaf)
     if name not in saved:
       if any(matches(p, name) for p in init_missing):
-        kept[name] = leaf
-      elif callable(leaf) and (problem := _unusable(leaf)):
+        found.kept[name] = leaf
+      elif callable(leaf) and problem:
         differing[name] = problem
       else:
         missing[name] = leaf
       continue
-    problem = _unusable(leaf) or _difference(leaf, saved[name])
-    if problem and _cast_allowed(name, leaf, saved[name], cast, rules):
-      casts[name] = (saved[name].dtype, _kind(leaf))
+    problem = problem or _difference(leaf, saved[name])
+    if problem and _cast_allowed(name, leaf, saved[name], cast):
+      found.casts[name] = (saved[name].dtype, _kind(leaf))
       problem = None
     problem = problem or why_impossible(leaf, own=initial)
     if problem:
       differing[name] = problem
     else:
-      both[name] = leaf
-  for name, info in saved.items():
-    if name not in like:
-      extra[name] = info
-  problems = _lines(missing, extra, differing)
-  if problems:
-    shown = problems[:_MAX_SHOWN]
-    if len(problems) > len(shown):
-      shown.append(f"... and {len(problems) - len(shown)} more")
-    there = {name: Leaf(info.shape, info.dtype) for name, info in saved.items()}
-    # What fits is no difference to be explained: a Python int is restored into an int32.
-    here = {name: there[name] if name in both else _as_leaf(leaf) for name, leaf in like.items()}
-    advice = "".join(f"\n  - {hint}" for hint in explain(here, there, casts_allowed=bool(cast)))
-    raise StructureMismatchError(
-      f"{where} does not fit {'the state that init_fn makes' if initial else 'like='} "
-      f"({_count(len(missing) + len(extra) + len(differing))}; nothing was read):\n  "
-      + "\n  ".join(shown)
-      + (f"\nWhat may have happened:{advice}" if advice else "")
-      + (_ADVICE_INIT if initial else _ADVICE)
-    )
-  return Match(both, kept, casts)
+      found.both[name] = leaf
+  if missing or differing or saved.keys() - like.keys():
+    raise StructureMismatchError(_report(like, saved, where, missing, differing, found.both, bool(cast), initial))
+  return found
 
 
-def _count(n: int) -> str:
-  return "1 difference" if n == 1 else f"{n} differences"
-
-
-def _lines(missing: dict[str, Any], extra: dict[str, LeafInfo], differing: dict[str, str]) -> list[str]:
-  lines = [f"{shown(name)}: {problem}" for name, problem in differing.items()]
+def _report(
+  like: Mapping[str, Any],
+  saved: Mapping[str, LeafInfo],
+  where: str,
+  missing: Mapping[str, Any],
+  differing: Mapping[str, str],
+  both: Mapping[str, Any],
+  casts_allowed: bool,
+  initial: bool,
+) -> str:
+  there = {name: ShapeDtype(info.shape, info.dtype) for name, info in saved.items()}
+  extra = {name: leaf for name, leaf in there.items() if name not in like}
+  lines = [(name, problem, "") for name, problem in differing.items()]
   for name, leaf in missing.items():
-    near = nearest(name, _as_leaf(leaf), {n: Leaf(i.shape, i.dtype) for n, i in extra.items()})
-    lines.append(f"{shown(name)}: not in the checkpoint" + (f"; the checkpoint has {near}" if near else ""))
-  lines += [f"{shown(name)}: in the checkpoint, not in like" for name in extra]
-  return brief(lines)
+    near = nearest(name, _shape_dtype(leaf), extra)
+    lines.append((name, "not in the checkpoint", f"; the checkpoint has {near}" if near else ""))
+  lines += [(name, "in the checkpoint, not in like", "") for name in extra]
+  problems = _brief(lines)
+  if len(problems) > _MAX_SHOWN:
+    problems[_MAX_SHOWN:] = [f"... and {len(problems) - _MAX_SHOWN} more"]
+  # What fits is no difference to be explained: a Python int is restored into an int32.
+  here = {name: there[name] if name in both else _shape_dtype(leaf) for name, leaf in like.items()}
+  advice = "".join(f"\n  - {hint}" for hint in explain(here, there, casts_allowed))
+  return (
+    f"{where} does not fit {'the state that init_fn makes' if initial else 'like='} "
+    f"({count(len(lines), 'difference')}; nothing was read):\n  "
+    + "\n  ".join(problems)
+    + (f"\nWhat may have happened:{advice}" if advice else "")
+    + (_ADVICE_INIT if initial else _ADVICE)
+  )
 
 
-def _as_leaf(leaf: Any) -> Leaf:
-  return Leaf(tuple(getattr(leaf, "shape", ())), "?" if _unusable(leaf) else _kind(leaf))
+def _brief(lines: list[tuple[str, str, str]]) -> list[str]:
+  """Lines of path, problem and addition, with those together that differ only in numbers of the path."""
+  groups: dict[tuple[str, str, str], list[tuple[str, str, str]]] = collections.defaultdict(list)
+  for name, problem, more in lines:
+    groups[re.sub(r"\d+", "*", name), problem, re.sub(r"\d+", "#", more)].append((name, problem, more))
+  out = []
+  for (path, problem, _), members in groups.items():
+    if len(members) < 3:
+      out += [f"{shown(name)}: {problem}{more}" for name, problem, more in members]
+    else:
+      out.append(f"{shown(path)}: {problem} ({len(members)} leaves, such as {shown(members[0][0])})")
+  return out
+
+
+def _shape_dtype(leaf: Any) -> ShapeDtype:
+  return ShapeDtype(tuple(getattr(leaf, "shape", ())), "?" if _unusable(leaf) else _kind(leaf))
 
 
 def _unusable(leaf: Any) -> str | None:
@@ -148,30 +168,23 @@ def _unusable(leaf: Any) -> str | None:
 
 
 def _kind(leaf: Any) -> str:
-  for kind in (bool, int, float, complex, str):
-    if type(leaf) is kind:
-      return kind.__name__
-  return dtype_name(leaf.dtype)
+  return type(leaf).__name__ if type(leaf) in (bool, int, float, complex, str) else dtype_name(leaf.dtype)
 
 
-_NUMBERS = {"bool": "b", "int": "i", "float": "f", "complex": "c"}
-
-
-def _scalar_class(kind: str) -> str:
-  if kind in _NUMBERS:
-    return _NUMBERS[kind]
-  if kind.startswith("key<") or kind == "str":
-    return kind
-  dtype = jnp.dtype(kind)
-  classes = {"i": jnp.integer, "f": jnp.floating, "c": jnp.complexfloating, "b": jnp.bool_}
-  return next((name for name, numbers in classes.items() if jnp.issubdtype(dtype, numbers)), kind)
+def _is_same_number(kind: str, other: str) -> bool:
+  """Whether one of two kinds is a Python number, and the other holds numbers of that class."""
+  for python, numbers in _PYTHON.items():
+    if python in (kind, other):
+      wanted = other if kind == python else kind
+      is_dtype = wanted != "str" and wanted not in _PYTHON and not wanted.startswith("key<")
+      return wanted == python or (is_dtype and jnp.issubdtype(jnp.dtype(wanted), numbers))
+  return False
 
 
 def _difference(leaf: Any, saved: LeafInfo) -> str | None:
   want, shape = _kind(leaf), tuple(getattr(leaf, "shape", ()))
   # Flax's TrainState.step starts as a Python int and becomes an int32 array after a step: both hold the same number.
-  plain = {want, saved.dtype} & set(_NUMBERS)
-  same_kind = want == saved.dtype or (plain and _scalar_class(want) == _scalar_class(saved.dtype))
+  same_kind = want == saved.dtype or _is_same_number(want, saved.dtype)
   if same_kind and shape == saved.shape:
     return None
   if is_prng_key(leaf) and saved.dtype == "uint32" and saved.shape[: len(shape)] == shape:
@@ -181,25 +194,23 @@ def _difference(leaf: Any, saved: LeafInfo) -> str | None:
   text = f"saved as {saved.dtype}{list(saved.shape)}, asked for {want}{list(shape)}"
   if same_kind and len(shape) > 1 and shape == saved.shape[::-1]:
     text += " (transposed?)"
-  elif same_kind and len(shape) == len(saved.shape) + 1 and shape[1:] == saved.shape:
+  elif same_kind and shape[1:] == saved.shape:
     text += " (layers stacked here, separate there?)"
-  elif same_kind and len(shape) + 1 == len(saved.shape) and shape == saved.shape[1:]:
+  elif same_kind and shape == saved.shape[1:]:
     text += " (layers separate here, stacked there?)"
   return text
 
 
-def _cast_allowed(
-  name: str, leaf: Any, saved: LeafInfo, cast: bool | Mapping[str, Any], rules: Mapping[str, Any]
-) -> bool:
+def _cast_allowed(name: str, leaf: Any, saved: LeafInfo, cast: Cast) -> bool:
   """Whether the caller named this change of dtype. Shapes are never changed, nor numbers into other kinds."""
   if not cast or saved.scalar or not hasattr(leaf, "dtype") or tuple(leaf.shape) != saved.shape:
     return False
   want = _kind(leaf)
   if not castable(saved.dtype, want):
     return False
-  if not rules:
+  if not isinstance(cast, Mapping):
     return True
-  for pattern, dtype in rules.items():
+  for pattern, dtype in cast.items():
     if matches(pattern, name):
       named = jnp.dtype(dtype).name
       if named != want:
@@ -210,10 +221,8 @@ def _cast_allowed(
 
 def castable(saved: str, wanted: str) -> bool:
   """Whether a value of one dtype may become another: floats among themselves, and integers among themselves."""
-  for kind in (jnp.floating, jnp.integer):
-    try:
-      if jnp.issubdtype(jnp.dtype(saved), kind) and jnp.issubdtype(jnp.dtype(wanted), kind):
-        return True
-    except TypeError:  # int, str, key<...>: no dtype of an array
-      return False
-  return False
+  try:
+    dtypes = jnp.dtype(saved), jnp.dtype(wanted)
+  except TypeError:  # int, str, key<...>: no dtype of an array
+    return False
+  return any(all(jnp.issubdtype(d, kind) for d in dtypes) for kind in (jnp.floating, jnp.integer))

@@ -19,8 +19,8 @@ from ckpt_jax.layout.contents import LeafInfo
 from ckpt_jax.layout.structure import path_name
 from ckpt_jax.restore.choice import StrategyChoice, agree_on_strategy, see_readers
 from ckpt_jax.restore.fetch import fetch
-from ckpt_jax.restore.initial import Initialise, initial_value, initialisers, patterns_inside
 from ckpt_jax.restore.leaf import LeafPlan, check_stored, finish_arrays
+from ckpt_jax.restore.like import Initialise, initial_value, initialisers, patterns_inside
 from ckpt_jax.restore.match import castable, match
 from ckpt_jax.restore.patterns import as_patterns, matches, rebuild, selected
 from ckpt_jax.restore.step import Step, refuse_shared
@@ -160,12 +160,12 @@ def plan_reading(step: Step, request: RestoreRequest) -> Reading:
     casts = _casts_as_saved(step, infos, cast)
     plans = [step.plan(name, casts=casts) for name in infos]
     return Reading(plans, {}, casts, lambda values: rebuild(step.item.tree, values))
-  initialise, patterns = initialisers(request.init_missing)
+  initialise = initialisers(request.init_missing)
   like, prefix = _by_path(request.like, only, infos)
   chosen = like
   if only is not None:
     chosen = {n: leaf for n, leaf in like.items() if any(matches(p, n) for p in only)}
-  inside, outside = patterns_inside(patterns, chosen, like)
+  inside, outside = patterns_inside(initialise, chosen, like)
   _refuse_thinned(step, {n for n in chosen if n not in infos and not any(matches(p, n) for p in inside)})
   found = match(chosen, infos, str(step), init_missing=inside, cast=cast, initial=request.initial)
   kept = {name: initial_value(name, leaf, initialise) for name, leaf in (found.kept | outside).items()}

@@ -24,7 +24,7 @@ from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.orbax.format import STEP_METADATA
 from ckpt_jax.orbax.saves import quietly
 from ckpt_jax.restore import fallback
-from ckpt_jax.restore.placement import on_real_devices
+from ckpt_jax.restore.like import on_real_devices
 from ckpt_jax.restore.read import Reading, RestoreRequest, fetch_state, plan_reading
 from ckpt_jax.restore.result import Restored, RestoreReport
 from ckpt_jax.restore.rollback import roll_back

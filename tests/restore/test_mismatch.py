@@ -151,11 +151,11 @@ def test_report_stays_short_for_many_leaves():
 
 
 def test_thousands_of_differences_are_reported_within_seconds():
-  from ckpt_jax.restore.hints import Leaf, explain
+  from ckpt_jax.restore.hints import ShapeDtype, explain
 
   def seconds(layers):
-    like = {f"a/{i}/{j}/kernel": Leaf((i + 1, j), "float32") for i in range(layers) for j in range(50)}
-    saved = {f"b/{i}/{j}/weight": Leaf((i + 1, j), "float32") for i in range(layers) for j in range(50)}
+    like = {f"a/{i}/{j}/kernel": ShapeDtype((i + 1, j), "float32") for i in range(layers) for j in range(50)}
+    saved = {f"b/{i}/{j}/weight": ShapeDtype((i + 1, j), "float32") for i in range(layers) for j in range(50)}
     started = time.process_time()
     explain(like, saved)
     return time.process_time() - started
