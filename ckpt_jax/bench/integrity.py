@@ -20,6 +20,7 @@ import ckpt_jax as ckpt
 from ckpt_jax.bench.runner import fill_free_memory
 from ckpt_jax.bench.worker import drop_cache, give_memory_back
 from ckpt_jax.integrity import fingerprint, health, record
+from ckpt_jax.integrity.meant import Meant
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.layout.structure import flatten
 from ckpt_jax.save import saver
@@ -147,10 +148,8 @@ def _recording(on: bool) -> Iterator[None]:
   """Saves without a record if `on` is False, for comparison."""
   original = saver.record_of
 
-  def nothing(
-    step: int, state: Any, nbytes: int, nonfinite: str, where: str, judge: Callable[[Any], Any]
-  ) -> record.Recording:
-    return record.Recording(fingerprint.Taken(), None, judge, False, where, {})
+  def nothing(state: Any, nbytes: int, nonfinite: str, where: str, meant: Meant) -> record.Recording:
+    return record.Recording(fingerprint.Taken(), None, meant, False, where, {})
 
   if not on:
     saver.record_of = nothing

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,6 @@ from ckpt_jax.storage import look
 _log = logging.getLogger(__name__)
 FILE = RECORD
 _FORMAT = 1
-_PAST = 5  # steps whose norms are kept to compare with
 # Files that a restore depends on, compared before it reads.
 _NEEDED = (ITEM_METADATA, SHARDINGS, TEXTS, packing.INDEX)
 
@@ -54,7 +53,7 @@ class Recording:
   Attributes:
     taken: views of the state.
     health: the state's health if known; None until the state is summed.
-    judge: adds to a health what non-finite numbers are meant to be there.
+    meant: the non-finite numbers that are meant to be there.
     refuse: whether an unhealthy state aborts the write.
     where: run and step, for messages.
     health_told: what `steps()` reports of the step's health once it is committed.
@@ -65,7 +64,7 @@ class Recording:
 
   taken: Taken
   health: Health | None
-  judge: Callable[[Health], Health]
+  meant: Meant
   refuse: bool
   where: str
   health_told: dict[str, bool]
@@ -93,7 +92,7 @@ class Recording:
     if jax.process_count() > 1:
       return
     if self.health is None:
-      self.health = self.judge(health_checks.from_tallies(tallies))
+      self.health = self.meant.judge(health_checks.from_tallies(tallies))
       if self.refuse and not self.health.healthy:
         raise self.health.error(self.where)
     self.complete([])  # now, while the arrays are still being written
@@ -114,6 +113,21 @@ class Recording:
       path: [leaf.part, f"{hashes[path] & MASK:016x}"] for path, leaf in leaves.items() if leaf.part is not None
     }
     self.prints_json = f'"leaves": {json.dumps(prints)}, "hashes": {json.dumps(hashed)}'
+
+  def write(self, directory: epath.Path) -> None:
+    """Writes the record of all processes into the item `directory`."""
+    found: dict[str, Any] = {"files": file_digests(directory)}
+    if self.health is not None:
+      norms = self.health.norms
+      found["health"] = self.health.to_json() | {"jumps": health_checks.jumps(norms, self.meant.norms)}
+      if self.health_told:  # under `ignore` nothing is known of what is meant: a later job looks into this step
+        found["health"]["meant"] = self.meant.saved(self.taken.leaves, self.health)
+      for group, ratio in found["health"]["jumps"].items():
+        if ratio > health_checks.JUMP:
+          _log.warning("%s: the norm of %s is %.3g times that of the steps before", self.where, group, ratio)
+      self.meant.norms.append(norms)
+    text = f'{{"format": {_FORMAT}, {self.prints_json}, {json.dumps(found)[1:]}'
+    (directory / FILE).write_bytes(with_file_digest(text))
 
   def check_own(self, others: Sequence[dict[str, Any]]) -> None:
     """Checks that leaves of which each process has its own are the same on all, since only process 0's is saved.
@@ -136,34 +150,30 @@ class Recording:
       )
 
 
-def record_of(
-  step: int, state: Any | Flat, nbytes: int, nonfinite: str, where: str, judge: Callable[[Health], Health]
-) -> Recording:
+def record_of(state: Any | Flat, nbytes: int, nonfinite: str, where: str, meant: Meant) -> Recording:
   """The record of a state that is about to be saved. All processes call it alike.
 
   Args:
-    step: its number.
     state: what training holds.
     nbytes: size of the state, over all processes.
     nonfinite: `health.nonfinite`.
     where: run and step, for messages.
-    judge: adds to a health what non-finite numbers are meant to be there.
+    meant: the non-finite numbers that are meant to be there.
 
   Raises:
     UnhealthyStateError: if the state is found to be unhealthy before the save and `nonfinite` is `refuse`.
   """
-  del step
   taken = take(flatten(state))
   known = None if nonfinite == "ignore" else health_checks.before_save(taken, nbytes, always=nonfinite == "tag")
   if known is not None:
-    known = judge(known)
+    known = meant.judge(known)
     if not known.healthy:
       if nonfinite == "refuse":
         raise known.error(where)
       _log.warning("%s is tagged unhealthy: non-finite numbers in %s", where, ", ".join(known.unexpected[:10]))
   # If it is not known yet, it will be before the commit, and an unhealthy state is not committed.
   reported = {} if nonfinite == "ignore" else {"healthy": known is None or known.healthy}
-  return Recording(taken, known, judge, nonfinite == "refuse", where, reported)
+  return Recording(taken, known, meant, nonfinite == "refuse", where, reported)
 
 
 @dataclasses.dataclass
@@ -177,11 +187,9 @@ class RecordedSave(ocp.args.CheckpointArgs):
 class RecordingHandler(ocp.AsyncCheckpointHandler):
   """Orbax's PyTree handler for saves, which writes a record beside each state; `restore.read` has the restores."""
 
-  def __init__(self, inner: PyTreeHandler, past: collections.deque[Mapping[str, float]], meant: Meant):
-    """Wraps `inner`; `past` and `meant` are the history of the run's health, shared by all its handlers."""
+  def __init__(self, inner: PyTreeHandler):
+    """Wraps `inner`."""
     self._inner = inner
-    self._past = past
-    self._meant = meant
     self._recording: Recording | None = None
     # What the step's metadata names as this item's handler: plain Orbax must know it.
     self.typestr = inner.typestr  # type: ignore[method-assign]
@@ -227,7 +235,9 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     if writers:
       databases.check_merged(directory)
     recording.complete(others)
-    _write_record(recording, directory, self._past, self._meant)
+    recording.write(directory)
+    for process in range(1, jax.process_count()):
+      _part(directory, process).unlink()
 
   def close(self) -> None:
     self._inner.close()
@@ -252,30 +262,6 @@ def _read_parts(directory: epath.Path) -> list[dict[str, Any]]:
   parts = [_part(directory, i) for i in range(1, jax.process_count())]
   with concurrent.futures.ThreadPoolExecutor(min(16, len(parts) or 1)) as pool:
     return [json.loads(text) for text in pool.map(lambda p: p.read_text(), parts)]
-
-
-def _write_record(
-  recording: Recording, directory: epath.Path, past: collections.deque[Mapping[str, float]], meant: Meant
-) -> None:
-  found: dict[str, Any] = {"files": file_digests(directory)}
-  if recording.health is not None:
-    norms = recording.health.norms
-    found["health"] = recording.health.to_json() | {"jumps": health_checks.jumps(norms, past)}
-    if recording.health_told:  # under `ignore` nothing is known of what is meant: a later job looks into this step
-      found["health"]["meant"] = meant.saved(recording.taken.leaves, recording.health)
-    for group, ratio in found["health"]["jumps"].items():
-      if ratio > health_checks.JUMP:
-        _log.warning("%s: the norm of %s is %.3g times that of the steps before", recording.where, group, ratio)
-    past.append(norms)
-  text = f'{{"format": {_FORMAT}, {recording.prints_json}, {json.dumps(found)[1:]}'
-  (directory / FILE).write_bytes(with_file_digest(text))
-  for process in range(1, jax.process_count()):
-    _part(directory, process).unlink()
-
-
-def history() -> collections.deque[Mapping[str, float]]:
-  """The norms of the last few saves of a run, to be filled."""
-  return collections.deque(maxlen=_PAST)
 
 
 def file_digests(item_dir: epath.Path) -> dict[str, str]:

@@ -17,9 +17,8 @@ import orbax.checkpoint as ocp
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, SaveFailedError
 from ckpt_jax.failures import is_timeout, root_cause, storage_errors
-from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.meant import Meant
-from ckpt_jax.integrity.record import RecordedSave, Recording, RecordingHandler, as_item, history, record_of
+from ckpt_jax.integrity.record import RecordedSave, Recording, RecordingHandler, as_item, record_of
 from ckpt_jax.job.agreement import decided_by_process_zero
 from ckpt_jax.job.errand import Errand, wait_for
 from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
@@ -107,10 +106,9 @@ class Saver:
     self._errand: Errand | None = None
     self._beginning: SaveRecord | None = None  # of a save that has not returned
     self._hung = 0  # writes that were given up
-    self._norms = history()
-    self._meant = Meant(run.directory, run.item, count_nonfinite)
     self._rendezvous = Rendezvous(f"save {run.directory}")
     self._asking = Rendezvous(f"steps of {run.directory}")
+    self._meant = Meant(run.directory, run.item, count_nonfinite, self._decided)
     run.thinner.busy = lambda: self.under_way is not None
     with storage_errors(f"{run.directory}: cannot open the run"), quietly():
       self._manager: RunManager | None = self._opened(pytree_handler(self._config))
@@ -186,7 +184,7 @@ class Saver:
       with storage_errors(f"{self._directory}: its steps cannot be listed"):
         return committed_steps(self._directory)
 
-    there = decided_by_process_zero(listed, self._asking, self._config.timeouts.save_s)
+    there = self._decided(listed)
     forget_steps(self.manager, set(self.manager.all_steps()) - set(there))
     return there
 
@@ -215,7 +213,7 @@ class Saver:
     self.wait()
     record.waited_s = time.perf_counter() - waited
     where = f"{self._directory}: step {step}"
-    recording = record_of(step, flat, record.nbytes, config.health.nonfinite, where, self._judge)
+    recording = record_of(flat, record.nbytes, config.health.nonfinite, where, self._meant)
     metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._run.item}
     in_chunks = chunk_nbytes(self._directory, flat, self._config.limits.host_memory)
     return _Snapshot(tree, metadata, recording, record, config, in_chunks), computing_s
@@ -256,10 +254,9 @@ class Saver:
     write.returned(started)
     self.records.append(record)
 
-  def _judge(self, health: Health) -> Health:
-    """Which non-finite numbers of a state are meant to be there. All processes call it alike."""
-    timeout = self._config.timeouts.save_s
-    return self._meant.judge(health, lambda decide: decided_by_process_zero(decide, self._asking, timeout))
+  def _decided(self, decide: Callable[[], Sequence[int]]) -> list[int]:
+    """The numbers that `decide` returns on process 0. All processes call it alike."""
+    return decided_by_process_zero(decide, self._asking, self._config.timeouts.save_s)
 
   def _do(self, work: Callable[[], None]) -> None:
     """Runs `work` to its end, even if the caller is interrupted; then the next call of `_finish` raises its error."""
@@ -276,7 +273,7 @@ class Saver:
         errand.outcome()
 
   def _opened(self, handler: PyTreeHandler, known: Sequence[int] | None = None) -> RunManager:
-    handlers = as_item(self._run.item, RecordingHandler(handler, self._norms, self._meant))
+    handlers = as_item(self._run.item, RecordingHandler(handler))
     meet = functools.partial(self._meet, self._hung)
     hooks = Hooks(self._on_committing, self._on_commit, self._on_end, meet)
     return open_manager(self._run, hooks, handlers, self._config, known)

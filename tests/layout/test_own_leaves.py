@@ -23,5 +23,6 @@ def test_leaves_that_differ_between_processes_are_refused_by_name_and_the_next_s
   results = job(tmp_path, "differ")
   for result in results:
     told = [line for line in result.log.splitlines() if line.startswith("told:")]
-    assert len(told) == 3 and all("must be the same on all processes" in line for line in told), result.log
-    assert "table (process 1)" in told[0] and "count (process 1)" in told[1] and "name (process 1)" in told[2]
+    assert len(told) == 4 and all("must be the same on all processes" in line for line in told), result.log
+    for line, name in zip(told, ("table", "count", "name", "key"), strict=True):
+      assert f"{name} (process 1)" in line

@@ -95,7 +95,13 @@ elif mode == "differ":
     state = train(init())
     c.save(1, state)
     c.wait()
-    for name, other in (("table", np.arange(3, dtype=np.int32) + me), ("count", 2 + me), ("name", f"adam{me}")):
+    others = {
+      "table": np.arange(3, dtype=np.int32) + me,
+      "count": 2 + me,
+      "name": f"adam{me}",
+      "key": jax.random.key(me),
+    }
+    for name, other in others.items():
       try:
         c.save(2, state | {name: other})
         c.wait()
