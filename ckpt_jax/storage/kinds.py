@@ -1,12 +1,13 @@
-"""What a path lies on: found from its URL or the mount table, with what follows for checkpoints.
+"""The kind of storage of a path, from its URL or the mount table, and what follows for checkpoints.
 
-The tables are data: a new file system is a new line. Without a mount table (not Linux) a path counts as `local`.
+A new file system is a new line in the tables. Without a mount table (not Linux) a path counts as `local`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import logging
 import os
@@ -18,6 +19,7 @@ from ckpt_jax.errors import StorageError
 from ckpt_jax.storage.paths import given, url_scheme
 
 _log = logging.getLogger(__name__)
+_MIB = 2**20
 
 
 class StorageKind(enum.StrEnum):
@@ -40,99 +42,78 @@ class StorageKind(enum.StrEnum):
 
   @property
   def traits(self) -> Traits:
-    """What can be relied on."""
+    """What holds on this kind of storage."""
     return TRAITS[self]
 
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-  """What can be relied on, and what to avoid, on a kind of storage.
+  """What holds on a kind of storage; the defaults are those of a disk.
 
   Attributes:
+    why: the reason for what is special about it.
     shared: whether all hosts of a job see the same files.
-    atomic_rename: whether renaming a directory is one step that cannot be half done; else a commit marker is needed.
+    atomic_rename: whether a directory is renamed as a whole or not at all; else a commit marker is needed.
     overwrite_in_place: whether a part of a file can be rewritten.
     real_directories: whether an empty directory exists, and deleting one is one operation.
     listing: `cheap`, `dear` (a request per 1000 names) or `slow` (a round trip per file for its attributes).
     consistency: `strict`: other hosts see a finished write at once; `close_to_open`: once they open the file anew;
       `cached`: a mount may answer from a cache for seconds.
-    retries: who repeats what failed: the `kernel` (calls block until the server is back) or the `client`, this process.
-    request_nbytes: bytes of one read or write from which throughput hardly grows; a start, `probe` measures it.
-    parallelism: requests in flight at a time that it takes to fill it from one host; a start, `probe` measures it.
+    retries: the `kernel` retries (calls block until the server is back), or the `client`, this process.
+    request_nbytes: size of a request above which throughput hardly grows; the usual value, `probe` measures it.
+    parallelism: requests in flight that one host needs for full throughput; the usual value, `probe` measures it.
     durable_on_close: whether data is safe from a power cut once the file is closed; else fsync is needed.
-    why: the reason behind what is special about it.
   """
 
-  shared: bool
-  atomic_rename: bool
-  overwrite_in_place: bool
-  real_directories: bool
-  listing: str
-  consistency: str
-  retries: str
-  request_nbytes: int
-  parallelism: int
-  durable_on_close: bool
   why: str
+  shared: bool = False
+  atomic_rename: bool = True
+  overwrite_in_place: bool = True
+  real_directories: bool = True
+  listing: str = "cheap"
+  consistency: str = "strict"
+  retries: str = "kernel"
+  request_nbytes: int = 1 * _MIB
+  parallelism: int = 8
+  durable_on_close: bool = False
 
 
-_MIB = 2**20
-_DISK = Traits(
-  shared=False,
-  atomic_rename=True,
-  overwrite_in_place=True,
-  real_directories=True,
-  listing="cheap",
-  consistency="strict",
-  retries="kernel",
-  request_nbytes=1 * _MIB,
-  parallelism=8,
-  durable_on_close=False,
-  why="A disk of this host: rename is atomic within it, and writes are safe only after fsync.",
-)
-_CLUSTER = dataclasses.replace(
-  _DISK,
+_CLUSTER = Traits(
+  "A cluster file system with POSIX locks: all hosts see a finished write; data is striped over servers, so large "
+  "requests in parallel are fast and many small files are not.",
   shared=True,
   request_nbytes=4 * _MIB,
   parallelism=16,
-  why="A cluster file system with POSIX locks: all hosts see a finished write; data is striped over servers, so large "
-  "requests in parallel are fast and many small files are not.",
 )
 _BUCKET = Traits(
+  "A map from keys to objects: no rename, no append, no directories. A step is committed by writing a marker last. "
+  "One request is slow and many at once are not; too many are answered by 429 or 503 and must be repeated.",
   shared=True,
   atomic_rename=False,
   overwrite_in_place=False,
   real_directories=False,
   listing="dear",
-  consistency="strict",
   retries="client",
   request_nbytes=8 * _MIB,
   parallelism=32,
   durable_on_close=True,
-  why="A map from keys to objects: no rename, no append, no directories. A step is committed by writing a marker last. "
-  "One request is slow and many at once are not; too many are answered by 429 or 503 and must be repeated.",
 )
 TRAITS: dict[StorageKind, Traits] = {
-  StorageKind.LOCAL: _DISK,
-  StorageKind.NETWORK_DISK: dataclasses.replace(
-    _DISK,
+  StorageKind.LOCAL: Traits("A disk of this host: rename is atomic within it, and writes are safe only after fsync."),
+  StorageKind.NETWORK_DISK: Traits(
+    "A block device over the network, attached to one host at a time: other hosts cannot see it. Throughput is capped "
+    "by the size of disk and machine, and grows with requests in flight.",
     request_nbytes=4 * _MIB,
     parallelism=16,
-    why="A block device over the network, attached to one host at a time: other hosts cannot see it. Throughput is "
-    "capped by the size of disk and machine, and grows with requests in flight.",
   ),
-  StorageKind.TMPFS: dataclasses.replace(
-    _DISK, parallelism=2, why="Memory: lost at reboot, and every byte is missing from the host's RAM."
-  ),
-  StorageKind.NFS: dataclasses.replace(
-    _CLUSTER,
+  StorageKind.TMPFS: Traits("Memory: lost at reboot, and every byte is missing from the host's RAM.", parallelism=2),
+  StorageKind.NFS: Traits(
+    "Close-to-open consistency: a host sees another's write once it opens the file after the writer closed it, and "
+    "directory listings may be seconds old. close() sends everything to the server. One server is the bottleneck.",
+    shared=True,
     listing="slow",
     consistency="close_to_open",
     durable_on_close=True,
-    request_nbytes=1 * _MIB,
-    parallelism=8,
-    why="Close-to-open consistency: a host sees another's write once it opens the file after the writer closed it, and "
-    "directory listings may be seconds old. close() sends everything to the server. One server is the bottleneck.",
   ),
   StorageKind.LUSTRE: _CLUSTER,
   StorageKind.GLUSTERFS: dataclasses.replace(
@@ -145,12 +126,12 @@ TRAITS: dict[StorageKind, Traits] = {
   StorageKind.GPFS: _CLUSTER,
   StorageKind.WEKAFS: _CLUSTER,
   StorageKind.BEEGFS: _CLUSTER,
-  StorageKind.SMB: dataclasses.replace(
-    _CLUSTER,
-    consistency="cached",
+  StorageKind.SMB: Traits(
+    "Windows file shares: leases let clients cache, and renaming a directory fails while a file in it is open.",
+    shared=True,
     listing="slow",
-    parallelism=8,
-    why="Windows file shares: leases let clients cache, and renaming a directory fails while a file in it is open.",
+    consistency="cached",
+    request_nbytes=4 * _MIB,
   ),
   StorageKind.GCS: _BUCKET,
   StorageKind.S3: _BUCKET,
@@ -163,28 +144,20 @@ TRAITS: dict[StorageKind, Traits] = {
   ),
 }
 
-# File system types as they stand in the mount table. FUSE ones are `fuse.NAME`, or bare `fuse` with a telling source.
+# Types in the mount table, without `fuse.` in front. Most kinds of shared storage have the name of their type.
 _BY_TYPE: dict[str, StorageKind] = {
   "tmpfs": StorageKind.TMPFS,
   "ramfs": StorageKind.TMPFS,
-  "nfs": StorageKind.NFS,
   "nfs3": StorageKind.NFS,
   "nfs4": StorageKind.NFS,
   "efs": StorageKind.NFS,
-  "lustre": StorageKind.LUSTRE,
-  "glusterfs": StorageKind.GLUSTERFS,
-  "fuse.glusterfs": StorageKind.GLUSTERFS,
   "ceph": StorageKind.CEPHFS,
-  "fuse.ceph": StorageKind.CEPHFS,
-  "fuse.ceph-fuse": StorageKind.CEPHFS,
-  "gpfs": StorageKind.GPFS,
+  "ceph-fuse": StorageKind.CEPHFS,
   "mmfs": StorageKind.GPFS,
-  "wekafs": StorageKind.WEKAFS,
-  "beegfs": StorageKind.BEEGFS,
   "cifs": StorageKind.SMB,
   "smb3": StorageKind.SMB,
   "smbfs": StorageKind.SMB,
-}
+} | {kind.value: kind for kind in TRAITS if kind.traits.shared and kind.traits.overwrite_in_place}
 # Programs that mount buckets, and the scheme of the URL that serves better.
 BUCKET_MOUNTS: dict[str, str] = {
   "s3fs": "s3",
@@ -233,7 +206,7 @@ def _unescaped(text: str) -> str:
 
 
 def detect(path: str | os.PathLike[str], mounts: str | None = None) -> StorageKind:
-  """The kind of storage that `path` lies on. Reads no data and sends no request.
+  """The kind of storage of `path`. Reads no data and sends no request.
 
   Args:
     path: a path that need not exist yet, or a gs:// or s3:// URL.
@@ -248,20 +221,19 @@ def detect(path: str | os.PathLike[str], mounts: str | None = None) -> StorageKi
 def _detect(path: str | os.PathLike[str], mounts: str | None) -> tuple[StorageKind, Mount | None]:
   text = given(path)
   scheme = url_scheme(text)
-  if scheme and scheme != "file":
-    if scheme not in ("gs", "s3"):
-      raise StorageError(f"{text}: scheme {scheme}:// is not known; use a path, gs:// or s3://")
+  if scheme in ("gs", "s3"):
     return (StorageKind.GCS if scheme == "gs" else StorageKind.S3), None
-  given_table = mounts is not None
+  if scheme not in ("", "file"):
+    raise StorageError(f"{text}: scheme {scheme}:// is not known; use a path, gs:// or s3://")
   mount = _mount_of(text.removeprefix("file://"), mounts)
   if mount is None:
     return StorageKind.LOCAL, None
-  kind = _BY_TYPE.get(mount.type)
-  if kind is None and _mounter(mount):
+  kind = _BY_TYPE.get(mount.type.removeprefix("fuse."), StorageKind.LOCAL)
+  if _mounter(mount):
     kind = StorageKind.BUCKET_MOUNT
-  if kind is None and not given_table and _is_network_disk(mount.device):
+  elif kind is StorageKind.LOCAL and mounts is None and _is_network_disk(mount.device):
     kind = StorageKind.NETWORK_DISK
-  return kind or StorageKind.LOCAL, mount
+  return kind, mount
 
 
 def _mount_of(path: str, mounts: str | None) -> Mount | None:
@@ -282,7 +254,7 @@ def _mount_of(path: str, mounts: str | None) -> Mount | None:
 
 
 def _mounter(mount: Mount) -> str | None:
-  """Which of BUCKET_MOUNTS made this mount."""
+  """The program in BUCKET_MOUNTS that made this mount."""
   if not mount.type.startswith("fuse"):
     return None
   name = mount.type.removeprefix("fuse").removeprefix(".")
@@ -293,7 +265,7 @@ def _mounter(mount: Mount) -> str | None:
   for mounter in BUCKET_MOUNTS:
     if source == mounter or source.startswith((f"{mounter}#", f"{mounter}:")):
       return mounter
-  return "mountpoint-s3" if source.startswith("s3://") else "juicefs" if source.startswith("juicefs:") else None
+  return "mountpoint-s3" if source.startswith("s3://") else None
 
 
 def _is_network_disk(device: str, sys_root: str = "/sys") -> bool:
@@ -303,26 +275,22 @@ def _is_network_disk(device: str, sys_root: str = "/sys") -> bool:
   except OSError:
     return False
   disk = node.parent if (node / "partition").exists() else node
-  slaves = disk / "slaves"  # LVM, RAID and encryption lie on other devices
-  if slaves.is_dir():
-    for below in slaves.iterdir():
-      try:
-        number = (below / "dev").read_text().strip()
-      except OSError:
-        continue
-      if _is_network_disk(number, sys_root):
-        return True
+  below = [
+    _text(device / "dev") for device in (disk / "slaves").glob("*")
+  ]  # LVM, RAID and encryption use other devices
+  if any(_is_network_disk(number, sys_root) for number in below if number):
+    return True
   if disk.name.startswith(("nbd", "rbd", "drbd")) or "/session" in str(disk):
     return True
-  text = ""
-  for name in ("vendor", "model", "serial", "subsysnqn"):
-    try:
-      text += (disk / "device" / name).read_text().strip() + " "
-    except OSError:
-      continue
-  if _LOCAL_IN_CLOUDS.search(text.strip()):
-    return False
-  return bool(_NETWORK_DISKS.search(text))
+  text = " ".join(_text(disk / "device" / name) for name in ("vendor", "model", "serial", "subsysnqn")).strip()
+  return bool(_NETWORK_DISKS.search(text)) and not _LOCAL_IN_CLOUDS.search(text)
+
+
+def _text(file: pathlib.Path) -> str:
+  try:
+    return file.read_text().strip()
+  except OSError:
+    return ""
 
 
 def check_suitable(
@@ -333,30 +301,30 @@ def check_suitable(
   *,
   hosts: Callable[[], int] | None = None,
 ) -> StorageKind:
-  """The kind of storage of `path`, refused or warned of where checkpoints would suffer.
+  """The kind of storage of `path`, with an error or a warning where checkpoints would suffer.
 
   Args:
-    path: the run.
-    wanted: `storage.kind` of the configuration; anything but `auto` is taken as told.
+    path: directory or URL of the run.
+    wanted: `storage.kind` of the configuration; anything but `auto` overrides what `detect` finds.
     processes: processes of the job.
     mounts: as for `detect`.
-    hosts: how many hosts they run on, asked only where it matters; default: told by jax's processes.
+    hosts: counts the hosts of the job, where it matters; default: asks jax's processes.
 
   Raises:
-    StorageError: if several hosts are to write on a disk of one of them.
+    StorageError: if several hosts would write on a disk of one of them.
   """
   found, mount = _detect(path, mounts)
   kind = found if wanted == "auto" else StorageKind(wanted)
   if not kind.traits.shared and processes > 1 and (hosts or _count_hosts)() > 1:
     raise StorageError(
-      f"{os.fspath(path)}: lies on {kind} storage, which only one host sees, and this job runs on several: each would "
-      "write its shards where nobody else can read them. Use shared storage (gs://, s3://, NFS, Lustre ...); if it is "
-      "shared all the same, say what it is by storage: nfs in the configuration"
+      f"{os.fspath(path)}: is on {kind} storage, which only one host sees, and this job runs on several: each would "
+      "write its shards where no other can read them. Use shared storage (gs://, s3://, NFS, Lustre ...); if it is "
+      "shared after all, set storage: nfs in the configuration"
     )
   if kind is StorageKind.TMPFS:
-    _warn_once(f"{os.fspath(path)}: lies in memory (tmpfs): checkpoints are lost at reboot and take RAM from training")
+    _warn_once(f"{os.fspath(path)}: is in memory (tmpfs): checkpoints are lost at reboot and take RAM from training")
   if kind is StorageKind.BUCKET_MOUNT:
-    _warn_once(f"{os.fspath(path)}: lies on a bucket mounted as a file system; {_better_url(path, mount)}")
+    _warn_once(f"{os.fspath(path)}: is on a bucket mounted as a file system; {_better_url(path, mount)}")
   return kind
 
 
@@ -371,13 +339,9 @@ def _better_url(path: str | os.PathLike[str], mount: Mount | None) -> str:
   return f"{scheme}://{bucket.replace(':/', '/').rstrip('/')}/{inside} is faster and needs no renames"
 
 
-_warned: set[str] = set()
-
-
+@functools.cache
 def _warn_once(message: str) -> None:
-  if message not in _warned:
-    _warned.add(message)
-    _log.warning("%s", message)
+  _log.warning("%s", message)
 
 
 def _count_hosts() -> int:
@@ -387,17 +351,14 @@ def _count_hosts() -> int:
 
   if jax.process_count() == 1:
     return 1
-  # The boot id tells hosts apart where names do not (containers); processes of one host share it.
-  try:
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-  except OSError:
-    boot = os.uname().nodename
+  # Processes of one host share the boot id; containers may have names of their own.
+  boot = _text(pathlib.Path("/proc/sys/kernel/random/boot_id")) or os.uname().nodename
   number = int.from_bytes(hashlib.sha256(boot.encode()).digest()[:4], "big") & 0x7FFFFFFF
   return len(np.unique(multihost_utils.process_allgather(np.int32(number))))
 
 
 def storage_identity(path: str | os.PathLike[str]) -> str:
-  """A name for the storage itself: the bucket and its endpoint, or the mount. Paths on one storage share it."""
+  """A name for the storage, the same for all paths on it: the bucket and its endpoint, or the mount."""
   kind, mount = _detect(path, None)
   if kind in (StorageKind.GCS, StorageKind.S3):
     endpoint = os.environ.get("AWS_ENDPOINT_URL" if kind is StorageKind.S3 else "STORAGE_EMULATOR_HOST", "")

@@ -1,14 +1,16 @@
-"""Looking at files without taking one that cannot be looked at for one that is not there.
+"""Looks at files without taking one that cannot be read for one that is missing.
 
-`os.path.exists` and epath's answer no to a directory without permission, a stale NFS handle and an I/O error alike. A
-step that counts as gone for that would be passed over, moved aside or trained anew: here it is a StorageError.
+`os.path.exists` and epath answer no for a directory without permission, a stale NFS handle and an I/O error alike. A
+step that counts as missing would be passed over, moved aside or trained anew: here these errors are a StorageError.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import time
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -17,98 +19,114 @@ from ckpt_jax.failures import without_secrets
 from ckpt_jax.storage.objects import BACKEND
 from ckpt_jax.storage.urls import is_object_store
 
-# How long to watch a step that cannot be read for somebody who is deleting it, and to wait for its end.
+# How long to watch a step that cannot be read for a deletion by others, and to wait for the end of it.
 _LOOKS, _BETWEEN_LOOKS_S, _DELETION_S = 5, 0.05, 60.0
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 
 
+def cannot_be_read(path: epath.Path, error: OSError) -> StorageError:
+  """The error for a path that exists and cannot be read."""
+  if isinstance(error, StorageError):
+    return error
+  return StorageError(f"{path}: cannot be read: {without_secrets(str(error.strerror or error))}")
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+  """Raises FileNotFoundError for what is missing or no file, and StorageError for what cannot be read."""
+  try:
+    yield
+  except (*_NOT_THERE, IsADirectoryError) as e:
+    raise FileNotFoundError(f"{path}: {e.strerror or e}") from e
+  except OSError as e:
+    raise cannot_be_read(path, e) from e
+
+
 def exists(path: epath.Path) -> bool:
-  """Whether a file or directory is there.
+  """Whether a file or directory exists.
 
   Raises:
-    StorageError: if that cannot be found out.
+    StorageError: if its parent cannot be read.
   """
   return path.exists() if is_object_store(path) else _mode(path) is not None
 
 
 def is_dir(path: epath.Path) -> bool:
-  """Whether a directory is there.
+  """Whether a directory exists.
 
   Raises:
-    StorageError: if that cannot be found out.
+    StorageError: if its parent cannot be read.
   """
-  if is_object_store(path):
-    return path.is_dir()
-  mode = _mode(path)
-  return mode is not None and stat.S_ISDIR(mode)
+  return path.is_dir() if is_object_store(path) else stat.S_ISDIR(_mode(path) or 0)
+
+
+def _mode(path: epath.Path) -> int | None:
+  try:
+    with _reading(path):
+      return os.stat(path).st_mode
+  except FileNotFoundError:
+    return None
 
 
 def names(directory: epath.Path) -> list[str]:
-  """What a directory holds; nothing if it is not there.
+  """The names in a directory; none if it does not exist.
 
   Raises:
     StorageError: if it cannot be listed.
   """
   try:
-    return [path.name for path in directory.iterdir()]
-  except _NOT_THERE:
+    with _reading(directory):
+      return [path.name for path in directory.iterdir()]
+  except FileNotFoundError:
     return []
-  except OSError as e:
-    raise cannot_be_read(directory, e) from e
 
 
 def read_bytes(file: epath.Path, most: int = -1) -> bytes:
-  """The content of a file, or the first bytes of it.
+  """The content of a file, or its first `most` bytes.
 
   Raises:
-    FileNotFoundError: if it is not there, nor a directory in its place.
+    FileNotFoundError: if it does not exist, or is a directory.
     StorageError: if it cannot be read.
   """
-  try:
-    if most < 0:
-      return file.read_bytes()
-    with file.open("rb") as opened:
-      return opened.read(most)
-  except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
-    raise FileNotFoundError(f"{file}: {e.strerror or e}") from e
-  except OSError as e:
-    raise cannot_be_read(file, e) from e
+  with _reading(file), file.open("rb") as opened:
+    return opened.read(most)
 
 
 def file_nbytes(file: epath.Path) -> int:
-  """Bytes of a file of a disk; 0 for an object, since asking costs as much as reading it.
+  """Bytes of a file on a disk; 0 for an object, since asking costs as much as reading it.
 
   Raises:
-    FileNotFoundError: if it is not there.
-    StorageError: if that cannot be found out.
+    FileNotFoundError: if it does not exist.
+    StorageError: if its directory cannot be read.
   """
   if is_object_store(file):
     return 0
-  try:
+  with _reading(file):
     return os.stat(file).st_size
-  except _NOT_THERE as e:
-    raise FileNotFoundError(f"{file}: {e.strerror}") from e
-  except OSError as e:
-    raise cannot_be_read(file, e) from e
 
 
 def identity(directory: epath.Path) -> tuple[int, ...] | None:
-  """What tells this directory from one that takes its place later; None if it is not there, or does not say."""
+  """Device and inode, by which a directory differs from a later one in its place; None where there are none."""
   try:
-    if is_object_store(directory):
-      return None
-    found = os.stat(directory)
+    found = None if is_object_store(directory) else os.stat(directory)
   except OSError:
     return None
-  return found.st_dev, found.st_ino
+  return found and (found.st_dev, found.st_ino)
 
 
 def is_vanishing(directory: epath.Path) -> bool:
-  """Whether somebody is deleting a directory who leaves no mark: another program, or a person."""
-  before = _count(directory)
+  """Whether another program, or a person, is deleting a directory, in which case the deletion is waited for."""
+
+  def count() -> int:
+    try:
+      return len(files_below(directory))
+    except StorageError:
+      return 0
+
+  before = count()
   for _ in range(_LOOKS):
     time.sleep(_BETWEEN_LOOKS_S)
-    if _count(directory) < before:
+    if count() < before:
       deadline = time.monotonic() + _DELETION_S
       while exists(directory) and time.monotonic() < deadline:
         time.sleep(_BETWEEN_LOOKS_S)
@@ -116,15 +134,8 @@ def is_vanishing(directory: epath.Path) -> bool:
   return not exists(directory)
 
 
-def _count(directory: epath.Path) -> int:
-  try:
-    return len(files_below(directory))
-  except StorageError:
-    return 0
-
-
 def files_below(directory: epath.Path) -> list[epath.Path]:
-  """All files in a directory and in those within, in order.
+  """All files in a directory and its subdirectories, sorted.
 
   Raises:
     StorageError: if one of the directories cannot be listed.
@@ -143,7 +154,7 @@ def files_below(directory: epath.Path) -> list[epath.Path]:
 
 
 def read_through(file: epath.Path, block: int) -> int:
-  """Reads all of a file, in blocks of so many bytes, and returns its length.
+  """Reads all of a file in blocks of this many bytes, and returns its length.
 
   Raises:
     StorageError: if it cannot be read.
@@ -153,19 +164,3 @@ def read_through(file: epath.Path, block: int) -> int:
       return sum(map(len, iter(lambda: opened.read(block), b"")))
   except OSError as e:
     raise cannot_be_read(file, e) from e
-
-
-def cannot_be_read(path: epath.Path, error: OSError) -> StorageError:
-  """The error for what is there and cannot be read."""
-  if isinstance(error, StorageError):
-    return error
-  return StorageError(f"{path}: cannot be read: {without_secrets(str(error.strerror or error))}")
-
-
-def _mode(path: epath.Path) -> int | None:
-  try:
-    return os.stat(path).st_mode
-  except _NOT_THERE:
-    return None
-  except OSError as e:
-    raise cannot_be_read(path, e) from e

@@ -1,9 +1,9 @@
-"""epath on object stores with few requests: what Orbax asks of a file system, in terms of a key-value map.
+"""epath on object stores with few requests: the file system calls of Orbax on a map from keys to objects.
 
-A bucket has no directories: `exists` and `is_dir` are answered by one listing of the name as a prefix, where fsspec
-sends two or three requests. Small files are written and read whole, one request each. And two things need not be asked:
+A bucket has no directories: one listing with the name as prefix answers `exists` and `is_dir`, where fsspec sends two
+or three requests. Small files are written and read whole, one request each. Two things need no request at all:
 
-- what this process wrote or made itself in the last seconds is there, and
+- what this process itself wrote in the last seconds exists, and
 - a committed step never changes, so within `snapshot(step)` one recursive listing answers everything beneath it.
 """
 
@@ -18,7 +18,6 @@ import fnmatch
 import glob
 import io
 import os
-import posixpath
 import threading
 import time
 import typing
@@ -57,20 +56,17 @@ class _Snapshot:
 
   def __init__(self, entries: dict[str, Entry]):
     self.entries = entries
-    self.keys = sorted(entries)
+    self.users = 0
+    self._keys = sorted(entries)
 
   def under(self, key: str) -> list[str]:
-    prefix = key + "/"
-    start = bisect.bisect_left(self.keys, prefix)
-    end = bisect.bisect_left(self.keys, key + "0")  # "0" is the character after "/"
-    return self.keys[start:end]
+    start = bisect.bisect_left(self._keys, key + "/")
+    return self._keys[start : bisect.bisect_left(self._keys, key + "0")]  # "0" is the character after "/"
 
 
 @contextlib.contextmanager
 def _client_errors(url: Path) -> Iterator[None]:
-  """Turns what gcsfs, s3fs, botocore and google.auth raise into StorageError; missing and existing files stay what they
-  are, since Orbax asks for them.
-  """
+  """Raises StorageError for what the clients raise, except for missing and existing files, which Orbax expects."""
   try:
     yield
   except (FileNotFoundError, FileExistsError, NotImplementedError, StorageError, ConfigError):
@@ -90,7 +86,7 @@ class ObjectBackend(epath_backend.Backend):
   def __init__(self):
     self._lock = threading.Lock()
     self._own: dict[str, tuple[float, bool]] = {}  # URL -> when this process made it, and whether it is an object
-    self._snapshots: dict[str, tuple[_Snapshot, int]] = {}
+    self._snapshots: dict[str, _Snapshot] = {}
 
   # -- reading
 
@@ -119,12 +115,12 @@ class ObjectBackend(epath_backend.Backend):
       names.update(k[len(prefix) :] for k in entries)
       names.update(p[len(prefix) :].rstrip("/") for p in prefixes)
     names.discard("")
-    if not names and key and not self._is_own(path):
+    if not names and key and self._own_kind(path) is None:
       raise FileNotFoundError(f"{scheme}://{bucket}/{key}: no such directory")
     return sorted(names)
 
   def glob(self, path: Path) -> list[str]:
-    """Matches one level: the pattern may only be in the last part of the path; before it nothing is one."""
+    """The paths that match a pattern in the last part of the path; its other parts are taken literally."""
     parent, _, pattern = os.fspath(path).rpartition("/")
     try:
       names = self.listdir(parent)
@@ -138,11 +134,13 @@ class ObjectBackend(epath_backend.Backend):
     root = os.fspath(top).rstrip("/")
     found: dict[str, tuple[set[str], set[str]]] = {root: (set(), set())}
     for key in self.tree(top):
-      parts = key.split("/")
-      for depth in range(len(parts)):
-        directory = posixpath.join(root, *parts[:depth])
-        dirs, files = found.setdefault(directory, (set(), set()))
-        (files if depth == len(parts) - 1 else dirs).add(parts[depth])
+      *folders, name = key.split("/")
+      directory = root
+      for folder in folders:
+        found[directory][0].add(folder)
+        directory = f"{directory}/{folder}"
+        found.setdefault(directory, (set(), set()))
+      found[directory][1].add(name)
     for directory in sorted(found, reverse=not top_down):
       dirs, files = found[directory]
       yield directory, sorted(dirs), sorted(files)
@@ -184,14 +182,13 @@ class ObjectBackend(epath_backend.Backend):
       filesystem(url).pipe_file(url, content)
     self._note_own(url, is_object=True)
 
-  def mkdir(self, path: Path, *, exist_ok: bool = False, mode: int | None = None) -> None:
-    self.makedirs(path, exist_ok=exist_ok, mode=mode)
-
   def makedirs(self, path: Path, *, exist_ok: bool = False, mode: int | None = None) -> None:
     del mode  # objects have none
     if not exist_ok and self.exists(path):
       raise FileExistsError(f"{os.fspath(path)} exists already")
     self._note_own(path, is_object=False)
+
+  mkdir = makedirs
 
   def remove(self, path: Path) -> None:
     url = os.fspath(path)
@@ -201,23 +198,18 @@ class ObjectBackend(epath_backend.Backend):
 
   def rmtree(self, path: Path) -> None:
     url = os.fspath(path).rstrip("/")
-    known = self._is_own(url)
+    known = self._own_kind(url) is not None
     self._forget(url)
     keys = list(self.tree(url))
     if not keys and not known:
       raise FileNotFoundError(f"{url}: no such directory")
-    if keys:
-      # In batches: up to 1000 keys a request on S3, 100 on GCS. Commit markers go first, so that a deletion that is cut
-      # off leaves something that nobody takes for a checkpoint.
-      markers = [k for k in keys if k.endswith(COMMIT_MARKER)]
-      for group in (markers, [k for k in keys if not k.endswith(COMMIT_MARKER)]):
-        if group:
-          self._delete(url, [f"{url}/{k}" for k in group])
+    # Commit markers go first, so that a deletion that is cut off leaves something that nobody takes for a checkpoint.
+    markers = [k for k in keys if k.endswith(COMMIT_MARKER)]
+    for group in (markers, sorted({*keys} - {*markers})):
+      self._delete(url, [f"{url}/{k}" for k in group])
 
   def _delete(self, url: str, objects: Sequence[str]) -> None:
-    """Deletes objects by their URLs, each of which means one object: fsspec's `rm` takes brackets and stars in them for
-    patterns, and would delete what they match.
-    """
+    """Deletes objects by URL, each literally: fsspec's `rm` would delete what brackets and stars in it match."""
     scheme, bucket, _ = split_url(url)
     fs = filesystem(url)
     with _client_errors(url):
@@ -232,8 +224,7 @@ class ObjectBackend(epath_backend.Backend):
       if plain:
         fs.rm(plain, recursive=False)
       with concurrent.futures.ThreadPoolExecutor(_DELETES) as pool:
-        for _ in pool.map(fs.rm_file, [o for o in objects if glob.has_magic(o)]):
-          pass
+        list(pool.map(fs.rm_file, [o for o in objects if glob.has_magic(o)]))
 
   def rename(self, path: Path, dst: Path) -> None:
     raise NotImplementedError(f"{os.fspath(path)}: object stores cannot rename; copy, and delete what was copied")
@@ -256,47 +247,45 @@ class ObjectBackend(epath_backend.Backend):
     if is_object_store(target):
       self._note_own(target, is_object=True)
 
-  # -- what need not be asked
+  # -- what needs no request
 
   @contextlib.contextmanager
   def snapshot(self, path: Path) -> Iterator[None]:
     """Within the block, one listing answers for everything beneath `path`, unless it is longer than 8,000 objects.
 
-    For what does not change meanwhile: a committed step; or a run that is looked at once.
+    For a path that does not change meanwhile (a committed step), or a run that is looked at once.
     """
     url = os.fspath(path).rstrip("/")
-    with self._lock:
-      held = self._snapshots.get(url)
-      if held is not None:
-        self._snapshots[url] = (held[0], held[1] + 1)
-    made = held is not None
+    held = self._snapshots.get(url) or self._list_all(url)
     if held is None:
-      _, _, key = split_url(url)
-      entries: dict[str, Entry] = {}
-      for count, (page, _) in enumerate(self._pages(url, key + "/" if key else "")):
-        if count == _MAX_SNAPSHOT_PAGES:
-          break
-        entries.update(page)
-      else:
-        made = True
-        with self._lock:
-          self._snapshots[url] = (_Snapshot(entries), 1)
+      yield
+      return
+    with self._lock:
+      self._snapshots[url] = held
+      held.users += 1
     try:
       yield
     finally:
-      if made:
-        with self._lock:
-          if url in self._snapshots:
-            snapshot, users = self._snapshots.pop(url)
-            if users > 1:
-              self._snapshots[url] = (snapshot, users - 1)
+      with self._lock:
+        held.users -= 1
+        if not held.users and self._snapshots.get(url) is held:
+          del self._snapshots[url]
+
+  def _list_all(self, url: str) -> _Snapshot | None:
+    _, _, key = split_url(url)
+    entries: dict[str, Entry] = {}
+    for count, (page, _) in enumerate(self._pages(url, key + "/" if key else "")):
+      if count == _MAX_SNAPSHOT_PAGES:
+        return None
+      entries.update(page)
+    return _Snapshot(entries)
 
   def _snapshot_of(self, path: Path) -> _Snapshot | None:
     if not self._snapshots:
       return None
     url = os.fspath(path).rstrip("/")
     with self._lock:
-      for root, (snapshot, _) in self._snapshots.items():
+      for root, snapshot in self._snapshots.items():
         if url == root or url.startswith(root + "/"):
           return snapshot
     return None
@@ -308,7 +297,7 @@ class ObjectBackend(epath_backend.Backend):
       self._own = {p: made for p, made in self._own.items() if made[0] > now - _OWN_WRITES_S}
       while key:
         self._own[f"{scheme}://{bucket}/{key}"] = now, is_object
-        key, is_object = key.rpartition("/")[0], False  # what it lies in is a directory
+        key, is_object = key.rpartition("/")[0], False  # its parents are directories
       url = os.fspath(path)
       for root in [r for r in self._snapshots if url.startswith(r + "/")]:
         del self._snapshots[root]  # it does change, after all
@@ -319,11 +308,8 @@ class ObjectBackend(epath_backend.Backend):
       for root in [r for r in self._snapshots if url == r or url.startswith(r + "/")]:
         del self._snapshots[root]
 
-  def _is_own(self, path: Path) -> bool:
-    return self._own_kind(path) is not None
-
   def _own_kind(self, path: Path) -> bool | None:
-    """Whether what this process made at `path` a moment ago is an object; None if it made nothing there."""
+    """True if this process wrote an object at `path` a moment ago, False for a directory, None for neither."""
     made = self._own.get(os.fspath(path).rstrip("/"))
     return made[1] if made is not None and made[0] > time.monotonic() - _OWN_WRITES_S else None
 
@@ -349,45 +335,40 @@ class ObjectBackend(epath_backend.Backend):
         break
     return None, False
 
-  def _pages(
-    self, url: Path, prefix: str, delimiter: str | None = None
-  ) -> Iterator[tuple[dict[str, Entry], list[str]]]:
+  def _pages(self, url: Path, prefix: str, delimiter: str = "") -> Iterator[tuple[dict[str, Entry], list[str]]]:
     """Pages of a listing: objects by key, and common prefixes with their slash."""
     scheme, bucket, _ = split_url(url)
-    try:
-      yield from self._listing(filesystem(url), scheme, bucket, prefix, delimiter)
-    except FileNotFoundError as e:
-      raise StorageError(f"{scheme}://{bucket}: no such bucket") from e
-
-  def _listing(
-    self, fs: Any, scheme: str, bucket: str, prefix: str, delimiter: str | None
-  ) -> Iterator[tuple[dict[str, Entry], list[str]]]:
-    token: dict[str, Any] = {}
-    url = f"{scheme}://{bucket}/{prefix}"
-    while True:
-      if scheme == "gs":
-        extra = {"delimiter": delimiter} if delimiter else {}
-        with _client_errors(url):
-          page = fs.call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=_PAGE, json_out=True, **extra, **token)
-        entries = {o["name"]: Entry(int(o["size"]), _seconds(o.get("updated"))) for o in page.get("items", [])}
-        prefixes = list(page.get("prefixes", []))
-        next_token = page.get("nextPageToken")
-        token = {"pageToken": next_token}
-      else:
-        extra = {"Delimiter": delimiter} if delimiter else {}
-        with _client_errors(url):
-          page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=_PAGE, **extra, **token)
-        entries = {o["Key"]: Entry(int(o["Size"]), _seconds(o.get("LastModified"))) for o in page.get("Contents", [])}
-        prefixes = [p["Prefix"] for p in page.get("CommonPrefixes", [])]
-        next_token = page.get("NextContinuationToken")
-        token = {"ContinuationToken": next_token}
+    fs = filesystem(url)
+    list_page = _gcs_page if scheme == "gs" else _s3_page
+    token: str | None = ""
+    while token is not None:
+      with _client_errors(f"{scheme}://{bucket}/{prefix}"):
+        try:
+          entries, prefixes, token = list_page(fs, bucket, prefix, delimiter, token)
+        except FileNotFoundError as e:
+          raise StorageError(f"{scheme}://{bucket}: no such bucket") from e
       yield entries, prefixes
-      if not next_token:
-        return
+
+
+_Page = tuple[dict[str, Entry], list[str], str | None]  # objects by key, common prefixes, token of the next page
+
+
+def _gcs_page(fs: Any, bucket: str, prefix: str, delimiter: str, token: str) -> _Page:
+  extra = {name: value for name, value in (("delimiter", delimiter), ("pageToken", token)) if value}
+  page = fs.call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=_PAGE, json_out=True, **extra)
+  entries = {o["name"]: Entry(int(o["size"]), _seconds(o.get("updated"))) for o in page.get("items", [])}
+  return entries, page.get("prefixes", []), page.get("nextPageToken")
+
+
+def _s3_page(fs: Any, bucket: str, prefix: str, delimiter: str, token: str) -> _Page:
+  extra = {name: value for name, value in (("Delimiter", delimiter), ("ContinuationToken", token)) if value}
+  page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=_PAGE, **extra)
+  entries = {o["Key"]: Entry(int(o["Size"]), _seconds(o.get("LastModified"))) for o in page.get("Contents", [])}
+  return entries, [p["Prefix"] for p in page.get("CommonPrefixes", [])], page.get("NextContinuationToken")
 
 
 class _Upload(io.BytesIO):
-  """Stores what was written when it is closed, unless an exception closes it."""
+  """Stores its content when it is closed, unless an exception closes it."""
 
   def __init__(self, store: Callable[[bytes], None]):
     super().__init__()
@@ -395,7 +376,7 @@ class _Upload(io.BytesIO):
 
   def close(self) -> None:
     store, self._store = self._store, None
-    if store is not None and not self.closed:
+    if store is not None:
       content = self.getvalue()
       super().close()
       store(content)
@@ -412,14 +393,9 @@ def _seconds(when: Any) -> float:
   return when.timestamp() if when else 0.0
 
 
-BACKEND = ObjectBackend()  # epath's for the whole process, once `connect` was called
+BACKEND = ObjectBackend()  # for all of the process, once `connect` has registered it with epath
 
 
-@contextlib.contextmanager
-def snapshot(path: Path) -> Iterator[None]:
+def snapshot(path: Path) -> contextlib.AbstractContextManager[None]:
   """`ObjectBackend.snapshot` for a gs:// or s3:// path; without effect on others."""
-  if is_object_store(path):
-    with BACKEND.snapshot(path):
-      yield
-  else:
-    yield
+  return BACKEND.snapshot(path) if is_object_store(path) else contextlib.nullcontext()

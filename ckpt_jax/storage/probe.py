@@ -1,7 +1,7 @@
 """Measures storage: throughput over streams, cost of a request over its size, latency of metadata operations.
 
-Nothing is assumed: every figure comes from operations made in this call. It writes into a directory (or under a prefix)
-of its own, a bounded number of bytes for a bounded time, and removes it again, on Ctrl-C too.
+Every figure comes from operations made in this call. It writes into a directory (or under a prefix) of its own, a
+bounded number of bytes for a bounded time, and removes it again, also on Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import pathlib
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import pydantic
 
 from ckpt_jax.config import parse_bytes, parse_duration
 from ckpt_jax.errors import ConfigError
@@ -34,7 +36,7 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Throughput:
-  """Bytes per second with so many streams in flight; writes count until they are durable."""
+  """Bytes per second with this many streams in flight; writes count until they are durable."""
 
   streams: int
   bytes_per_s: float
@@ -42,7 +44,7 @@ class Throughput:
 
 @dataclasses.dataclass(frozen=True)
 class RangeRead:
-  """Median seconds of one read of so many bytes, one at a time, at random places."""
+  """Median seconds of one read of this many bytes, one at a time, at random places."""
 
   nbytes: int
   seconds: float
@@ -53,16 +55,14 @@ class StorageProfile:
   """What `probe` measured.
 
   Attributes:
-    path: where.
-    kind: what it lies on.
-    measured_at: when, UTC, ISO 8601.
-    host: on which host.
-    seconds, written_nbytes, read_nbytes: what measuring took.
+    path, kind: the directory or URL, and the kind of its storage.
+    measured_at, host: when (UTC, ISO 8601) and on which host.
+    seconds, written_nbytes, read_nbytes: cost of the measurement.
     cold_by: how reads were made to come from the storage itself; None if they came from the page cache.
     write, read: throughput over streams, up to where it stops growing.
     ranges: cost of one read over its size.
     latency: median seconds of `create` (64 bytes, durable), `stat`, `list` (of some 10 entries), `rename`, `delete`,
-      `fsync` (of one stream's file). An operation that the storage lacks is not there.
+      `fsync` (of one stream's file). Operations that the storage lacks are left out.
   """
 
   path: str
@@ -115,17 +115,16 @@ class StorageProfile:
 
   @classmethod
   def from_dict(cls, data: dict[str, Any]) -> StorageProfile:
-    """The inverse of `to_dict`."""
-    kept = {f.name: data[f.name] for f in dataclasses.fields(cls)}
-    kept["kind"] = StorageKind(kept["kind"])
-    kept["write"] = tuple(Throughput(**t) for t in kept["write"])
-    kept["read"] = tuple(Throughput(**t) for t in kept["read"])
-    kept["ranges"] = tuple(RangeRead(**r) for r in kept["ranges"])
-    return cls(**kept)
+    """The inverse of `to_dict`.
+
+    Raises:
+      ValueError: if a figure is missing or of the wrong type.
+    """
+    return pydantic.TypeAdapter(cls).validate_python(data)
 
 
 def probe(path: str | os.PathLike[str], budget: float | str = 30.0, max_bytes: int | str = 4 * 2**30) -> StorageProfile:
-  """Measures the storage under `path`, and remembers the result for this host and this storage.
+  """Measures the storage under `path`, and keeps the result for this host and this storage.
 
   Args:
     path: a directory (it need not exist yet), or a gs:// or s3:// URL.
@@ -134,8 +133,7 @@ def probe(path: str | os.PathLike[str], budget: float | str = 30.0, max_bytes: i
 
   Raises:
     ConfigError: if budget or max_bytes make no sense.
-    StorageError: if there is less free space than the least it needs, 64 MiB; if the path cannot be written; or if it
-      cannot be reached.
+    StorageError: if less than 64 MiB are free, or if the path cannot be reached or written.
   """
   try:
     seconds, limit = parse_duration(budget), parse_bytes(max_bytes)
@@ -147,9 +145,9 @@ def probe(path: str | os.PathLike[str], budget: float | str = 30.0, max_bytes: i
 
 
 def quick_probe(path: str | os.PathLike[str]) -> StorageProfile:
-  """`probe` in less than a second on anything but very slow storage: one measurement where `probe` takes a median.
+  """`probe` with single measurements instead of medians: less than a second on anything but very slow storage.
 
-  Remembered like `probe`'s, which replaces it.
+  The result is kept like that of `probe`, which replaces it.
 
   Raises:
     StorageError: as `probe`.
@@ -180,22 +178,23 @@ def _probe(path: str | os.PathLike[str], seconds: float, limit: int, least: int)
 
 
 class _Measurement:
-  """One run of all measurements; parts get shares of the time that is left, so that all of them happen."""
+  """One run of all measurements; each gets a share of the time that is left, so that all of them happen."""
 
   def __init__(self, target: Target, deadline: float, limit: int, least: int):
-    self._least = least
     self._target = target
     self._deadline = deadline
     self._limit = limit
+    self._least = least
+    self._quick = least == 1
     self._written = self._read = 0
-    self._data = random_bytes(min(limit // 2, 256 * BLOCK) if least > 1 else 8 * BLOCK)
+    self._data = random_bytes(8 * BLOCK if self._quick else min(limit // 2, 256 * BLOCK))
     self._stored: dict[str, int] = {}
 
   def run(self) -> dict[str, Any]:
-    latency = self._latencies(share=0.12)
-    write = self._writes(share=0.45)
-    read = self._reads(share=0.6)
-    ranges = self._ranges(share=0.8)
+    latency = self._latencies(self._time_left() * 0.12)
+    write = self._writes(self._time_left() * 0.45)
+    read = self._reads(self._time_left() * 0.6)
+    ranges = self._ranges(self._time_left() * 0.8)
     if isinstance(self._target, FileTarget) and self._target.fsync_s:
       latency["fsync"] = statistics.median(self._target.fsync_s)
     return {
@@ -208,132 +207,116 @@ class _Measurement:
       "latency": latency,
     }
 
-  def _time_left(self, share: float) -> float:
-    return max(0.0, self._deadline - time.monotonic()) * share
+  def _time_left(self) -> float:
+    return max(0.0, self._deadline - time.monotonic())
 
-  def _latencies(self, share: float) -> dict[str, float]:
-    until = time.monotonic() + self._time_left(share)
-    seconds: dict[str, list[float]] = {}
-
-    def timed(name: str, operation: Callable[[], Any]) -> None:
-      started = time.perf_counter()
-      operation()
-      seconds.setdefault(name, []).append(time.perf_counter() - started)
-
+  def _latencies(self, budget: float) -> dict[str, float]:
+    until = time.monotonic() + budget
     target = self._target
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-      list(pool.map(target.create, [f"small-{i}" for i in range(10)]))
+    seconds: dict[str, list[float]] = {}
+    _in_threads(8, target.create, [f"small-{i}" for i in range(10)])
     for i in range(20):
-      timed("create", lambda: target.create(f"new-{i}"))  # noqa: B023 - called at once
-      timed("stat", lambda: target.stat(f"new-{i}"))  # noqa: B023
-      timed("list", target.list)
-      name = f"new-{i}"
-      if target.can_rename:
-        timed("rename", lambda: target.rename(f"new-{i}", f"renamed-{i}"))  # noqa: B023
-        name = f"renamed-{i}"
-      timed("delete", lambda: target.delete(name))  # noqa: B023
+      name, renamed = f"new-{i}", f"renamed-{i}"
+      operations: list[tuple[Callable[..., Any], *tuple[str, ...]]] = [
+        (target.create, name),
+        (target.stat, name),
+        (target.list,),
+        *([(target.rename, name, renamed), (target.delete, renamed)] if target.can_rename else [(target.delete, name)]),
+      ]
+      for operation, *arguments in operations:
+        started = time.perf_counter()
+        operation(*arguments)
+        seconds.setdefault(operation.__name__, []).append(time.perf_counter() - started)
       if time.monotonic() > until:
         break
     if isinstance(target, FileTarget):
-      target.fsync_s.clear()  # those of 64 bytes; throughput's are what saving sees
+      target.fsync_s.clear()  # those of 64 bytes; saves are like the large ones that follow
     return {name: statistics.median(values) for name, values in seconds.items()}
 
-  def _writes(self, share: float) -> tuple[Throughput, ...]:
-    budget = self._time_left(share)
-    until = time.monotonic() + budget
-    # The first write warms connections up and says how much to write in a slice of the time.
-    first = min(8 * BLOCK, len(self._data)) if self._least > 1 else 2 * BLOCK
+  def _writes(self, budget: float) -> tuple[Throughput, ...]:
+    # The first write opens connections and says how much to write in a slice of the time.
+    first = 2 * BLOCK if self._quick else min(8 * BLOCK, len(self._data))
     started = time.perf_counter()
     self._store("pilot", first)
     speed = first / (time.perf_counter() - started)
-    self._drop(["pilot"])
-    slice_s = max(0.25, budget / 20) if self._least > 1 else budget / 3
+    self._drop()
 
-    def one(streams: int) -> float:
+    def measure(streams: int, slice_s: float) -> float:
       nonlocal speed
       # At least 4 MiB a stream: less measures requests, not throughput. One stream writes one file.
       each = int(speed * slice_s / streams) // BLOCK * BLOCK
       each = max(4 * BLOCK, min(each, len(self._data), self._limit // streams // BLOCK * BLOCK))
-      self._drop(list(self._stored))  # the last level's files stay for the reads
-      names = [f"data-{streams}-{i}" for i in range(streams)]
+      self._drop()  # the files of the last measurement stay for the reads
       started = time.perf_counter()
-      with concurrent.futures.ThreadPoolExecutor(streams) as pool:
-        list(pool.map(lambda name: self._store(name, each), names))
+      _in_threads(streams, lambda name: self._store(name, each), [f"data-{streams}-{i}" for i in range(streams)])
       speed = each * streams / (time.perf_counter() - started)
       return speed
 
-    return self._levels(one, until, min(_MAX_STREAMS, self._limit // (4 * BLOCK)))
+    return self._levels(measure, budget, min(_MAX_STREAMS, self._limit // (4 * BLOCK)))
 
-  def _levels(self, one: Callable[[int], float], until: float, most: int) -> tuple[Throughput, ...]:
-    """`one(streams)` at 1, 2, 4 ... until it stops growing, then all levels again while time is left: medians."""
-    speeds: dict[int, list[float]] = {}
-    streams, flat = 1, 0
-    while streams <= most and flat < 2 and (time.monotonic() < until or not speeds):
-      best = max((s[0] for s in speeds.values()), default=0.0)
-      speeds[streams] = [one(streams)]
-      flat = flat + 1 if speeds[streams][0] < _GROWTH * best else 0
-      streams *= 2
-    for _ in range(2):
-      for streams in speeds:
-        if time.monotonic() < until:
-          speeds[streams].append(one(streams))
-    return tuple(Throughput(streams, statistics.median(values)) for streams, values in speeds.items())
-
-  def _reads(self, share: float) -> tuple[Throughput, ...]:
-    budget = self._time_left(share)
-    until = time.monotonic() + budget
-    slice_s = max(0.25, budget / 20) if self._least > 1 else budget / 3
-    names = list(self._stored)
+  def _reads(self, budget: float) -> tuple[Throughput, ...]:
     speed = 0.0
 
-    def one(streams: int) -> float:
+    def measure(streams: int, slice_s: float) -> float:
       nonlocal speed
-      parts = self._parts(names, streams, int(speed * slice_s) if speed else (16 if self._least > 1 else 2) * BLOCK)
-      self._target.make_cold(names)
+      parts = self._parts(streams, int(speed * slice_s) if speed else (2 if self._quick else 16) * BLOCK)
+      self._target.make_cold(list(self._stored))
       started = time.perf_counter()
-      with concurrent.futures.ThreadPoolExecutor(streams) as pool:
-        got = sum(pool.map(lambda part: sum(self._target.read(*piece) for piece in part), parts))
+      got = sum(_in_threads(streams, lambda part: sum(self._target.read(*piece) for piece in part), parts))
       measured = got / (time.perf_counter() - started)
       self._read += got
       speed = max(speed, measured)
       return measured
 
-    one(1)  # says how much to read
-    return self._levels(one, until, _MAX_STREAMS)
+    measure(1, 0.0)  # says how much to read
+    return self._levels(measure, budget, _MAX_STREAMS)
 
-  def _parts(self, names: list[str], streams: int, wanted: int) -> list[list[tuple[str, int, int]]]:
-    """What each stream reads: distinct pieces, `wanted` bytes in all, or everything that there is."""
-    piece = 16 * BLOCK
-    whole = not isinstance(self._target, FileTarget)
-    pieces: list[tuple[str, int, int]] = []
-    for name in names:
-      size = self._stored[name]
-      step = size if whole else max(BLOCK, min(piece, size, -(-wanted // (4 * streams)) // BLOCK * BLOCK))
-      pieces += [(name, start, min(start + step, size)) for start in range(0, size, step)]
+  def _levels(self, measure: Callable[[int, float], float], budget: float, most: int) -> tuple[Throughput, ...]:
+    """Throughput at 1, 2, 4 ... streams until it stops growing, then all levels again while time is left: medians.
+
+    Args:
+      measure: gives bytes per second for a number of streams and the seconds that it should take.
+      budget: seconds for all of it.
+      most: the largest number of streams.
+    """
+    until = time.monotonic() + budget
+    slice_s = budget / 3 if self._quick else max(0.25, budget / 20)
+    speeds: dict[int, list[float]] = {}
+    streams, flat = 1, 0
+    while streams <= most and flat < 2 and (time.monotonic() < until or not speeds):
+      best = max((s[0] for s in speeds.values()), default=0.0)
+      speeds[streams] = [measure(streams, slice_s)]
+      flat = flat + 1 if speeds[streams][0] < _GROWTH * best else 0
+      streams *= 2
+    for streams in [*speeds] * 2:
+      if time.monotonic() < until:
+        speeds[streams].append(measure(streams, slice_s))
+    return tuple(Throughput(streams, statistics.median(values)) for streams, values in speeds.items())
+
+  def _parts(self, streams: int, wanted: int) -> list[list[tuple[str, int, int]]]:
+    """The distinct pieces that each stream reads, `wanted` bytes in all, or everything that there is."""
+    piece = max(BLOCK, min(16 * BLOCK, -(-wanted // (4 * streams)) // BLOCK * BLOCK))
     chosen: list[tuple[str, int, int]] = []
     total = 0
-    for candidate in pieces:
-      if total >= max(wanted, BLOCK) and len(chosen) >= streams:
-        break
-      chosen.append(candidate)
-      total += candidate[2] - candidate[1]
+    for name, size in self._stored.items():
+      step = min(size, piece) if isinstance(self._target, FileTarget) else size
+      for start in range(0, size, step):
+        if total < max(wanted, BLOCK) or len(chosen) < streams:
+          chosen.append((name, start, min(start + step, size)))
+          total += chosen[-1][2] - start
     # Neighbours go to one stream, as a sequential reader would have them.
     per = -(-len(chosen) // streams)
     return [chosen[i : i + per] for i in range(0, len(chosen), per)]
 
-  def _ranges(self, share: float) -> tuple[RangeRead, ...]:
-    budget = self._time_left(share)
-    if not self._stored:
-      return ()
-    names = list(self._stored)
+  def _ranges(self, budget: float) -> tuple[RangeRead, ...]:
     found: list[RangeRead] = []
     rng = random.Random(0)
     for nbytes in _RANGES:
-      fitting = [n for n in names if self._stored[n] >= nbytes]
+      fitting = [name for name, size in self._stored.items() if size >= nbytes]
       if not fitting:
         break
       self._target.make_cold(fitting)
-      until = time.monotonic() + budget / len(_RANGES)
+      until = min(self._deadline, time.monotonic() + budget / len(_RANGES))
       seconds: list[float] = []
       while len(seconds) < self._least or (len(seconds) < 50 and time.monotonic() < until):
         name = rng.choice(fitting)
@@ -342,11 +325,9 @@ class _Measurement:
         started = time.perf_counter()
         self._read += self._target.read(name, start, start + nbytes)
         seconds.append(time.perf_counter() - started)
-        if len(seconds) >= self._least and time.monotonic() > self._deadline:
-          break
-      if self._least == 1 and found and time.monotonic() > self._deadline:
-        break
       found.append(RangeRead(nbytes, statistics.median(seconds)))
+      if self._quick and time.monotonic() > self._deadline:
+        break
     return tuple(found)
 
   def _store(self, name: str, nbytes: int) -> None:
@@ -354,13 +335,14 @@ class _Measurement:
     self._stored[name] = nbytes
     self._written += nbytes
 
-  def _drop(self, names: list[str]) -> None:
-    if not names:
-      return
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-      list(pool.map(self._target.delete, names))
-    for name in names:
-      del self._stored[name]
+  def _drop(self) -> None:
+    _in_threads(8, self._target.delete, [*self._stored])
+    self._stored.clear()
+
+
+def _in_threads(count: int, function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
+  with concurrent.futures.ThreadPoolExecutor(count) as pool:
+    return list(pool.map(function, arguments))
 
 
 def cached_profile(path: str | os.PathLike[str]) -> StorageProfile | None:
@@ -368,5 +350,5 @@ def cached_profile(path: str | os.PathLike[str]) -> StorageProfile | None:
   data = recall("storage", storage_identity(path))
   try:
     return StorageProfile.from_dict(data) if data and data.get("version") == _VERSION else None
-  except (ValueError, KeyError, TypeError):
+  except ValueError:
     return None

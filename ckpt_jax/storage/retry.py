@@ -1,8 +1,8 @@
 """Retries of HTTP requests to object stores: capped exponential backoff with full jitter under one total deadline.
 
-Used for the small metadata requests, which go through fsspec. gcsfs's own retries start at one second and botocore's at
+For the small metadata requests, which go through fsspec. The retries of gcsfs start at one second, those of botocore at
 up to one: a save makes some ten requests one after another, and with one in five failing that adds tens of seconds.
-Bulk data goes through TensorStore, which gets the same figures in its own terms (`kvstore.py`).
+TensorStore, which moves the data, gets the same figures in its own terms (clients.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 from ckpt_jax.config import RetryConfig
 
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_NAMES = {429: "429 Too Many Requests", 503: "503 Service Unavailable"}
 
 
 class GaveUpError(Exception):
-  """The deadline of a request has passed. No OSError, since aiohttp and gcsfs would take that for a reason to retry."""
+  """The deadline of a request has passed. Not an OSError, which aiohttp and gcsfs would retry."""
 
 
 def longest_delay(retry: RetryConfig, attempt: int) -> float:
@@ -45,20 +46,18 @@ def max_retries(retry: RetryConfig) -> int:
 
 
 async def send(
-  attempt: Callable[[], Awaitable[Any]],
-  status: Callable[[Any], int],
-  discard: Callable[[Any], Awaitable[None]],
+  attempt: Callable[[], Awaitable[tuple[int, Any]]],
+  discard: Callable[[Any], Any],
   transient: tuple[type[BaseException], ...],
   retry: RetryConfig,
   what: str,
 ) -> Any:
-  """The answer of `attempt()` once its status is not one of RETRIED_STATUS.
+  """The answer to a request once its HTTP status is not one of RETRIED_STATUS.
 
   Args:
-    attempt: sends the request.
-    status: the HTTP status of an answer.
-    discard: releases an answer that is not used.
-    transient: exceptions that mean the request may succeed later.
+    attempt: sends the request and returns the status and the answer.
+    discard: releases an answer that is not used; an awaitable that it returns is awaited.
+    transient: exceptions after which the request may succeed later.
     retry: the limits.
     what: names the request in the error.
 
@@ -68,17 +67,16 @@ async def send(
   started = time.monotonic()
   tries = 0
   while True:
-    answer = None
     try:
-      answer = await attempt()
-      code = status(answer)
-      if code not in RETRIED_STATUS:
+      status, answer = await attempt()
+      if status not in RETRIED_STATUS:
         return answer
-      failure = {429: "429 Too Many Requests", 503: "503 Service Unavailable"}.get(code, f"status {code}")
+      failure = _NAMES.get(status, f"status {status}")
+      released = discard(answer)
+      if released is not None:
+        await released
     except transient as e:
       failure = f"{type(e).__name__}: {e}"
-    if answer is not None:
-      await discard(answer)
     wait = delay(retry, tries)
     tries += 1
     spent = time.monotonic() - started
@@ -94,18 +92,15 @@ def gcs_middleware(retry: RetryConfig) -> Any:
   """An aiohttp client middleware that retries."""
   import aiohttp
 
-  async def middleware(request: Any, handler: Any) -> Any:
-    async def discard(answer: Any) -> None:
-      answer.release()
+  transient = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError)
 
-    return await send(
-      lambda: handler(request),
-      lambda answer: answer.status,
-      discard,
-      (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError),
-      retry,
-      f"{request.method} {request.url.with_query(None)}",
-    )
+  async def middleware(request: Any, handler: Any) -> Any:
+    async def attempt() -> tuple[int, Any]:
+      answer = await handler(request)
+      return answer.status, answer
+
+    what = f"{request.method} {request.url.with_query(None)}"
+    return await send(attempt, lambda answer: answer.release(), transient, retry, what)
 
   return middleware
 
@@ -119,15 +114,13 @@ def s3_session_class(retry: RetryConfig) -> type:
 
   class RetryingSession(AIOHTTPSession):
     async def send(self, request: Any) -> Any:
-      async def discard(answer: Any) -> None:
-        await answer.content
-
-      def attempt() -> Awaitable[Any]:
+      async def attempt() -> tuple[int, Any]:
         if hasattr(request.body, "seek"):
           request.body.seek(0)
-        return AIOHTTPSession.send(self, request)
+        answer = await AIOHTTPSession.send(self, request)
+        return answer.status_code, answer
 
       what = f"{request.method} {request.url.partition('?')[0]}"
-      return await send(attempt, lambda answer: answer.status_code, discard, transient, retry, what)
+      return await send(attempt, lambda answer: answer.content, transient, retry, what)
 
   return RetryingSession

@@ -1,4 +1,4 @@
-"""Space first: whether a save fits, asked before a byte of it is written."""
+"""Free space of storage and the space that a save needs, so that one that does not fit fails before it writes."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from etils import epath
 
 from ckpt_jax.storage.urls import is_object_store
 
-# What a step takes beside its arrays: metadata and the nodes of OCDBT, measured at 1.2 KB a leaf.
+# What a step needs beside its arrays: metadata and the nodes of OCDBT, measured at 1.2 KB a leaf.
 _PER_LEAF = 4096
 _PER_STEP = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-  """Free bytes for a save, and the bytes that it will take."""
+  """Free bytes of the storage, and the bytes that a save needs."""
 
   free: int
   needed: int
 
   @property
   def fits(self) -> bool:
+    """Whether there is room for the save."""
     return self.free >= self.needed
 
 
 def free_bytes(directory: epath.Path) -> int | None:
-  """Bytes that this user may still write under `directory`; None where there is no limit to ask for (buckets).
+  """Bytes that this user may still write under `directory`; None where storage reports no limit, such as buckets.
 
-  A project quota shows in statvfs on XFS, ext4, Lustre and most NFS servers. The blocks that a disk reserves for root
-  count only for root.
+  Project quotas of XFS, ext4, Lustre and most NFS servers count (statvfs). Blocks reserved for root count only for
+  root.
   """
   if is_object_store(directory):
     return None
@@ -41,19 +42,18 @@ def free_bytes(directory: epath.Path) -> int | None:
     found = os.statvfs(path)
   except OSError:
     return None
-  if found.f_blocks == 0:  # a file system that does not say, as some FUSE mounts
+  if found.f_blocks == 0:  # not reported, as on some FUSE mounts
     return None
   return (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize
 
 
 def planned_bytes(nbytes: int, leaves: int, stored_share: float | None) -> int:
-  """Bytes that a step will take.
+  """Bytes that a step needs.
 
   Args:
-    nbytes: of its arrays.
-    leaves: how many arrays.
-    stored_share: stored bytes of an earlier step over its arrays', under compression; None: not known, or no
-      compression.
+    nbytes: size of its arrays.
+    leaves: number of its arrays.
+    stored_share: stored bytes of an earlier step over the bytes of its arrays; None: unknown, or no compression.
   """
   return int(nbytes * (1.0 if stored_share is None else stored_share)) + leaves * _PER_LEAF + _PER_STEP
 

@@ -1,4 +1,7 @@
-"""What `probe` measures on: a fresh directory of files, or a fresh prefix of objects, with the same few operations."""
+"""Where `probe` measures: a fresh directory of files, or a fresh prefix of objects, with the same few operations.
+
+The methods of a target may run in several threads at a time.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from etils import epath
 
@@ -24,30 +27,23 @@ from ckpt_jax.storage.connect import connect
 BLOCK = 2**20
 
 
-class Target(Protocol):
-  """One place to measure on. All methods run from several threads at a time; `data` is what every file holds."""
+class _Scratch(threading.local):
+  """A buffer a thread: mapping and faulting fresh pages costs as much as reading from a fast disk."""
 
-  cold_by: str | None
-  can_rename: bool
+  def __init__(self) -> None:
+    self.buffer = memoryview(mmap.mmap(-1, 4 * BLOCK))
 
-  def write(self, name: str, data: memoryview) -> None:
-    """Stores `data` and returns once it is durable."""
 
-  def read(self, name: str, start: int, end: int) -> int:
-    """Reads bytes [start, end) and returns how many there were."""
-
-  def make_cold(self, names: list[str]) -> None:
-    """Makes the next reads come from the storage itself, if it can; `cold_by` says how, or None."""
-
-  def create(self, name: str) -> None: ...
-  def stat(self, name: str) -> None: ...
-  def list(self) -> int: ...
-  def rename(self, name: str, new: str) -> None: ...
-  def delete(self, name: str) -> None: ...
+_scratch = _Scratch()
 
 
 class FileTarget:
-  """Files in a new directory, through system calls: buffered, with fsync, as TensorStore's file driver does."""
+  """Files in a new directory, through system calls: buffered, with fsync, as TensorStore's file driver does.
+
+  Attributes:
+    cold_by: how `make_cold` makes the next reads come from the storage itself; None: it cannot.
+    fsync_s: seconds of each fsync.
+  """
 
   can_rename = True
 
@@ -60,44 +56,34 @@ class FileTarget:
     return shutil.disk_usage(self._directory).free
 
   def write(self, name: str, data: memoryview) -> None:
-    fd = os.open(self._directory / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-    try:
+    """Stores `data` and returns once it is durable."""
+    with open(self._directory / name, "wb") as file:
       for start in range(0, len(data), BLOCK):
-        block = data[start : start + BLOCK]
-        while block:
-          block = block[os.write(fd, block) :]
+        file.write(data[start : start + BLOCK])
+      file.flush()
       started = time.perf_counter()
-      os.fsync(fd)
+      os.fsync(file.fileno())
       self.fsync_s.append(time.perf_counter() - started)
-    finally:
-      os.close(fd)
 
   def read(self, name: str, start: int, end: int) -> int:
-    fd = os.open(self._directory / name, os.O_RDONLY)
-    try:
-      buffer = _buffer(min(BLOCK * 4, end - start))
-      position = start
-      while position < end:
-        count = os.preadv(fd, [buffer[: min(len(buffer), end - position)]], position)
-        if count == 0:
-          break
-        position += count
-      return position - start
-    finally:
-      os.close(fd)
+    """Reads bytes [start, end) and returns how many there were."""
+    with open(self._directory / name, "rb", buffering=0) as file:
+      file.seek(start)
+      left = end - start
+      while left and (count := file.readinto(_scratch.buffer[:left])):
+        left -= count
+      return end - start - left
 
   def make_cold(self, names: list[str]) -> None:
+    """Makes the next reads come from the storage itself, if it can; `cold_by` says how."""
     if not hasattr(os, "posix_fadvise"):
       return
     cached = total = 0
     for name in names:
-      fd = os.open(self._directory / name, os.O_RDONLY)
-      try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        in_memory, pages = _pages_in_memory(fd)
-        cached, total = cached + in_memory, total + pages
-      finally:
-        os.close(fd)
+      with open(self._directory / name, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        in_memory, pages = _pages_in_memory(file.fileno())
+      cached, total = cached + in_memory, total + pages
     self.cold_by = "page cache dropped (posix_fadvise), seen by mincore" if cached <= 0.02 * total else None
 
   def create(self, name: str) -> None:
@@ -106,8 +92,8 @@ class FileTarget:
   def stat(self, name: str) -> None:
     os.stat(self._directory / name)
 
-  def list(self) -> int:
-    return len(os.listdir(self._directory))
+  def list(self) -> None:
+    os.listdir(self._directory)
 
   def rename(self, name: str, new: str) -> None:
     os.rename(self._directory / name, self._directory / new)
@@ -120,6 +106,7 @@ class ObjectTarget:
   """Objects under a new prefix: data by TensorStore's driver, ranges and metadata by fsspec, as Orbax does."""
 
   can_rename = False
+  cold_by: str | None = "object store, no cache on this host"
 
   def __init__(self, url: str):
     import tensorstore as ts
@@ -128,7 +115,6 @@ class ObjectTarget:
     self._fs = filesystem(url)
     self._nbytes: dict[str, int] = {}
     self._store: Any = ts.KvStore.open(kvstore_spec(url + "/")).result()
-    self.cold_by: str | None = "object store, no cache on this host"
 
   def write(self, name: str, data: memoryview) -> None:
     self._store.write(name, bytes(data)).result()
@@ -148,8 +134,8 @@ class ObjectTarget:
   def stat(self, name: str) -> None:
     self._fs.info(f"{self._url}/{name}")
 
-  def list(self) -> int:
-    return len(self._fs.ls(self._url, detail=False, refresh=True))
+  def list(self) -> None:
+    self._fs.ls(self._url, detail=False, refresh=True)
 
   def rename(self, name: str, new: str) -> None:
     raise NotImplementedError
@@ -158,20 +144,19 @@ class ObjectTarget:
     self._fs.rm([f"{self._url}/{name}"], recursive=False)
 
 
+Target = FileTarget | ObjectTarget
+
+
 @contextlib.contextmanager
 def file_target(path: pathlib.Path, needed: int) -> Iterator[FileTarget]:
-  """A directory of our own under `path` (made if need be); all that was made is gone afterwards, whatever happens.
+  """A directory of its own under `path` (made if need be); everything that was made is removed at the end.
 
   Raises:
     StorageError: if fewer than `needed` bytes are free, or if it cannot be written.
   """
-  made: list[pathlib.Path] = []
-  existing = path
-  while not existing.exists():
-    made.append(existing)
-    existing = existing.parent
+  missing = [folder for folder in (path, *path.parents) if not folder.exists()]
   try:
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage((missing or [path / "new"])[-1].parent).free
     if free < needed:
       raise StorageError(
         f"{path}: the probe needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; free some space first"
@@ -182,22 +167,22 @@ def file_target(path: pathlib.Path, needed: int) -> Iterator[FileTarget]:
       yield FileTarget(directory)
     finally:
       shutil.rmtree(directory, ignore_errors=True)
-      for parent in made:
+      for folder in missing:
         with contextlib.suppress(OSError):  # somebody else may have put something there
-          parent.rmdir()
+          folder.rmdir()
+  except StorageError:
+    raise
   except OSError as e:
-    if isinstance(e, StorageError):
-      raise
     raise StorageError(f"{path}: cannot be probed: {e.strerror or e}") from e
 
 
 @contextlib.contextmanager
 def object_target(url: str) -> Iterator[ObjectTarget]:
-  """A prefix of our own under `url`, gone afterwards."""
+  """A prefix of its own under `url`, whose objects are removed at the end."""
   connect(url)
   prefix = f"{url.rstrip('/')}/ckpt_jax-probe-{uuid.uuid4().hex[:12]}"
   where = epath.Path(prefix)
-  where.exists()  # a bucket that is not there, or lets nobody in, says so before anything else
+  where.exists()  # a bucket that is missing or refuses access raises here, before anything else
   try:
     yield ObjectTarget(prefix)
   finally:
@@ -207,40 +192,19 @@ def object_target(url: str) -> Iterator[ObjectTarget]:
 
 def random_bytes(nbytes: int) -> memoryview:
   """Bytes that no file system or network compresses or deduplicates."""
-  return memoryview(random.Random(os.urandom(8)).randbytes(min(nbytes, 64 * BLOCK)) * -(-nbytes // (64 * BLOCK)))[
-    :nbytes
-  ]
-
-
-_local = threading.local()
-
-
-def _buffer(nbytes: int) -> memoryview:
-  # Reused: mapping and faulting fresh pages costs as much as reading from a fast disk.
-  held = getattr(_local, "buffer", None)
-  if held is None or len(held) < nbytes:
-    held = _local.buffer = memoryview(mmap.mmap(-1, max(nbytes, BLOCK * 4)))
-  return held[:nbytes]
+  some = random.Random(os.urandom(8)).randbytes(min(nbytes, 64 * BLOCK))  # not the caller's generator
+  return memoryview(some * -(-nbytes // len(some)))[:nbytes]
 
 
 def _pages_in_memory(fd: int) -> tuple[int, int]:
   """Pages of a file in the page cache, and all its pages (mincore(2)). All, if the system does not say."""
   size = os.fstat(fd).st_size
   pages = -(-size // mmap.PAGESIZE)
-  if size == 0:
-    return 0, 0
-  libc = ctypes.CDLL(None, use_errno=True)
-  libc.mmap.restype = ctypes.c_void_p
-  libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-  libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-  libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-  address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-  if address in (None, ctypes.c_void_p(-1).value):
-    return pages, pages
-  try:
-    vector = (ctypes.c_ubyte * pages)()
-    if libc.mincore(address, size, vector) != 0:
-      return pages, pages
-    return sum(v & 1 for v in vector), pages
-  finally:
-    libc.munmap(address, size)
+  vector = (ctypes.c_ubyte * pages)(*[1] * pages)
+  if size:
+    # A private mapping, since ctypes takes the address of writable memory only; no page of it is touched.
+    with mmap.mmap(fd, size, access=mmap.ACCESS_COPY) as mapped:
+      start = ctypes.c_char.from_buffer(mapped)
+      ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(size), vector)
+      del start  # else the mapping cannot be closed
+  return sum(page & 1 for page in vector), pages
