@@ -1,4 +1,4 @@
-"""One leaf of a restore: what is stored, what is wanted, and how Orbax is asked for it."""
+"""One leaf of a restore: what is stored, what is wanted, and how the one becomes the other."""
 
 from __future__ import annotations
 
@@ -25,14 +25,7 @@ from ckpt_jax.restore.like import is_held_by_jax
 Note = dict[str, Any]
 
 
-class _AsSaved:
-  """In place of a leaf of `like`: the value as it was saved, in host memory."""
-
-  def __repr__(self) -> str:
-    return "AS_SAVED"
-
-
-AS_SAVED = _AsSaved()
+AS_SAVED: Any = object()  # in place of a leaf of `like`: the value as it was saved, in host memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +40,18 @@ class LeafPlan:
     note: what `encoding.encode` noted.
     like: the leaf wanted, or AS_SAVED.
     cast: the dtype that the value becomes after reading; None for the saved one.
-    sharding: where the stored form shall lie; None for host memory and for the default device.
+    sharding: of the stored form; None for host memory and for the default device.
     weak: whether a jax array is to be weakly typed, as a Python number is.
-    loose: whether a jax array is to be committed to no device, free for jit to move it; `sharding` is then where it
-      is read to meanwhile.
+    loose: whether a jax array is to be uncommitted, so that jit may move it; `sharding` is then only where it is read.
   """
 
   name: str
   shape: tuple[int, ...]
   dtype: Any
-  chunk_shape: tuple[int, ...] | None
-  scalar: type | None
-  note: Note | None
-  like: Any
+  chunk_shape: tuple[int, ...] | None = None
+  scalar: type | None = None
+  note: Note | None = None
+  like: Any = AS_SAVED
   cast: Any = None
   sharding: Sharding | None = None
   weak: bool = False
@@ -85,7 +77,7 @@ class LeafPlan:
     return saved if self.like is AS_SAVED else _as_like(self.name, saved, self.like)
 
   def finish(self, value: Any) -> Any:
-    """Both."""
+    """Decoded and converted."""
     return self.convert(self.decode(value))
 
 
@@ -100,31 +92,30 @@ def plan_leaf(
     note: what `encoding.encode` noted.
     like: the leaf wanted, or AS_SAVED.
     cast: the dtype to change to.
-    weak: whether it was weakly typed when it was saved; None if nothing says so, and `like` decides.
+    weak: whether it was weakly typed when it was saved; None if that was not recorded, and `like` decides.
   """
   if is_text(meta):
-    return LeafPlan(name, (), None, None, str, None, like)
+    return LeafPlan(name, (), None, scalar=str, like=like)
   shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
   if is_number(meta):
     scalar = {"b": bool, "i": int, "u": int, "f": float}.get(dtype.kind)
-    number = scalar is not bool  # as jax has it: a bool gives way to nothing
-    return LeafPlan(name, shape, dtype, None, scalar, None, like, cast, weak=is_weak(like) if weak is None else number)
-  storage = getattr(meta, "storage", None)
-  chunk = getattr(storage, "chunk_shape", None)
+    # As in jax, where a bool takes the type of nothing else.
+    weak = is_weak(like) if weak is None else scalar is not bool
+    return LeafPlan(name, shape, dtype, scalar=scalar, like=like, cast=cast, weak=weak)
+  chunk = getattr(getattr(meta, "storage", None), "chunk_shape", None)
   sharding = _stored_sharding(shape, dtype, note, like)
   loose = sharding is None and note is None and cast is None and _is_array(like) and not is_prng_key(like)
   return LeafPlan(
     name,
     shape,
     dtype,
-    tuple(chunk) if chunk else None,
-    None,
-    note,
-    like,
-    cast,
-    default_cpu() if loose else sharding,
-    is_weak(like) if weak is None else weak or bool(note and note["kind"] == "complex"),
-    loose,
+    chunk_shape=tuple(chunk) if chunk else None,
+    note=note,
+    like=like,
+    cast=cast,
+    sharding=default_cpu() if loose else sharding,
+    weak=is_weak(like) if weak is None else weak or bool(note and note["kind"] == "complex"),
+    loose=loose,
   )
 
 
@@ -149,10 +140,7 @@ def _target_sharding(leaf: Any) -> Sharding | None:
 
 
 def finish_arrays(plans: Sequence[LeafPlan], values: dict[str, Any]) -> None:
-  """Makes arrays of what was read into host memory and goes to the default device, and types weakly what was so.
-
-  Leaves of `like` that are committed to no device come back so.
-  """
+  """Moves leaves to the default device, in one transfer, and makes arrays weakly typed or uncommitted as planned."""
   wanted = [p for p in plans if _is_array(p.like)]
   held = [p.name for p in wanted if isinstance(values[p.name], (np.ndarray, np.generic))]
   arrays = jax.device_put([to_be_copied(np.asarray(values[name])) for name in held])

@@ -1,4 +1,4 @@
-"""Which leaves a pattern names: a path prefix or a glob over segments, as `only=`, `init_missing=` and `cast=` take."""
+"""Patterns of `only=`, `init_missing=` and `cast=`: path prefixes, or globs over segments; trees that lack leaves."""
 
 from __future__ import annotations
 
@@ -85,36 +85,31 @@ def _nearest_node(pattern: str, paths: Collection[str]) -> str:
   return f"; at the top there are {', '.join(roots[:10])}{', ...' if len(roots) > 10 else ''}"
 
 
-def rebuild(tree: PyTree, values: dict[str, Any], is_leaf: Any = None) -> PyTree:
+def rebuild(tree: PyTree, values: dict[str, Any]) -> PyTree:
   """`tree` with the leaves of `values` (by path) in their places, and without the leaves that `values` lacks.
 
   A node all of whose leaves are there keeps its type. One that lacks some comes back as a dict of those that it has,
   by name or position; a node without any is left out.
   """
-  leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-  treedef: Any = structure  # jax's stubs do not know its methods
-  names = [path_name(path) for path, _ in leaves]
-  if all(name in values for name in names):
+  found = _rebuilt(tree, "", values)
+  return {} if found is _NOTHING else found
+
+
+_NOTHING: Any = object()
+
+
+def _rebuilt(node: PyTree, prefix: str, values: dict[str, Any]) -> PyTree:
+  leaves, structure = jax.tree_util.tree_flatten_with_path(node)
+  names = [prefix + path_name(path) if path else prefix.removesuffix("/") for path, _ in leaves]
+  there = [name in values for name in names]
+  if all(there) and (names or not prefix):
+    treedef: Any = structure  # jax's stubs do not know its methods
     return treedef.unflatten([values[name] for name in names])
-  return _pruned(tree, "", values, is_leaf)
-
-
-def _pruned(node: PyTree, prefix: str, values: dict[str, Any], is_leaf: Any) -> PyTree:
-  children = jax.tree_util.tree_flatten_with_path(
-    node, is_leaf=lambda x: x is not node or (is_leaf is not None and is_leaf(x))
-  )[0]
+  if not any(there):
+    return _NOTHING
   out: dict[str, Any] = {}
-  for path, child in children:
+  for path, child in jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]:
     name = path_name(path)
-    here = f"{prefix}/{name}" if prefix else name
-    leaves, structure = jax.tree_util.tree_flatten_with_path(child, is_leaf=is_leaf)
-    names = [f"{here}/{path_name(p)}" if p else here for p, _ in leaves]
-    there = [n in values for n in names]
-    if not names or not any(there):
-      continue
-    if all(there):
-      treedef: Any = structure
-      out[name] = treedef.unflatten([values[n] for n in names])
-    else:
-      out[name] = _pruned(child, here, values, is_leaf)
+    if (rebuilt := _rebuilt(child, f"{prefix}{name}/", values)) is not _NOTHING:
+      out[name] = rebuilt
   return out

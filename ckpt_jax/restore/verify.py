@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -95,8 +95,7 @@ class Verdict:
   items: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Checked:
+class _Checked(NamedTuple):
   """What a Verdict says, for one item."""
 
   how_far: str
@@ -242,7 +241,7 @@ class _Check:
       self._read_blocks(step, plan, known)
     nbytes = sum(p.nbytes for p in plans)
     if known is None:
-      how_far = "databases and chunks are readable; no fingerprints, so that changed values cannot be told"
+      how_far = "databases and chunks are readable; no fingerprints to detect changed values with"
       return _Checked(how_far, len(plans), nbytes)
     compared = sum(p.name in known.leaves for p in plans)
     return _Checked("all bits compared with what training held", len(plans), nbytes, compared)
@@ -289,17 +288,16 @@ class _Check:
     return known
 
   def _metrics(self, ours: dict[str, Any]) -> None:
-    file = self._directory / METRICS_ITEM / METRICS_ITEM
+    file, problem = self._directory / METRICS_ITEM / METRICS_ITEM, ""
     try:
-      same = json.loads(look.read_bytes(file)) == ours.get("metrics")
+      if json.loads(look.read_bytes(file)) != ours.get("metrics"):
+        problem = "differs from the metrics in the step's JSON"
     except FileNotFoundError:
-      if look.exists(file.parent):
-        self._found("metadata", "missing", file="metrics/metrics")
-      return
+      problem = "missing" if look.exists(file.parent) else ""
     except ValueError:
-      same = False
-    if not same:
-      self._found("metadata", "differs from the metrics in the step's JSON", file="metrics/metrics")
+      problem = "is not JSON"
+    if problem:
+      self._found("metadata", problem, file="metrics/metrics")
 
   # -- leaves
 

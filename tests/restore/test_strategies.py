@@ -15,7 +15,7 @@ from ckpt_jax.restore import choice as choosing
 from ckpt_jax.restore import fetch
 from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.meshes import spread_spec
-from ckpt_jax.restore.strategies import Replica, Route, Spread, Totals, Whole, plan_routes, totals
+from ckpt_jax.restore.strategies import STRATEGIES, Replica, Route, Spread, Strategy, Totals, Whole, plan_routes, totals
 
 PROGRAMS = pathlib.Path(__file__).parents[1] / "programs"
 multiprocess = pytest.mark.multiprocess
@@ -183,6 +183,18 @@ def test_broadcast_reads_on_the_first_replica_only():
   x = leaf((1024, 1024), NamedSharding(m, P("fsdp")), (512, 1024))
   (route,) = plan_routes([x], "broadcast", processes=8)
   assert isinstance(route, Replica) and route.read_nbytes == x.nbytes and route.most_nbytes == x.nbytes / 2
+
+
+def test_new_strategy_needs_only_a_route(monkeypatch):
+  class OneReader(Strategy):
+    def route(self, plan, sharding, loads):
+      return Whole(plan=plan, owner=0, read_nbytes=plan.nbytes, most_nbytes=plan.nbytes)
+
+  monkeypatch.setitem(STRATEGIES, "one reader", OneReader())
+  shared, divided = (leaf((1024, 1024), NamedSharding(mesh(4), spec), (256, 1024)) for spec in (P(), P("data")))
+  routes = plan_routes([shared, divided], "one reader", processes=4)
+  assert [type(r) for r in routes] == [Whole, Route]
+  assert totals(routes).read_nbytes == shared.nbytes + divided.nbytes
 
 
 def test_parts_stay_below_the_bound_and_hold_every_leaf_once():
