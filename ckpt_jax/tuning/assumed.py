@@ -1,4 +1,4 @@
-"""What a kind of storage usually gives, for plans made where nothing was measured. `probe` replaces it."""
+"""Usual figures for each kind of storage, for plans made where nothing was measured. A `probe` replaces them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _RANGES = tuple(4096 * 4**i for i in range(7))
 
 
 def assumed_profile(kind: StorageKind, path: str = "") -> StorageProfile:
-  """A profile of usual figures; `is_assumed` tells it from a measured one."""
+  """A profile of usual figures; `is_assumed` distinguishes it from a measured one."""
   write, read, request = _USUAL[kind]
   streams = kind.traits.parallelism
-  # One stream: what is left when requests of the kind's size are made one after the other.
+  # One stream makes requests of the kind's usual size one after the other.
   one = kind.traits.request_nbytes / (request + kind.traits.request_nbytes / (read / streams))
   return StorageProfile(
     path=path or f"({kind})",
@@ -51,5 +51,5 @@ def assumed_profile(kind: StorageKind, path: str = "") -> StorageProfile:
 
 
 def is_assumed(profile: StorageProfile) -> bool:
-  """Whether nobody measured it."""
+  """Whether a profile is `assumed_profile`'s rather than measured."""
   return profile.seconds == 0.0

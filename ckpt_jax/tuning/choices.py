@@ -1,4 +1,4 @@
-"""The decisions of a plan, one function each: (facts, layout so far) -> (choice, layout with it).
+"""The decisions of a plan, one function each, in the order of `CHOICES`: facts and the layout so far -> a choice.
 
 Each compares predictions (costs.py) or follows from what a kind of storage is (storage/kinds.py). A setting that the
 user made is reported as such, and the others are chosen around it.
@@ -7,6 +7,7 @@ user made is reported as such, and the others are chosen around it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,18 +18,19 @@ from ckpt_jax.storage.probe import StorageProfile
 from ckpt_jax.tuning.costs import MIB, Layout, Prediction, knee_of, predict, streams_of
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
 
-# A change of the layout must bring this much of commit and restore together ...
+# A change of the layout must reduce commit and restore together to this share ...
 _WORTH = 0.9
-# ... or, where it saves this much space, cost no more than that in time.
+# ... or, where it stores this share of the bytes, cost no more than that in time.
 _SMALL_ENOUGH, _NO_SLOWER = 0.6, 1.1
 _PACK_LEAVES = 200
-_GB = 10**9
-# FACTS: W1 with 1 GB in flight committed in 1.18 s, unlimited in 1.56 s.
-_IN_FLIGHT = _GB
+# w1 with 1 GB in flight committed in 1.18 s, unlimited in 1.56 s.
+_IN_FLIGHT = 10**9
 _MEMORY_SHARE = 8
 _ORBAX_FILE_IO = 128
 # Orbax's own targets (tensorstore_utils.py of 0.12.8).
 _ORBAX_FILE_NBYTES = {True: 400 * MIB, False: 2048 * MIB}
+# 0.1 ms for the entry of a part in metadata and tree, against 160 MB/s to a shared store.
+_MIN_SLICE = 16 * 1024
 _TIMEOUT_FACTOR = 20
 
 
@@ -37,10 +39,10 @@ class Choice:
   """One line of a plan.
 
   Attributes:
-    key: the setting's key path; names without a dot tell what happens anyway.
+    key: key path of the setting; a name without a dot is no setting, but explains what happens anyway.
     value: as in a configuration file.
-    reason: with the figures that it rests on.
-    default: what Orbax does unasked, and what that would cost.
+    reason: with the figures behind it.
+    default: what Orbax does by default, and what that would cost.
     by_user: whether the user made the choice.
   """
 
@@ -52,12 +54,18 @@ class Choice:
 
   @property
   def is_setting(self) -> bool:
+    """Whether it can be written in a configuration."""
     return "." in self.key
 
   @property
   def text(self) -> str:
-    """The value as it would stand in a file."""
-    return _value_text(self.key, self.value)
+    """The value as written in a file."""
+    if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+      return str(self.value)
+    if self.key.startswith("timeouts."):
+      return f"{self.value:.0f}s"
+    threads = self.key.endswith(("file_io_concurrency", "data_copy_concurrency"))
+    return str(self.value) if threads or self.value % MIB else f"{self.value // MIB}MiB"
 
   def line(self) -> str:
     """`key: value - reason. Orbax: default`."""
@@ -67,278 +75,228 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """What a plan is made from."""
+  """What a plan is made from, with the layout that the choices made so far give."""
 
   state: StateProfile
   storage: StorageProfile
   host: HostProfile
   config: Config
+  layout: Layout = dataclasses.field(default_factory=Layout)
 
-  def predict(self, layout: Layout) -> Prediction:
-    return predict(self.state, self.storage, self.host, layout)
+  def predict(self, **changes: Any) -> Prediction:
+    """The costs of the layout so far, with `changes`."""
+    return predict(self.state, self.storage, self.host, dataclasses.replace(self.layout, **changes))
 
-  def set_by_user(self, path: str, default: Any = "auto") -> Any:
+  def set_by_user(self, path: str) -> Any:
     """What the user set, or None."""
     section, key = path.split(".")
     value = getattr(getattr(self.config, section), key)
-    return None if value == default else value
+    return None if value == "auto" else value
+
+  def choice(self, path: str, value: Any, reason: str, default: str) -> Choice:
+    """A choice of `value`, unless the user set another."""
+    section, key = path.split(".")
+    mine = self.set_by_user(path)
+    by_user = mine is not None and key in getattr(self.config, section).model_fields_set
+    return Choice(path, value if mine is None else mine, reason, default, by_user)
+
+  def after(self, choice: Choice) -> Facts:
+    """The facts for the next decision."""
+    name = choice.key.rpartition(".")[2]
+    if not any(field.name == name for field in dataclasses.fields(Layout)):
+      return self
+    value = {"on": True, "off": False, "auto": None}.get(choice.value, choice.value)
+    return dataclasses.replace(self, layout=dataclasses.replace(self.layout, **{name: value}))
 
   @property
   def write_streams(self) -> int:
+    """Parallel writes from which the throughput stops growing."""
     return streams_of(self.storage, self.storage.write)
 
   @property
   def read_streams(self) -> int:
+    """Parallel reads from which the throughput stops growing."""
     return streams_of(self.storage, self.storage.read)
 
-  @property
-  def knee(self) -> int:
-    return knee_of(self.storage)
 
-  @property
-  def piece(self) -> int:
-    """Bytes of one array that must be in flight together: all that a process holds of it."""
-    return self.state.largest_local_nbytes or self.state.largest_leaf_nbytes
+def _data_copy(f: Facts) -> Choice:
+  reason = f"this process may use {counted(f.host.cores, 'core')}"
+  return f.choice("limits.data_copy_concurrency", f.host.cores, reason, "every CPU of the host, whatever the quota")
 
 
-Decision = tuple[Choice, Layout]
+def _file_io(f: Facts) -> Choice:
+  streams = max(f.read_streams, f.write_streams)
+  reason = f"throughput stops growing at {counted(streams, 'stream')}; 4 times as many leave room for small ones"
+  value = min(_ORBAX_FILE_IO, max(8, 4 * streams))
+  return f.choice("limits.file_io_concurrency", value, reason, f"{_ORBAX_FILE_IO} threads")
 
 
-def _compression(f: Facts, layout: Layout) -> Decision:
-  off, on = (f.predict(dataclasses.replace(layout, compression=c)) for c in (False, True))
+def _compression(f: Facts) -> Choice:
+  off, on = f.predict(compression=False), f.predict(compression=True)
   zstd = f.state.compressibility or f.host.zstd
-  where = (
-    f"of {nbytes_text(zstd.sampled_nbytes)} of its values"
-    if f.state.compressibility
-    else "of random numbers, since this state has no values to try,"
-  )
+  of = f"{nbytes_text(zstd.sampled_nbytes)} of its values"
+  if not f.state.compressibility:
+    of = "random numbers, since this state has no values to try,"
   pays = _time(on) <= _WORTH * _time(off)
   smaller = zstd.ratio <= _SMALL_ENOUGH and _time(on) <= _NO_SLOWER * _time(off)
-  mine = f.set_by_user("layout.compression")
-  value = mine or ("on" if pays or smaller else "off")
   reason = (
-    f"zstd leaves {zstd.ratio:.0%} {where} at {rate_text(zstd.compress_bytes_per_s)} a thread: commit "
+    f"zstd leaves {zstd.ratio:.0%} of {of} at {rate_text(zstd.compress_bytes_per_s)} a thread: commit "
     f"{seconds_text(on.commit_s)} and restore {seconds_text(on.restore_s)} with it, {seconds_text(off.commit_s)} and "
     f"{seconds_text(off.restore_s)} without"
   )
-  default = f"on: commit {seconds_text(on.commit_s)}"
-  return Choice("layout.compression", value, reason, default, bool(mine)), dataclasses.replace(
-    layout, compression=value == "on"
-  )
+  value = "on" if pays or smaller else "off"
+  return f.choice("layout.compression", value, reason, f"on: commit {seconds_text(on.commit_s)}")
 
 
 def _time(p: Prediction) -> float:
   return p.commit_s + p.restore_s
 
 
-def _pack(f: Facts, layout: Layout) -> Decision:
-  off, on = (f.predict(dataclasses.replace(layout, pack=p)) for p in (False, True))
-  pays = f.state.small_leaves >= _PACK_LEAVES and _time(on) <= _WORTH * _time(off)
-  mine = f.set_by_user("layout.pack")  # `off` unless the configuration says otherwise: plain Orbax should read it
-  value = mine or ("on" if pays else "off")
+def _pack(f: Facts) -> Choice:
+  off, on = f.predict(pack=False), f.predict(pack=True)
+  small = f.state.small_leaves
+  pays = small >= _PACK_LEAVES and _time(on) <= _WORTH * _time(off)
   gain = f"commit {seconds_text(off.commit_s)} -> {seconds_text(on.commit_s)}, restore "
   gain += f"{seconds_text(off.restore_s)} -> {seconds_text(on.restore_s)}"
-  if f.state.small_leaves < _PACK_LEAVES:
-    reason = f"{f.state.small_leaves} arrays below 1 MiB are too few to gather"
-  elif mine == "off" and pays:
-    reason = f"`on` is recommended for {f.state.small_leaves:,} arrays below 1 MiB: {gain}; but plain Orbax reads a "
-    reason += "packed step only after ckpt-jax repack"
+  if small < _PACK_LEAVES:
+    reason = f"{counted(small, 'array')} below 1 MiB {'is' if small == 1 else 'are'} too few to pack"
+  elif pays and f.set_by_user("layout.pack") == "off":  # the default, so that plain Orbax reads the steps
+    reason = f"`on` is recommended for {small:,} arrays below 1 MiB: {gain}; but plain Orbax can read a packed step "
+    reason += "only after ckpt-jax repack"
   else:
-    reason = f"{f.state.small_leaves:,} arrays below 1 MiB: {gain} if gathered"
-  by_user = "pack" in f.config.layout.model_fields_set and mine is not None
-  return Choice("layout.pack", value, reason, "no packing: some Python and an entry for each array", by_user), (
-    dataclasses.replace(layout, pack=value == "on")
-  )
+    reason = f"{small:,} arrays below 1 MiB: {gain} if packed"
+  return f.choice("layout.pack", "on" if pays else "off", reason, "no packing: some Python and an entry for each array")
 
 
-def _target_file_size(f: Facts, layout: Layout) -> Decision:
-  bucket = not f.storage.kind.traits.overwrite_in_place
+def _target_file_size(f: Facts) -> Choice:
   orbax = _ORBAX_FILE_NBYTES[f.storage.kind in (StorageKind.GCS, StorageKind.S3)]
-  stored = f.predict(layout).nbytes / max(1, f.host.processes)
-  streams = f.write_streams
-  size = _rounded(max(stored / streams, 2 * f.knee, 16 * MIB))
+  stored = f.predict().nbytes / max(1, f.host.processes)
+  streams, knee = f.write_streams, knee_of(f.storage)
+  size = _rounded(max(stored / streams, 2 * knee, 16 * MIB))
   mine = f.set_by_user("layout.target_file_size")
+  value: Any = "auto"
   if mine:
-    value, reason = mine, f"{_times(stored, mine)} a process"
-  elif not bucket:
-    value, reason = "auto", "a disk takes one file as well as many"
-  elif layout.compression:
-    # zarr3, which alone keeps to the target, would compress at level 3 in place of 1.
-    value, reason = "auto", "compressed steps keep to Orbax's size"
+    reason = f"{_times(stored, mine)} a process"
+  elif f.storage.kind.traits.overwrite_in_place:
+    reason = "a disk takes one file as well as many"
+  elif f.layout.compression:
+    # Only zarr3 keeps to the target, and it would compress at level 3 instead of 1.
+    reason = "compressed steps keep to Orbax's size"
   elif size >= orbax or stored <= 2 * size:
-    value, reason = "auto", f"{nbytes_text(stored)} a process need no other objects than Orbax's"
+    reason = f"{nbytes_text(stored)} a process need no other objects than Orbax's"
   else:
     value = size
-    reason = f"{nbytes_text(stored)} a process in {_times(stored, size)} objects: up to {streams} are on their way at "
-    reason += f"a time, and a request is worth while from {nbytes_text(f.knee)}"
-  default = f"{nbytes_text(orbax)}: {_times(stored, orbax)} a process"
-  return Choice("layout.target_file_size", value, reason, default, bool(mine)), dataclasses.replace(
-    layout, target_file_size=None if value == "auto" else value
-  )
+    reason = f"{nbytes_text(stored)} a process in {_times(stored, size)} objects: up to {streams} are written at a "
+    reason += f"time, and a request is efficient from {nbytes_text(knee)}"
+  return f.choice("layout.target_file_size", value, reason, f"{nbytes_text(orbax)}: {_times(stored, orbax)} a process")
 
 
-def _chunk_size(f: Facts, layout: Layout) -> Decision:
-  streams = f.read_streams
+def _chunk_size(f: Facts) -> Choice:
+  streams, knee = f.read_streams, knee_of(f.storage)
   shard = f.state.largest_shard_nbytes or f.state.largest_leaf_nbytes
-  least = max(8 * f.knee, 16 * MIB)
+  least = max(8 * knee, 16 * MIB)
   enough = (f.state.local_shards or f.state.leaves) >= 2 * streams
   mine = f.set_by_user("layout.chunk_size")
   value: Any = "auto"
   if mine:
-    value, reason = mine, f"the largest piece, {nbytes_text(shard)}, in {_times(shard, mine)}"
+    reason = f"the largest piece, {nbytes_text(shard)}, in {_times(shard, mine)}"
   elif shard <= 2 * least:
     reason = f"the largest piece, {nbytes_text(shard)}, is read in one request"
   elif enough and shard <= 256 * MIB:
-    reason = f"{f.state.local_shards:,} pieces of a process keep {streams} streams busy without cutting them"
+    reason = f"{f.state.local_shards:,} pieces of a process keep {counted(streams, 'stream')} busy without cutting them"
   else:
     value = _rounded(min(max(shard / streams, least), 256 * MIB))
-    reason = (
-      f"the largest piece, {nbytes_text(shard)}, is read by {_times(shard, value)} requests at a time, each well "
-    )
-    reason += f"above the {nbytes_text(f.knee)} from which a request is worth while"
-  default = f"whole pieces: {nbytes_text(shard)} by one request at {rate_text(_one_stream(f.storage))}"
-  return Choice("layout.chunk_size", value, reason, default, bool(mine)), dataclasses.replace(
-    layout, chunk_size=None if value == "auto" else value
-  )
+    reason = f"the largest piece, {nbytes_text(shard)}, is read by {_times(shard, value)} requests at a time, each "
+    reason += f"well above the {nbytes_text(knee)} from which a request is efficient"
+  one_stream = min((t.bytes_per_s for t in f.storage.read), default=0.0)
+  default = f"whole pieces: {nbytes_text(shard)} by one request at {rate_text(one_stream)}"
+  return f.choice("layout.chunk_size", value, reason, default)
 
 
-def _replica_parallel(f: Facts, layout: Layout) -> Decision:
-  mine = f.set_by_user("layout.replica_parallel")
+def _replica_parallel(f: Facts) -> Choice:
   copies = f.state.read_nbytes / max(f.state.nbytes, 1)
+  value = "on"
   if f.host.processes == 1:
-    value: Any = "auto"
-    reason = "one process writes all; Orbax's way costs it nothing"
+    value, reason = "auto", "one process writes all; Orbax's way costs it nothing"
   elif copies > 1.01:
-    value = "on"
-    reason = f"{f.host.processes} processes hold {copies:.1f} copies: each writes "
-    reason += nbytes_text(f.state.nbytes / f.host.processes)
-    reason += f" instead of one set of them all {nbytes_text(f.state.nbytes)}"
+    share = nbytes_text(f.state.nbytes / f.host.processes)
+    reason = f"{f.host.processes} processes hold {copies:.1f} copies: each writes {share} instead of one set of them "
+    reason += f"all {nbytes_text(f.state.nbytes)}"
   else:
-    value, reason = "on", "no byte lies on two processes: nothing to divide, nothing lost"
-  return Choice("layout.replica_parallel", mine or value, reason, "on", bool(mine)), layout
+    reason = "no byte is held by two processes: nothing to divide, nothing lost"
+  return f.choice("layout.replica_parallel", value, reason, "on")
 
 
-# 0.1 ms for the entry of a part in metadata and tree, against 160 MB/s to a shared store.
-_MIN_SLICE = 16 * 1024
-
-
-def _min_slice(f: Facts, layout: Layout) -> Decision:
-  mine = f.set_by_user("layout.min_slice_for_replica_parallel")
-  value = mine or ("auto" if f.host.processes == 1 else _MIN_SLICE)
-  reason = (
-    "one process: nothing is divided"
-    if f.host.processes == 1
-    else "a process gathers its parts in few large files; below this a part's bookkeeping costs more than its bytes"
-  )
+def _min_slice(f: Facts) -> Choice:
+  value: Any = _MIN_SLICE
+  reason = "a process gathers its parts in a few large files; below this the bookkeeping of a part costs more than its "
+  reason += "bytes"
+  if f.host.processes == 1:
+    value, reason = "auto", "one process: nothing is divided"
   default = "every replicated array is divided, however small"
-  return Choice("layout.min_slice_for_replica_parallel", value, reason, default, bool(mine)), layout
+  return f.choice("layout.min_slice_for_replica_parallel", value, reason, default)
 
 
-def _concurrency(f: Facts, layout: Layout, path: str) -> Decision:
-  saving = path.endswith("save_concurrency")
+def _concurrency(saving: bool, f: Facts) -> Choice:
   held = f.state.local_nbytes or f.state.nbytes
+  # All that a process holds of an array must be in flight together.
+  piece = f.state.largest_local_nbytes or f.state.largest_leaf_nbytes
   share = f.host.memory_nbytes // _MEMORY_SHARE
   wanted = min(max(_IN_FLIGHT, 2 * (f.write_streams if saving else f.read_streams) * 8 * MIB), share)
-  value = max(wanted, f.piece)
   reason = f"{nbytes_text(wanted)} in flight keep {'writes' if saving else 'reads'} busy"
-  if wanted == share:
-    reason = f"1/{_MEMORY_SHARE} of the memory is the bound"
-  if value > wanted:
-    reason = f"what a process holds of the largest array, {nbytes_text(f.piece)}, must fit"
-  mine = f.set_by_user(path)
+  if piece > wanted:
+    reason = f"what a process holds of the largest array, {nbytes_text(piece)}, must fit"
+  elif wanted == share:
+    reason = f"1/{_MEMORY_SHARE} of the memory is the limit"
+  default = f"unlimited: up to {nbytes_text(held)} besides the state"
   if saving:
     default = f"unlimited: one transaction holds up to {nbytes_text(held)} until the commit"
-  else:
-    default = f"unlimited: up to {nbytes_text(held)} beside the state"
-  limit: dict[str, Any] = {path.split(".")[1]: mine or value}
-  return Choice(path, mine or value, reason, default, bool(mine)), dataclasses.replace(layout, **limit)
+  path = f"limits.{'save' if saving else 'restore'}_concurrency"
+  return f.choice(path, max(wanted, piece), reason, default)
 
 
-def _save_concurrency(f: Facts, layout: Layout) -> Decision:
-  return _concurrency(f, layout, "limits.save_concurrency")
-
-
-def _restore_concurrency(f: Facts, layout: Layout) -> Decision:
-  return _concurrency(f, layout, "limits.restore_concurrency")
-
-
-def _file_io(f: Facts, layout: Layout) -> Decision:
-  streams = max(f.read_streams, f.write_streams)
-  mine = f.set_by_user("limits.file_io_concurrency")
-  value = mine or min(_ORBAX_FILE_IO, max(8, 4 * streams))
-  reason = f"throughput stops growing at {streams} streams; 4 times that leaves room for small ones"
-  return Choice("limits.file_io_concurrency", value, reason, f"{_ORBAX_FILE_IO} threads", bool(mine)), layout
-
-
-def _data_copy(f: Facts, layout: Layout) -> Decision:
-  mine = f.set_by_user("limits.data_copy_concurrency")
-  value = mine or f.host.cores
-  reason = f"this process may use {f.host.cores} cores"
-  return Choice(
-    "limits.data_copy_concurrency", value, reason, "every CPU of the host, whatever the quota", bool(mine)
-  ), (dataclasses.replace(layout, copy_threads=value))
-
-
-def _strategy(f: Facts, layout: Layout) -> Decision:
-  mine = f.set_by_user("restore.strategy")
+def _strategy(f: Facts) -> Choice:
   copies = f.state.read_nbytes / max(f.state.nbytes, 1)
-  direct = f.predict(layout)
-  gather = f.predict(dataclasses.replace(layout, gather=True))
+  direct, gather = seconds_text(f.predict().restore_s), seconds_text(f.predict(gather=True).restore_s)
   if f.host.processes == 1:
     reason = "one process reads what its devices need, once"
   elif copies <= 1.01:
     reason = "no byte is needed by two processes: each reads its own"
   else:
-    reason = (
-      f"{f.host.processes} processes need {copies:.1f} copies: {seconds_text(direct.restore_s)} if each reads its "
-    )
-    reason += (
-      f"own, {seconds_text(gather.restore_s)} and an exchange if each reads 1/{f.host.processes}; auto compares "
-    )
-    reason += "them with the interconnect at each restore"
+    reason = f"{f.host.processes} processes need {copies:.1f} copies: {direct} if each reads its own, {gather} and an "
+    reason += f"exchange if each reads 1/{f.host.processes}; auto compares them with the interconnect at each restore"
   default = f"direct: {nbytes_text(f.state.read_nbytes or f.state.nbytes)} are read in all"
-  return Choice("restore.strategy", mine or "auto", reason, default, bool(mine)), layout
+  return f.choice("restore.strategy", "auto", reason, default)
 
 
-def _commit(f: Facts, layout: Layout) -> Decision:
-  traits = f.storage.kind.traits
-  if traits.atomic_rename:
-    return Choice("commit", "rename", "a directory's rename is one step here", "the same"), layout
-  seconds = f.predict(layout).files * f.storage.latency.get("create", 0.0)
-  reason = "nothing can be renamed in one step here: a marker is written last"
+def _commit(f: Facts) -> Choice:
+  if f.storage.kind.traits.atomic_rename:
+    return Choice("commit", "rename", "renaming a directory is atomic here", "the same")
   default = "the same on gs://; none for s3://"
   if f.storage.kind is StorageKind.BUCKET_MOUNT:
+    seconds = f.predict().files * f.storage.latency.get("create", 0.0)
     default = f"renames, which copy every object: {seconds_text(seconds)} and twice the bytes"
-  return Choice("commit", "marker", reason, default), layout
+  return Choice("commit", "marker", "no rename is atomic here: a marker is written last", default)
 
 
-def _deletion(f: Facts, layout: Layout) -> Decision:
-  files = f.predict(layout).files
+def _deletion(f: Facts) -> Choice:
+  files = f.predict().files
   each = f.storage.latency.get("delete", 0.0)
-  reason = f"a step is {files} files at {seconds_text(each)} each: marked at once, removed behind training"
-  return Choice("deletion", "background", reason, f"one after the other, {seconds_text(files * each)} a step"), layout
+  reason = f"a step is {files} files at {seconds_text(each)} each: marked at once, removed in the background"
+  return Choice("deletion", "background", reason, f"one after the other, {seconds_text(files * each)} a step")
 
 
-def _timeout(f: Facts, layout: Layout, path: str) -> Decision:
-  found = f.predict(layout)
-  expected = found.commit_s if path.endswith("save") else found.restore_s
-  mine = f.set_by_user(path)
-  value = mine or max(TIMEOUT_FLOOR_S, float(math.ceil(_TIMEOUT_FACTOR * expected / 60) * 60))
-  reason = f"{_TIMEOUT_FACTOR} times the {seconds_text(expected)} expected, and no less than "
-  reason += seconds_text(TIMEOUT_FLOOR_S)
-  default = "1200 s, however large the state" if path.endswith("save") else "none of the whole restore"
-  return Choice(path, value, reason, default, bool(mine)), layout
+def _timeout(saving: bool, f: Facts) -> Choice:
+  expected = f.predict().commit_s if saving else f.predict().restore_s
+  value = max(TIMEOUT_FLOOR_S, float(math.ceil(_TIMEOUT_FACTOR * expected / 60) * 60))
+  reason = (
+    f"{_TIMEOUT_FACTOR} times the {seconds_text(expected)} expected, and at least {seconds_text(TIMEOUT_FLOOR_S)}"
+  )
+  default = "1200 s, however large the state" if saving else "none for the whole restore"
+  return f.choice(f"timeouts.{'save' if saving else 'restore'}", value, reason, default)
 
 
-def _save_timeout(f: Facts, layout: Layout) -> Decision:
-  return _timeout(f, layout, "timeouts.save")
-
-
-def _restore_timeout(f: Facts, layout: Layout) -> Decision:
-  return _timeout(f, layout, "timeouts.restore")
-
-
-CHOICES: tuple[Callable[[Facts, Layout], Decision], ...] = (
+CHOICES: tuple[Callable[[Facts], Choice], ...] = (
   _data_copy,
   _file_io,
   _compression,
@@ -347,18 +305,14 @@ CHOICES: tuple[Callable[[Facts, Layout], Decision], ...] = (
   _chunk_size,
   _replica_parallel,
   _min_slice,
-  _save_concurrency,
-  _restore_concurrency,
+  functools.partial(_concurrency, True),
+  functools.partial(_concurrency, False),
   _strategy,
   _commit,
   _deletion,
-  _save_timeout,
-  _restore_timeout,
+  functools.partial(_timeout, True),
+  functools.partial(_timeout, False),
 )
-
-
-def _one_stream(storage: StorageProfile) -> float:
-  return min((t.bytes_per_s for t in storage.read), default=0.0)
 
 
 def _rounded(nbytes: float) -> int:
@@ -372,14 +326,9 @@ def _times(whole: float, part: float) -> int:
 # -- text
 
 
-def _value_text(key: str, value: Any) -> str:
-  if isinstance(value, bool) or not isinstance(value, (int, float)):
-    return str(value)
-  if key.startswith("timeouts."):
-    return f"{value:.0f}s"
-  if key.endswith(("file_io_concurrency", "data_copy_concurrency")):
-    return str(value)
-  return f"{value // MIB}MiB" if value % MIB == 0 else f"{value}"
+def counted(number: int, noun: str) -> str:
+  """1 array, 5,000 arrays, 2 processes."""
+  return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def nbytes_text(nbytes: float) -> str:
@@ -391,10 +340,12 @@ def nbytes_text(nbytes: float) -> str:
 
 
 def rate_text(bytes_per_s: float) -> str:
+  """1.02 GB/s."""
   return f"{nbytes_text(bytes_per_s)}/s"
 
 
 def seconds_text(seconds: float) -> str:
+  """250 ms, 1.25 s, 1250 s."""
   if seconds < 1:
     return f"{seconds * 1e3:.3g} ms"
   return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""The plan of a Checkpointer: made when it first sees a state, from quick measurements, alike on all processes."""
+"""The plan of a Checkpointer: made from quick measurements when it first sees a state, the same on all processes."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from ckpt_jax.layout.structure import Flat, flatten
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import StorageProfile, quick_probe
 from ckpt_jax.tuning.assumed import is_assumed
-from ckpt_jax.tuning.choices import Facts, nbytes_text, seconds_text
+from ckpt_jax.tuning.choices import Facts, counted, nbytes_text, seconds_text
 from ckpt_jax.tuning.plan import Plan, decide, known_profile
-from ckpt_jax.tuning.profile import StateProfile, profile_host, profile_state, sample_state
+from ckpt_jax.tuning.profile import profile_host, profile_state, sample_state
 
 _log = logging.getLogger(__name__)
 PyTree = Any
 # Smaller states are saved in less time than measuring takes.
 _WORTH_MEASURING_NBYTES = 32 << 20
-# Of how many leaves the sharding is looked at to see that a state is the one planned for.
+# How many leaves' shardings are compared to recognize the state that was planned for.
 _COMPARED_LEAVES = 64
+# What a plan depends on in a state's structure: array leaves, bytes, some shapes and shardings.
+_Signature = tuple[int, int, tuple[Any, ...]]
 
 
 class Planner:
   """Plans for the states that one Checkpointer saves and restores. All processes call it at the same points.
 
-  Measures under a second in all, once for a host and its storage (the results are remembered on disk), and nothing for
-  states below 32 MiB. Values are sampled again at the 2nd, 4th, 8th ... save: optimizer moments are zeros at first, and
+  It measures for under a second in all, once for a host and its storage (results are kept on disk), and not at all for
+  states below 32 MiB. Values are sampled again at the 2nd, 4th, 8th ... save: optimizer moments are zeros at first and
   compress as they never will again.
 
   Attributes:
@@ -53,7 +55,7 @@ class Planner:
     Args:
       directory: the run.
       config: the user's settings, which win.
-      kind: what the run lies on.
+      kind: the storage of the run.
       agree: gives process 0's numbers to all processes.
     """
     self.plan: Plan | None = None
@@ -61,17 +63,17 @@ class Planner:
     self._user = config
     self._kind = kind
     self._agree = agree
-    self._planned_for: Any = None
+    self._planned_for: _Signature | None = None
     self._saves = 0
 
   @property
   def config(self) -> Config:
-    """The settings in force: the user's, with the plan's where those say `auto`."""
+    """The settings in force: the user's, with the plan's in place of `auto`."""
     return self.unplanned if self.plan is None else self.plan.apply(self._user)
 
   @property
   def unplanned(self) -> Config:
-    """The user's settings, with those that cannot stay `auto`."""
+    """The user's settings, with values for those that cannot stay `auto`."""
     timeouts = self._user.timeouts
     known = timeouts.model_copy(update={"save": timeouts.save_s, "restore": timeouts.restore_s})
     return self._user.model_copy(update={"timeouts": known})
@@ -80,69 +82,67 @@ class Planner:
     """The settings to save `state` with."""
     self._saves += 1
     flat = flatten(state)
-    again = self._saves & (self._saves - 1) == 0
     signature = _signature(flat)
-    sample = self._user.layout.compression == "auto"
-    if signature != self._planned_for or (again and sample and signature[1] >= _WORTH_MEASURING_NBYTES):
-      self._make(flat.tree, signature, sample=sample)
+    sample = self._user.layout.compression == "auto" and signature[1] >= _WORTH_MEASURING_NBYTES
+    again = sample and self._saves & (self._saves - 1) == 0
+    if signature != self._planned_for or again:
+      self.plan = self._make(flat.tree, signature, sample=sample)
       self._planned_for = signature
     return self.config
 
   def for_restore(self, like: PyTree | None) -> Config:
-    """The settings to restore with; without `like` nothing is known of the sizes, and the user's are taken."""
+    """The settings to restore with; the user's without `like`, since nothing is then known of the sizes."""
     if like is None:
       return self.unplanned
-    if self.plan is None or _signature(like) != self._planned_for:
-      before, planned_for = self.plan, self._planned_for
-      self._make(like, _signature(like), sample=False)
-      config = self.config
-      if planned_for is not None:  # the plan of the saves stays in force
-        self.plan = before
-      return config
-    return self.config
+    signature = _signature(flatten(like))
+    if self.plan is not None and signature == self._planned_for:
+      return self.config
+    plan = self._make(like, signature, sample=False)
+    if self._planned_for is None:  # else the plan of the saves stays in force
+      self.plan = plan
+    return self.unplanned if plan is None else plan.apply(self._user)
 
-  def _make(self, state: PyTree, signature: Any, *, sample: bool) -> None:
+  def _make(self, state: PyTree, signature: _Signature, *, sample: bool) -> Plan | None:
+    """A plan, or the one in force if there is none to be had."""
     started = time.perf_counter()
-    plan = None
-    if jax.process_index() == 0:
-      known = self.plan.state if self.plan is not None and signature == self._planned_for else None
-      plan = self._decide(state, known, sample and signature[1] >= _WORTH_MEASURING_NBYTES, signature[1])
+    again = self.plan if signature == self._planned_for else None
+    plan = self._decide(state, again, signature[1], sample) if jax.process_index() == 0 else None
     if jax.process_count() > 1:
       # One process's plan for all: a step has one layout.
       sent = self._agree(list(json.dumps(plan.to_dict()).encode()) if plan else [])
       plan = plan or (Plan.from_dict(json.loads(bytes(sent))) if sent else None)
     if plan is None:
-      return  # told below; what was in force stays
-    if self.plan is not None and signature == self._planned_for:
-      # The same state sampled again: a timeout that moves with the expectation is not worth another manager.
-      before = {c.key: c for c in self.plan.choices}
+      return self.plan
+    if again is not None:
+      # The same state sampled again: a timeout that follows the expectation is not worth another manager.
+      before = {c.key: c for c in again.choices}
       kept = tuple(before[c.key] if c.key.startswith("timeouts.") else c for c in plan.choices)
       plan = dataclasses.replace(plan, choices=kept)
-    changed = self.plan is None or plan.values != self.plan.values
-    self.plan = plan
-    if changed:
-      chosen = ", ".join(f"{c.key.split('.')[-1]} {c.text}" for c in plan.choices if c.is_setting and c.value != "auto")
-      _log.info(
-        "%s: plan for %s in %d arrays, made in %.2f s: %s; expected: save blocks %s, commits in %s, restore %s "
-        "(Checkpointer.plan.explain() gives the reasons)",
-        self._directory,
-        nbytes_text(plan.state.nbytes),
-        plan.state.leaves,
-        time.perf_counter() - started,
-        chosen,
-        *map(seconds_text, (plan.blocking_s, plan.commit_s, plan.restore_s)),
-      )
+    if self.plan is None or plan.values != self.plan.values:
+      self._report(plan, time.perf_counter() - started)
+    return plan
 
-  def _decide(self, state: PyTree, known: StateProfile | None, sample: bool, nbytes: int) -> Plan | None:
+  def _report(self, plan: Plan, seconds: float) -> None:
+    _log.info(
+      "%s: plan for %s in %s, made in %.2f s: %s; expected: save blocks %s, commits in %s, restore %s "
+      "(Checkpointer.plan.explain() gives the reasons)",
+      self._directory,
+      nbytes_text(plan.state.nbytes),
+      counted(plan.state.leaves, "array"),
+      seconds,
+      ", ".join(f"{c.key.split('.')[-1]} {c.text}" for c in plan.choices if c.is_setting and c.value != "auto"),
+      *map(seconds_text, (plan.blocking_s, plan.commit_s, plan.restore_s)),
+    )
+
+  def _decide(self, state: PyTree, again: Plan | None, nbytes: int, sample: bool) -> Plan | None:
     try:
-      profile = known or profile_state(state, sample=False)
+      profile = again.state if again is not None else profile_state(state, sample=False)
       if sample:
         profile = dataclasses.replace(profile, compressibility=sample_state(state))
       return decide(Facts(profile, self._storage(nbytes), profile_host(), self._user))
-    except Exception as e:  # a plan is worth less than the checkpoint that waits for it
-      _log.warning(
-        "%s: no plan (%s: %s); the settings are the user's and Orbax's", self._directory, type(e).__name__, e
-      )
+    except Exception as e:  # the checkpoint that waits for it is worth more than a plan
+      reason = f"{type(e).__name__}: {e}"
+      _log.warning("%s: no plan could be made (%s); `auto` means Orbax's defaults", self._directory, reason)
       return None
 
   def _storage(self, nbytes: int) -> StorageProfile:
@@ -150,18 +150,16 @@ class Planner:
     if is_assumed(storage) and nbytes >= _WORTH_MEASURING_NBYTES:
       try:
         storage = dataclasses.replace(quick_probe(self._directory), kind=self._kind)
-      except Exception as e:  # no room, no permission: the run itself will say so, if it is its business
-        _log.info("%s: not measured (%s); planned for a usual %s", self._directory, e, self._kind)
+      except Exception as e:  # no room, no permission: the save itself reports it, where it matters
+        _log.info("%s: could not be measured (%s); planned with usual figures of %s", self._directory, e, self._kind)
     return storage
 
 
-def _signature(state: PyTree | Flat) -> tuple[Any, ...]:
-  """What a plan depends on, of a state's structure."""
-  flat = flatten(state)
-  return flat.structure.once(_signature_of, flat.leaves)
+def _signature(state: Flat) -> _Signature:
+  return state.structure.once(_signature_of, state.leaves)
 
 
-def _signature_of(leaves: Sequence[Any]) -> tuple[Any, ...]:
+def _signature_of(leaves: Sequence[Any]) -> _Signature:
   arrays = [x for x in leaves if hasattr(x, "dtype") and hasattr(x, "shape")]
   stride = max(1, len(arrays) // _COMPARED_LEAVES)
   shardings = tuple((x.shape, getattr(x, "sharding", None)) for x in arrays[::stride])

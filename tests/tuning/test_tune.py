@@ -178,7 +178,7 @@ def test_tune_writes_a_file_that_a_checkpointer_loads_and_cleans_up(command, tmp
     c.save(3, state)
   # A run's own state is what the next tune can take.
   done = command(tmp_path / "runs", "--like", f"{tmp_path / 'run'}@3", "--explain")
-  assert done.returncode == 0 and "layout.compression: " in done.stdout and "4 kB in 1 arrays" in done.stdout
+  assert done.returncode == 0 and "layout.compression: " in done.stdout and "4 kB in 1 array" in done.stdout
 
 
 @pytest.mark.parametrize(
