@@ -60,12 +60,7 @@ class Choice:
   @property
   def text(self) -> str:
     """The value as written in a file."""
-    if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
-      return str(self.value)
-    if self.key.startswith("timeouts."):
-      return f"{self.value:.0f}s"
-    threads = self.key.endswith(("file_io_concurrency", "data_copy_concurrency"))
-    return str(self.value) if threads or self.value % MIB else f"{self.value // MIB}MiB"
+    return value_text(self.key, self.value)
 
   def line(self) -> str:
     """`key: value - reason. Orbax: default`."""
@@ -324,6 +319,15 @@ def _times(whole: float, part: float) -> int:
 
 
 # -- text
+
+
+def value_text(key: str, value: Any) -> str:
+  """A setting's value as written in a file."""
+  if value is None or isinstance(value, bool):
+    return {None: "null", True: "true", False: "false"}[value]
+  if isinstance(value, float) and key.startswith("timeouts."):
+    return f"{value:.0f}s"
+  return f"{value // MIB}MiB" if isinstance(value, int) and value and value % MIB == 0 else str(value)
 
 
 def counted(number: int, noun: str) -> str:

@@ -1,18 +1,18 @@
-"""What is known before a plan is made: of the state (sizes, shards, how well it compresses) and of the host."""
+"""What a plan is made from: profiles of the state (sizes, shards, how well it compresses) and of the host."""
 
 from __future__ import annotations
 
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import mmap
 import os
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -21,8 +21,13 @@ from ckpt_jax.tuning.sampling import Compressibility, measure_compression
 
 PyTree = Any
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
-_VERSION = 3  # of what is remembered
-# Below this a leaf costs more by being one than by its bytes: 1 MiB at 1 GB/s takes as long as Orbax's Python for it.
+# Files with a cgroup's memory limit, its use and its statistics: of version 2, and of version 1.
+_CGROUP_FILES = (
+  ("memory.max", "memory.current", "memory.stat"),
+  ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
+_VERSION = 3  # of the host's measurements on disk
+# Below this a leaf costs more Python than time for its bytes: 1 MiB at 1 GB/s takes as long as Orbax's Python for it.
 SMALL_LEAF_NBYTES = 1 << 20
 _COPIED_NBYTES = 32 << 20
 _TASKS = 1000
@@ -34,13 +39,13 @@ class StateProfile:
 
   Attributes:
     leaves: array leaves.
-    nbytes: bytes of the whole state, each leaf once however it is sharded.
-    dtypes: (dtype, bytes of it), most bytes first.
+    nbytes: bytes of the whole state; each leaf counts once however it is sharded.
+    dtypes: (dtype, its bytes), most bytes first.
     shards: distinct pieces that the leaves are cut into, over all processes.
-    local_shards, local_nbytes: those that this process holds, a piece on several of its devices once.
+    local_shards, local_nbytes: those that this process holds; a piece on several of its devices counts once.
     local_leaves: leaves of which this process holds a piece.
     read_nbytes: bytes that all processes together read if each reads what its devices need.
-    copies: on how many devices an average byte lies.
+    copies: number of devices that hold an average byte.
     largest_leaf_nbytes, largest_shard_nbytes: of one array, and of one piece.
     largest_local_nbytes: of all that this process holds of one array.
     small_leaves, small_nbytes: leaves below 1 MiB, and their bytes.
@@ -72,8 +77,8 @@ class HostProfile:
     cores: CPUs that this process may use, by affinity and cgroup quota.
     memory_nbytes: RAM of the host, or of the cgroup if that is less.
     copy_bytes_per_s: copying into memory that was not touched before.
-    task_s: one asyncio task, made and awaited: the unit of what a leaf costs in Orbax's Python.
-    zstd: compression of random float32 numbers, which is what a state without values is taken for.
+    task_s: seconds of one asyncio task, made and awaited: the unit of what a leaf costs in Orbax's Python.
+    zstd: compression of random float32 numbers, which stand for a state without values.
     devices_per_process, processes: of the jax job.
     host: its name.
   """
@@ -98,108 +103,96 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
     state: what would be saved.
     sample: whether to measure compression on at most 8 MB of its values (some 50 ms).
   """
-
   arrays = _arrays(state)
-  total = local = read = held = shards = local_shards = small = small_bytes = 0
-  largest = largest_shard = largest_local = local_leaves = 0
-  dtypes: dict[str, int] = {}
-  # Thousands of leaves are of few kinds; names of dtypes and cuts of shardings are too slow to ask for one by one.
-  kinds = collections.Counter((tuple(x.shape), x.dtype, getattr(x, "sharding", None)) for x in arrays)
-  for (shape, dtype, sharding), count in kinds.items():
-    nbytes = math.prod(shape) * dtype.itemsize
-    cut = _cut(shape, sharding)
-    piece = -(-nbytes // cut.pieces) if cut.pieces else nbytes
-    total += count * nbytes
-    dtypes[str(dtype)] = dtypes.get(str(dtype), 0) + count * nbytes
-    shards += count * cut.pieces
-    local_shards += count * cut.local
-    local_leaves += count * bool(cut.local)
-    local += count * cut.local * piece
-    read += count * cut.read * piece
-    held += count * cut.held * piece
-    largest = max(largest, nbytes)
-    largest_shard = max(largest_shard, piece if cut.local else 0)
-    largest_local = max(largest_local, cut.local * piece)
-    if nbytes < SMALL_LEAF_NBYTES:
-      small, small_bytes = small + count, small_bytes + count * nbytes
+  # Thousands of leaves are of few kinds; names of dtypes and cuts of shardings are too slow to look up for each leaf.
+  counts = collections.Counter((tuple(x.shape), x.dtype, getattr(x, "sharding", None)) for x in arrays)
+  kinds = [(n, _cut(shape, dtype.itemsize, sharding)) for (shape, dtype, sharding), n in counts.items()]
+  dtypes: collections.Counter[str] = collections.Counter()
+  for (_, dtype, _), (n, cut) in zip(counts, kinds, strict=True):
+    dtypes[str(dtype)] += n * cut.nbytes
+  total = sum(n * cut.nbytes for n, cut in kinds)
+  small = [(n, cut.nbytes) for n, cut in kinds if cut.nbytes < SMALL_LEAF_NBYTES]
   return StateProfile(
     leaves=len(arrays),
     nbytes=total,
-    dtypes=tuple(sorted(dtypes.items(), key=lambda item: -item[1])),
-    shards=shards,
-    local_shards=local_shards,
-    local_nbytes=local,
-    local_leaves=local_leaves,
-    read_nbytes=read,
-    copies=held / total if total else 1.0,
-    largest_leaf_nbytes=largest,
-    largest_shard_nbytes=largest_shard,
-    largest_local_nbytes=largest_local,
-    small_leaves=small,
-    small_nbytes=small_bytes,
+    dtypes=tuple(dtypes.most_common()),
+    shards=sum(n * cut.pieces for n, cut in kinds),
+    local_shards=sum(n * cut.local for n, cut in kinds),
+    local_nbytes=sum(n * cut.local * cut.piece_nbytes for n, cut in kinds),
+    local_leaves=sum(n for n, cut in kinds if cut.local),
+    read_nbytes=sum(n * cut.read * cut.piece_nbytes for n, cut in kinds),
+    copies=sum(n * cut.held * cut.piece_nbytes for n, cut in kinds) / total if total else 1.0,
+    largest_leaf_nbytes=max((cut.nbytes for _, cut in kinds), default=0),
+    largest_shard_nbytes=max((cut.piece_nbytes for _, cut in kinds if cut.local), default=0),
+    largest_local_nbytes=max((cut.local * cut.piece_nbytes for _, cut in kinds), default=0),
+    small_leaves=sum(n for n, _ in small),
+    small_nbytes=sum(n * nbytes for n, nbytes in small),
     compressibility=sample_state(state) if sample else None,
   )
 
 
 def sample_state(state: PyTree) -> Compressibility | None:
-  """How the values of a state compress, on at most 8 MB of them; None without values, or with too few."""
+  """How well at most 8 MB of a state's values compress; None if it has no values, or too few."""
   values = [x for x in _arrays(state) if hasattr(x, "addressable_shards") or hasattr(x, "__array_interface__")]
   return measure_compression(values)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cut:
-  """Pieces of a leaf: distinct ones, those of this process, and the sums over processes and over devices."""
+class _Cut(NamedTuple):
+  """Bytes of a leaf and of one of its pieces; the distinct pieces, those of this process, and those that processes
+  together read and that devices together hold."""
 
+  nbytes: int
+  piece_nbytes: int
   pieces: int
   local: int
   read: int
   held: int
 
 
-def _cut(shape: tuple[int, ...], sharding: Any) -> _Cut:
+def _cut(shape: tuple[int, ...], itemsize: int, sharding: Any) -> _Cut:
   import jax
 
-  if sharding is None:
-    # Not placed yet, or numpy: every process has it, or will read it, whole.
-    return _Cut(1, 1, jax.process_count(), jax.process_count())
-  me = jax.process_index()
+  nbytes = math.prod(shape) * itemsize
   by_process: dict[int, set[Any]] = {}
   try:
     devices = sharding.devices_indices_map(shape)
-  except Exception:  # an abstract mesh, or a shape that it does not divide: who saves or restores it will say so
-    return _Cut(1, 1, jax.process_count(), jax.process_count())
+  except Exception:
+    # Not placed yet, or numpy, or on an abstract mesh, or a shape that the sharding does not divide, which a save or
+    # restore reports: every process has it, or will read it, whole.
+    return _Cut(nbytes, nbytes, 1, 1, jax.process_count(), jax.process_count())
   for device, index in devices.items():
     by_process.setdefault(device.process_index, set()).add(tuple((s.start, s.stop) for s in index))
-  distinct = set().union(*by_process.values())
-  return _Cut(len(distinct), len(by_process.get(me, ())), sum(map(len, by_process.values())), len(devices))
+  pieces = len(set().union(*by_process.values()))
+  local, read = len(by_process.get(jax.process_index(), ())), sum(map(len, by_process.values()))
+  return _Cut(nbytes, -(-nbytes // pieces), pieces, local, read, len(devices))
 
 
 def _arrays(state: PyTree) -> list[Any]:
+  """The leaves that are arrays; typed PRNG keys as the numbers in them."""
   import jax
 
-  return [_as_array(x) for x in jax.tree.leaves(state) if hasattr(x, "shape") and hasattr(x, "dtype")]
+  def key_data(x: Any) -> Any:
+    is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(x) if is_key else x
 
-
-def _as_array(x: Any) -> Any:
-  import jax
-
-  if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-    return jax.random.key_data(x)
-  return x
+  return [key_data(x) for x in jax.tree.leaves(state) if hasattr(x, "shape") and hasattr(x, "dtype")]
 
 
 # -- the host
 
 
 def profile_host() -> HostProfile:
-  """Measures this host in some 0.2 s, or takes what was measured since it was started; devices are the job's.
+  """Measures this host in some 0.2 s, or takes what was measured since it booted; devices are the job's.
 
   The first call of a process starts jax's back end.
   """
   import jax
 
-  measured = remembered("host", f"{_boot_id()} {usable_cores()}", _measure_host)
+  key = f"{_VERSION} {_boot_id()} {usable_cores()}"
+  measured = recall("host", key)
+  if measured is None:
+    measured = _measure_host()
+    remember("host", key, measured)
   return HostProfile(
     cores=usable_cores(),
     memory_nbytes=total_memory(),
@@ -218,7 +211,7 @@ def _measure_host() -> dict[str, Any]:
   source = np.ones(_COPIED_NBYTES, np.uint8)
   copies = []
   for _ in range(3):
-    # Fresh pages each time, which malloc would not promise: a save copies into memory that it has just been given.
+    # Fresh pages each time, which malloc does not guarantee: a save copies into newly allocated memory.
     target = np.frombuffer(mmap.mmap(-1, _COPIED_NBYTES), np.uint8)
     started = time.thread_time()
     np.copyto(target, source)
@@ -232,13 +225,13 @@ def _measure_host() -> dict[str, Any]:
     await asyncio.gather(*(asyncio.ensure_future(task()) for _ in range(_TASKS)))
     return (time.thread_time() - started) / _TASKS
 
-  # In a thread of its own: a notebook's main thread has a loop that runs.
+  # In a thread of its own: a notebook's main thread already runs an event loop.
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     per_task = min(pool.submit(asyncio.run, tasks()).result() for _ in range(10))
   numbers = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
   zstd = measure_compression([numbers])
   assert zstd is not None
-  # CPU time, and the best of several: what others do on this host now is not its speed.
+  # CPU time, and the best of several runs, so that other programs on this host do not matter.
   return {
     "copy_bytes_per_s": _COPIED_NBYTES / min(copies),
     "task_s": per_task,
@@ -256,56 +249,31 @@ def _boot_id() -> str:
 def usable_cores(cgroup: pathlib.Path = _CGROUP) -> int:
   """CPUs that this process may use: its affinity, or the cgroup's quota if that is less."""
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-  try:
+  with contextlib.suppress(OSError, ValueError):  # a quota of `max` is no number
     quota, period = (cgroup / "cpu.max").read_text().split()
-    if quota != "max":
-      cores = min(cores, max(1, int(quota) // int(period)))
-  except (OSError, ValueError):
-    pass
+    cores = min(cores, max(1, int(quota) // int(period)))
   return cores
 
 
 def total_memory(cgroup: pathlib.Path = _CGROUP) -> int:
   """Bytes of RAM of the host, or the cgroup's limit if that is less."""
   total = psutil.virtual_memory().total
-  for name in ("memory.max", "memory/memory.limit_in_bytes"):
-    try:
-      total = min(total, int((cgroup / name).read_text()))
-    except (OSError, ValueError):
-      continue
+  for limit, _, _ in _CGROUP_FILES:
+    with contextlib.suppress(OSError, ValueError):
+      total = min(total, int((cgroup / limit).read_text()))
   return total
 
 
 def available_memory(cgroup: pathlib.Path = _CGROUP) -> int:
-  """Bytes of RAM that this process can still take: what the host has free, or the cgroup's limit if that is nearer.
+  """Bytes of RAM that this process can still take: what the host has free, or the cgroup has, if that is less.
 
   Page cache counts as free, inside the cgroup too (`inactive_file`), since the kernel drops it before it kills.
   """
   free = psutil.virtual_memory().available
-  for limit_file, used_file, stat_file in (
-    ("memory.max", "memory.current", "memory.stat"),  # cgroup v2
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),  # v1
-  ):
-    try:
-      limit = (cgroup / limit_file).read_text().strip()
-      used = int((cgroup / used_file).read_text())
-      stat = dict(line.split() for line in (cgroup / stat_file).read_text().splitlines())
-    except (OSError, ValueError):
-      continue
-    if limit != "max":
-      cache = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
-      free = min(free, max(0, int(limit) - used + cache))
+  for names in _CGROUP_FILES:
+    with contextlib.suppress(OSError, ValueError):
+      limit, used, stat = ((cgroup / name).read_text() for name in names)
+      found = dict(line.split() for line in stat.splitlines())
+      cache = int(found.get("inactive_file", found.get("total_inactive_file", 0)))
+      free = min(free, max(0, int(limit) - int(used) + cache))  # a limit of `max` is no number
   return free
-
-
-# -- remembered measurements
-
-
-def remembered(what: str, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-  """What was measured before on this host under `key`, else what `measure()` gives now, kept for later processes."""
-  key = f"{_VERSION} {key}"
-  found = recall(what, key)
-  if found is None:
-    found = measure()
-    remember(what, key, found)
-  return found

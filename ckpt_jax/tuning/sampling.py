@@ -1,7 +1,6 @@
 """How well values compress: zstd at level 1, as Orbax applies it, on a sample of bounded size.
 
-Through TensorStore's own codec in memory, which is what will compress the checkpoint, so that ratio and speed are those
-of the real thing and no other library is needed.
+Measured with TensorStore's own codec in memory, which also compresses the checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 
 _BLOCK = 512 << 10
 _BLOCKS = 16  # 8 MiB in all
-# Whole pieces up to this are fetched from the device; of larger ones rows are sliced off there first.
+# Pieces up to this are fetched from the device as a whole; of larger ones only some rows.
 _FETCH_NBYTES = 4 << 20
 
 
@@ -24,9 +23,9 @@ class Compressibility:
   """zstd at level 1 on a sample; the rates are bytes of values per second and thread.
 
   Attributes:
-    ratio: compressed bytes / bytes, 1.0 for what does not shrink.
+    ratio: compressed bytes / bytes, at most 1.0.
     compress_bytes_per_s, decompress_bytes_per_s: on one thread.
-    sampled_nbytes: bytes that were tried.
+    sampled_nbytes: bytes of the sample.
   """
 
   ratio: float
@@ -39,72 +38,51 @@ def measure_compression(arrays: Sequence[Any]) -> Compressibility | None:
   """Compresses up to 8 MiB taken evenly over the bytes of `arrays`: numpy, or what this process holds of jax's.
 
   Returns:
-    None if the arrays hold less than a kilobyte: there is nothing to gain.
+    None if the arrays hold less than a kilobyte.
   """
   blocks = _sample([x for x in arrays if x.size])
-  nbytes = sum(map(len, blocks))
-  if nbytes < 1024:
+  if sum(map(len, blocks)) < 1024:
     return None
-  # All blocks of one length, as the codec's chunks are. Longer ones are cut, shorter ones left out: neither padding nor
-  # repeating, which would flatter the ratio.
+  # All blocks of one length, as the codec's chunks are. Longer ones are cut and shorter ones left out: padding or
+  # repeating would improve the ratio.
   size = sorted(map(len, blocks))[len(blocks) // 2]
-  rows = [np.frombuffer(block, np.uint8)[:size] for block in blocks if len(block) >= size]
-  return _compress(np.stack(rows))
+  return _compress(np.stack([block[:size] for block in blocks if len(block) >= size]))
 
 
-def _sample(arrays: list[Any]) -> list[bytes]:
+def _sample(arrays: list[Any]) -> list[np.ndarray]:
+  """Blocks of bytes at even distances."""
   sizes = np.array([_nbytes(x) for x in arrays], np.int64)
   ends = np.cumsum(sizes)
   total = int(ends[-1]) if len(ends) else 0
   count = min(_BLOCKS, max(1, total // _BLOCK)) if total else 0
   blocks = []
-  fetched: dict[tuple[int, int], np.ndarray] = {}
   for i in range(count):
     offset = int((i + 0.5) * total / count)
     which = int(np.searchsorted(ends, offset, side="right"))
-    inside = offset - (int(ends[which]) - int(sizes[which]))
-    blocks.append(_bytes_at(*_piece(arrays[which], inside), which, fetched))
-  return [b for b in blocks if b]
+    blocks.append(_block(arrays[which], offset - int(ends[which] - sizes[which])))
+  return [b for b in blocks if len(b)]
 
 
-def _piece(x: Any, offset: int) -> tuple[Any, int, int]:
-  """The piece on this process to take for the bytes at `offset`, its number, and the offset in it."""
-  if isinstance(x, np.ndarray):
-    return x, 0, offset
-  shards = x.addressable_shards
-  if not shards:
-    return np.zeros(0, np.uint8), 0, 0
-  which = min(offset * len(shards) // max(_nbytes(x), 1), len(shards) - 1)
-  piece = shards[which].data
-  return piece, which, offset % max(_nbytes(piece), 1)
-
-
-def _bytes_at(x: Any, piece: int, offset: int, which: int, fetched: dict[tuple[int, int], np.ndarray]) -> bytes:
-  """Up to a block of the bytes of `x` near `offset`; a device is asked for few bytes more than that."""
-  key = (which, piece)
-  if key not in fetched:
-    if isinstance(x, np.ndarray) or _nbytes(x) <= _FETCH_NBYTES or _on_cpu(x):
-      fetched[key] = np.asarray(x)
-    else:
-      row = _nbytes(x) // x.shape[0]
-      rows = max(1, min(x.shape[0], _BLOCK // max(row, 1)))
-      start = min(offset // max(row, 1), x.shape[0] - rows)
-      return _flat(np.asarray(x[start : start + rows]))[:_BLOCK].tobytes()
-  flat = _flat(fetched[key])
+def _block(x: Any, offset: int) -> np.ndarray:
+  """Up to a block of the bytes of `x` near `offset`, from a piece on this process; few more are fetched."""
+  if not isinstance(x, np.ndarray):
+    shards = x.addressable_shards
+    if not shards:
+      return np.zeros(0, np.uint8)
+    piece = shards[min(offset * len(shards) // max(_nbytes(x), 1), len(shards) - 1)].data
+    x, offset = piece, offset % max(_nbytes(piece), 1)
+    if _nbytes(x) > _FETCH_NBYTES and any(d.platform != "cpu" for d in x.devices()):
+      row = max(_nbytes(x) // x.shape[0], 1)
+      rows = max(1, min(x.shape[0], _BLOCK // row))
+      start = min(offset // row, x.shape[0] - rows)
+      x, offset = x[start : start + rows], 0
+  flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
   start = max(0, min(offset, len(flat) - _BLOCK)) // 16 * 16  # aligned to whole values of any dtype
-  return flat[start : start + _BLOCK].tobytes()
-
-
-def _flat(x: np.ndarray) -> np.ndarray:
-  return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+  return flat[start : start + _BLOCK]
 
 
 def _nbytes(x: Any) -> int:
   return int(x.size) * x.dtype.itemsize
-
-
-def _on_cpu(x: Any) -> bool:
-  return all(d.platform == "cpu" for d in x.devices())
 
 
 def _compress(data: np.ndarray) -> Compressibility:
@@ -143,5 +121,5 @@ def _now() -> tuple[float, float]:
 
 
 def _seconds(start: tuple[float, float], end: tuple[float, float]) -> float:
-  """Of one thread: the clock's if other threads of this process are at work, the CPU's if other processes are."""
+  """Time of one thread: wall time where other threads of this process ran too, CPU time where other processes did."""
   return max(min(b - a for a, b in zip(start, end, strict=True)), 1e-6)

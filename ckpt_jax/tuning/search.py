@@ -1,6 +1,6 @@
 """Measured refinement of a plan: real saves and restores of a few settings around it, interleaved, within a budget.
 
-What measures is handed in (bench/trial.py does it on storage), so that the search itself is a function of a clock.
+The caller supplies the measurement (bench/trial.py does it on storage), so the search itself needs only a clock.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 import pydantic
 
 from ckpt_jax.config import Config
-from ckpt_jax.tuning.choices import nbytes_text, seconds_text
+from ckpt_jax.tuning.choices import nbytes_text, seconds_text, value_text
 from ckpt_jax.tuning.costs import MIB
 from ckpt_jax.tuning.plan import Plan
 
 PLAN = "plan"
 COMBINED = "combined"
-# What varies less than this between two runs of one setting is no reason to leave the plan.
+# A candidate must be this much faster than the plan; two runs of one setting may differ by as much.
 _BETTER = 0.95
-# A candidate this much behind after a round is not tried again.
+# A candidate this much slower than the best after a round is not tried again.
 _HOPELESS = 1.3
-# Of the budget, for trying single changes; the rest compares their combination with the plan.
+# Share of the budget for single changes; the rest is for comparing their combination with the plan.
 _SINGLE_SHARE = 0.7
 _ROUNDS = 7
 
@@ -54,7 +54,7 @@ class Candidate:
 
   @property
   def score(self) -> float:
-    """What is made small: median seconds of commit and restore together, and what training waits for once more."""
+    """What the search minimizes: median seconds of commit and restore, plus the blocking time once more."""
     return self.median("commit_s") + self.median("restore_s") + self.median("blocking_s")
 
 
@@ -63,10 +63,10 @@ class Tuned:
   """What a search found.
 
   Attributes:
-    config: the best settings; all that was `auto` and matters has a value.
-    best: the candidate that they are.
+    config: the best settings, with a value for each `auto` that matters.
+    best: the candidate with these settings.
     candidates: all that were measured, the plan first.
-    seconds: what it took.
+    seconds: duration of the search.
   """
 
   config: Config
@@ -76,7 +76,7 @@ class Tuned:
 
 
 def candidates(plan: Plan, user: Config, *, pack: bool = False) -> list[Candidate]:
-  """The plan and single changes to it that may matter on its storage; what the user set stays."""
+  """The plan, and single changes to it that may help on its storage; what the user set stays."""
   values = plan.values
   cores = plan.host.cores
   largest = plan.state.largest_local_nbytes or plan.state.largest_leaf_nbytes
@@ -98,7 +98,7 @@ def candidates(plan: Plan, user: Config, *, pack: bool = False) -> list[Candidat
     section, name = key.split(".")
     free = getattr(getattr(user, section), name) == "auto" or key == "layout.pack"
     if free and value != values.get(key) and {key: value} not in [c.changes for c in found]:
-      found.append(Candidate(f"{name} {_text(key, value)}", {key: value}))
+      found.append(Candidate(f"{name} {value_text(key, value)}", {key: value}))
   return found
 
 
@@ -122,8 +122,8 @@ def search(
 ) -> Tuned:
   """Tries the plan and single changes in turn, then the changes that helped together, until `budget_s` is used up.
 
-  A round tries each candidate once, so that a slow minute of the storage hits all alike. A change is taken only if its
-  median over at least two rounds beats the plan's by 5%.
+  A round tries each candidate once, so that a slow minute of the storage affects all alike. A change is adopted only if
+  its median over at least two rounds beats the plan's by 5%.
 
   Args:
     plan: where to start.
@@ -132,59 +132,66 @@ def search(
     budget_s: seconds; one trial that takes unexpectedly long may exceed it.
     pack: whether packing may be tried too.
     clock: for tests.
-    progress: told each result.
+    progress: called with each result as a line of text.
   """
   started = clock()
-  base = plan.apply(user)
-  measured: dict[str, Candidate] = {}
-  cost: dict[str, float] = {}
+  trials = _Trials(plan.apply(user), measure, clock, progress)
+  measure(trials.base)  # the first measurement of a process compiles and connects, and is thrown away
+  live = candidates(plan, user, pack=pack)
+  for number in range(_ROUNDS):
+    if (number and len(live) == 1) or not trials.round(live, started + _SINGLE_SHARE * budget_s):
+      break
+    if number:  # one slow moment is no reason to drop a candidate
+      best = min(trials.measured[c.name].score for c in live)
+      live = [c for c in live if c.name == PLAN or trials.measured[c.name].score <= _HOPELESS * best]
+    live.reverse()  # so that it is not always the same one that follows a large write
+  by_key: dict[str, Candidate] = {}
+  for c in trials.better():
+    by_key.setdefault(next(iter(c.changes)), c)
+  finalists = [trials.measured[PLAN], *by_key.values()]
+  if len(by_key) > 1:
+    finalists.append(Candidate(COMBINED, {k: v for c in by_key.values() for k, v in c.changes.items()}))
+  for _ in range(_ROUNDS if by_key else 0):
+    if not trials.round(finalists, started + budget_s):
+      break
+  best_found = next(iter(trials.better()), trials.measured[PLAN])
+  return Tuned(changed(trials.base, best_found.changes), best_found, tuple(trials.measured.values()), clock() - started)
 
-  def attempt(candidate: Candidate, until: float) -> bool:
-    """Measures once if that should end in time; the plan is measured in any case."""
-    now = clock()
-    expected = cost.get(candidate.name, max(cost.values(), default=0.0))
-    if measured and now + expected > until:
+
+@dataclasses.dataclass
+class _Trials:
+  """Measures candidates as long as there is time, and keeps the samples by name."""
+
+  base: Config
+  measure: Callable[[Config], Sample]
+  clock: Callable[[], float]
+  progress: Callable[[str], None]
+  measured: dict[str, Candidate] = dataclasses.field(default_factory=dict)
+  cost: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  def round(self, candidates: list[Candidate], until: float) -> bool:
+    """Measures each candidate once; False if there was not enough time for all of them."""
+    return all([self._attempt(c, until) for c in candidates])
+
+  def _attempt(self, candidate: Candidate, until: float) -> bool:
+    """Measures once if that should end in time; the first one, the plan, is measured in any case."""
+    now = self.clock()
+    expected = self.cost.get(candidate.name, max(self.cost.values(), default=0.0))
+    if self.measured and now + expected > until:
       return False
-    sample = measure(changed(base, candidate.changes))
-    cost[candidate.name] = clock() - now
-    known = measured.get(candidate.name, candidate)
-    measured[candidate.name] = dataclasses.replace(known, samples=(*known.samples, sample))
-    progress(f"{candidate.name}: commit {seconds_text(sample.commit_s)}, restore {seconds_text(sample.restore_s)}")
+    sample = self.measure(changed(self.base, candidate.changes))
+    self.cost[candidate.name] = self.clock() - now
+    known = self.measured.get(candidate.name, candidate)
+    self.measured[candidate.name] = dataclasses.replace(known, samples=(*known.samples, sample))
+    commit, restore = seconds_text(sample.commit_s), seconds_text(sample.restore_s)
+    self.progress(f"{candidate.name}: commit {commit}, restore {restore}")
     return True
 
-  measure(base)  # the first of a process compiles and connects; it counts for nothing but time
-  live = candidates(plan, user, pack=pack)
-  single_until = started + _SINGLE_SHARE * budget_s
-  rounds = 0
-  while len(live) > 1 and rounds < _ROUNDS and all([attempt(c, single_until) for c in live]):
-    rounds += 1
-    if rounds > 1:  # one slow moment is no reason to drop a candidate
-      best = min(measured[c.name].score for c in live)
-      live = [c for c in live if c.name == PLAN or measured[c.name].score <= _HOPELESS * best]
-    live.reverse()  # whoever comes after a large write must not always be the same
-
-  reference = measured[PLAN]
-  good = [c for c in measured.values() if _beats(c, reference)]
-  best_by_key: dict[str, Candidate] = {}
-  for c in sorted(good, key=lambda c: c.score):
-    best_by_key.setdefault(next(iter(c.changes)), c)
-  changes = {k: v for c in best_by_key.values() for k, v in c.changes.items()}
-  finalists = [reference, *best_by_key.values()]
-  if len(best_by_key) > 1:
-    finalists.append(Candidate(COMBINED, changes))
-  if len(finalists) > 1:
-    until = started + budget_s
-    rounds = 0
-    while rounds < _ROUNDS and all([attempt(c, until) for c in finalists]):
-      rounds += 1
-  good = [c for c in measured.values() if _beats(c, measured[PLAN])]
-  best_found = min(good, key=lambda c: c.score, default=measured[PLAN])
-  return Tuned(changed(base, best_found.changes), best_found, tuple(measured.values()), clock() - started)
-
-
-def _beats(candidate: Candidate, reference: Candidate) -> bool:
-  enough = len(candidate.samples) >= 2 and len(reference.samples) >= 2
-  return candidate.name != PLAN and enough and candidate.score <= _BETTER * reference.score
+  def better(self) -> list[Candidate]:
+    """Candidates that beat the plan, the best first."""
+    plan = self.measured[PLAN]
+    tried = [c for c in self.measured.values() if min(len(c.samples), len(plan.samples)) >= 2]
+    return sorted((c for c in tried if c.name != PLAN and c.score <= _BETTER * plan.score), key=lambda c: c.score)
 
 
 # -- the file
@@ -194,8 +201,8 @@ def to_yaml(tuned: Tuned, plan: Plan, user: Config, header: list[str]) -> str:
   """A commented YAML file that `load_config` reads: the user's settings, the tuned ones with their reasons, the table.
 
   Args:
-    tuned, plan, user: what was found, from where it started, and what the user had set.
-    header: lines that say where and of what it was measured.
+    tuned, plan, user: the result, the plan it started from, and the user's settings.
+    header: comment lines that say where it was measured and for which state.
   """
   lines = [f"# {line}".rstrip() for line in [*header, "", *table(tuned), ""]]
   reasons = {c.key: c for c in plan.choices}
@@ -221,7 +228,7 @@ def to_yaml(tuned: Tuned, plan: Plan, user: Config, header: list[str]) -> str:
 
 
 def table(tuned: Tuned) -> list[str]:
-  """Medians of all that was tried, the plan first, as text."""
+  """Medians of all candidates, the plan first, as lines of text."""
   width = max(len(c.name) for c in tuned.candidates)
   rows = [f"{'settings':{width}}  {'blocks':>9}  {'commit':>9}  {'restore':>9}  {'bytes':>9}  rounds"]
   for c in tuned.candidates:
@@ -234,17 +241,6 @@ def table(tuned: Tuned) -> list[str]:
 def _entry(path: str, value: Any) -> list[str]:
   import yaml
 
-  text = _text(path, value) if not isinstance(value, (dict, list)) else yaml.safe_dump(value, default_flow_style=True)
+  flow = isinstance(value, (dict, list))
+  text = yaml.safe_dump(value, default_flow_style=True) if flow else value_text(path, value)
   return [f"  {path.split('.')[1]}: {text.strip()}"]
-
-
-def _text(path: str, value: Any) -> str:
-  if value is None:
-    return "null"
-  if isinstance(value, bool):
-    return str(value).lower()
-  if isinstance(value, int) and value % MIB == 0 and value:
-    return f"{value // MIB}MiB"
-  if isinstance(value, float) and path.startswith("timeouts."):
-    return f"{value:.0f}s"
-  return str(value)

@@ -89,6 +89,18 @@ def test_what_the_user_set_is_not_tried():
   assert not any("pack" in key for c in candidates(plan, user) for key in c.changes)
 
 
+def test_where_the_user_set_everything_the_plan_alone_is_measured():
+  limits = {
+    "save_concurrency": 10**9,
+    "restore_concurrency": 10**9,
+    "data_copy_concurrency": 2,
+    "file_io_concurrency": 9,
+  }
+  user = ckpt.Config(layout={"compression": "off"}, limits=limits)
+  found, storage = tuned(lambda *_: 1.0, user=user, plan=ckpt.make_plan(STATE, "local", HOST, user))
+  assert found.best.name == PLAN and [c.name for c in found.candidates] == [PLAN] and len(storage.tried) == 2
+
+
 def test_file_loads_holds_the_users_settings_and_the_measured_table(tmp_path):
   user = ckpt.Config(
     retention={"last": 7, "daily": 3}, schedule={"every": "10m"}, layout={"replica_parallel": "off"}, item="items"
