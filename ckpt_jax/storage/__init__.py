@@ -1,1 +1,1 @@
-"""Know your storage: what a path lies on (kinds), how fast it is (probe), and how TensorStore and Orbax reach it."""
+"""Know your storage: its kind (kinds), its speed (probe), and how TensorStore and Orbax reach it (connect)."""

@@ -1,8 +1,8 @@
 """The two clients of a bucket: TensorStore's driver for data, an fsspec file system for metadata.
 
-Both get the same endpoint, credentials and retries. Credentials are never held here: both clients find them themselves
-(the standard AWS variables, profiles and instance roles; Google's application default credentials), and only their
-names can appear in a message.
+Both get the same endpoint, credentials and retries. This module holds no credentials: both clients find them (the
+standard AWS variables, profiles and instance roles; Google's application default credentials), and only their names can
+appear in a message.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def use_options(url: str | os.PathLike[str], options: StorageConfig) -> None:
 
 
 def options_of(url: str | os.PathLike[str]) -> StorageConfig:
-  """The options that `use_options` was given for the bucket of `url`, else the defaults."""
+  """The options that `use_options` set for the bucket of `url`, else the defaults."""
   scheme, bucket, _ = split_url(url)
   return _options.get(f"{scheme}://{bucket}", StorageConfig())
 
@@ -57,9 +57,9 @@ def _check(scheme: str, options: StorageConfig) -> None:
 
 
 def kvstore_spec(url: str | os.PathLike[str]) -> dict[str, Any]:
-  """TensorStore's key-value store for everything under `url`, as JSON. A local path gives the `file` driver.
+  """TensorStore's key-value store for everything under `url`, as JSON; for a local path with the `file` driver.
 
-  Context resources (request retries and concurrency) are given inline, so that the spec is complete by itself.
+  Context resources (request retries and concurrency) are inline, so that the spec is complete.
   """
   text = os.fspath(url)
   if not is_object_store(text):
@@ -75,22 +75,19 @@ def kvstore_spec(url: str | os.PathLike[str]) -> dict[str, Any]:
   if scheme == "gs":
     driver = options.driver or os.environ.get("TENSORSTORE_GCS_BACKEND", "gcs")
     spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": path, "gcs_request_retries": retries}
+    endpoint = os.environ.get("STORAGE_EMULATOR_GRPC_HOST")
     if driver == "gcs_grpc":
-      endpoint = os.environ.get("STORAGE_EMULATOR_GRPC_HOST")
       return spec | ({"endpoint": endpoint} if endpoint else {})
     return spec if options.requests == "auto" else spec | {"gcs_request_concurrency": {"limit": options.requests}}
   spec = {"driver": "s3", "bucket": bucket, "path": path, "s3_request_retries": retries}
-  endpoint, region = _s3_endpoint_and_region(options.endpoint, options.region, options.profile)
-  if endpoint:
-    spec["endpoint"] = endpoint
-  if region:
-    spec["aws_region"] = region
+  endpoint, region = _s3_endpoint_and_region(options)
+  spec |= {name: value for name, value in (("endpoint", endpoint), ("aws_region", region)) if value}
   if _anonymous(options):
     spec["aws_credentials"] = {"type": "anonymous"}
   elif options.profile:
     spec["aws_credentials"] = {"type": "profile", "profile": options.profile}
   elif "AWS_ACCESS_KEY_ID" in os.environ:
-    # What the default chain would find too, after complaints on stderr about config files that are not there.
+    # The default chain would find it too, after complaints on stderr about missing config files.
     spec["aws_credentials"] = {"type": "environment"}
   if options.requests != "auto":
     spec["s3_request_concurrency"] = {"limit": options.requests}
@@ -103,30 +100,24 @@ def _anonymous(options: StorageConfig) -> bool:
   return os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
 
 
-def _s3_endpoint_and_region(
-  endpoint: str | None, region: str | None, profile: str | None
-) -> tuple[str | None, str | None]:
-  """What botocore makes of options, variables and profile, so that both clients go to the same place."""
-  region = region or os.environ.get("AWS_REGION")  # which botocore does not look at, unlike the other AWS SDKs
-  relevant = (v for k, v in sorted(os.environ.items()) if k.startswith("AWS_") and "SECRET" not in k)
-  return _resolved_by_botocore(endpoint, region, profile, tuple(relevant))
+def _s3_endpoint_and_region(options: StorageConfig) -> tuple[str | None, str | None]:
+  """Endpoint and region as botocore finds them in options, variables and profile, so that both clients agree."""
+  variables = {k: v for k, v in os.environ.items() if k.startswith("AWS_") and "SECRET" not in k}
+  return _found_by_botocore(options, frozenset(variables.items()))
 
 
 @functools.lru_cache(maxsize=64)
-def _resolved_by_botocore(
-  endpoint: str | None, region: str | None, profile: str | None, environment: tuple[str, ...]
-) -> tuple[str | None, str | None]:
-  del environment  # part of the key: a changed variable changes the answer
+def _found_by_botocore(options: StorageConfig, variables: frozenset[tuple[str, str]]) -> tuple[str | None, str | None]:
   import botocore
   import botocore.config
   import botocore.exceptions
   import botocore.session
 
   try:
-    client = botocore.session.Session(profile=profile).create_client(
+    client = botocore.session.Session(profile=options.profile).create_client(
       "s3",
-      endpoint_url=endpoint,
-      region_name=region,
+      endpoint_url=options.endpoint,
+      region_name=options.region or dict(variables).get("AWS_REGION"),  # which botocore alone of AWS's SDKs ignores
       config=botocore.config.Config(signature_version=botocore.UNSIGNED),
     )
   except botocore.exceptions.BotoCoreError as e:
@@ -146,13 +137,13 @@ def filesystem(url: str | os.PathLike[str]) -> Any:
   options = options_of(url)
   if scheme == "gs":
     return _gcs_filesystem(options, options.endpoint or os.environ.get("STORAGE_EMULATOR_HOST"))
-  endpoint, region = _s3_endpoint_and_region(options.endpoint, options.region, options.profile)
+  endpoint, region = _s3_endpoint_and_region(options)
   return _s3_filesystem(options, endpoint, region, _anonymous(options))
 
 
 @functools.cache
 def _gcs_filesystem(options: StorageConfig, endpoint: str | None) -> Any:
-  # The core class: gcsfs's default one probes for hierarchical namespaces, which hangs for 60 s without credentials.
+  # The core class: gcsfs's default class looks for hierarchical namespaces, and hangs for 60 s without credentials.
   try:
     from gcsfs.core import GCSFileSystem
   except ImportError as e:

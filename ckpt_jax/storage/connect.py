@@ -17,11 +17,11 @@ _lock = threading.Lock()
 def connect(url: str | os.PathLike[str], options: StorageConfig | None = None) -> None:
   """Makes epath, TensorStore and Orbax reach the bucket of `url`; without effect on local paths.
 
-  To be called before Orbax opens a gs:// or s3:// path.
+  Call it before Orbax opens a gs:// or s3:// path.
 
   Args:
     url: any path.
-    options: for all paths of this bucket from now on; None keeps what was set before.
+    options: used for all paths of this bucket from now on; None keeps the current ones.
 
   Raises:
     ConfigError: if the options contradict each other or the URL.
@@ -33,10 +33,10 @@ def connect(url: str | os.PathLike[str], options: StorageConfig | None = None) -
     if options is not None:
       use_options(url, options)
     if split_url(url)[0] == "gs":
-      # TensorStore and gcsfs look at one variable each.
+      # TensorStore and gcsfs read one variable each.
       endpoint = options_of(url).endpoint or os.environ.get("STORAGE_EMULATOR_HOST")
       if endpoint:
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", endpoint)
-        # Spares TensorStore the search for credentials that an emulator does not want.
+        # Spares TensorStore the search for credentials that an emulator does not need.
         os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
     private.teach_object_stores(BACKEND, kvstore_spec)

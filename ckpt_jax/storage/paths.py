@@ -1,7 +1,7 @@
-"""Paths as the file system and the bucket take them: nothing in a name is a pattern, a URL or an escape.
+"""Paths with the meaning that the file system or bucket gives them: no part of a name is a pattern, a URL or an escape.
 
-TensorStore, epath and fsspec read more into a path than the file system does. What they misread is mended here where it
-can be, and refused by name where it cannot, before anything is written.
+TensorStore, epath and fsspec give more meaning to a path than the file system does. This module corrects what it can,
+and refuses the rest, with the reason, before anything is written.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from ckpt_jax.errors import ConfigError, StorageError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _MAGIC = re.compile(r"[*?[]")
-# First names of an absolute path that epath reads as the scheme of a URL: it keeps gs://bucket/x as /gs/bucket/x.
+# First names of an absolute path that epath takes for the scheme of a URL: it stores gs://bucket/x as /gs/bucket/x.
 _SCHEME_NAMES = ("gs", "s3", "az", "hf")
-# The longest path below a run, with room for long numbers: STEP.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp/
-# ocdbt.process_N/d/ID.__lock, or the like below .ckpt_jax/rewriting/STEP/new.
+# Bytes for the longest path below a run, such as STEP.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp/
+# ocdbt.process_N/d/ID.__lock, also below .ckpt_jax/rewriting/STEP/new.
 _BELOW = 200
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 
 
 def url_scheme(path: str | os.PathLike[str]) -> str:
@@ -35,15 +36,15 @@ _Base: Any = type(epath.Path("/"))  # what epath.Path() makes on this system; th
 
 
 class LiteralPath(_Base):
-  """An epath path of which only the argument of `glob` is a pattern.
+  """An epath path that is no pattern itself; only the argument of `glob` is one.
 
-  epath joins path and pattern and gives both to `glob.glob`, so that a run in `layers=[64,64]/` finds none of its own
-  files: Orbax then merges no OCDBT database and commits a step without its data. All paths of a run are made from
-  `run_directory`'s, and stay of this class.
+  epath joins path and pattern and passes both to `glob.glob`, so that a run in `layers=[64,64]/` finds none of its own
+  files: Orbax then merges no OCDBT database and commits a step without its data. All paths of a run derive from that of
+  `run_directory`, and stay of this class.
   """
 
   def glob(self, pattern: str) -> Iterator[epath.Path]:
-    """The files of this directory, or of one named in front of the pattern's last part, whose names match."""
+    """Paths whose last part matches that of the pattern; parts before it name subdirectories."""
     *folders, last = pattern.split("/")
     if "**" in pattern or any(_MAGIC.search(folder) for folder in folders):
       raise NotImplementedError(f"{pattern}: only the last part may be a pattern")
@@ -55,30 +56,24 @@ class LiteralPath(_Base):
     return iter([path for path in found if fnmatch.fnmatchcase(path.name, last)])
 
 
-_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
-
-
 def given(path: Any) -> str:
-  """The path that a user means: `$RUN/a` with the variable's value, unless a file is really called so.
+  """The text of a path that a user passes, with the values of variables such as `$RUN`, unless a file is called so.
 
   Raises:
-    ConfigError: if it is empty or no path, as from a variable that is not set. Nothing may be written then: the empty
-      path is the working directory.
+    ConfigError: if it is empty or no path, as from a variable that is not set. The empty path would be the working
+      directory.
     StorageError: if it is bytes.
   """
   try:
     text = os.fspath(path)
   except TypeError:
-    raise ConfigError(
-      f"the directory of a run is {path!r}; pass a path, gs://BUCKET/PATH or s3://BUCKET/PATH. Is the variable or the "
-      "argument that should hold it set?"
-    ) from None
+    text = ""
   if not isinstance(text, str):
     raise StorageError(f"{text!r}: a path must be text, not bytes")
   if not text.strip():
     raise ConfigError(
-      f"the directory of a run is {text!r}; pass a path, gs://BUCKET/PATH or s3://BUCKET/PATH. Is the variable that "
-      'should hold it set? The working directory is "."'
+      f"the directory of a run is {path!r}; pass a path, gs://BUCKET/PATH or s3://BUCKET/PATH. Is the variable or the "
+      'argument that should hold it set? The working directory is "."'
     )
   names = [match[1] or match[2] for match in _VARIABLE.finditer(text)]
   if not names or (not url_scheme(text) and os.path.lexists(os.path.expanduser(text))):
@@ -91,10 +86,10 @@ def given(path: Any) -> str:
 
 
 def literal(path: str | os.PathLike[str]) -> epath.Path:
-  """A path, or a gs:// or s3:// URL, with nothing in it that is a pattern. Local ones become absolute, `~` expanded.
+  """An epath path for a local path or a gs:// or s3:// URL. Local ones become absolute, with `~` expanded.
 
   Raises:
-    StorageError: naming what TensorStore, which writes the data, cannot take.
+    StorageError: for a path that TensorStore, which writes the data, cannot take, with the reason.
   """
   text = os.fspath(path)
   if isinstance(text, bytes):
@@ -108,7 +103,7 @@ def literal(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def absolute(text: str) -> str:
-  """The absolute path of a local one. `..` behind a link goes where the system goes: up from where the link points."""
+  """The absolute path of a local one. As for the system, `..` after a link means the parent of the link's target."""
   text = os.path.expanduser(text)
   parts = text.split("/")
   if ".." in parts:
@@ -118,29 +113,23 @@ def absolute(text: str) -> str:
 
 
 def check_local(text: str) -> None:
-  """What of an absolute local path TensorStore's file driver would read as another one.
+  """Refuses an absolute local path that TensorStore's file driver, epath or Orbax would take for another one.
 
   Raises:
-    StorageError: naming it, and the way out.
+    StorageError: with the reason, and what to do.
   """
-  problem = ""
-  if "\0" in text:
-    problem = "a path holds no null character"
-  elif "\\" in text:
-    problem = "TensorStore reads a backslash in a path as a slash, and would write elsewhere"
-  elif any(part.endswith(".__lock") for part in text.split("/")):
-    problem = "TensorStore keeps names that end with .__lock to itself"
-  elif text.split("/")[1] in _SCHEME_NAMES:
-    problem = f"epath reads {'/'.join(text.split('/')[:2])}/ at the beginning of a path as {text.split('/')[1]}://"
-  elif "gs:/" in text:
-    problem = "Orbax reads gs:/ inside a path as gs://"
-  else:
-    try:
-      text.encode()
-    except UnicodeEncodeError:
-      problem = "the name is no UTF-8, which is all that TensorStore takes"
-  if problem:
-    raise StorageError(f"{text!r}: {problem}. Use another directory, or reach this one by a link with a plain name")
+  first = text.split("/")[1]
+  problems = {
+    "a path holds no null character": "\0" in text,
+    "TensorStore reads a backslash in a path as a slash, and would write elsewhere": "\\" in text,
+    "TensorStore reserves names that end with .__lock": any(part.endswith(".__lock") for part in text.split("/")),
+    f"epath reads /{first}/ at the beginning of a path as {first}://": first in _SCHEME_NAMES,
+    "Orbax reads gs:/ inside a path as gs://": "gs:/" in text,
+    "the name is no UTF-8, which is all that TensorStore takes": not _is_utf8(text),
+  }
+  for problem, found in problems.items():
+    if found:
+      raise StorageError(f"{text!r}: {problem}. Use another directory, or reach this one by a link with a plain name")
   try:
     most = os.pathconf("/", "PC_PATH_MAX")
   except (OSError, ValueError, AttributeError):
@@ -153,10 +142,10 @@ def check_local(text: str) -> None:
 
 
 def check_url(text: str) -> None:
-  """What the key of an object may not hold.
+  """Refuses a URL whose key a bucket or its client would not keep as it is.
 
   Raises:
-    StorageError: naming it.
+    StorageError: with the reason.
   """
   key = text.partition("://")[2]
   if {".", ".."} & set(key.split("/")):
@@ -165,7 +154,13 @@ def check_url(text: str) -> None:
     raise StorageError(f"{text!r}: control characters do not survive in the keys of a bucket; use another name")
   if text.startswith("s3:") and "?versionId=" in key:
     raise StorageError(f"{text}: s3fs reads ?versionId= as the version of an object; use another name")
+  if not _is_utf8(text):
+    raise StorageError(f"{text!r}: is no UTF-8, which is all that a bucket takes")
+
+
+def _is_utf8(text: str) -> bool:
   try:
     text.encode()
   except UnicodeEncodeError:
-    raise StorageError(f"{text!r}: is no UTF-8, which is all that a bucket takes") from None
+    return False
+  return True

@@ -1,4 +1,4 @@
-"""A StorageProfile for people: rich tables, and a picture with the `plots` extra."""
+"""A StorageProfile as rich tables, and as a picture with the `plots` extra."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckpt_jax.storage.probe import StorageProfile
 
 
 def tables(profile: StorageProfile) -> list[Table]:
-  """What a person wants to see of a profile."""
+  """The tables of `ckpt-jax probe`."""
   facts = Table(title=profile.path, show_header=False)
   facts.add_row("kind", str(profile.kind))
   facts.add_row("what that means", profile.kind.traits.why)
@@ -39,11 +39,11 @@ def plot_profile(profile: StorageProfile, file: str | os.PathLike[str] | None = 
   """Draws throughput over streams and over request size.
 
   Args:
-    profile: what to draw.
-    file: where to; None returns matplotlib's figure, as notebooks want it.
+    profile: the measurements to draw.
+    file: the file to write; None returns matplotlib's figure, for notebooks.
 
   Raises:
-    CheckpointError: if matplotlib is not installed, or does not know the kind of file.
+    CheckpointError: if matplotlib is not installed, or cannot write this kind of file.
   """
   try:
     from matplotlib.figure import Figure

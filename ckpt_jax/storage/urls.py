@@ -1,4 +1,4 @@
-"""URLs of object stores: which paths are some, and their parts."""
+"""URLs of object stores and their parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str, str]:
   """Scheme, bucket and key of a URL; the key has no slash at either end.
 
   Raises:
-    ConfigError: if it is no gs:// or s3:// URL, or names no bucket.
+    ConfigError: if it is no gs:// or s3:// URL, or has no bucket.
   """
   text = os.fspath(url)
   scheme, _, rest = text.partition("://")
