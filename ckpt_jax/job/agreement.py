@@ -1,15 +1,17 @@
-"""One answer for all processes: process 0 looks at storage or the clock, and tells the others."""
+"""One answer for all processes: process 0 looks at storage or the clock, and the others get its result."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from ckpt_jax import errors
+from ckpt_jax.errors import CheckpointError
 from ckpt_jax.job.rendezvous import Rendezvous
 
 
@@ -27,36 +29,43 @@ def from_process_zero(steps: Sequence[int]) -> list[int]:
 
 
 def decided_by_process_zero(decide: Callable[[], Sequence[int]], rendezvous: Rendezvous, timeout: float) -> list[int]:
-  """What `decide` returns on process 0, or the error that it raises there, on every process.
+  """The result of `decide` on process 0, or the error that it raises there, on every process.
 
-  An error that is no CheckpointError, a bug, is raised as it is on process 0 and as a CheckpointError on the others,
-  which would wait for the timeout otherwise.
+  A bug, an error that is not a CheckpointError, is raised as it is on process 0 and as a CheckpointError on the others.
 
   Args:
     decide: called on process 0 only; may take its time.
     rendezvous: where the others wait meanwhile.
-    timeout: seconds that the others wait for it.
+    timeout: seconds that the others wait for it, and a minute.
   """
   if jax.process_count() == 1:
     return list(decide())
-  told: list[int] = []
+  answer: dict[str, Any] = {}
   bug: Exception | None = None
   if jax.process_index() == 0:
     try:
-      found = list(decide())
-      told = [0, *found] if found else []
-    except errors.CheckpointError as e:
-      told = [1, *json.dumps([type(e).__name__, str(e), getattr(e, "step", None)]).encode()]
+      answer = {"decided": [int(n) for n in decide()]}
+    except CheckpointError as e:
+      answer = error_to_json(e)
     except Exception as e:
       bug = e
-      told = [1, *json.dumps(["CheckpointError", f"process 0 failed: {type(e).__name__}: {e}", None]).encode()]
-  # The collective beneath gives up after 30 s (gloo).
-  rendezvous.wait("what process 0 decides", timeout + 60)
-  told = from_process_zero(told)
+      answer = error_to_json(CheckpointError(f"process 0 failed: {type(e).__name__}: {e}"))
+  answer = json.loads(rendezvous.exchange("what process 0 decides", json.dumps(answer), timeout + 60)[0])
   if bug is not None:
     raise bug
-  if told and told[0] == 1:
-    name, message, step = json.loads(bytes(told[1:]))
-    kind = getattr(errors, name, errors.CheckpointError)
-    raise kind(message, step) if issubclass(kind, errors.SaveFailedError) else kind(message)
-  return told[1:]
+  if "error" in answer:
+    raise error_from_json(answer)
+  return answer["decided"]
+
+
+def error_to_json(error: BaseException) -> dict[str, Any]:
+  """An error, for the other processes."""
+  return {"error": type(error).__name__, "message": str(error), "step": getattr(error, "step", None)}
+
+
+def error_from_json(data: dict[str, Any]) -> CheckpointError:
+  """The error of another process; a CheckpointError if its class is unknown."""
+  kind = getattr(errors, data["error"], CheckpointError)
+  if not (isinstance(kind, type) and issubclass(kind, CheckpointError)):
+    kind = CheckpointError
+  return kind(data["message"], data["step"]) if issubclass(kind, errors.SaveFailedError) else kind(data["message"])

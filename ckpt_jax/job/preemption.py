@@ -1,11 +1,11 @@
-"""SIGTERM: what a scheduler sends before it takes the machine away. Answered only while somebody in this process saves.
+"""SIGTERM, which a scheduler sends before it takes the machine away. Answered only while a Checkpointer here saves.
 
-One handler for the process, however many Checkpointers there are: installed at the first `save` of the first one, and
-gone when the last one that has saved is closed or dropped. What was there before, the user's own handler or the default
-action, is back from then on, and stays untouched in a process that only restores and in forked children.
+The process has one handler for all Checkpointers: installed at the first `save` of the first one, and removed when the
+last one that has saved is closed or dropped. Then the user's own handler or the default action is back, which also
+stays untouched in a process that only restores and in forked children.
 
 A SIGTERM is never swallowed. The next `save` of a listening Checkpointer answers it. If none follows, it is answered
-when the last Checkpointer goes. A second SIGTERM, some seconds after the first, ends a process at once in which no save
+when the last Checkpointer goes. A second SIGTERM, some seconds after the first, ends at once a process in which no save
 has answered the first one.
 """
 
@@ -31,19 +31,19 @@ _INSISTS_S = 3.0
 
 
 class PreemptionNotice:
-  """One Checkpointer's part in the answer to SIGTERM; it counts from `listen` to `close`.
+  """One Checkpointer's part in the answer to SIGTERM, from `listen` to `close`.
 
   Under `jax.distributed.initialize()` jax itself catches SIGTERM and agrees with all processes on a step at which to
-  save; nothing is installed here, since a Python handler would silently disable that. A handler that the user had
-  installed before is lost to jax, so `run_users_handler` calls it after the save. Without `jax.distributed` nobody
-  listens: then a handler is installed that notes the signal and goes on to the user's.
+  save. Nothing is installed then, since a Python handler would silently disable that; jax displaces the handler that
+  the user had installed before, so `run_users_handler` calls it after the save. Without `jax.distributed` a handler is
+  installed that notes the signal and calls the user's.
   """
 
   def __init__(self):
-    self._displaced: Any = None  # the user's handler, which jax has displaced
+    self._displaced: Any = None
 
   def listen(self) -> None:
-    """From now on this process answers SIGTERM with a save. Harmless to call again."""
+    """From now on this process answers SIGTERM with a save. May be called again."""
     if self in _process.listeners:
       return
     if jax.distributed.is_initialized():
@@ -59,35 +59,35 @@ class PreemptionNotice:
 
   @property
   def received(self) -> bool:
-    """Whether this process has been told to end, and the answer is this Checkpointer's to give."""
-    return _process.told and self in _process.listeners
+    """Whether this process got a notice to end that this Checkpointer has to answer."""
+    return _process.noticed and self in _process.listeners
 
   def note(self) -> None:
-    """Tells that jax has told this process to end."""
-    _process.tell()
+    """Records that jax has received the notice."""
+    _process.notice()
 
   def saved(self, step: int) -> None:
-    """Tells that this Checkpointer has saved a step."""
+    """Records that this Checkpointer has saved a step."""
     _process.steps[self] = step
-    if _process.told:
+    if _process.noticed:
       _process.saved.add(self)
 
   @property
   def is_complete(self) -> bool:
-    """Whether nothing is left to save: all Checkpointers of this process have saved the step that this one has saved.
+    """Whether all Checkpointers of this process have saved the step that this one saved last.
 
-    With several, each may save once more, so that they agree on the step at which training goes on.
+    With several, each may save once more, so that all resume at the same step.
     """
     mine = _process.steps.get(self)
     return mine is not None and all(_process.steps.get(other) == mine for other in _process.listeners)
 
   @property
   def is_alone(self) -> bool:
-    """Whether this one has saved since the notice, and the others were not called since."""
+    """Whether this one has saved since the notice, and no other one after it."""
     return self in _process.saved and _process.steps[self] == max(_process.steps[other] for other in _process.saved)
 
   def answered(self) -> None:
-    """Tells that the process is about to exit because of the notice."""
+    """Records that the process is about to exit because of the notice."""
     _process.answered = True
 
   def run_users_handler(self) -> None:
@@ -97,16 +97,16 @@ class PreemptionNotice:
       users(signal.SIGTERM, None)
 
   def close(self) -> bool:
-    """No save will follow from this Checkpointer. True if SIGTERM came, nobody answered it, and nobody else will."""
+    """Ends this part. True if SIGTERM came and no Checkpointer has answered it, or will."""
     if self not in _process.listeners:
       return False
     _process.listeners.discard(self)
     _process.saved.discard(self)
     _process.steps.pop(self, None)
     last = not _process.listeners
-    unanswered = last and _process.told and not _process.answered and _ends_by_default()
+    unanswered = last and _process.noticed and not _process.answered and _ends_by_default()
     if last and not unanswered:
-      _process.told = _process.answered = False
+      _process.noticed = _process.answered = False
     _sync_in_main_thread()
     return unanswered
 
@@ -120,50 +120,50 @@ def in_a_thread(function: Callable[[], None], name: str) -> None:
 
 
 def end_by_sigterm() -> None:
-  """Gives this process the SIGTERM that was held back: by default it ends here."""
-  _process.told = False
+  """Sends this process the SIGTERM that was held back; by default it ends here."""
+  _process.noticed = False
   os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Process:
-  """What this process knows. Plain sets and flags, no lock: signal handlers and finalizers get here at any time."""
+  """The state of this process. Plain sets and flags without a lock: signal handlers and finalizers run at any time."""
 
   def __init__(self):
     self.listeners: set[PreemptionNotice] = set()
     self.steps: dict[PreemptionNotice, int] = {}  # the last step that each has saved
     self.saved: set[PreemptionNotice] = set()  # those that have saved since the notice
-    self.told = False
-    self.told_at = 0.0
+    self.noticed = False
+    self.noticed_at = 0.0
     self.answered = False  # a save was made for it; the process is about to exit
     self.handler: _Handler | None = None
 
-  def tell(self) -> bool:
-    """Notes a notice. False if it is another one, long after the first, that nobody has answered."""
+  def notice(self) -> bool:
+    """Records a notice. False if it is a second one, seconds after an unanswered first."""
     now = time.monotonic()
-    if not self.told:
-      self.told, self.told_at = True, now
-      # Not from here: the thread that the signal has interrupted may hold a lock of logging's handlers.
+    if not self.noticed:
+      self.noticed, self.noticed_at = True, now
+      # In another thread: the interrupted one may hold a lock of logging's handlers.
       text = (
-        "told to end (SIGTERM): the next save is made whatever the schedule says, and the process exits then; a second "
+        "received SIGTERM: the next save is made whatever the schedule says, and the process exits then; a second "
         "SIGTERM ends it at once"
       )
       in_a_thread(lambda: _log.warning("%s", text), "ckpt_jax_notice")
       return True
-    return self.answered or bool(self.saved) or now - self.told_at < _INSISTS_S
+    return self.answered or bool(self.saved) or now - self.noticed_at < _INSISTS_S
 
 
 class _Handler:
-  """Our SIGTERM handler, in front of what was there before."""
+  """Our SIGTERM handler, in front of the one that was installed before."""
 
   def __init__(self):
     self.before: Any = signal.getsignal(signal.SIGTERM)
-    # None is a handler of some C library, e.g. of faulthandler; Python can neither call nor name it.
+    # None is a handler of a C library, e.g. of faulthandler, which Python can neither call nor name.
     self._action = _sigaction(signal.SIGTERM) if self.before is None else None
     self._pid = os.getpid()
 
   def __call__(self, signum: int, frame: FrameType | None) -> None:
-    # Without listeners it is still here if another handler was put on top of it, or for a moment.
-    held_back = os.getpid() == self._pid and bool(_process.listeners) and _process.tell()
+    # Called without listeners if the user's newer handler calls this one, or for a moment.
+    held_back = os.getpid() == self._pid and bool(_process.listeners) and _process.notice()
     if callable(self.before):
       self.before(signum, frame)
     elif not held_back and self.before is not signal.SIG_IGN:
@@ -171,7 +171,7 @@ class _Handler:
       signal.raise_signal(signal.SIGTERM)
 
   def remove(self) -> None:
-    """Puts back what was there before, unless somebody has installed another one meanwhile."""
+    """Puts back the handler before, unless another one was installed meanwhile."""
     now: Any = signal.getsignal(signal.SIGTERM)
     if now is self:
       self._put_back()
@@ -186,13 +186,13 @@ _process = _Process()
 
 
 def _ends_by_default() -> bool:
-  """Whether SIGTERM would have ended this process, had nobody listened. The user's own handler has been called."""
+  """Whether SIGTERM would have ended this process without a Checkpointer. The user's own handler has been called."""
   handler = _process.handler
   return handler is not None and not callable(handler.before) and handler.before is not signal.SIG_IGN
 
 
 def _sync() -> None:
-  """Installs or removes the handler, as the listeners want; in the main thread, where alone Python allows it."""
+  """Installs or removes the handler, depending on the listeners; only in the main thread, as Python demands."""
   # A loop: a finalizer that runs in the middle of this may take the last listener away.
   while (wanted := bool(_process.listeners) and not jax.distributed.is_initialized()) != (_process.handler is not None):
     if wanted:
@@ -213,7 +213,7 @@ def _pending_sync(_: Any) -> int:
 def _sync_in_main_thread() -> None:
   if threading.current_thread() is threading.main_thread():
     _sync()
-  else:  # e.g. asyncio.to_thread(c.save, ...), or a Checkpointer that some other thread drops
+  else:  # e.g. asyncio.to_thread(c.save, ...), or a Checkpointer that another thread drops
     ctypes.pythonapi.Py_AddPendingCall(_pending_sync, None)
 
 
@@ -221,7 +221,7 @@ _masks: dict[int, set[Any]] = {}  # signals that were blocked before a fork, by 
 
 
 def _before_fork() -> None:
-  # A child gets SIGTERM only once it no longer has a handler that would lose it: Pool.terminate() would hang.
+  # A child gets SIGTERM only once our handler, which would lose it, is gone; else Pool.terminate() would hang.
   if _process.handler is not None or jax.distributed.is_initialized():
     _masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -233,13 +233,13 @@ def _after_fork() -> None:
 
 
 def _forked() -> None:
-  """In a forked child SIGTERM does what it did before we came: nobody there saves."""
+  """In a forked child, which never saves, SIGTERM does what it did before we came."""
   global _process
   handler, _process = _process.handler, _Process()
   if handler is not None:
     handler.remove()
   elif jax.distributed.is_initialized():
-    # jax catches it beneath Python, in forked children too, where its own thread is missing.
+    # jax catches it below Python, in forked children too, where its own thread is missing.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
   _after_fork()
 
@@ -263,8 +263,8 @@ def _sigaction(number: int) -> Any:
 def _python_handles_sigterm() -> bool:
   """Whether the kernel would call CPython's handler for SIGTERM rather than jax's.
 
-  Python cannot tell: `signal.getsignal` knows its own table only. All Python handlers share one C function, so the
-  one of SIGINT, which Python handles by default, is compared with SIGTERM's.
+  `signal.getsignal` knows only Python's own table. All Python handlers share one C function, so SIGTERM's is compared
+  with that of SIGINT, which Python handles by default.
   """
   term, interrupt = _sigaction(signal.SIGTERM), _sigaction(signal.SIGINT)
   if term is None or interrupt is None:

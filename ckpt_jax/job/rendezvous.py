@@ -1,8 +1,8 @@
-"""Where the processes of a job wait for each other: never for ever, never in silence, and never for one that failed.
+"""Where the processes of a job wait for each other: with a limit, naming the missing, and never for one that failed.
 
-jax's own barriers end after their timeout with no word on who is missing, and a process that fails on its way to one
-leaves the others waiting until then (704 GPUs idled 4.5 hours in marin-community/marin#8534). Here each process notes
-its arrival in jax's coordination service, process 0 counts, and a failure is noted in the same place.
+jax's own barriers end after their timeout without naming the missing processes, and a process that fails on its way to
+one leaves the others waiting until then (704 GPUs idled 4.5 hours in marin-community/marin#8534). Here each process
+notes its arrival in jax's coordination service, process 0 counts, and a failure is noted in the same place.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ckpt_jax.errors import CheckpointError
 from ckpt_jax.orbax import private
 
 _SLICE_S = 2.0  # how long a failure elsewhere may go unnoticed
-_NOTHING = "-"  # the coordination service takes no empty value for one that is there
+_NOTHING = "-"  # the coordination service treats an empty value as missing
 _POLL_S = (0.005, 0.25)  # shortest and longest pause of process 0 between two looks
 
 _made: collections.Counter[str] = collections.Counter()
@@ -33,10 +33,10 @@ class PeerFailedError(CheckpointError):
 class Rendezvous:
   """A barrier of all processes of the job. All must make and use it alike, from one thread at a time.
 
-  Nothing here touches devices, so it may be used behind training. With one process nothing is waited for.
+  Nothing here touches devices, so it may be used behind training. A single process waits for nothing.
 
   Attributes:
-    name: the same on all processes; a number is added that sets it apart from others of this job.
+    name: the same on all processes; a number distinguishes it from others of this job.
   """
 
   def __init__(self, name: str):
@@ -49,26 +49,26 @@ class Rendezvous:
     self._store: Any = private.coordination_service() if jax.process_count() > 1 else None
 
   def begin(self) -> str:
-    """Starts a new undertaking: failures that were told before belong to the last one. Returns a name of its own."""
+    """Starts a new round, for which earlier failures do not count. Returns a name of its own."""
     self._round += 1
     self._uses.clear()
     return f"{self.name}/{self._round}"
 
   def fail(self, reason: str) -> None:
-    """Tells the other processes that this one will not arrive; those that wait, or will, raise `reason`."""
+    """Reports that this process will not arrive; those that wait, or will, raise `reason`."""
     if self._store is not None:
-      self._store.key_value_set(f"{self._failures}{jax.process_index()}", reason, allow_overwrite=True)
+      self._store.key_value_set(f"{self._key}/failed/{jax.process_index()}", reason, allow_overwrite=True)
 
   def wait(self, what: str, timeout: float) -> None:
     """Returns once all processes are here. See `exchange`."""
     self.exchange(what, "", timeout)
 
   def exchange(self, what: str, text: str, timeout: float) -> list[str]:
-    """Returns once all processes are here, with the text that each brought, by process.
+    """Returns once all processes are here, with the texts of all of them, by process.
 
     Args:
-      what: what is waited for, the same on all processes; it may be used again.
-      text: what this process has to say; short, since the coordinator holds all of them.
+      what: what is waited for, the same on all processes; may be used again.
+      text: this process's contribution; short, since the coordinator holds all of them.
       timeout: seconds.
 
     Raises:
@@ -78,58 +78,56 @@ class Rendezvous:
     if self._store is None:
       return [text]
     self._uses[what] += 1
-    place = f"ckpt_jax/{self.name}/{self._round}/{what}/{self._uses[what]}"
+    place = f"{self._key}/{what}/{self._uses[what]}"
     self._store.key_value_set(f"{place}/here/{jax.process_index()}", text or _NOTHING)
-    deadline = time.monotonic() + timeout
-    if jax.process_index() == 0:
-      said = self._count(place, what, timeout, deadline)
-    else:
-      said = self._listen(place, what, timeout, deadline)
-    return ["" if text == _NOTHING else text for text in said]
+    collect = self._count if jax.process_index() == 0 else self._listen
+    return ["" if text == _NOTHING else text for text in collect(place, what, timeout)]
 
   def note(self, text: str) -> None:
-    """Leaves word of how far this process is, for `notes`; replaces the last one."""
+    """Records how far this process is, for `notes`; replaces its last record."""
     if self._store is not None:
-      key = f"ckpt_jax/{self.name}/{self._round}/notes/{jax.process_index()}"
-      self._store.key_value_set(key, text, allow_overwrite=True)
+      self._store.key_value_set(f"{self._key}/notes/{jax.process_index()}", text, allow_overwrite=True)
 
   def notes(self) -> dict[int, str]:
-    """The last note of each process that left one."""
-    if self._store is None:
-      return {}
-    found = self._store.key_value_dir_get(f"ckpt_jax/{self.name}/{self._round}/notes/")
-    return {int(key.rsplit("/", 1)[1]): text for key, text in found}
+    """The last `note` of each process that made one."""
+    return {} if self._store is None else self._by_process(f"{self._key}/notes/")
 
   @property
-  def _failures(self) -> str:
-    return f"ckpt_jax/{self.name}/{self._round}/failed/"
+  def _key(self) -> str:
+    return f"ckpt_jax/{self.name}/{self._round}"
 
-  def _count(self, place: str, what: str, timeout: float, deadline: float) -> list[str]:
+  def _by_process(self, prefix: str) -> dict[int, str]:
+    return {int(key.rsplit("/", 1)[1]): text for key, text in self._store.key_value_dir_get(prefix)}
+
+  def _count(self, place: str, what: str, timeout: float) -> list[str]:
+    """For process 0: waits until all have arrived, and lets them go."""
+    deadline = time.monotonic() + timeout
     pause, longest = _POLL_S
-    missing = list(range(jax.process_count()))
-    here: dict[int, str] = {}
-    while missing:
-      here = {int(key.rsplit("/", 1)[1]): said for key, said in self._store.key_value_dir_get(f"{place}/here/")}
-      missing = [p for p in missing if p not in here]
+    while True:
+      here = self._by_process(f"{place}/here/")
+      missing = [p for p in range(jax.process_count()) if p not in here]
+      if not missing:
+        break
       self._raise_failure(what)
-      if missing and time.monotonic() > deadline:
-        message = self._timed_out(what, timeout, missing)
+      if time.monotonic() > deadline:
+        message = _timed_out(what, timeout, missing)
         self._store.key_value_set(f"{place}/go", json.dumps(message))
         raise TimeoutError(message)
-      if missing:
-        time.sleep(pause)
-        pause = min(pause * 1.5, longest)
+      time.sleep(pause)
+      pause = min(pause * 1.5, longest)
+    self._raise_failure(what)
     said = [here[p] for p in range(jax.process_count())]
     self._store.key_value_set(f"{place}/go", json.dumps(said))
-    # Whoever is here has left the places before the last one.
+    # All that are here have left the places before the last one.
     self._old.append(place)
     while len(self._old) > 2:
       self._store.key_value_delete(f"{self._old.pop(0)}/")
     return said
 
-  def _listen(self, place: str, what: str, timeout: float, deadline: float) -> list[str]:
-    # A little longer than process 0, which knows who is missing and says so.
-    while (left := deadline + _SLICE_S - time.monotonic()) > 0:
+  def _listen(self, place: str, what: str, timeout: float) -> list[str]:
+    """For the others: waits for process 0, a little longer than it does, since it names the missing ones."""
+    deadline = time.monotonic() + timeout + _SLICE_S
+    while (left := deadline - time.monotonic()) > 0:
       message = None
       try:
         message = self._store.blocking_key_value_get(f"{place}/go", int(min(left, _SLICE_S) * 1000))
@@ -143,15 +141,16 @@ class Rendezvous:
       if isinstance(said, str):
         raise TimeoutError(said)
       return said
-    raise TimeoutError(self._timed_out(what, timeout, [0]))
+    raise TimeoutError(_timed_out(what, timeout, [0]))
 
   def _raise_failure(self, what: str) -> None:
-    failed = {int(key.rsplit("/", 1)[1]): reason for key, reason in self._store.key_value_dir_get(self._failures)}
+    failed = self._by_process(f"{self._key}/failed/")
     failed.pop(jax.process_index(), None)
     if failed:
       first = min(failed)
       raise PeerFailedError(f"waiting for {what}: process {first} failed: {failed[first]}")
 
-  def _timed_out(self, what: str, timeout: float, missing: list[int]) -> str:
-    names = ", ".join(str(p) for p in missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-    return f"waited {timeout:.0f} s for {what}; of {jax.process_count()} processes these did not arrive: {names}"
+
+def _timed_out(what: str, timeout: float, missing: list[int]) -> str:
+  names = ", ".join(str(p) for p in missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+  return f"waited {timeout:.0f} s for {what}; of {jax.process_count()} processes these did not arrive: {names}"

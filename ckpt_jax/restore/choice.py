@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from ckpt_jax.config import Config
-from ckpt_jax.job.waits import Together, Worker
+from ckpt_jax.job.threads import Worker
+from ckpt_jax.job.waits import Together
 from ckpt_jax.restore import exchange
 from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.strategies import STRATEGIES, Route, Totals, plan_routes, totals

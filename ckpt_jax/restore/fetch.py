@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ckpt_jax.job.waits import Together, Worker
+from ckpt_jax.job.threads import Worker
+from ckpt_jax.job.waits import Together
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.restore import exchange
 from ckpt_jax.restore.leaf import LeafPlan, put

@@ -1,13 +1,12 @@
-"""What a run remembers of its restarts: RUN/.ckpt_jax/attempts/ID, a small JSON for each job that saved into it.
+"""The restarts of a run: RUN/.ckpt_jax/attempts/ID, a small JSON file for each job that saved into it.
 
-Rewritten at each commit in one go, by process 0, so that a killed job leaves behind how long it lived.
+Process 0 rewrites it at each commit, so that a killed job leaves behind how long it lived.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import logging
 import os
 import statistics
@@ -17,7 +16,8 @@ from typing import Any
 
 from etils import epath
 
-from ckpt_jax.run.steps import NOTES
+from ckpt_jax.run.notes import NOTES, read_note, write_note
+from ckpt_jax.storage import look
 
 _log = logging.getLogger(__name__)
 ATTEMPTS = "attempts"
@@ -32,8 +32,8 @@ class Attempt:
     started, alive: seconds since the epoch: when the run was opened, and the last commit or the end.
     end: `closed`, `preempted`, or None for a job that was killed, or still runs.
     saves: committed saves.
-    blocking_s, background_s: means over its last saves. The first one of a process, which is dearer, counts: a job of
-      short lives pays it often.
+    blocking_s, background_s: means over its last saves. The first one of a process, which is more expensive, counts: a
+      job of short lives pays it often.
     nbytes: bytes of the last state.
     first_step, last_step: steps of its first and last commit.
   """
@@ -53,6 +53,7 @@ class AttemptLog:
   """Writes the attempt of this process. Nothing is written before the first commit, so that readers leave no trace."""
 
   def __init__(self, directory: epath.Path, *, active: bool = True, clock: Callable[[], float] = time.time):
+    """Writes nothing yet; with `active=False`, as on all processes but one, nothing at all."""
     self._active = active
     self._clock = clock
     self._started = clock()
@@ -61,55 +62,42 @@ class AttemptLog:
     self._last: dict[str, Any] = {}
 
   def committed(self, step: int, nbytes: int, blocking_s: float, background_s: float) -> None:
-    """Notes a commit."""
+    """Records a commit."""
     self._costs = [*self._costs[-49:], (blocking_s, background_s)]
-    self._last = {
-      "first_step": self._last.get("first_step", step),
-      "last_step": step,
-      "nbytes": nbytes,
-      "saves": self._last.get("saves", 0) + 1,
-    }
+    first, saves = self._last.get("first_step", step), self._last.get("saves", 0)
+    self._last = {"first_step": first, "last_step": step, "nbytes": nbytes, "saves": saves + 1}
     self._write(None)
 
   def ended(self, how: str) -> None:
-    """Notes an end that was no failure of the job."""
+    """Records an end that was no failure of the job."""
     if self._last:
       self._write(how)
 
   def _write(self, end: str | None) -> None:
     if not self._active:
       return
-    data = self._last | {
-      "started": self._started,
-      "alive": self._clock(),
-      "end": end,
-      "blocking_s": statistics.fmean(b for b, _ in self._costs),
-      "background_s": statistics.fmean(w for _, w in self._costs),
-    }
+    blocking, background = (statistics.fmean(costs) for costs in zip(*self._costs, strict=True))
+    times = {"started": self._started, "alive": self._clock(), "blocking_s": blocking, "background_s": background}
     try:
-      self._file.parent.mkdir(parents=True, exist_ok=True)
-      self._file.write_text(json.dumps(data))
+      write_note(self._file, self._last | times | {"end": end})
     except OSError as e:  # a note is not worth a failed save
       _log.warning("%s: cannot be written: %s", self._file, e)
 
 
 def read_attempts(directory: epath.Path) -> list[Attempt]:
-  """The attempts of a run, oldest first. What cannot be read is left out."""
-  try:
-    files = list((directory / NOTES / ATTEMPTS).iterdir())
-  except (FileNotFoundError, NotADirectoryError):
-    return []
-  if not files:
-    return []
-  with concurrent.futures.ThreadPoolExecutor(min(16, len(files))) as pool:
-    found = [a for a in pool.map(_read, files) if a is not None]
+  """The attempts of a run, oldest first. Unreadable ones are left out."""
+  place = directory / NOTES / ATTEMPTS
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    notes = list(pool.map(lambda name: read_note(place / name), look.names(place)))
+  names = [field.name for field in dataclasses.fields(Attempt)]
+  found = [Attempt(**{name: note[name] for name in names}) for note in notes if note.keys() >= set(names)]
   return sorted(found, key=lambda a: a.started)
 
 
 def exposure(attempts: list[Attempt]) -> tuple[float, int]:
-  """Seconds that the ended attempts ran, and how many were interrupted.
+  """Seconds that the attempts ran, and how many of them were interrupted.
 
-  A killed job is taken to have lived half an interval beyond its last commit.
+  A killed job is assumed to have lived half an interval beyond its last commit.
   """
   seconds, interrupted = 0.0, 0
   for a in attempts:
@@ -119,11 +107,3 @@ def exposure(attempts: list[Attempt]) -> tuple[float, int]:
     if a.end is None:
       seconds += max(a.alive - a.started, 0.0) / max(a.saves, 1) / 2
   return seconds, interrupted
-
-
-def _read(file: epath.Path) -> Attempt | None:
-  try:
-    data = json.loads(file.read_text())
-    return Attempt(**{field.name: data[field.name] for field in dataclasses.fields(Attempt)})
-  except (OSError, ValueError, KeyError, TypeError):
-    return None

@@ -115,6 +115,8 @@ def judge(holder: Holder | None, me: Holder, start_of: Callable[[int], str | Non
 class Lease:
   """This process's claim to a run. Nothing is written before `acquire`.
 
+  Once another job has taken the lease, or if storage does not answer, methods raise StorageError.
+
   Attributes:
     held: whether it is held, as of the last heartbeat.
   """
@@ -195,11 +197,7 @@ class Lease:
       time.sleep(0.1)
 
   def begin(self, step: int) -> None:
-    """Notes that a step is being written, so that what a crash leaves of it is known to be ours.
-
-    Raises:
-      StorageError: if another job has taken the lease.
-    """
+    """Notes that a step is being written, so that what a crash leaves of it is known to be ours."""
     with self._lock:
       self._saving.add(step)
       self.renew()
@@ -210,11 +208,7 @@ class Lease:
       self._saving.discard(step)
 
   def check(self) -> None:
-    """Makes sure, before a commit, that the lease is still ours; reads it only if the last heartbeat is late.
-
-    Raises:
-      StorageError: if another job has taken it.
-    """
+    """Makes sure, before a commit, that the lease is still ours; reads it only if the last heartbeat is late."""
     with self._lock:
       if self._lost is not None or time.monotonic() - self._written_at > 2 * self._me.interval:
         self.renew()
@@ -225,11 +219,7 @@ class Lease:
       raise self._refused(self._lost, "has taken this run over: this process gave no sign of life for too long")
 
   def renew(self, create: bool = True) -> None:
-    """Writes a heartbeat; `create`: even if the file is gone.
-
-    Raises:
-      StorageError: if another job has taken the lease, or storage does not answer.
-    """
+    """Writes a heartbeat; `create`: even if the file is gone."""
     with self._lock:
       self.ensure_ours()
       holder, generation = self._file.read()

@@ -19,6 +19,7 @@ from ckpt_jax.errors import CheckpointError, SaveFailedError
 from ckpt_jax.failures import is_timeout, root_cause, storage_errors
 from ckpt_jax.integrity.meant import Meant
 from ckpt_jax.integrity.record import RecordedSave, Recording, RecordingHandler, as_item, record_of
+from ckpt_jax.job import garbage
 from ckpt_jax.job.agreement import decided_by_process_zero
 from ckpt_jax.job.errand import Errand, wait_for
 from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
@@ -45,6 +46,7 @@ from ckpt_jax.save.write import SaveRecord, Write, left_hanging, not_saved
 
 _log = logging.getLogger(__name__)
 PyTree = Any
+_NO_COLLECTION_S = 5.0  # a longer write is bound by storage, not by Python, and training makes garbage of its own
 _GRACE_S = 5.0  # that Orbax may take beyond timeouts.save to raise by itself that a write has timed out
 never_wait_for_hanging_threads()
 
@@ -230,6 +232,7 @@ class Saver:
     forget_steps(self.manager, made_room)
     operation = Operation(self._rendezvous.begin())
     write = self._write = Write(record, operation, self._config.timeouts.save_s + _GRACE_S, self._after.committed)
+    garbage.pause(write.ended, _NO_COLLECTION_S)
     try:
       if snapshot.chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=snapshot.chunk_nbytes))

@@ -1,6 +1,7 @@
-"""The garbage collector is paused for a while and comes back."""
+"""Automatic collections of garbage pause for a while and come back."""
 
 import gc
+import threading
 import time
 
 import jax.numpy as jnp
@@ -10,38 +11,37 @@ import ckpt_jax as ckpt
 from ckpt_jax.job import garbage
 
 
+def comes_back():
+  deadline = time.monotonic() + 30
+  while not gc.isenabled() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  return gc.isenabled()
+
+
 @pytest.fixture(autouse=True)
-def no_hold_of_others():
-  """A save whose commit nobody awaited holds collections for some seconds."""
-  deadline = time.monotonic() + 10
-  while not gc.isenabled():
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
+def no_pause_for_others():
+  assert comes_back()
 
 
-def test_collections_come_back_when_the_last_hold_ends():
-  with garbage.paused():
-    release = garbage.hold(60)
-    assert not gc.isenabled()
+def test_collections_come_back_with_the_event_that_ends_the_pause():
+  ended = threading.Event()
+  garbage.pause(ended, 60)
+  garbage.pause(threading.Event(), 0.0)
   assert not gc.isenabled()
-  release()
-  release()
-  assert gc.isenabled()
+  ended.set()
+  assert comes_back()
 
 
-def test_a_hold_ends_by_itself():
-  garbage.hold(0.05)
-  deadline = time.monotonic() + 10
-  while not gc.isenabled():
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
+def test_a_pause_ends_by_itself():
+  garbage.pause(threading.Event(), 0.05)
+  assert comes_back()
 
 
 def test_a_collector_that_is_off_stays_off():
   gc.disable()
   try:
-    with garbage.paused():
-      pass
+    garbage.pause(threading.Event(), 0.0)
+    time.sleep(0.05)
     assert not gc.isenabled()
   finally:
     gc.enable()
@@ -51,9 +51,9 @@ def test_saving_restoring_and_failing_leave_the_collector_on(tmp_path):
   with ckpt.Checkpointer(tmp_path) as c:
     c.save(0, {"x": jnp.ones(3)})
     c.wait()
-    assert gc.isenabled()
+    assert comes_back()
     c.restore()
     assert gc.isenabled()
     with pytest.raises(ckpt.CheckpointError):
       c.save(1, {"x": object()})
-    assert gc.isenabled()
+    assert comes_back()

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.job import waits
+from ckpt_jax.job import threads
 from ckpt_jax.restore import exchange, fetch
 from ckpt_jax.restore.step import Step
 
@@ -117,7 +117,7 @@ elif mode == "stuck_exchange":
     if me == 1:
       whole = fetch._exchange
       fetch._exchange = lambda part, values: time.sleep(60)
-    waits._LEAVE_S = 1.0  # ten for a user, whose read may yet end
+    threads._LEAVE_S = 1.0  # ten for a user, whose read may yet end
     expect(ckpt.CheckpointError, "the exchange of part", lambda: c.restore(like=abstract(state()), strategy="gather"))
   time.sleep(4)  # the first to fail takes the others with it
   raise ValueError("leave without jax's shutdown barrier: a device thread is stuck")

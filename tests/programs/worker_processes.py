@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -92,9 +93,10 @@ for _ in range(20):  # at any moment after the fork
 child(uses_everything, want=0)
 child(drops_it, want=0)
 child(leaves_a_block, want=5)
-release = garbage.hold(60)
+ended = threading.Event()
+garbage.pause(ended, 60)
 child(lambda: sys.exit(gc.isenabled()), want=1)
-release()
+ended.set()
 subprocess.run(["true"], preexec_fn=lambda: None, check=True)
 
 c.save(1, state)  # forks in the middle of a write
