@@ -1,8 +1,9 @@
-"""Checkpoints of other programs become steps of a new run: files of flax, Orbax checkpoints without a step number."""
+"""Converts checkpoints of other programs to steps of a run: files of flax, Orbax checkpoints without a step number."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -20,16 +21,23 @@ from ckpt_jax.run import foreign
 from ckpt_jax.run.steps import committed_steps, is_step, newest_step, run_directory, step_directory, step_path
 
 PyTree = Any
+Contents = tuple[PyTree, dict[str, Any], Any]
 _ELSEWHERE = "//GDAPlaceholder:"  # flax: an array of several processes, in a directory beside the file
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A checkpoint to convert: the step that it becomes, where it is, and what gives its state, metrics and extras."""
+  """A checkpoint to convert.
+
+  Attributes:
+    step: the step that it becomes.
+    path: where it is.
+    read: reads its state, metrics and extras.
+  """
 
   step: int
   path: epath.Path
-  read: Callable[[], tuple[PyTree, dict[str, Any], Any]]
+  read: Callable[[], Contents]
 
 
 def convert(
@@ -40,14 +48,14 @@ def convert(
   item: str | None = None,
   config: Config | None = None,
 ) -> Iterator[Source]:
-  """Makes checkpoints steps of a run, oldest first. What was read is yielded once it is committed there.
+  """Saves checkpoints as steps of a run, oldest first, and yields each one once its step is committed.
 
   Args:
     source: a directory of flax.training.checkpoints, one of its files, a checkpoint without a step number, or a run.
-    target: the run, new or not; a step that it has is an error.
-    step: of several, the one to convert; of one without a number, the number that it gets.
-    item: the item that is read, where steps have several.
-    config: for `target`. Default: every step is kept, whatever its health.
+    target: the run, new or not; a step that it has already is an error.
+    step: the one of several to convert, or the number of one that has none.
+    item: the item that holds the state, in steps with several.
+    config: settings of `target`. Default: keep every step, non-finite ones too.
 
   Raises:
     NoCheckpointError: if there is nothing to convert.
@@ -68,39 +76,40 @@ def convert(
 
 
 def sources(directory: epath.Path, step: int | None, item: str | None) -> list[Source]:
-  """What there is to convert, oldest first; see `convert`."""
+  """The checkpoints to convert, oldest first; see `convert` for arguments and errors."""
   if not directory.exists():
     raise NoCheckpointError(f"{directory}: does not exist")
   if not directory.is_dir():
-    return [_flax(directory, _needed(directory, _trailing(directory.name), step))]
+    number = _needed(directory, _trailing(directory.name), step)
+    return [Source(number, directory, functools.partial(_flax, directory))]
   if newest_step(directory) is not None:
-    numbers = [number for number in committed_steps(directory) if step is None or number == step]
+    numbers = [number for number in committed_steps(directory) if step in (None, number)]
     if not numbers:
-      step_directory(directory, step or 0)  # says what steps there are
-    return [Source(n, step_path(directory, n), lambda n=n: _step(directory, n, item)) for n in numbers]  # type: ignore[misc]
+      step_directory(directory, step or 0)  # raises an error that names the committed steps
+    return [Source(n, step_path(directory, n), functools.partial(_step, directory, n, item)) for n in numbers]
   if is_step(directory):
     number = _needed(directory, foreign.number_of(directory.name), step)
-    return [Source(number, directory, lambda: _bare(directory, item))]
-  all_files = foreign.flax_files(directory)
-  files = [(n, path) for path in all_files if (n := _trailing(path.name)) is not None]
-  if len(files) < len(all_files):
-    odd = next(path for path in all_files if _trailing(path.name) is None)
-    raise ConfigError(
-      f"{odd}: has no whole step number; convert such files one by one: ckpt-jax convert {odd} RUN --step N"
-    )
-  kinds = sorted({path.name.removesuffix(str(n)) for n, path in files})
+    return [Source(number, directory, functools.partial(_bare, directory, item))]
+  files = foreign.flax_files(directory)
+  if not files:
+    foreign.refuse(directory)
+    raise NoCheckpointError(f"{directory}: no checkpoint to convert")
+  for path in files:
+    if _trailing(path.name) is None:
+      raise ConfigError(
+        f"{path}: has no whole step number; convert such files one by one: ckpt-jax convert {path} RUN --step N"
+      )
+  kinds = sorted({path.name.rstrip("0123456789") for path in files})
   if len(kinds) > 1:
     raise CheckpointError(
       f"{directory}: holds files of several kinds ({', '.join(f'{k}*' for k in kinds[:5])}); convert one file, or move "
       "those of one kind into a directory of their own"
     )
-  if not files:
-    foreign.refuse(directory)
-  chosen = sorted((n, path) for n, path in files if step is None or n == step)
+  found = sorted((n, path) for path in files if (n := _trailing(path.name)) is not None)
+  chosen = [Source(n, path, functools.partial(_flax, path)) for n, path in found if step in (None, n)]
   if not chosen:
-    there = f" {step} to convert; there are {sorted(n for n, _ in files)}" if files else " to convert"
-    raise NoCheckpointError(f"{directory}: no checkpoint{there}")
-  return [_flax(path, n) for n, path in chosen]
+    raise NoCheckpointError(f"{directory}: no checkpoint {step} to convert; there are {[n for n, _ in found]}")
+  return chosen
 
 
 def _trailing(name: str) -> int | None:
@@ -115,26 +124,26 @@ def _needed(path: epath.Path, found: int | None, given: int | None) -> int:
   return number
 
 
-def _step(directory: epath.Path, step: int, item: str | None) -> tuple[PyTree, dict[str, Any], Any]:
+def _step(directory: epath.Path, step: int, item: str | None) -> Contents:
   with Checkpointer(directory, Config(restore={"on_corruption": "raise"}, preemption={"enabled": False})) as c:
     restored = c.restore(step, item=item)
   return restored.state, restored.metrics, restored.extras
 
 
-def _bare(directory: epath.Path, item: str | None) -> tuple[PyTree, dict[str, Any], Any]:
+def _bare(directory: epath.Path, item: str | None) -> Contents:
   return read_state(directory, Config(), RestoreRequest(item=item)), {}, None
 
 
-def _flax(path: epath.Path, step: int) -> Source:
-  return Source(step, path, lambda: (read_flax(path), {}, None))
+def _flax(path: epath.Path) -> Contents:
+  return read_flax(path), {}, None
 
 
 def read_flax(path: epath.Path) -> PyTree:
-  """The state in a file of flax: dicts, of the attributes, keys or numbers of whatever node was saved.
+  """Reads a file of flax: dicts, whose keys are the attributes, keys or indices of the nodes that were saved.
 
   Raises:
-    CorruptCheckpointError: if it is no such file, or is cut short.
-    CheckpointError: if a part of it is elsewhere.
+    CorruptCheckpointError: if it is not such a file, or is truncated.
+    CheckpointError: if some of its arrays are in another directory.
   """
   from flax import serialization
 
@@ -143,13 +152,13 @@ def read_flax(path: epath.Path) -> PyTree:
   except MemoryError:
     raise
   except Exception as e:
-    raise CorruptCheckpointError(f"{path}: cannot be read as flax wrote it ({type(e).__name__}: {e})") from e
+    raise CorruptCheckpointError(f"{path}: cannot be read as a file of flax ({type(e).__name__}: {e})") from e
   if not isinstance(state, dict):
-    raise CorruptCheckpointError(f"{path}: holds no tree as flax writes one, but a {type(state).__name__}")
+    raise CorruptCheckpointError(f"{path}: holds a {type(state).__name__} rather than the tree that flax writes")
   for name, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
     if isinstance(leaf, str) and leaf.startswith(_ELSEWHERE):
       raise CheckpointError(
         f"{path}: {path_name(name)} is in {path.name}_gda, which only flax reads: restore it with "
-        "flax.training.checkpoints.restore_checkpoint(..., target=) in a job like the one that saved it, and save that"
+        "flax.training.checkpoints.restore_checkpoint(..., target=) in a job like the one that saved it, then save that"
       )
   return state
