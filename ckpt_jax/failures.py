@@ -1,4 +1,4 @@
-"""The root cause of an error of Orbax, TensorStore or the operating system, without the secrets that it may quote."""
+"""The root cause and the kind of errors of Orbax, TensorStore and the operating system, without quoted secrets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckpt_jax.errors import CheckpointError, StorageError
 
 @contextlib.contextmanager
 def storage_errors(what: str) -> Iterator[None]:
-  """Turns OSError into StorageError, with `what` in front."""
+  """Within it, an OSError becomes a StorageError whose message begins with `what`."""
   try:
     yield
   except OSError as e:
@@ -26,12 +26,12 @@ def storage_errors(what: str) -> Iterator[None]:
 
 
 def root_cause(error: BaseException) -> str:
-  """The innermost message, on one line: Orbax wraps it in several layers of tasks and barriers."""
+  """The innermost message on one line; Orbax wraps it in several layers of tasks and barriers."""
   *_, root = _causes(error)
   text = without_secrets(" ".join(str(root).split())) or type(root).__name__
   text = re.sub(r" ?\[tensorstore_spec(\[\d+\])?='\{.*?\}'\]", "", text)  # a page of JSON, before the reason
   text = re.sub(r" ?\[source locations=.*", "", text)
-  # TensorStore's own words for an error of the operating system, which stands in the text already.
+  # TensorStore's status and code of an operating system's error, whose message is in the text already.
   text = re.sub(r"^[A-Z_]+: (.*) \[os_error_code='\d+'.*", r"\1", text)
   if "more bytes than we reserved" in text:
     text += " (a shard is larger than limits.save_concurrency or limits.restore_concurrency; raise the limit above it)"
@@ -40,30 +40,30 @@ def root_cause(error: BaseException) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-  """`error` and what it was raised because of, outermost first: what a traceback shows, `from None` respected."""
+  """`error` and its causes, outermost first, as a traceback shows them: `from None` ends the chain."""
   seen: set[int] = set()
-  while error is not None and id(error) not in seen:  # threads that raise each other's errors make circles
+  while error is not None and id(error) not in seen:  # threads that raise each other's errors make cycles
     seen.add(id(error))
     yield error
     inner = error.__cause__
     error = error.__context__ if inner is None and not error.__suppress_context__ else inner
 
 
-# What TensorStore's status codes and gRPC's call a store that does not answer, or does not let us in ...
+# Status codes of TensorStore and gRPC for a store that does not answer, or refuses access ...
 _UNREACHABLE = re.compile(
   r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED)\b"
 )
 _OS_ERROR, _HTTP_STATUS = re.compile(r"os_error_code='(\d+)'"), re.compile(r"http_response_code='(\d+)'")
-# ... and one that answers, with something else than was written.
+# ... and for one that answers with something else than was written.
 _DAMAGED = re.compile(r"\b(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT)\b")
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-  """Whether the storage failed to answer or refused access, rather than holding something damaged.
+  """Whether storage did not answer or refused access, rather than holding something damaged.
 
-  Permissions, expired credentials, too many open files, stale handles, I/O errors, requests that are refused.
+  Causes are permissions, expired credentials, too many open files, stale handles, I/O errors and refused requests.
   """
   return any(map(_is_unreachable, _causes(error)))
 
@@ -74,7 +74,7 @@ def _is_unreachable(error: BaseException) -> bool:
       error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)
     )
   text = str(error)
-  if (code := _OS_ERROR.search(text)) is not None:  # TensorStore gives it a status that says less
+  if (code := _OS_ERROR.search(text)) is not None:  # more precise than the status that TensorStore gives it
     return int(code[1]) not in _NOT_THERE
   if (code := _HTTP_STATUS.search(text)) is not None:
     return code[1] not in ("404", "410", "412", "416")
@@ -82,12 +82,12 @@ def _is_unreachable(error: BaseException) -> bool:
 
 
 def is_damage(error: BaseException | None) -> bool:
-  """Whether TensorStore found a file to be gone, cut short or undecodable. Anything else proves nothing of a step."""
+  """Whether TensorStore found a file missing, cut short or undecodable; no other error proves a step to be damaged."""
   return any(isinstance(e, FileNotFoundError) or _DAMAGED.search(str(e)) for e in _causes(error))
 
 
 def without_secrets(text: str) -> str:
-  """`text` without the values of credential variables, what signs URLs and headers, and passwords in URLs."""
+  """`text` without the values of credential variables, signatures in URLs and headers, and passwords in URLs."""
   for name in _SECRETS:
     value = os.environ.get(name)
     if value and len(value) > 3:
@@ -99,7 +99,7 @@ def without_secrets(text: str) -> str:
 
 
 def os_errors(error: BaseException | None) -> set[int]:
-  """The numbers (`errno`) of the operating system's errors among the causes, TensorStore's too."""
+  """The `errno` numbers of the operating system's errors among the causes, including those that TensorStore reports."""
   found: set[int] = set()
   for cause in _causes(error):
     if isinstance(cause, OSError) and cause.errno:
@@ -109,16 +109,16 @@ def os_errors(error: BaseException | None) -> set[int]:
 
 
 def is_read_only(error: BaseException | None) -> bool:
-  """Whether a file system that is mounted read-only, or missing permission, is among the causes."""
+  """Whether a read-only file system or a missing permission is among the causes."""
   return bool(os_errors(error) & {errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 def why_read_only(path: str, error: BaseException | None) -> str:
-  """What `is_read_only` found, in words, with the way out.
+  """Explains an error for which `is_read_only` holds, and says what to do.
 
   Args:
-    path: what could not be written, or opened.
-    error: why.
+    path: the path that could not be written or opened.
+    error: its error.
   """
   if errno.EROFS in os_errors(error):
     return "its file system is mounted read-only. Mount it writable, or use another directory"
@@ -145,5 +145,5 @@ def is_out_of_space(error: BaseException | None) -> bool:
 
 
 def is_timeout(error: BaseException | None) -> bool:
-  """Whether something that did not answer in time is among the causes."""
+  """Whether a timeout is among the causes."""
   return any(isinstance(e, TimeoutError) for e in _causes(error))
