@@ -4,7 +4,7 @@
     python -m ckpt_jax.multihost --processes 4 --devices 2 -m ckpt_jax.examples.lm --run /tmp/lm
     mpirun -n 4 python -m ckpt_jax.examples.lm --run /shared/lm
 
-The lines that checkpointing needs are in `train`; the rest is an ordinary Flax NNX trainer.
+The lines that checkpointing needs are in `train`; the rest is an ordinary Flax NNX trainer and its log.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import pathlib
 import sysconfig
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -71,24 +72,21 @@ class Batches:
   """Random windows of the text. Batch n depends on seed and n alone, not on how many processes there are.
 
   Attributes:
-    state: JSON-able; goes into `extras=` and comes back to `resume`.
+    state: JSON-able; goes into `extras=`, and is set again to resume.
   """
 
   def __init__(self, text: np.ndarray, batch: int, context: int, seed: int):
     self._text, self._batch, self._context = text, batch, context
     self.state = {"seed": seed, "next": 0}
 
-  def resume(self, state: dict[str, int]) -> None:
-    self.state = dict(state)
-
   def peek(self) -> np.ndarray:
-    """The next batch, int32[batch, context + 1], without moving on."""
+    """The next batch without moving on to the one after it."""
     rng = np.random.default_rng([self.state["seed"], self.state["next"]])
     starts = rng.integers(len(self._text) - self._context - 1, size=self._batch)
     return self._text[starts[:, None] + np.arange(self._context + 1)].astype(np.int32)
 
   def next(self, sharding: NamedSharding) -> jax.Array:
-    """The next batch on the mesh; each process holds its own rows only."""
+    """The next batch, int32[batch, context + 1], on the mesh; each process holds only its own rows."""
     rows = self.peek()
     self.state["next"] += 1
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
@@ -101,7 +99,7 @@ def stdlib_text(limit: int = 4_000_000) -> np.ndarray:
 
 
 def shard(leaf: Any, mesh: Mesh) -> NamedSharding:
-  """FSDP: the last axis that the `fsdp` axis divides is split over it; small leaves are replicated."""
+  """FSDP: the last axis that is divisible by the mesh's `fsdp` axis is split over it; small leaves are replicated."""
   if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.size < 1024:
     return NamedSharding(mesh, P())
   for axis in reversed(range(leaf.ndim)):
@@ -122,13 +120,8 @@ def digests(state: PyTree, batches: Batches) -> dict[str, str]:
   return found
 
 
-def train(args: argparse.Namespace) -> None:
-  """Trains from the newest checkpoint, or from scratch, to `args.steps`."""
-  first = jax.process_index() == 0
-  devices = np.array(jax.devices())
-  mesh = Mesh(devices.reshape(-1, min(args.fsdp, len(devices))), ("data", "fsdp"))
-  batches = Batches(stdlib_text(), args.batch, args.context, args.seed)
-  rows = NamedSharding(mesh, P(("data", "fsdp")))
+def compiled(args: argparse.Namespace, mesh: Mesh) -> tuple[Callable[[], PyTree], Callable[..., tuple[PyTree, Any]]]:
+  """`init()` -> state, sharded over the mesh, and `train_step(state, tokens)` -> state, loss; both are jitted."""
   build = functools.partial(ByteGPT, args.width, args.layers, args.heads, args.context, args.dropout)
   graph, _ = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(args.seed))))
   optimizer = optax.adamw(3e-4)
@@ -138,7 +131,6 @@ def train(args: argparse.Namespace) -> None:
     return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(0), "rng": jax.random.key(args.seed)}
 
   shardings = jax.tree.map(lambda leaf: shard(leaf, mesh), jax.eval_shape(build_state))
-  init = jax.jit(build_state, out_shardings=shardings)
   whole = NamedSharding(mesh, P())
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, whole))
@@ -156,12 +148,68 @@ def train(args: argparse.Namespace) -> None:
     params = optax.apply_updates(state["params"], updates)
     return {"params": params, "opt": opt, "step": state["step"] + 1, "rng": rng}, loss
 
-  def note(name: str, content: Any) -> None:
-    if first and args.notes:
-      path = pathlib.Path(args.notes)
-      path.mkdir(parents=True, exist_ok=True)
-      (path / name).write_text(json.dumps(content))
+  return jax.jit(build_state, out_shardings=shardings), train_step
 
+
+class Log:
+  """Progress on the terminal, and notes as JSON in `args.notes`; process 0 prints and writes."""
+
+  def __init__(self, args: argparse.Namespace, mesh: Mesh):
+    self._args, self._mesh = args, mesh
+    self._first = jax.process_index() == 0
+    self._saves = 0  # shown so far
+    self._steps, self._since = 0, time.perf_counter()
+
+  def begin(self, restored: ckpt.Restored, batches: Batches) -> None:
+    """Shows where training begins."""
+    size = sum(x.size for x in jax.tree.leaves(restored.state["params"]))
+    came = "from scratch" if restored.step is None else f"resumed from step {restored.step}"
+    self._print(f"{size / 1e6:.1f}M parameters, mesh {dict(self._mesh.shape)}, {jax.process_count()} processes: {came}")
+    if restored.step is not None:
+      self.digests(f"restored-{restored.step}", restored.state, batches)
+
+  def step(self, step: int, loss: jax.Array) -> None:
+    """Shows loss and speed now and then."""
+    self._steps += 1
+    if step % self._args.show == self._args.show - 1 or step == self._args.steps - 1:
+      value = float(loss)  # waits for the step
+      speed = self._steps * self._args.batch * self._args.context / (time.perf_counter() - self._since)
+      self._print(f"step {step + 1:4d}  loss {value:.3f}  {speed:,.0f} tokens/s")
+      self._steps, self._since = 0, time.perf_counter()
+
+  def saves(self, saves: Sequence[Any]) -> None:
+    """Shows the saves whose background write has ended since the last call."""
+    for record in saves[self._saves :]:
+      if record.background_s is not None:
+        self._saves += 1
+        times = f"{record.blocking_s:.2f} s blocking, {record.background_s:.2f} s in the background"
+        self._print(f"  saved step {record.step}: {record.nbytes / 1e6:.0f} MB, {times}")
+        self._note(f"save-{record.step}", vars(record))
+
+  def digests(self, name: str, state: PyTree, batches: Batches) -> None:
+    """Notes the digests of a state. All processes call it."""
+    if self._args.notes:
+      self._note(name, digests(state, batches))
+
+  def _print(self, line: str) -> None:
+    if self._first:
+      print(line, flush=True)
+
+  def _note(self, name: str, content: Any) -> None:
+    if self._first and self._args.notes:
+      path = pathlib.Path(self._args.notes)
+      path.mkdir(parents=True, exist_ok=True)
+      (path / f"{name}.json").write_text(json.dumps(content))
+
+
+def train(args: argparse.Namespace) -> None:
+  """Trains from the newest checkpoint, or from scratch, to `args.steps`."""
+  devices = np.array(jax.devices())
+  mesh = Mesh(devices.reshape(-1, min(args.fsdp, len(devices))), ("data", "fsdp"))
+  rows = NamedSharding(mesh, P(("data", "fsdp")))
+  batches = Batches(stdlib_text(), args.batch, args.context, args.seed)
+  init, train_step = compiled(args, mesh)
+  log = Log(args, mesh)
   config = ckpt.Config(
     schedule={"every_steps": args.every}, retention={"last": 3}, preemption={"exit_code": args.preempted_exit_code}
   )
@@ -169,44 +217,16 @@ def train(args: argparse.Namespace) -> None:
     restored = c.restore_or_init(init)
     state = restored.state
     if restored.extras:
-      batches.resume(restored.extras["data"])
-    if first:
-      size = sum(x.size for x in jax.tree.leaves(state["params"]))
-      came = "from scratch" if restored.step is None else f"resumed from step {restored.step}"
-      print(
-        f"{size / 1e6:.1f}M parameters, mesh {dict(mesh.shape)}, {jax.process_count()} processes: {came}", flush=True
-      )
-    if args.notes and restored.step is not None:
-      note(f"restored-{restored.step}.json", digests(state, batches))
-
-    shown = 0
-    since, tokens_since = time.perf_counter(), 0
+      batches.state = restored.extras["data"]
+    log.begin(restored, batches)
     for step in range(restored.next_step, args.steps):
-      tokens = batches.next(rows)
-      state, loss = train_step(state, tokens)
-      tokens_since += tokens.shape[0] * args.context
-      end = step == args.steps - 1
-      saving = c.save(step, state, metrics={"loss": loss}, extras={"data": batches.state}, final=end)
-      if saving and args.notes:
-        note(f"trained-{step}.json", digests(state, batches))
-      for record in c.saves[shown:]:
-        if record.background_s is not None:
-          shown += 1
-          if first:
-            print(
-              f"  saved step {record.step}: {record.nbytes / 1e6:.0f} MB, {record.blocking_s:.2f} s blocking, "
-              f"{record.background_s:.2f} s in the background",
-              flush=True,
-            )
-          note(f"save-{record.step}.json", vars(record))
-      if step % args.show == args.show - 1 or end:
-        value = float(loss)
-        now = time.perf_counter()
-        if first:
-          print(f"step {step + 1:4d}  loss {value:.3f}  {tokens_since / (now - since):,.0f} tokens/s", flush=True)
-        since, tokens_since = now, 0
-  for record in c.saves[shown:]:
-    note(f"save-{record.step}.json", vars(record))
+      state, loss = train_step(state, batches.next(rows))
+      extras = {"data": batches.state}
+      if c.save(step, state, metrics={"loss": loss}, extras=extras, final=step == args.steps - 1):
+        log.digests(f"trained-{step}", state, batches)
+      log.saves(c.saves)
+      log.step(step, loss)
+  log.saves(c.saves)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

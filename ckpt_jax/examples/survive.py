@@ -2,8 +2,8 @@
 
 1. 4 processes x 2 devices train and save on schedule; process 2 is killed with -9 while a save is being written.
 2. 2 processes x 2 devices take over from the newest committed step and train to the end.
-3. An uninterrupted 4 x 2 job with the same seed trains to that step: parameters, optimizer state, step, random key and
-   the next batch must have the same bits as those that the second job found in memory after its restore.
+3. An uninterrupted 4 x 2 job with the same seed trains to that step: its parameters, optimizer state, step, random key
+   and next batch must have the same bits as those that the second job had in memory after its restore.
 """
 
 from __future__ import annotations
@@ -73,48 +73,48 @@ def _acts(work: pathlib.Path, args: argparse.Namespace, console: Console) -> int
   want = json.loads((notes / "reference" / f"trained-{resumed_at}.json").read_text())
   got = json.loads((notes / "resumed" / f"restored-{resumed_at}.json").read_text())
 
-  saves = Table("job", "step", "MB", "blocking s", "background s", title="What each save cost")
-  for job in ("killed", "resumed"):
-    for file in sorted((notes / job).glob("save-*.json"), key=lambda p: int(p.stem.split("-")[1])):
-      record = json.loads(file.read_text())
-      background = "-" if record["background_s"] is None else f"{record['background_s']:.2f}"
-      saves.add_row(
-        job, str(record["step"]), f"{record['nbytes'] / 1e6:.0f}", f"{record['blocking_s']:.2f}", background
-      )
-  console.print(saves)
-  share = Table("process", "chunks", "MB", "share", title=f"Who wrote step {resumed_at}")
-  for p in writes.processes:
-    share.add_row(str(p.process), str(p.chunks), f"{p.nbytes / 1e6:.1f}", f"{p.nbytes / writes.nbytes:.1%}")
-  share.add_section()
-  share.add_row("twice", str(len(writes.overlaps)))
-  console.print(share)
-
+  console.print(_costs(notes))
+  console.print(f"Who wrote step {resumed_at}\n{writes.table()}")
   different = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
-  proof = Table(
-    "what", "leaves", "bitwise equal", title=f"Uninterrupted (4 x 2) against resumed (2 x 2) at step {resumed_at}"
-  )
-  for title, prefix in (
-    ("parameters", "['params']"),
-    ("optimizer state", "['opt']"),
-    ("step", "['step']"),
-    ("random key", "['rng']"),
-    ("data order (next batch)", "next batch"),
-  ):
-    names = [name for name in want if name.startswith(prefix)]
-    equal = sum(name not in different for name in names)
-    proof.add_row(
-      title, str(len(names)), "yes" if names and equal == len(names) else f"NO: {len(names) - equal} differ"
-    )
-  console.print(proof)
+  console.print(_proof(list(want), different, resumed_at))
+  lost = victim_step - resumed_at
   console.print(
     f"killed while step {victim_step} was being written; resumed from step {resumed_at}: "
-    f"{victim_step - resumed_at} steps of work were lost and trained again."
+    f"{lost} step{'s' * (lost != 1)} of work lost and trained again."
   )
   if different:
     console.print(f"[red]not the same: {', '.join(different[:5])}[/red]")
     return 1
   console.print(f"[green]all {len(want)} leaves are bit for bit what an uninterrupted run has.[/green]")
   return 0
+
+
+def _costs(notes: pathlib.Path) -> Table:
+  """What each save cost."""
+  table = Table("job", "step", "MB", "blocking s", "background s", title="What each save cost")
+  for job in ("killed", "resumed"):
+    for file in sorted((notes / job).glob("save-*.json"), key=lambda p: int(p.stem.split("-")[1])):
+      save = json.loads(file.read_text())
+      seconds = f"{save['blocking_s']:.2f}", f"{save['background_s']:.2f}"
+      table.add_row(job, str(save["step"]), f"{save['nbytes'] / 1e6:.0f}", *seconds)
+  return table
+
+
+def _proof(names: list[str], different: list[str], step: int) -> Table:
+  """Which parts of the state are bitwise equal."""
+  title = f"Uninterrupted (4 x 2) against resumed (2 x 2) at step {step}"
+  table = Table("what", "leaves", "bitwise equal", title=title)
+  for part, prefix in (
+    ("parameters", "['params']"),
+    ("optimizer state", "['opt']"),
+    ("step", "['step']"),
+    ("random key", "['rng']"),
+    ("data order (next batch)", "next batch"),
+  ):
+    leaves = [name for name in names if name.startswith(prefix)]
+    differ = sum(name in different for name in leaves)
+    table.add_row(part, str(len(leaves)), "yes" if leaves and not differ else f"NO: {differ} differ")
+  return table
 
 
 def _start(run: pathlib.Path, notes: pathlib.Path, steps: int, every: int, *, processes: int) -> Job:
