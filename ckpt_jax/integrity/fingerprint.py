@@ -32,7 +32,7 @@ from ckpt_jax.layout.structure import Flat
 _TASK_NBYTES = 32 << 20  # larger pieces are cut for the threads to share
 _SCALARS = {"bool": np.uint8, "int": np.int64, "float": np.float64, "complex": np.complex128}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_Task = tuple[Sequence[str], Callable[[], Sequence[Tally]]]  # what finds a tally for each path
+_Task = tuple[Sequence[str], Callable[[], Tally | list[Tally]]]  # what finds a tally for each path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +132,10 @@ class Taken:
           alike[bits.shape, bits.dtype, floats, sum_it, hash_it].append((path, bits))
           continue
         if hash_it:
-          yield [path], functools.partial(_hash, leaf, bits, start)
+          yield [path], functools.partial(_hashed, leaf, bits, start)
         if bits.size > 0 and (sum_it or floats is not None):
           for part, at in _cut(bits, start):
-            yield [path], functools.partial(_tally, leaf, part, at, floats, sum_it)
+            yield [path], functools.partial(sums.tally_block, part, at, leaf.bits_shape, floats, fingerprint=sum_it)
     for (*_, floats, sum_it, hash_it), members in alike.items():
       for i in range(min(threads, len(members))):
         paths, blocks = zip(*members[i::threads], strict=True)
@@ -278,24 +278,13 @@ def _cut(bits: np.ndarray, start: tuple[int, ...]) -> list[tuple[np.ndarray, tup
   return [(bits[i : i + step], (first + i, *rest)) for i in range(0, len(bits), step)]
 
 
-def _tally(
-  leaf: Leaf, bits: np.ndarray, start: tuple[int, ...], floats: np.dtype | None, sum_it: bool
-) -> Sequence[Tally]:
-  tally = Tally()
-  if sum_it:
-    sums.add_block(tally, bits, start, leaf.bits_shape, floats)
-  elif floats is not None:
-    sums.add_health(tally, bits, floats)
-  return [tally]
-
-
-def _hash(leaf: Leaf, bits: np.ndarray, start: tuple[int, ...]) -> Sequence[Tally]:
+def _hashed(leaf: Leaf, bits: np.ndarray, start: tuple[int, ...]) -> Tally:
   """Hash of one shard, seeded with the shard's number, so that swapped shards differ."""
   number = 0
   assert leaf.part is not None
   for begin, size, part in zip(start, leaf.bits_shape, leaf.part, strict=False):  # the halves of complex128 are not cut
     number = number * (size // max(1, part)) + begin // max(1, part)
-  return [Tally(hash=sums.hash_bits(bits, number))]
+  return Tally(hash=sums.hash_bits(bits, number))
 
 
 def _run(tasks: Sequence[_Task], threads: int) -> list[dict[str, Tally]]:
@@ -304,8 +293,9 @@ def _run(tasks: Sequence[_Task], threads: int) -> list[dict[str, Tally]]:
   def run(mine: Sequence[_Task]) -> dict[str, Tally]:
     out: dict[str, Tally] = collections.defaultdict(Tally)
     for paths, tally in mine:
-      for path, found in zip(paths, tally(), strict=True):
-        out[path].add(found)
+      found = tally()
+      for path, one in zip(paths, found if isinstance(found, list) else [found], strict=True):
+        out[path].add(one)
     return out
 
   if threads == 1:

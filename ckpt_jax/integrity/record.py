@@ -212,12 +212,10 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
       _part(directory, jax.process_index()).write_text(json.dumps(recording.part))
 
   def save(self, *args: Any, **kwargs: Any) -> None:
-    """Never called: the manager is opened with async options."""
+    """Never called, nor is `restore`: saves are asynchronous, and restores go through `restore.read`."""
     raise NotImplementedError
 
-  def restore(self, *args: Any, **kwargs: Any) -> Any:
-    """Never called: see `restore.read`."""
-    raise NotImplementedError
+  restore = save
 
   def metadata(self, directory: epath.Path) -> Any:
     return self._inner.metadata(directory)

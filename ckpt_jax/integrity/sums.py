@@ -116,20 +116,30 @@ class Tally:
     self.squares += other.squares
 
 
-def add_block(
-  tally: Tally, block: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...], floats: np.dtype | None = None
-) -> None:
-  """Adds the sum of one block of an array.
+def tally_block(
+  block: np.ndarray,
+  start: tuple[int, ...],
+  shape: tuple[int, ...],
+  floats: np.dtype | None = None,
+  *,
+  fingerprint: bool = True,
+) -> Tally:
+  """The tally of one block of an array.
 
   Args:
-    tally: what to add to.
     block: the block's bits as unsigned integers, C-contiguous, with as many axes as `shape`.
     start: index of the block's first element in the array.
     shape: shape of the whole array.
     floats: dtype of the numbers that the bits are, to count health too.
+    fingerprint: whether to sum the bits; without it health takes the speed of memory for float32 and float64.
   """
-  if block.size == 0:
-    return
+  tally = Tally()
+  if floats is not None and not fingerprint:
+    flat, step = block.reshape(-1), _CHUNK_NBYTES // block.itemsize
+    for i in range(0, flat.size, step):
+      _add_health([tally], flat[i : i + step], floats)
+  if block.size == 0 or not fingerprint:
+    return tally
   first = columns_from(shape, block.itemsize)
   local = block.shape
   rows = row_weights(shape[:first], start[:first], local[:first])
@@ -143,6 +153,7 @@ def add_block(
     column = (offset * shape[cut] + start[cut]) * inner if cut < len(shape) else 0
     piece = block[(*[slice(None)] * first, *index)] if index else block
     _add_rows(tally, piece.reshape(len(rows), -1), column, rows, floats)
+  return tally
 
 
 def _add_rows(tally: Tally, matrix: np.ndarray, column: int, rows: np.ndarray, floats: np.dtype | None) -> None:
@@ -160,7 +171,7 @@ def _add_rows(tally: Tally, matrix: np.ndarray, column: int, rows: np.ndarray, f
       sums = _weighted(chunk, *weights) @ blocks
       tally.total = (tally.total + int(np.dot(sums, rows[i : i + step]))) & MASK
       if floats is not None:
-        _add_health(tally, chunk, floats)
+        _add_health([tally], chunk, floats)
 
 
 def _segments(first: int, count: int) -> Iterator[tuple[int, int]]:
@@ -207,7 +218,7 @@ def tally_alike(
 
   Args:
     blocks: their bits, C-contiguous; none is empty or larger than SMALL_NBYTES.
-    floats: as for `add_block`.
+    floats: as for `tally_block`.
     fingerprint: whether to sum the bits.
     hashed: whether to hash them too.
   """
@@ -232,7 +243,7 @@ def tally_alike(
       for tally, total in zip(bunch, totals.tolist(), strict=True):
         tally.total = total
     if floats is not None:
-      _add_health_alike(bunch, matrix.reshape(len(bunch), -1), floats)
+      _add_health(bunch, matrix, floats)
   return tallies
 
 
@@ -249,38 +260,21 @@ def _table(dtype: np.dtype) -> np.ndarray:
   return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
 
 
-def add_health(tally: Tally, bits: np.ndarray, floats: np.dtype) -> None:
-  """Adds the health of a block without its sum, at the speed of memory for float32 and float64."""
-  flat = bits.reshape(-1)
-  step = _CHUNK_NBYTES // bits.itemsize
-  for i in range(0, flat.size, step):
-    _add_health(tally, flat[i : i + step], floats)
-
-
-def _add_health(tally: Tally, words: np.ndarray, dtype: np.dtype) -> None:
-  values = _numbers(words, dtype)
-  with np.errstate(over="ignore", invalid="ignore"):
-    squares = float(np.dot(values, values))
-  if math.isfinite(squares):  # a NaN or an infinity would have stayed in it
-    tally.squares += squares
-    return
-  finite = np.isfinite(values)
-  tally.nonfinite += int(values.size - np.count_nonzero(finite))
-  tally.nan += int(np.count_nonzero(np.isnan(values)))
-  large = values[finite].astype(np.float64)
-  with np.errstate(over="ignore"):
-    tally.squares += float(np.dot(large, large))
-
-
-def _add_health_alike(tallies: Sequence[Tally], words: np.ndarray, dtype: np.dtype) -> None:
+def _add_health(tallies: Sequence[Tally], words: np.ndarray, dtype: np.dtype) -> None:
+  """Adds the health of as many parts, of equal size, as there are tallies."""
   values = _numbers(words, dtype).reshape(len(tallies), -1)
   with np.errstate(over="ignore", invalid="ignore"):
-    squares = np.einsum("ij,ij->i", values, values).tolist()
-  for tally, found, row in zip(tallies, squares, words, strict=True):
-    if math.isfinite(found):
-      tally.squares = found
-    else:
-      _add_health(tally, row, dtype)
+    squares = np.vecdot(values, values).tolist()
+  for tally, found, row in zip(tallies, squares, values, strict=True):
+    if math.isfinite(found):  # a NaN or an infinity would have stayed in it
+      tally.squares += found
+      continue
+    finite = np.isfinite(row)
+    tally.nonfinite += int(row.size - np.count_nonzero(finite))
+    tally.nan += int(np.count_nonzero(np.isnan(row)))
+    large = row[finite].astype(np.float64)
+    with np.errstate(over="ignore"):
+      tally.squares += float(np.dot(large, large))
 
 
 def _numbers(words: np.ndarray, dtype: np.dtype) -> np.ndarray:

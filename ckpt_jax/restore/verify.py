@@ -340,7 +340,7 @@ class _Check:
           value = np.ascontiguousarray(read.result())
           bits = fingerprint.bits_of(value)
           start = tuple(b[0] for b in block) + (0,) * (bits.ndim - len(block))
-          sums.add_block(tally, bits, start, (*store.shape, *bits.shape[len(block) :]))
+          tally.add(sums.tally_block(bits, start, (*store.shape, *bits.shape[len(block) :])))
           self._advance(value.nbytes)
     except Exception as e:
       self._unread_leaf(step, plan.name, e)

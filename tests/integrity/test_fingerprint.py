@@ -26,9 +26,7 @@ SHAPES = [(), (1,), (7,), (5, 3), (200, 3), (3, 200), (40, 3, 5), (2, 3, 300), (
 
 
 def total(array):
-  tally = sums.Tally()
-  sums.add_block(tally, array, (0,) * array.ndim, array.shape)
-  return tally.total
+  return sums.tally_block(array, (0,) * array.ndim, array.shape).total
 
 
 def leaf_total(leaf):
@@ -92,7 +90,7 @@ def test_sum_is_the_formula_and_parts_add_up_however_they_are_cut(shape, width):
     tally = sums.Tally()
     for block in itertools.product(*[list(itertools.pairwise(c)) for c in cuts]):
       part = np.ascontiguousarray(array[tuple(slice(*b) for b in block)])
-      sums.add_block(tally, part, tuple(b[0] for b in block), shape)
+      tally.add(sums.tally_block(part, tuple(b[0] for b in block), shape))
     assert tally.total == want
 
 
