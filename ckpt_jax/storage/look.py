@@ -1,7 +1,8 @@
 """Looks at files without taking one that cannot be read for one that is missing.
 
 `os.path.exists` and epath answer no for a directory without permission, a stale NFS handle and an I/O error alike. A
-step that counts as missing would be passed over, moved aside or trained anew: here these errors are a StorageError.
+step that counts as missing would be passed over, moved aside or trained anew. All functions here raise StorageError for
+what cannot be read, and FileNotFoundError only for what is missing.
 """
 
 from __future__ import annotations
@@ -43,20 +44,12 @@ def _reading(path: epath.Path) -> Iterator[None]:
 
 
 def exists(path: epath.Path) -> bool:
-  """Whether a file or directory exists.
-
-  Raises:
-    StorageError: if its parent cannot be read.
-  """
+  """Whether a file or directory exists."""
   return path.exists() if is_object_store(path) else _mode(path) is not None
 
 
 def is_dir(path: epath.Path) -> bool:
-  """Whether a directory exists.
-
-  Raises:
-    StorageError: if its parent cannot be read.
-  """
+  """Whether a directory exists."""
   return path.is_dir() if is_object_store(path) else stat.S_ISDIR(_mode(path) or 0)
 
 
@@ -69,11 +62,7 @@ def _mode(path: epath.Path) -> int | None:
 
 
 def names(directory: epath.Path) -> list[str]:
-  """The names in a directory; none if it does not exist.
-
-  Raises:
-    StorageError: if it cannot be listed.
-  """
+  """The names in a directory; none if it does not exist."""
   try:
     with _reading(directory):
       return [path.name for path in directory.iterdir()]
@@ -82,23 +71,13 @@ def names(directory: epath.Path) -> list[str]:
 
 
 def read_bytes(file: epath.Path, most: int = -1) -> bytes:
-  """The content of a file, or its first `most` bytes.
-
-  Raises:
-    FileNotFoundError: if it does not exist, or is a directory.
-    StorageError: if it cannot be read.
-  """
+  """The content of a file, or its first `most` bytes. A directory counts as a missing file."""
   with _reading(file), file.open("rb") as opened:
     return opened.read(most)
 
 
 def file_nbytes(file: epath.Path) -> int:
-  """Bytes of a file on a disk; 0 for an object, since asking costs as much as reading it.
-
-  Raises:
-    FileNotFoundError: if it does not exist.
-    StorageError: if its directory cannot be read.
-  """
+  """Bytes of a file on a disk; 0 for an object, since asking costs as much as reading it."""
   if is_object_store(file):
     return 0
   with _reading(file):
@@ -135,11 +114,7 @@ def is_vanishing(directory: epath.Path) -> bool:
 
 
 def files_below(directory: epath.Path) -> list[epath.Path]:
-  """All files in a directory and its subdirectories, sorted.
-
-  Raises:
-    StorageError: if one of the directories cannot be listed.
-  """
+  """All files in a directory and its subdirectories, sorted."""
   if is_object_store(directory):
     return sorted(directory / key for key in BACKEND.tree(directory))
 
@@ -154,11 +129,7 @@ def files_below(directory: epath.Path) -> list[epath.Path]:
 
 
 def read_through(file: epath.Path, block: int) -> int:
-  """Reads all of a file in blocks of this many bytes, and returns its length.
-
-  Raises:
-    StorageError: if it cannot be read.
-  """
+  """Reads all of a listed file in blocks of this many bytes, and returns its length; a missing one cannot be read."""
   try:
     with file.open("rb") as opened:
       return sum(map(len, iter(lambda: opened.read(block), b"")))

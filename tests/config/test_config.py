@@ -40,13 +40,13 @@ def load(tmp_path, text):
     ("a: [\n", "not YAML"),
   ],
 )
-def test_mistake_is_told_with_file_and_line(tmp_path, text, message):
+def test_mistake_is_reported_with_file_and_line(tmp_path, text, message):
   with pytest.raises(ckpt.ConfigError) as e:
     load(tmp_path, text)
   assert message in str(e.value) and "run.yaml" in str(e.value)
 
 
-def test_all_mistakes_are_told_at_once(tmp_path):
+def test_all_mistakes_are_reported_at_once(tmp_path):
   with pytest.raises(ckpt.ConfigError) as e:
     load(tmp_path, "retention: {lst: 3}\nlimits:\n  host_memory: lots\n")
   assert len(str(e.value).splitlines()) == 2

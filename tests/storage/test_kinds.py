@@ -1,4 +1,4 @@
-"""What a path lies on: recorded mount tables, and this machine's own."""
+"""Kinds of storage, from recorded mount tables and the one of this machine."""
 
 import logging
 import os
@@ -64,7 +64,7 @@ def test_every_kind_has_traits_with_a_reason():
     assert kind.traits.why and kind.traits.parallelism >= 1, kind
 
 
-def test_disk_is_a_network_disk_if_sys_says_so(tmp_path):
+def test_disk_is_a_network_disk_if_its_model_in_sys_says_so(tmp_path):
   for number, model in {"259:0": "Amazon Elastic Block Store", "259:1": "Amazon EC2 NVMe Instance Storage"}.items():
     disk = tmp_path / "devices" / number.replace(":", "-")
     (disk / "device").mkdir(parents=True)
@@ -93,14 +93,14 @@ def test_bucket_mount_warns_once_with_the_url_to_use(caplog):
   assert [r.getMessage().count("gs://gbucket/a/run") for r in caplog.records] == [1]
 
 
-def test_memory_is_warned_of(caplog):
+def test_memory_gets_a_warning(caplog):
   with caplog.at_level(logging.WARNING, "ckpt_jax"):
     assert check_suitable("/mnt/shared/scratch/y", mounts=(MOUNTS / "cloud-nfs.txt").read_text()) == "tmpfs"
   assert "lost at reboot" in caplog.text
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-def test_a_real_mount_of_this_machine_is_seen(tmp_path):
+def test_real_mount_of_this_machine_is_found(tmp_path):
   assert subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], check=False).returncode == 0
   try:
     assert detect(tmp_path / "not" / "there" / "yet") == "tmpfs"

@@ -256,7 +256,7 @@ def test_requests_are_counted_by_kind(method, path, kind):
 
 
 @pytest.mark.skipif(shutil.which("s3fs") is None or not os.path.exists("/dev/fuse"), reason="needs s3fs and FUSE")
-def test_mounted_bucket_is_seen_saved_to_and_warned_of(s3, tmp_path, caplog):
+def test_mounted_bucket_works_with_a_warning_that_names_its_url(s3, tmp_path, caplog):
   password = tmp_path / "password"
   password.write_text("testing:testing")
   password.chmod(0o600)
