@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Unpack
 
 import pydantic
 from pydantic import Field, StrictBool, StrictInt, StrictStr
@@ -344,6 +344,21 @@ class StorageConfig(_Section):
     return {"kind": data} if isinstance(data, str) else data
 
 
+if TYPE_CHECKING:
+
+  class _Sections(TypedDict, total=False):
+    schedule: ScheduleConfig | Mapping[str, Any]
+    retention: RetentionConfig | Mapping[str, Any]
+    layout: LayoutConfig | Mapping[str, Any]
+    limits: LimitsConfig | Mapping[str, Any]
+    restore: RestoreConfig | Mapping[str, Any]
+    health: HealthConfig | Mapping[str, Any]
+    preemption: PreemptionConfig | Mapping[str, Any]
+    timeouts: TimeoutsConfig | Mapping[str, Any]
+    storage: StorageConfig | StorageName | Mapping[str, Any]
+    item: str | None
+
+
 class Config(_Section):
   """All settings of a Checkpointer. Each section is a dict or its class, whose docstring has the keys. Immutable.
 
@@ -367,22 +382,9 @@ class Config(_Section):
   storage: StorageConfig = Field(default_factory=StorageConfig)
   item: ItemName | None = None
 
-  if TYPE_CHECKING:  # a section may be given as a dict, which the synthesized signature would not allow
+  if TYPE_CHECKING:  # the synthesized signature would not allow dicts
 
-    def __init__(
-      self,
-      *,
-      schedule: ScheduleConfig | Mapping[str, Any] = ...,
-      retention: RetentionConfig | Mapping[str, Any] = ...,
-      layout: LayoutConfig | Mapping[str, Any] = ...,
-      limits: LimitsConfig | Mapping[str, Any] = ...,
-      restore: RestoreConfig | Mapping[str, Any] = ...,
-      health: HealthConfig | Mapping[str, Any] = ...,
-      preemption: PreemptionConfig | Mapping[str, Any] = ...,
-      timeouts: TimeoutsConfig | Mapping[str, Any] = ...,
-      storage: StorageConfig | StorageName | Mapping[str, Any] = ...,
-      item: str | None = ...,
-    ) -> None: ...
+    def __init__(self, **sections: Unpack[_Sections]) -> None: ...
 
   @pydantic.model_validator(mode="before")
   @classmethod
