@@ -1,4 +1,4 @@
-"""Real processes: the launcher, who wrote what, resharding between process counts, preemption."""
+"""Real processes: the launcher, the report of writes, resharding between process counts, preemption."""
 
 import os
 import pathlib
@@ -25,7 +25,7 @@ def run_all(mode, run, processes):
 
 
 def run_afresh(mode, run, returncode=0):
-  """In processes of their own, which are signalled or fork."""
+  """Runs in fresh processes, which are signalled or fork."""
   results = launch([TRAIN, str(run), mode], processes=2, devices=2, timeout=180)
   assert [r.returncode for r in results] == [returncode] * 2, results[0].log
   return results
@@ -113,15 +113,15 @@ def test_first_failure_ends_the_others_and_shows_its_log(tmp_path):
       os.kill(int(pid), 0)
 
 
-def test_hanging_job_is_ended_with_a_message_that_names_who(tmp_path):
+def test_hanging_job_is_ended_with_a_message_that_names_its_processes(tmp_path):
   script = tmp_path / "hang.py"
   script.write_text("import time; time.sleep(600)\n")
   with pytest.raises(TimeoutError, match=r"waited 1 s for processes \[0, 1\] of 2"):
     launch([str(script)], processes=2, timeout=1)
 
 
-def test_number_of_a_process_that_has_ended_stays_its_own_until_the_job_is_stopped(tmp_path, monkeypatch):
-  """Numbers come again, within minutes on a busy machine: whoever kills by a number that is free kills a stranger."""
+def test_process_id_of_an_ended_process_is_not_reused_until_the_job_is_stopped(tmp_path, monkeypatch):
+  """Process ids are reused, within minutes on a busy machine: a kill by a free id would hit another program."""
   script = tmp_path / "ends.py"
   script.write_text("import os, time; time.sleep(600 * int(os.environ['CKPT_JAX_PROCESS_INDEX']))\n")
   job = Job([str(script)], processes=2)
@@ -132,12 +132,12 @@ def test_number_of_a_process_that_has_ended_stays_its_own_until_the_job_is_stopp
   finally:
     job.stop(grace=0)
   killed = []
-  monkeypatch.setattr(os, "killpg", lambda number, sig: killed.append(number))
+  monkeypatch.setattr(os, "killpg", lambda pid, sig: killed.append(pid))
   job.stop(grace=0)
   assert killed == [] and [child.returncode for child in job.children] == [0, -signal.SIGKILL]
 
 
-def test_ports_of_a_job_are_not_those_of_outgoing_connections():
+def test_ports_of_a_job_are_outside_the_range_of_outgoing_connections():
   low, high = map(int, pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
   assert not [port for port in (multihost.free_port() for _ in range(50)) if low <= port <= high]
 
@@ -172,22 +172,22 @@ def test_empty_launcher_variables_mean_one_process(monkeypatch):
   multihost.initialize()
 
 
-def test_failed_write_of_one_process_is_told_to_all_at_once_and_the_next_save_works(tmp_path):
+def test_failed_write_of_one_process_is_raised_on_all_and_the_next_save_works(tmp_path):
   results = run_all("one_fails", tmp_path, 4)
   for r in results:
-    told = re.search(r"told after (\d+\.\d) s: .*step 1 was not saved: .*", r.log)
-    assert told and float(told[1]) < 120, r.log
-    assert "too large" in told[0] and "newest committed step is 0" in told[0]
+    raised = re.search(r"raised after (\d+\.\d) s: .*step 1 was not saved: .*", r.log)
+    assert raised and float(raised[1]) < 120, r.log
+    assert "too large" in raised[0] and "newest committed step is 0" in raised[0]
   for r in (results[0], results[2], results[3]):
     assert "process 1 failed" in r.log
   with ckpt.Checkpointer(tmp_path) as c:
     assert [s.step for s in c.steps()] == [0, 2]
 
 
-def test_who_does_not_arrive_is_named(tmp_path):
+def test_processes_that_do_not_arrive_are_named(tmp_path):
   for r in run_all("one_is_late", tmp_path, 4):
     if r.process != 1:
-      assert "told: waited 2 s for the late one; of 4 processes these did not arrive: 1" in r.log
+      assert "timeout: waited 2 s for the late one; of 4 processes these did not arrive: 1" in r.log
 
 
 def test_run_opened_again_and_again_by_the_same_processes_goes_on_saving(tmp_path):

@@ -1,4 +1,4 @@
-"""The benchmark: that it measures what it says, tells what it leaves out, and that the docs quote it rightly."""
+"""The benchmark measures what it claims, reports what it leaves out, and the docs quote its results."""
 
 import dataclasses
 import json
@@ -159,7 +159,7 @@ def test_other_bits_than_were_saved_are_noticed(tmp_path, name):
   target.close()
 
 
-def test_a_process_that_fails_is_told_with_what_it_wrote(tmp_path):
+def test_a_process_that_fails_is_reported_with_its_output(tmp_path):
   nameless = dataclasses.replace(suites.SUITES["tiny"], name="no-such-suite")
   with pytest.raises(CheckpointError, match=r"(?s)no-such-suite, raw file.*ended before it connected.*KeyError"):
     WorkerJob(nameless, VARIANTS["raw"], str(tmp_path), {})
@@ -193,7 +193,7 @@ def test_groups_name_their_suites_once():
 
 
 @pytest.mark.parametrize("name", list(suites.SUITES))
-def test_suites_are_what_their_words_say(name):
+def test_suites_have_the_sizes_of_their_descriptions(name):
   suite = suites.SUITES[name]
   if suite.name in ("w1", "w3"):  # a gigabyte each; the second is the first's state
     assert suite.make is suites.SUITES["w1"].make
@@ -202,8 +202,8 @@ def test_suites_are_what_their_words_say(name):
   again = dict(suites.leaves(suites.state_of(suite)))
   assert all((again[k] == v).all() for k, v in state.items()), "the same bits for every variant"
   megabytes = sum(x.nbytes for x in state.values()) / 1e6
-  told = re.search(r"([\d.]+) MB", suite.what)
-  assert told is None or float(told[1]) == pytest.approx(megabytes, rel=0.01)
+  stated = re.search(r"([\d.]+) MB", suite.what)
+  assert stated is None or float(stated[1]) == pytest.approx(megabytes, rel=0.01)
   count = re.search(r"([\d,]+) leaves", suite.what)
   assert count is None or int(count[1].replace(",", "")) == len(state)
 

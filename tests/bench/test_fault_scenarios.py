@@ -30,20 +30,20 @@ def test_job_killed_at_random_moments_goes_on_from_its_last_commit():
 
 
 @pytest.mark.multiprocess
-def test_job_of_several_of_which_one_is_killed_goes_on_from_its_last_commit():
+def test_job_of_several_processes_resumes_from_its_last_commit_after_one_is_killed():
   for found in kills("ckpt_jax", 2, [103], megabytes=4):
     assert found["good"], found
 
 
 @needs_root
 @pytest.mark.multiprocess
-def test_disk_that_turns_read_only_costs_one_step_and_is_told_once():
+def test_disk_that_turns_read_only_costs_one_step_and_raises_once():
   survives("read_only")
 
 
 @needs_root
 @pytest.mark.multiprocess
-def test_storage_that_stops_to_answer_is_told_within_the_timeout_and_the_process_can_end():
+def test_storage_that_stops_answering_raises_within_the_timeout_and_the_process_can_end():
   assert survives("hang")["waited_s"] < 60, "the timeout is 5 s, that of storage none"
 
 
@@ -64,6 +64,6 @@ def test_what_was_tried_already_is_not_tried_again_and_the_table_counts_it():
   assert page.startswith("before\n") and page.endswith("\nafter\n") and text in page and "old" not in page
 
 
-def test_unknown_fault_names_those_that_there_are():
+def test_unknown_fault_names_the_known_ones():
   done = cli("bench", "faults", "earthquake")
   assert done.returncode == 2 and all(name in done.stderr for name in FAULTS)

@@ -1,4 +1,4 @@
-"""What people do, in real processes; `ckpt-jax bench people` tries all of it and writes the table of docs/faults.md."""
+"""Ordinary use and mistakes, in real processes; `ckpt-jax bench people` writes the table of docs/faults.md."""
 
 import pathlib
 import re
@@ -24,12 +24,12 @@ def test_ends_well(name):
   assert found["good"], found
 
 
-def test_a_scenario_that_ends_badly_is_told_with_what_was_seen():
+def test_a_scenario_that_ends_badly_is_reported_with_what_was_seen():
   found = one("orbax", "began_anew")
   assert found == {"good": False, "seen": "5 of 5 saves were skipped without an error"}
 
 
-def test_everything_that_people_do_has_a_program():
+def test_every_scenario_has_a_program():
   helpers = {"train_until_sigterm", "serve_until_sigterm", "train_and_keep_one"}
   assert {*SCENARIOS, *STATES} - helpers == {*PEOPLE} - {"preempted", "serving"}
 
@@ -52,7 +52,7 @@ def test_the_page_shows_everything():
   assert re.search(rf"{len(PEOPLE)} of {len(PEOPLE)} end well with ckpt_jax", page)
 
 
-def test_unknown_names_are_refused_with_those_that_there_are():
+def test_unknown_names_are_refused_with_the_known_ones():
   done = subprocess.run(
     [sys.executable, "-m", "ckpt_jax", "bench", "people", "sleep"], capture_output=True, text=True, timeout=60
   )

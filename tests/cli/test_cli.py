@@ -1,14 +1,20 @@
 """The command line as a user types it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from typing import Annotated
 
 import jax.numpy as jnp
 import pytest
+import typer
 from commands import cli
+from typer.testing import CliRunner
 
 import ckpt_jax as ckpt
+from ckpt_jax.cli.app import app as whole_app
+from ckpt_jax.cli.common import grouped, print_table
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +112,7 @@ def test_leaf_names_that_look_like_markup_are_shown(tmp_path):
   assert "w/[bold]" in cli("show", tmp_path).stdout
 
 
-def test_who_reports_a_process_of_which_nothing_is_left(tmp_path):
+def test_who_reports_a_process_whose_database_is_empty(tmp_path):
   with ckpt.Checkpointer(tmp_path) as c:
     c.save(0, {"w": jnp.ones(3)})
   (tmp_path / "0" / "default" / "ocdbt.process_0" / "manifest.ocdbt").unlink()
@@ -125,3 +131,42 @@ def test_who_reports_a_process_of_which_nothing_is_left(tmp_path):
 def test_wrong_usage_exits_2_and_says_what_is_right(arguments, message):
   done = cli(*arguments)
   assert done.returncode == 2 and message in " ".join(done.stderr.split()), done.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+  width: Annotated[int, typer.Option("--wide", min=1)]
+  name: Annotated[str, typer.Option()] = "box"
+
+
+def test_options_of_a_group_arrive_as_its_dataclass():
+  app = typer.Typer()
+
+  @app.command()
+  @grouped
+  def show(path: str, box: Box, loud: Annotated[bool, typer.Option("--loud")] = False) -> None:
+    """Shows a box."""
+    typer.echo(f"{path} {box} {loud}")
+
+  assert CliRunner().invoke(app, ["here", "--wide", "3", "--loud"]).output == "here Box(width=3, name='box') True\n"
+  assert CliRunner().invoke(app, ["here"]).exit_code == 2
+  assert CliRunner().invoke(app, ["here", "--wide", "0"]).exit_code == 2
+  assert "Shows a box." in CliRunner().invoke(app, ["--help"]).output
+
+
+def test_long_tables_hold_the_same_cells_as_short_ones(capsys):
+  for rows in (3, 1000):
+    print_table(["step", "metrics"], [[str(i), f"loss[x]={i}"] for i in range(rows)], title="a run")
+    out = capsys.readouterr().out
+    assert "a run" in out and "metrics" in out and all(f"loss[x]={i}" in out for i in range(rows))
+
+
+def test_every_command_says_what_it_does():
+  def check(command, path):
+    assert command.help and command.help.strip()[0].isupper(), path
+    for parameter in command.params:
+      assert getattr(parameter, "help", None), f"{path} {parameter.name}"
+    for name, inner in getattr(command, "commands", {}).items():
+      check(inner, f"{path} {name}")
+
+  check(typer.main.get_command(whole_app), "ckpt-jax")

@@ -40,22 +40,22 @@ def test_prune_with_yes_deletes_what_no_rule_keeps_but_not_what_is_pinned(run):
   assert cli("pin", run, 0).returncode == 0
   done = cli("prune", run, "--keep-every-steps", 4, "--yes", "--json")
   assert done.returncode == 0, done.stderr
-  told = json.loads(done.stdout)
-  assert told["kept"] == numbers(run) == [0, 4, 5] and told["removed"] == [1, 2, 3]
-  assert told["nbytes_freed"] == 96 and told["steps"][0]["kept_by"] == ["pinned", "every_steps"]
+  found = json.loads(done.stdout)
+  assert found["kept"] == numbers(run) == [0, 4, 5] and found["removed"] == [1, 2, 3]
+  assert found["nbytes_freed"] == 96 and found["steps"][0]["kept_by"] == ["pinned", "every_steps"]
   assert cli("unpin", run, 0).returncode == 0
   assert cli("unpin", run, 0).returncode == 1, "it is not pinned any more"
 
 
 def test_prune_decides_as_the_live_policy_does(run, tmp_path_factory):
-  told = json.loads(cli("prune", run, "--keep-last", 2, "--keep-best", "loss:max:2", "--json").stdout)
+  found = json.loads(cli("prune", run, "--keep-last", 2, "--keep-best", "loss:max:2", "--json").stdout)
   with ckpt.Checkpointer(
     tmp_path_factory.mktemp("live"),
     ckpt.Config(retention={"last": 2, "best": {"metric": "loss", "mode": "max", "n": 2}}),
   ) as c:
     for step in range(6):
       c.save(step, {"w": jnp.ones(8)}, metrics={"loss": abs(step - 1.0)})
-  assert told["kept"] == numbers(c.directory) and told["dry_run"]
+  assert found["kept"] == numbers(c.directory) and found["dry_run"]
 
 
 @pytest.mark.parametrize(

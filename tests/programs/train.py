@@ -135,7 +135,7 @@ elif mode == "one_fails":
       c.save(1, state)
       c.wait()
     except ckpt.SaveFailedError as e:
-      print(f"told after {time.monotonic() - started:.1f} s: {e}", flush=True)
+      print(f"raised after {time.monotonic() - started:.1f} s: {e}", flush=True)
     else:
       raise SystemExit("nobody said that step 1 was lost")
     if jax.process_index() == 1:
@@ -153,4 +153,4 @@ elif mode == "one_is_late":
     try:
       here.wait("the late one", 1.5)
     except TimeoutError as e:
-      print(f"told: {e}", flush=True)
+      print(f"timeout: {e}", flush=True)
