@@ -10,7 +10,6 @@ the new ones copied, marker last; for these seconds the step is not committed.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import json
 import logging
@@ -23,15 +22,15 @@ from etils import epath
 
 from ckpt_jax.errors import CheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.integrity.record import carry_record
-from ckpt_jax.orbax.format import COMMIT_MARKER, COMMITTED_AT, CUSTOM, STEP_METADATA
+from ckpt_jax.orbax.format import COMMITTED_AT, CUSTOM, STEP_METADATA
 from ckpt_jax.run.checksums import with_digest
+from ckpt_jax.run.quarantine import move_step
 from ckpt_jax.run.steps import DELETING, NOTES, OURS, is_step, noted_steps, step_directory, step_metadata, step_path
 from ckpt_jax.storage.durable import Sealing, seal, sync_directory
 from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
 REWRITING = "rewriting"  # RUN/.ckpt_jax/rewriting/STEP/{new,old} and STEP.ready
-_COPIES = 16
 Write = Callable[[epath.Path, epath.Path], dict[str, Any]]
 Check = Callable[[epath.Path, epath.Path], None]
 
@@ -143,7 +142,9 @@ def _swap(directory: epath.Path, step: int) -> None:
   new, old = place / "new", place / "old"
   if is_object_store(directory):
     if new.exists():
-      _replace_objects(step_dir, new)
+      with contextlib.suppress(FileNotFoundError):
+        step_dir.rmtree()  # commit markers first
+      move_step(new, step_dir)
   elif new.exists():
     if step_dir.exists():
       os.rename(step_dir, old)
@@ -152,20 +153,6 @@ def _swap(directory: epath.Path, step: int) -> None:
       sync_directory(os.fspath(directory))
   _ready_note(directory, step).unlink(missing_ok=True)
   _remove(place)
-
-
-def _replace_objects(step_dir: epath.Path, new: epath.Path) -> None:
-  from ckpt_jax.storage.objects import BACKEND
-
-  with contextlib.suppress(FileNotFoundError):
-    step_dir.rmtree()  # commit markers first
-  keys = list(BACKEND.tree(new))
-  markers = [k for k in keys if k.endswith(COMMIT_MARKER)]
-  with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
-    for _ in pool.map(lambda k: BACKEND.copy(new / k, step_dir / k, True), [k for k in keys if k not in markers]):
-      pass
-  for key in sorted(markers, key=lambda k: k.count("/"), reverse=True):  # the step's own last of all
-    BACKEND.copy(new / key, step_dir / key, True)
 
 
 def _copy_rest(old: epath.Path, new: epath.Path) -> None:

@@ -74,11 +74,9 @@ class StepDeleter:
     self._removing = threading.Lock()  # held while one step is removed or replaced
     self._moving = threading.RLock()  # held while a directory vanishes, or a manager opens
 
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
+  def paused(self) -> contextlib.AbstractContextManager[Any]:
     """Removes nothing meanwhile: an Orbax manager fails to open if a directory that it has listed vanishes."""
-    with self._moving:
-      yield
+    return self._moving
 
   @contextlib.contextmanager
   def moving(self) -> Iterator[None]:

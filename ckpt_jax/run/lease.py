@@ -29,6 +29,7 @@ from typing import Any
 
 from etils import epath
 
+from ckpt_jax.config.units import duration_text
 from ckpt_jax.errors import StorageError
 from ckpt_jax.failures import is_out_of_space, is_read_only, os_errors, root_cause, storage_errors, why_read_only
 from ckpt_jax.run.notes import NOTES
@@ -78,10 +79,6 @@ class Holder:
   saving: tuple[int, ...] = ()
   released: bool = False
 
-  def to_json(self) -> bytes:
-    """The content of the lease file."""
-    return json.dumps(dataclasses.asdict(self)).encode()
-
 
 def parse(data: bytes) -> Holder | None:
   """The holder in a lease file; None if the file holds anything else."""
@@ -121,15 +118,12 @@ class Lease:
     held: whether it is held, as of the last heartbeat.
   """
 
-  def __init__(
-    self, directory: epath.Path, *, patience: float = 60.0, interval: float = _BEAT_S, mode: int | None = None
-  ):
+  def __init__(self, directory: epath.Path, *, patience: float = 60.0, mode: int | None = None):
     """Writes nothing.
 
     Args:
       directory: the run.
       patience: seconds without a heartbeat after which an owner on another host counts as dead.
-      interval: seconds between this owner's heartbeats.
       mode: permission bits of the file; None: as the umask says.
     """
     self.held = False
@@ -145,7 +139,7 @@ class Lease:
       place=os.fspath(directory),
       inode=0,
       beat=0,
-      interval=min(interval, patience / 4),
+      interval=min(_BEAT_S, patience / 4),
       since=0.0,
     )
     self._saving: set[int] = set()
@@ -299,12 +293,13 @@ class Lease:
 
   def _refused(self, holder: Holder, what: str) -> StorageError:
     when = datetime.datetime.fromtimestamp(holder.since, datetime.timezone.utc)
+    age = duration_text(max(0.0, time.time() - holder.since))
     who = f"process {holder.pid} on host {holder.host}"
     if (holder.pid, holder.boot) == (self._me.pid, self._me.boot):
       who += " (this very process: a Checkpointer that is not closed)"
     return StorageError(
       f"{self._directory}: another job {what}: {who}, owner {holder.owner[:8]}, since {when:%Y-%m-%d %H:%M:%S} UTC "
-      f"({_ago(time.time() - holder.since)} ago), heartbeat {holder.beat}. Nothing was written. End that job (or close "
+      f"({age} ago), heartbeat {holder.beat}. Nothing was written. End that job (or close "
       f"that Checkpointer), or give this one a directory of its own. A job that is gone for good loses its lease by "
       f"itself: on this host at once, on another one after {self._patience:.0f} s without a heartbeat (timeouts.lease)"
     )
@@ -342,7 +337,7 @@ class _File:
     return parse(found.value) if found.state == "value" else None, found.stamp.generation
 
   def swap(self, holder: Holder, generation: bytes, timeout: float = _REQUEST_S) -> bool:
-    data = holder.to_json()
+    data = json.dumps(dataclasses.asdict(holder)).encode()
     written = self._call(lambda store: store.write(LEASE, data, if_equal=generation), timeout).generation != b""
     if written and not is_object_store(self._path):
       with contextlib.suppress(OSError):  # each write makes a new file
@@ -412,9 +407,3 @@ def _inode(directory: epath.Path) -> int:
     return os.stat(os.fspath(directory / NOTES)).st_ino
   except OSError:
     return -1
-
-
-def _ago(seconds: float) -> str:
-  if seconds < 120:
-    return f"{max(seconds, 0):.0f} s"
-  return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
