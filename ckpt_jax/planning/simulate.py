@@ -1,8 +1,8 @@
-"""What a schedule and a retention do to a job: goodput, lost work, storage over time. Numbers, not processes.
+"""What a schedule and a retention do to a job: goodput, lost work, storage over time, without running it.
 
 The model: work runs in periods of `interval` seconds, each followed by a save that blocks for `blocking_s` and commits
 `background_s` later. Interruptions come at random (exponential with mean `mtti`, or as given). After one, the job takes
-`restart_s` to be started and `restore_s` to read its state, and goes on from the last commit; it may be interrupted
+`restart_s` to be started and `restore_s` to read its state, and continues from the last commit; it may be interrupted
 again on the way there. Goodput is the share of the time that ends up in committed work.
 """
 
@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_jax.errors import ConfigError
+from ckpt_jax.errors import ConfigError, NoCheckpointError
 from ckpt_jax.policies.retention import Retention
-from ckpt_jax.run.steps import StepInfo
+from ckpt_jax.policies.youngdaly import learned_mtti
+from ckpt_jax.run.attempts import exposure, read_attempts
+from ckpt_jax.run.steps import NOTES, StepInfo, run_directory
+from ckpt_jax.tuning.choices import counted
 
 STRATEGIES = ("direct", "gather", "broadcast")
 
@@ -28,9 +31,9 @@ class Storage:
   """How fast the run's storage is, in bytes per second.
 
   Attributes:
-    bandwidth: of all hosts together (a file server); None if each host brings its own.
-    per_host: what one host can move at most; with `bandwidth` unset the total grows with the hosts (a bucket).
-    interconnect: between hosts, each way, for `gather` and `broadcast`.
+    bandwidth: of all hosts together (a file server), or None.
+    per_host: the most that one host can move; with `bandwidth` unset the total grows with the hosts (a bucket).
+    interconnect: between hosts, in each direction, for `gather` and `broadcast`.
   """
 
   bandwidth: float | None = None
@@ -46,21 +49,19 @@ class Storage:
         raise ConfigError(f"Storage({name}={value}): must be above zero")
 
   def seconds(self, nbytes_total: float, hosts: int, busy_hosts: int | None = None) -> float:
-    """To move `nbytes_total`, spread evenly over `busy_hosts` (default: all) of `hosts`."""
-    busy = hosts if busy_hosts is None else busy_hosts
-    shared = nbytes_total / self.bandwidth if self.bandwidth else 0.0
-    own = nbytes_total / busy / self.per_host if self.per_host else 0.0
-    return max(shared, own)
+    """Seconds to move `nbytes_total`, spread evenly over `busy_hosts` (default: all) of `hosts`."""
+    together = nbytes_total / (self.bandwidth or math.inf)
+    return max(together, nbytes_total / (busy_hosts or hosts) / (self.per_host or math.inf))
 
   def restore_seconds(self, nbytes: float, hosts: int, strategy: str = "direct", copies: int | None = None) -> float:
-    """To bring a state of `nbytes` back.
+    """Seconds to restore a state.
 
     Args:
-      nbytes: of the whole state.
-      hosts: that restore at once.
+      nbytes: bytes of the whole state.
+      hosts: number of hosts that restore at once.
       strategy: `direct`: each replica reads its own copy; `gather`: each host reads 1/N of one copy, and they exchange
         it; `broadcast`: one replica reads and sends.
-      copies: replicas of the state over all hosts; default one on each host (pure data parallelism).
+      copies: replicas of the state over all hosts; by default one on each host (pure data parallelism).
     """
     copies = hosts if copies is None else copies
     per_host = nbytes * copies / hosts
@@ -81,10 +82,10 @@ class Job:
 
   Attributes:
     mtti: mean time to interruption of the whole job.
-    blocking_s: what one save takes from training: blocking time plus slowdown of steps.
-    background_s: from the end of the blocking part to the commit.
-    restart_s: from an interruption to the point where the state can be read: scheduling, imports, compilation.
-    restore_s: reading the state.
+    blocking_s: time that one save takes from training: blocking time plus slowdown of steps.
+    background_s: time from the end of the blocking part to the commit.
+    restart_s: time from an interruption until the state can be read: scheduling, imports, compilation.
+    restore_s: time to read the state.
   """
 
   mtti: float
@@ -101,18 +102,19 @@ class Job:
 
   @property
   def down_s(self) -> float:
+    """Seconds from an interruption until training continues."""
     return self.restart_s + self.restore_s
 
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-  """What came out of a simulation.
+  """The result of a simulation.
 
   Attributes:
     interval: seconds of work between saves.
     goodput: share of the time that became committed work, 0 to 1.
-    low, high: the middle 90% of the trials.
-    saving, rework, down: shares of the time that went into saving, into work done again, and into restarts.
+    low, high: goodput of the middle 90% of the trials.
+    saving, rework, down: shares of the time spent on saving, on work done again, and on restarts.
     lost_s: mean seconds of work lost at an interruption.
   """
 
@@ -130,7 +132,7 @@ def closed_form(job: Job, interval: float) -> float:
   """Expected goodput for exponential interruptions.
 
   Without a background write it is Daly's complete model, wall time = M e^(R/M) (e^((tau + delta)/M) - 1) Ts / tau
-  (Daly 2006, eq. 20); a write of w seconds behind training delays each commit, and so acts on the way to it like R.
+  (Daly 2006, eq. 20). A background write of w seconds delays each commit, and so counts like R.
   """
   x = (interval + job.blocking_s) / job.mtti
   if x > 700:
@@ -139,10 +141,10 @@ def closed_form(job: Job, interval: float) -> float:
 
 
 def best_interval(job: Job) -> float:
-  """Seconds of work between saves at which `closed_form` is highest, and not shorter than the background write.
+  """Seconds of work between saves at which `closed_form` is highest, at least as long as the background write.
 
   Its exact optimum is M (1 + W(-e^(-delta/M - 1))) with Lambert's W, found here by bisection of
-  1 - y = e^(-y - delta/M), y = tau / M; restarts and the background write do not move it.
+  1 - y = e^(-y - delta/M), y = tau / M. It does not depend on restarts or the background write.
   """
   low, high = 0.0, 1.0
   for _ in range(200):
@@ -163,15 +165,15 @@ def simulate(
   seed: int = 0,
   lifetimes: Sequence[float] | None = None,
 ) -> Goodput:
-  """Monte Carlo of the model above, one trial being `interruptions` lives of the job.
+  """Monte Carlo of the model above; a trial is `interruptions` lives of the job.
 
   Args:
     job: costs and MTTI.
     interval: seconds of work between the end of a save and the start of the next.
-    interruptions: how many a trial sees.
-    trials: how many runs are drawn.
-    seed: of the random numbers; the same seed, the same answer.
-    lifetimes: seconds that each life of the job lasted, from its start to its interruption, in place of random ones.
+    interruptions: number of interruptions in a trial.
+    trials: number of trials.
+    seed: of the random numbers; the same seed gives the same answer.
+    lifetimes: seconds from each start of the job to its interruption, in place of random ones.
   """
   if interval <= 0:
     raise ConfigError(f"interval {interval}: must be above zero")
@@ -204,26 +206,26 @@ def simulate(
 
 @dataclasses.dataclass(frozen=True)
 class StorageUse:
-  """Storage taken over a simulated time.
+  """Storage used over a simulated time.
 
   Attributes:
     days: points in time.
-    nbytes: what all steps take at each of them.
-    steps: how many there are at each of them.
-    kept: step numbers and ages in days at the end.
+    nbytes: bytes of all steps at each of them.
+    steps: number of steps at each of them.
   """
 
   days: list[float]
   nbytes: list[int]
   steps: list[int]
-  kept: list[tuple[int, float]]
 
   @property
   def mean_nbytes(self) -> float:
+    """Bytes on average over time."""
     return float(np.mean(self.nbytes)) if self.nbytes else 0.0
 
   @property
   def peak_nbytes(self) -> int:
+    """The most bytes at any time."""
     return max(self.nbytes, default=0)
 
 
@@ -232,61 +234,49 @@ def storage_use(
 ) -> StorageUse:
   """Applies `retention` after each save of a run that saves every `period` seconds for `days`.
 
-  At most `most` saves are simulated: with more of them a period that is a multiple of the real one stands for it, and
-  `last` and `every_steps` then count those. A thinned step keeps `thin_share` of its bytes: a third, if they are
-  parameters and Adam's two moments of the same type.
+  At most `most` saves are simulated: if there are more, a multiple of the period stands for it, and `last` and
+  `every_steps` then count those saves. A thinned step keeps `thin_share` of its bytes: a third, if they are parameters
+  and Adam's two moments of the same type.
   """
   if not 0 < thin_share <= 1:
     raise ConfigError(f"thin_share {thin_share}: must be above 0 and at most 1")
-  stride = max(1, math.ceil(days * 86400 / period / most))
-  count = int(days * 86400 / (period * stride))
+  period *= max(1, math.ceil(days * 86400 / period / most))
+  count = int(days * 86400 / period)
   start = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
   steps: list[StepInfo] = []
-  use: tuple[list[float], list[int], list[int]] = ([], [], [])
+  use = StorageUse([], [], [])
   plain = retention.keeps_all and retention.thin is None
   every = max(1, count // 1000) if plain else 1
   for i in range(1, count + 1):
-    seconds = i * period * stride
-    steps.append(StepInfo(i, start + datetime.timedelta(seconds=seconds), nbytes, {}))
+    steps.append(StepInfo(i, start + datetime.timedelta(seconds=i * period), nbytes, {}))
     if i % every:
       continue
     if not plain:
       decided = retention.decide(steps)
-      steps = [_thinned(s, thin_share) if s.step in decided.thinned else s for s in steps if decided.reasons[s.step]]
-    use[0].append(seconds / 86400)
-    use[1].append(sum(s.nbytes for s in steps))
-    use[2].append(len(steps))
-  end = start + datetime.timedelta(seconds=count * period * stride)
-  kept = [(s.step, (end - s.time).total_seconds() / 86400) for s in steps if s.time is not None]
-  return StorageUse(*use, kept)
-
-
-def _thinned(step: StepInfo, share: float) -> StepInfo:
-  return dataclasses.replace(step, nbytes=round(step.nbytes * share), resumable=False)
+      steps = [
+        dataclasses.replace(s, nbytes=round(s.nbytes * thin_share), resumable=False) if s.step in decided.thinned else s
+        for s in steps
+        if decided.reasons[s.step]
+      ]
+    use.days.append(i * period / 86400)
+    use.nbytes.append(sum(s.nbytes for s in steps))
+    use.steps.append(len(steps))
+  return use
 
 
 def calibrated(path: Any, restart_s: float = 60.0) -> tuple[Job, int, str]:
-  """A Job and the bytes of a state from what a run remembers of its saves and restarts, and how it was found.
+  """A Job and the bytes of its state, from the records that a run keeps of its saves and restarts, and their source.
 
   Raises:
-    NoCheckpointError: if the run remembers nothing.
+    NoCheckpointError: if the run has no such records.
   """
-  from ckpt_jax.errors import NoCheckpointError
-  from ckpt_jax.policies.youngdaly import learned_mtti
-  from ckpt_jax.run.attempts import exposure, read_attempts
-  from ckpt_jax.run.steps import NOTES, run_directory
-
   directory = run_directory(path)
   attempts = [a for a in read_attempts(directory) if a.saves]
   if not attempts:
     raise NoCheckpointError(f"{directory / NOTES}: no recorded saves; a Checkpointer of ckpt_jax writes them")
   seconds, interruptions = exposure(attempts)
-  job = Job(
-    learned_mtti(seconds, interruptions),
-    max(float(np.median([a.blocking_s for a in attempts])), 1e-6),
-    float(np.median([a.background_s for a in attempts])),
-    restart_s,
-  )
-  lives = f"{len(attempts)} attempts, {interruptions} interruptions in {seconds:.0f} s"
-  how = f"{sum(a.saves for a in attempts)} saves in {lives}"
+  blocking, background = (float(np.median([getattr(a, f) for a in attempts])) for f in ("blocking_s", "background_s"))
+  job = Job(learned_mtti(seconds, interruptions), max(blocking, 1e-6), background, restart_s)
+  counts = (counted(n, noun) for n, noun in ((sum(a.saves for a in attempts), "save"), (len(attempts), "attempt")))
+  how = f"{' in '.join(counts)}, {counted(interruptions, 'interruption')} in {seconds:.0f} s"
   return job, attempts[-1].nbytes, how

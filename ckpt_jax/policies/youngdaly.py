@@ -28,7 +28,7 @@ def daly_interval(cost: float, mtti: float) -> float:
   if cost >= 2 * mtti:
     return mtti
   x = cost / (2 * mtti)
-  return math.sqrt(2 * cost * mtti) * (1 + math.sqrt(x) / 3 + x / 9) - cost
+  return young_interval(cost, mtti) * (1 + math.sqrt(x) / 3 + x / 9) - cost
 
 
 def learned_mtti(seconds_run: float, interruptions: int, prior: float = _DEFAULT_MTTI) -> float:

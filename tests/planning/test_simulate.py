@@ -170,7 +170,7 @@ def test_simulate_takes_its_costs_from_a_run(tmp_path):
     for step in range(3):
       c.save(step, {"x": jnp.ones(1000)})
   told = json.loads(cli("--calibrate", tmp_path, "--json").stdout)
-  assert told["nbytes"] == 4000 and 0 < told["blocking_s"] < 5 and "3 saves in 1 attempts" in told["source"]
+  assert told["nbytes"] == 4000 and 0 < told["blocking_s"] < 5 and "3 saves in 1 attempt," in told["source"]
   assert cli("--calibrate", tmp_path / "none").returncode == 1
 
 
