@@ -1,1 +1,1 @@
-"""One restore: which step, matching it with `like`, who reads what, and falling back from damage."""
+"""Restores steps: chooses one, matches it with `like`, shares the reading among processes, falls back from damage."""

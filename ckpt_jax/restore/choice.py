@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from ckpt_jax.job.threads import Worker
 from ckpt_jax.job.waits import Together
 from ckpt_jax.restore import exchange
 from ckpt_jax.restore.leaf import LeafPlan
+from ckpt_jax.restore.meshes import SLACK
 from ckpt_jax.restore.strategies import STRATEGIES, Route, Totals, plan_routes, totals
 from ckpt_jax.storage.cache import recall, remember
 from ckpt_jax.storage.kinds import StorageKind, storage_identity
@@ -77,12 +78,7 @@ def agree_on_strategy(
 ) -> tuple[StrategyChoice, list[Route]]:
   """The strategy of a restore, which process 0 decides for all, and the routes that follow. All processes call it.
 
-  Args:
-    plans: all leaves to read.
-    strategy: a key of STRATEGIES, or `auto`.
-    step_dir: the step.
-    config: the settings.
-    together: the waits of the restore; afterwards they are as patient as the prediction asks.
+  `strategy` is a key of STRATEGIES, or `auto`. Afterwards the waits of `together` last as long as the prediction asks.
   """
   processes = jax.process_count()
   if strategy == "direct" or processes == 1:
@@ -91,37 +87,33 @@ def agree_on_strategy(
   routes = {name: plan_routes(plans, name, processes) for name in STRATEGIES}
   costs = {name: totals(r) for name, r in routes.items()}
   nbytes = float(sum(p.nbytes for p in plans))
-  speed = None
-  if jax.process_index() == 0:
+
+  def speed() -> Speeds:
     kind = None if config.storage.kind == "auto" else StorageKind(config.storage.kind)
-    speed = speeds(known_profile(step_dir, kind), next(iter(_network), None), seen_readers(step_dir))
-  measure = speed is not None and speed.network is None and worth_exchanging(costs, nbytes, speed)
-  if together.meet("process 0 to see whether to measure the network", text="measure" if measure else "")[0]:
+    return speeds(known_profile(step_dir, kind), next(iter(_network), None), seen_readers(step_dir))
+
+  def is_measurement_needed() -> bool:
+    return not _network and worth_exchanging(costs, nbytes, speed())
+
+  def choice() -> dict[str, Any]:
+    found = choose(costs, nbytes, speed(), {name: _compile_seconds(r) for name, r in routes.items()})
+    return dataclasses.asdict(found if strategy == "auto" else StrategyChoice(strategy, "asked for", found.predicted))
+
+  if together.decided("process 0 to see whether to measure the network", is_measurement_needed):
     worker = Worker("ckpt_jax-network")
     try:
-      network = together.wait("a measurement of the network", worker.submit(_measure_network))
+      _network.append(together.wait("a measurement of the network", worker.submit(_measure_network)))
     finally:
       worker.close()
-    _network.append(network)
-    speed = None if speed is None else dataclasses.replace(speed, network=network)
-  text = ""
-  if speed is not None:
-    choice = choose(costs, nbytes, speed, {name: _compile_seconds(r) for name, r in routes.items()})
-    if strategy != "auto":
-      choice = StrategyChoice(strategy, "asked for", choice.predicted)
-    text = json.dumps(dataclasses.asdict(choice))
-  choice = StrategyChoice(**json.loads(together.meet("process 0 to choose a strategy", text=text)[0]))
-  together.expected_s = choice.predicted[choice.strategy]
-  return choice, routes[choice.strategy]
+  chosen = StrategyChoice(**together.decided("process 0 to choose a strategy", choice))
+  together.expected_s = chosen.predicted[chosen.strategy]
+  return chosen, routes[chosen.strategy]
 
 
 def speeds(profile: StorageProfile, network: float | None, seen: Readers | None = None) -> Speeds:
-  """The speeds of a storage as `probe` measured it, or as its kind usually is.
+  """The speeds of a storage, from the profile of one reader and from what several readers have `seen` before.
 
-  Args:
-    profile: of one reader.
-    network: bytes per second from the other processes, if measured.
-    seen: what several readers got before. With the profile of one it shows whether storage grows with its readers.
+  The two together show whether storage grows with its readers.
   """
   one = max(profile.read_bytes_per_s, 1.0)
   scales = profile.kind not in FIXED
@@ -167,24 +159,22 @@ def _wins(predicted: Mapping[str, float]) -> bool:
 def choose(costs: Mapping[str, Totals], nbytes: float, speed: Speeds, compile_s: Mapping[str, float]) -> StrategyChoice:
   """The strategy that is expected to be fastest; `direct` unless another is clearly faster.
 
-  Args:
-    costs: for each strategy what its routes cost.
-    nbytes: of the leaves.
-    speed: of storage and network.
-    compile_s: for each strategy seconds of compiling that are still to be done.
+  `costs` and `compile_s` are what the routes of each strategy cost, and the seconds that they still have to compile.
   """
   predicted = predict(costs, nbytes, speed, compile_s)
   copies = costs["direct"].read_nbytes / max(nbytes, 1.0)
   facts = f"direct reads {copies:.2f} copies; storage gives {speed.storage / 1e6:.0f} MB/s "
   facts += f"{'to each reader' if speed.scales else 'in all'} ({speed.source})"
-  if copies <= 1.02:
-    return StrategyChoice("direct", f"each byte is read once anyhow: {facts}", predicted)
-  if not worth_exchanging(costs, nbytes, speed):
-    return StrategyChoice("direct", f"reading less would save little: {facts}", predicted)
-  facts += f", the network {(speed.network or 0) / 1e6:.0f} MB/s"
-  if _wins(predicted):
-    return StrategyChoice(min(predicted, key=lambda s: predicted[s]), f"fastest by prediction: {facts}", predicted)
-  return StrategyChoice("direct", f"nothing is clearly faster: {facts}", predicted)
+  strategy, why = "direct", "nothing is clearly faster"
+  if copies <= SLACK:
+    why = "each byte is read once anyhow"
+  elif not worth_exchanging(costs, nbytes, speed):
+    why = "reading less would save little"
+  else:
+    facts += f", the network {(speed.network or 0) / 1e6:.0f} MB/s"
+    if _wins(predicted):
+      strategy, why = min(predicted, key=lambda s: predicted[s]), "fastest by prediction"
+  return StrategyChoice(strategy, f"{why}: {facts}", predicted)
 
 
 def _compile_seconds(routes: Sequence[Route]) -> float:

@@ -108,13 +108,7 @@ def spread(program: Program, array: jax.Array, target: NamedSharding) -> jax.Arr
 
 
 def replicate(program: Program, primary: jax.Array | None, target: NamedSharding) -> jax.Array:
-  """Runs a `replica_program` on what the first replica has read.
-
-  Args:
-    program: the program.
-    primary: the array on `on_primary(target)`; None on processes that have no device there.
-    target: the sharding wanted.
-  """
+  """Runs a `replica_program` on the array on `on_primary(target)`: None on processes that have no device there."""
   shape, dtype, sharding = program.given.shape, program.given.dtype, program.given.sharding
   held = {} if primary is None else {s.device: s.data for s in primary.addressable_shards}
   local = sharding.shard_shape(shape)
@@ -143,14 +137,9 @@ def _one_device_each() -> Mesh:
 
 
 def exchange_bytes(mine: Sequence[np.ndarray], sizes: Sequence[Sequence[int]]) -> list[list[np.ndarray]]:
-  """Gives every process the bytes of all. All processes call it alike.
+  """Gives every process the bytes of all: for each process its pieces, as uint8 views of one buffer.
 
-  Args:
-    mine: this process's pieces: uint8, contiguous.
-    sizes: for each process the bytes of its pieces.
-
-  Returns:
-    For each process its pieces, as uint8 views of one buffer.
+  All processes call it alike, with pieces of their own, contiguous uint8, and the sizes of the pieces of each process.
   """
   processes, me = jax.process_count(), jax.process_index()
   loads = [sum(s) for s in sizes]

@@ -40,11 +40,8 @@ Attempt = Callable[[int], Restored]
 def candidates(directory: epath.Path, *, healthy: bool) -> list[int]:
   """The steps that a restore of the newest may take, best first, damaged ones included.
 
-  Newest first, except that thinned steps come last, since training cannot go on from them.
-
-  Args:
-    directory: the run.
-    healthy: leave out the steps that are tagged unhealthy.
+  Newest first, except that thinned steps come last, since training cannot go on from them. `healthy` leaves out the
+  steps that are tagged unhealthy.
   """
   damaged = set(damaged_steps(directory))
   if healthy:
@@ -65,7 +62,13 @@ def damage(directory: epath.Path, step: int) -> CorruptCheckpointError | None:
 
 
 def newest_sound(
-  directory: epath.Path, steps: Callable[[], Sequence[int]], attempt: Attempt, together: Together, *, fallback: bool
+  directory: epath.Path,
+  steps: Sequence[int],
+  look_again: Callable[[], Sequence[int]],
+  attempt: Attempt,
+  together: Together,
+  *,
+  fallback: bool,
 ) -> Restored | None:
   """What `attempt` makes of the newest step that it can read; None if there is no step.
 
@@ -75,7 +78,7 @@ def newest_sound(
 
   Args:
     directory: the run.
-    steps: looks up the steps, best first; the same on all processes.
+    steps, look_again: the steps to try, best first, and how to look them up anew; the same on all processes.
     attempt: reads a step; raises the same error on all processes.
     together: the waits of the restore.
     fallback: whether to go on to older steps; else the first error is raised.
@@ -88,7 +91,7 @@ def newest_sound(
   """
   failed: dict[int, str] = {}
   gone: list[int] = []
-  waiting = list(steps())
+  waiting = list(steps)
   while waiting:
     step = waiting.pop(0)
     try:
@@ -101,7 +104,7 @@ def newest_sound(
           "(retention.last), or save less often than a restore takes"
         ) from e
       _log.info("step %d was deleted while it was read; looking for the newest again", step)
-      waiting = [s for s in steps() if s not in failed]
+      waiting = [s for s in look_again() if s not in failed]
     except CorruptCheckpointError as e:
       if not fallback or (not failed and not waiting):  # the only one
         raise

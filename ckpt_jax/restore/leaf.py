@@ -20,7 +20,7 @@ from ckpt_jax.layout.owned import default_cpu
 from ckpt_jax.layout.sharding import is_weak
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import is_number, is_text
-from ckpt_jax.restore.like import is_held_by_jax
+from ckpt_jax.restore.like import is_held_by_jax, target_sharding
 
 Note = dict[str, Any]
 
@@ -128,15 +128,11 @@ def _stored_sharding(shape: tuple[int, ...], dtype: Any, note: Note | None, like
     return None
   if not is_held_by_jax(dtype):
     return None  # it is cast, in host memory: jax would cut it to 32 bits
-  sharding = _target_sharding(like)
+  sharding = target_sharding(like)
   if sharding is not None and is_prng_key(like) and isinstance(sharding, NamedSharding):
     spec = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
   return sharding
-
-
-def _target_sharding(leaf: Any) -> Sharding | None:
-  return leaf.sharding if getattr(leaf, "committed", True) else None
 
 
 def finish_arrays(plans: Sequence[LeafPlan], values: dict[str, Any]) -> None:
@@ -161,7 +157,7 @@ def _as_like(name: str, value: Any, like: Any) -> Any:
     return value if type(value) is type(like) else type(like)(np.asarray(value)[()])
   if isinstance(like, np.ndarray):
     return _exact(name, value, like.dtype)
-  sharding = _target_sharding(like)
+  sharding = target_sharding(like)
   if is_prng_key(like):
     if not is_prng_key(value):  # a raw key; or plain Orbax noted what keys are, and its array metadata is off
       value = jax.random.wrap_key_data(value, impl=_impl(like.dtype))

@@ -64,6 +64,11 @@ def on_real_devices(like: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(placed, like)
 
 
+def target_sharding(leaf: Any) -> Sharding | None:
+  """Where an array of `like` is wanted; None if it is committed to no device."""
+  return leaf.sharding if getattr(leaf, "committed", True) else None
+
+
 def is_held_by_jax(dtype: Any) -> bool:
   """Whether a jax array can have this dtype, as jax is configured now."""
   return is_prng_dtype(dtype) or bool(jax.dtypes.canonicalize_dtype(dtype) == dtype)
@@ -72,9 +77,7 @@ def is_held_by_jax(dtype: Any) -> bool:
 def why_impossible(leaf: Any, *, own: bool = False) -> str | None:
   """Why no jax array can be what a leaf of `like` asks for; None if one can, or if none is asked for.
 
-  Args:
-    leaf: of `like`.
-    own: whether a leaf without a sharding may become an array of each process's own.
+  `own`: whether a leaf without a sharding may become an array of each process's own.
   """
   if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
     return None
@@ -141,12 +144,7 @@ def patterns_inside(
 
   A pattern that names some of the leaves that `only` names is about those alone: `**/lora_*` adds nothing of an
   optimizer state that nobody asked for. One that names none of them, and begins with the name of a node, is about the
-  rest of `like`.
-
-  Args:
-    patterns: of `init_missing`.
-    chosen: the leaves of `like` that `only` names.
-    like: all of its leaves.
+  rest of `like`. `chosen` are the leaves of `like` that `only` names.
 
   Raises:
     StructureMismatchError: if a pattern names nothing.
@@ -186,7 +184,7 @@ def initial_value(name: str, leaf: Any, initialise: Mapping[str, Initialise | No
     )
   if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
     return value
-  sharding = leaf.sharding if getattr(leaf, "committed", True) else None
+  sharding = target_sharding(leaf)
   if sharding is None:
     return value if isinstance(value, jax.Array) else jax.numpy.asarray(value)
   if isinstance(value, jax.Array):

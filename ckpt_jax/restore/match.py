@@ -61,8 +61,7 @@ def match(
   """Pairs the leaves of `like` with those of a checkpoint.
 
   Args:
-    like: arrays, `jax.ShapeDtypeStruct`s or scalars by path: the shapes and dtypes wanted.
-    saved: the checkpoint's leaves by path.
+    like, saved: leaves by path: arrays, `jax.ShapeDtypeStruct`s or scalars, and those of the checkpoint.
     where: the step, for the message.
     init_missing: patterns of leaves that the checkpoint may lack.
     cast: True, or `{pattern: dtype}`: the leaves whose dtype may change.

@@ -71,12 +71,8 @@ def amplification(
 ) -> float:
   """Bytes that storage reads, over the array's own, when each process reads its parts once.
 
-  At least 1: a chunk that two parts share is read twice, and a part that several processes hold once for each.
-
-  Args:
-    shape: of the array.
-    chunk: of its chunks; None if unknown, which any division respects.
-    mesh, axes: the division, as `axes_by_dim` gives it.
+  At least 1: a chunk that two parts share is read twice, and a part that several processes hold once for each. Any
+  division respects chunks of unknown shape (None). `axes` are those of `axes_by_dim`.
   """
   ratio = 1.0
   for size, piece, names in zip(shape, chunk or (1,) * len(shape), axes, strict=True):

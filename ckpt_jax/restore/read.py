@@ -88,13 +88,7 @@ def fetch_state(
 ) -> tuple[PyTree, StrategyChoice]:
   """Reads a state. All processes of the job call it alike, and an error on one is raised on all.
 
-  Args:
-    step: opened.
-    reading: what to read of it.
-    config: the settings.
-    together: the waits of this restore.
-    strategy: `direct`, `gather`, `broadcast` or `auto`.
-    check: called with path and value of each leaf as it is delivered; before the cast, if it is cast.
+  `check` is called with path and value of each leaf as it is delivered; before the cast, if it is cast.
 
   Raises:
     CorruptCheckpointError: if the step cannot be read.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -52,14 +53,7 @@ class Restorer:
   """
 
   def __init__(self, directory: epath.Path, config: Config, planner: Planner, restoring: set[int]):
-    """Reads nothing.
-
-    Args:
-      directory: the run.
-      config: the settings.
-      planner: chooses those that are left open.
-      restoring: holds the steps that are being read, which must not be deleted.
-    """
+    """Reads nothing. `restoring` holds the steps of the run that are being read, which must not be deleted."""
     self._directory = directory
     self._config = config
     self._planner = planner
@@ -103,20 +97,13 @@ class Restorer:
       request = dataclasses.replace(request, like=on_real_devices(request.like))
     except Exception as e:
       wrong = e
-    known = self._candidates(step, healthy, together, wrong)
-
-    def read(number: int) -> Restored:
-      return self._read(number, request, strategy, together)
-
-    def steps() -> list[int]:
-      nonlocal known
-      found, known = known, []
-      return found or self._candidates(None, healthy, together)
-
+    steps = self._candidates(step, healthy, together, wrong)
+    look_again = functools.partial(self._candidates, None, healthy, together)
+    read = functools.partial(self._read, request=request, strategy=strategy, together=together)
     if step is not None:
       return fallback.unless_gone(self._directory, int(step), read, together)
     may_fall_back = self._config.restore.on_corruption == "fallback"
-    restored = fallback.newest_sound(self._directory, steps, read, together, fallback=may_fall_back)
+    restored = fallback.newest_sound(self._directory, steps, look_again, read, together, fallback=may_fall_back)
     if restored is None:
       which = "no committed checkpoint that is not tagged unhealthy" if healthy else "no committed checkpoint"
       raise NoCheckpointError(f"{self._directory}: {which}; save one first, or check the path")

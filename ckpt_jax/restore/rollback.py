@@ -10,15 +10,10 @@ from ckpt_jax.run.steps import PINS, committed_steps, noted_steps, step_director
 
 
 def roll_back(directory: epath.Path, step: int, *, delete: bool = False) -> list[int]:
-  """Makes `step` the newest that counts. To be called by one process; `Checkpointer.rollback` is for running jobs.
+  """Makes `step` the newest that counts, and returns the newer steps, which it sets aside.
 
-  Args:
-    directory: the run.
-    step: a committed step.
-    delete: remove the newer steps for good, those of earlier rollbacks too, rather than set them aside.
-
-  Returns:
-    The newer steps, now set aside or deleted.
+  To be called by one process; `Checkpointer.rollback` is for running jobs. `delete` removes the newer steps for good,
+  those of earlier rollbacks too.
 
   Raises:
     NoCheckpointError: if there is no such step.

@@ -38,15 +38,9 @@ class Step:
   """
 
   def __init__(self, step_dir: epath.Path, config: Config, item: str | None = None, like: Any = None):
-    """Reads the metadata.
-
-    Args:
-      step_dir: a committed step.
-      config: the limits, and the item to read.
-      item, like: see `item_to_read`.
+    """Reads the metadata. For `item` and `like` see `item_to_read`, whose errors it raises.
 
     Raises:
-      ConfigError, SeveralItemsError: see `item_to_read`.
       CorruptCheckpointError: if the metadata are damaged.
     """
     self.directory = step_dir
@@ -60,9 +54,8 @@ class Step:
     self.thinned: list[str] | None = (self.ours.get(THINNED) or {}).get("keep")
     self._config = config
     leaves = jax.tree_util.tree_flatten_with_path(self.item.tree)[0]
-    self.paths = {path_name(path): path for path, _ in leaves}
-    refuse_shared(self.paths, leaves, str(step_dir))
-    self.meta: dict[str, Any] = dict(zip(self.paths, (meta for _, meta in leaves), strict=True))
+    self.meta: dict[str, Any] = {path_name(path): meta for path, meta in leaves}
+    refuse_shared(self.meta, leaves, str(step_dir))
     self.infos = {info.path: info for info in contents.leaf_infos(self.item.tree, self.notes)}
 
   def __str__(self) -> str:

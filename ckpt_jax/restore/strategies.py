@@ -56,6 +56,12 @@ class Route:
   received_nbytes: float = 0.0
   moves: ClassVar[bool] = False
 
+  @property
+  def target(self) -> NamedSharding:
+    """Where a leaf that moves is wanted."""
+    assert isinstance(self.plan.sharding, NamedSharding)
+    return self.plan.sharding
+
   def reads_into(self) -> Sharding | None:
     """Where this process reads its part to; None: host memory, NOT_HERE: it reads nothing."""
     return self.plan.sharding
@@ -69,21 +75,12 @@ class Route:
     return value
 
 
-class _Moving(Route):
-  moves = True
-
-  @property
-  def target(self) -> NamedSharding:
-    """Where the leaf is wanted."""
-    assert isinstance(self.plan.sharding, NamedSharding)
-    return self.plan.sharding
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spread(_Moving):
+class Spread(Route):
   """All processes read a part each, divided by `spec`, and the devices exchange them."""
 
   spec: PartitionSpec
+  moves = True
 
   def reads_into(self) -> Sharding | None:
     return NamedSharding(plain_mesh(concrete(self.target)), self.spec)
@@ -95,11 +92,14 @@ class Spread(_Moving):
     return exchange.spread(self.program(), value, self.target)
 
 
-class Replica(_Moving):
+class Replica(Route):
   """The processes of the first replica read it, and its devices send it to the other replicas."""
 
+  moves = True
+
   def reads_into(self) -> Sharding | None:
-    return exchange.on_primary(self.target) if _is_here(processes_of(primary_mesh(self.target))) else NOT_HERE
+    is_here = jax.process_index() in processes_of(primary_mesh(self.target))
+    return exchange.on_primary(self.target) if is_here else NOT_HERE
 
   def program(self) -> exchange.Program:
     return exchange.replica_program(self.plan.shape, self.plan.dtype, self.target)
@@ -109,17 +109,14 @@ class Replica(_Moving):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Whole(_Moving):
+class Whole(Route):
   """The process `owner` reads all of it and sends the bytes to all hosts; `fetch` moves many of them at a time."""
 
   owner: int
+  moves = True
 
   def reads_into(self) -> Sharding | None:
-    return None if _is_here([self.owner]) else NOT_HERE
-
-
-def _is_here(processes: Sequence[int]) -> bool:
-  return jax.process_index() in processes
+    return None if jax.process_index() == self.owner else NOT_HERE
 
 
 class Strategy(abc.ABC):

@@ -21,7 +21,6 @@ from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.integrity import databases, fingerprint, record, sums
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents
-from ckpt_jax.layout.keys import database_name
 from ckpt_jax.orbax.format import COMMIT_MARKER, ITEM_HANDLERS, ITEM_METADATA, METRICS_ITEM
 from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.step import Step
@@ -234,7 +233,7 @@ class _Check:
       names = ", ".join(differ[:10])
       self._found("structure", f"the leaves in the step are not those that were saved; they differ in {names}")
     # A large leaf without files of its own was packed with others.
-    large = [p for p in plans if p.nbytes > _GROUP_NBYTES and databases.files_of(step.item_dir, _stored(step, p.name))]
+    large = [p for p in plans if p.nbytes > _GROUP_NBYTES and databases.files_of(step.item_dir, step.meta[p.name].name)]
     for group in _groups([p for p in plans if p not in large]):
       self._read_group(step, group, known)
     for plan in large:
@@ -368,7 +367,7 @@ class _Check:
     self._found(UNREADABLE, f"{_UNREAD}: {root_cause(error)}", leaf=leaf, file=file)
 
   def _leaf(self, step: Step, path: str, message: str) -> None:
-    files = databases.files_of(step.item_dir, _stored(step, path))
+    files = databases.files_of(step.item_dir, step.meta[path].name)
     self._found("data", message, leaf=path, file=", ".join(self._below_step(step.item_dir / file) for file in files))
 
   def _below_step(self, path: epath.Path) -> str:
@@ -376,11 +375,6 @@ class _Check:
 
   def _found(self, kind: str, message: str, *, leaf: str = "", file: str = "") -> None:
     self._findings.append(Finding(self._number, kind, leaf, file, message))
-
-
-def _stored(step: Step, path: str) -> str:
-  """The name of a leaf in Orbax's databases."""
-  return database_name(step.paths[path])
 
 
 def _in_words(checked: Mapping[str, _Checked]) -> str:
