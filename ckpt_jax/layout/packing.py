@@ -1,16 +1,15 @@
-"""Small arrays side by side in few large ones.
+"""Small arrays stored side by side in slabs.
 
 Orbax and its formats cost about a millisecond an array, however small: 5,000 arrays of 40 KB are written at 30 MB/s.
-Packed, each process lays the pieces that it would have written of all small arrays into one array of bytes of its own
-(the slab), and an index in the item says where each piece is. No byte crosses from one process to another.
+Packed, each process writes its pieces of all small arrays into one array of bytes of its own (the slab), and an index
+in the item says where each piece is. No byte crosses from one process to another.
 
-The tree that a step describes is the same, packed or not; only the bytes of small arrays lie elsewhere, so that plain
-Orbax does not find them. `ckpt-jax repack RUN STEP --pack off` makes an ordinary Orbax checkpoint of such a step.
+A packed step describes the same tree; but plain Orbax does not find its small arrays. `ckpt-jax repack RUN STEP --pack
+off` makes an ordinary Orbax checkpoint of it.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import json
@@ -31,16 +30,16 @@ from ckpt_jax.storage import look
 
 INDEX = "ckpt_jax_pack.json"
 _FORMAT = 1
-# At 160 MB/s, a slow shared store, a megabyte takes six times what its array costs beside it.
+# At 160 MB/s, a slow shared store, writing a megabyte takes six times the fixed cost of an array.
 SMALL_NBYTES = 2**20
-# Read as a whole: small enough that a few leaves of a slab cost little, large enough to be worth a request.
+# Read whole: small enough that reading a few leaves costs little, large enough to be worth a request.
 _CHUNK_NBYTES = 8 * 2**20
 _GAP = np.zeros(ALIGNMENT, np.uint8)  # between pieces
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """Where a part of an array lies: the process whose slab holds it, the offset there, and the part."""
+  """The place of one part of an array: the process whose slab holds it, the offset there, and the part's box."""
 
   process: int
   offset: int
@@ -49,7 +48,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """An array in slabs: its dtype's name, its shape, and its pieces, which do not overlap and cover it."""
+  """An array in slabs: dtype name, shape, and pieces, which cover it and do not overlap."""
 
   dtype: str
   shape: tuple[int, ...]
@@ -62,29 +61,29 @@ class Packed:
 
 
 Index = dict[str, Packed]
-# Of an array before it is written: dtype, shape of the whole, and the boxes of it that this process writes.
+# An array to be packed: dtype, shape of the whole, and the boxes that this process writes.
 Parts = tuple[Any, tuple[int, ...], Sequence[Box]]
 
 
 def is_small(nbytes: int) -> bool:
-  """Whether an array of so many bytes, over all processes, is packed. Alike on all processes."""
+  """Whether an array of this size is packed, given its bytes over all processes, which then all agree."""
   return nbytes < SMALL_NBYTES
 
 
 def slab_name(process: int) -> str:
-  """The name in the database of the slab that a process wrote."""
+  """The database name of the slab of a process."""
   return f"{SLABS}{process}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Slab:
-  """Where a process puts what it writes of small arrays: the same for all steps of a run.
+  """The places of the pieces that one process writes: the same for all steps of a run.
 
   Attributes:
-    index: where the pieces of each array lie.
+    index: the pieces of each array.
     offsets: of each piece, in order.
-    nbytes: the slab's length, with the gaps that align the pieces.
-    chunk_nbytes: what of it is stored, and read, as one.
+    nbytes: length of the slab, with the gaps that align the pieces.
+    chunk_nbytes: length of its chunks.
   """
 
   index: Index
@@ -94,13 +93,13 @@ class Slab:
 
   @functools.cached_property
   def leaves_json(self) -> str:
-    """The index as it is written."""
+    """The index as JSON."""
     return _leaves_json(self.index)
 
   def chunks(
     self, pieces: Sequence[np.ndarray], memory: Callable[[], np.ndarray]
   ) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Offset, length and memory of one chunk after the other, given the pieces in order and where memory comes from."""
+    """Offset, length and content of each chunk, given the pieces in order and a source of buffers."""
     i = 0
     for start in range(0, self.nbytes, self.chunk_nbytes):
       stop = min(start + self.chunk_nbytes, self.nbytes)
@@ -117,18 +116,13 @@ class Slab:
           break
         i += 1
       parts.append(_GAP[: stop - end])
-      # One call for all of them: a copy each would wait for Python's lock each time, beside whoever sums up the state.
+      # One call for all: each would wait for Python's lock, which the thread that sums up the state takes in turn.
       np.concatenate(parts, out=chunk[: stop - start])
       yield start, stop - start, chunk
 
 
 def lay_out(process: int, arrays: Mapping[str, Parts]) -> Slab:
-  """The slab of what a process writes of some arrays.
-
-  Args:
-    process: its index.
-    arrays: by name.
-  """
+  """The slab of a process, given its index and its parts of the arrays by name."""
   index: Index = {}
   offsets: list[int] = []
   end = 0
@@ -140,14 +134,14 @@ def lay_out(process: int, arrays: Mapping[str, Parts]) -> Slab:
       offsets.append(end)
       end += -(-math.prod(shape_of(box)) * itemsize // ALIGNMENT) * ALIGNMENT
     index[name] = Packed(dtype_name(dtype), tuple(shape), tuple(pieces))
-  # Chunks of equal size: zarr fills the last one up.
+  # Chunks of equal size, since zarr pads the last one.
   count = max(1, -(-end // _CHUNK_NBYTES))
   chunk = max(ALIGNMENT, -(-end // (count * ALIGNMENT)) * ALIGNMENT)
   return Slab(index, tuple(offsets), end, chunk)
 
 
 def gather(packed: Packed, box: Box, slabs: Mapping[int, SlabBytes]) -> np.ndarray:
-  """Part `box` of an array, out of what was read of the slabs; a view if one piece holds just that."""
+  """The part `box` of an array from the slabs, by process; a view if it is exactly one piece."""
   dtype = dtype_of(packed.dtype)
   out = None
   for piece in packed.pieces:
@@ -166,7 +160,7 @@ def gather(packed: Packed, box: Box, slabs: Mapping[int, SlabBytes]) -> np.ndarr
 
 
 def needed(packed: Packed, boxes: Sequence[Box]) -> Iterator[tuple[int, int, int]]:
-  """(process, first byte, end) of what must be read of the slabs for parts of an array."""
+  """(process, first byte, end) of the pieces that have to be read for some boxes of an array."""
   itemsize = dtype_of(packed.dtype).itemsize
   for piece in packed.pieces:
     if piece.box in boxes or any(intersection(piece.box, box) is not None for box in boxes):
@@ -174,32 +168,22 @@ def needed(packed: Packed, boxes: Sequence[Box]) -> Iterator[tuple[int, int, int
 
 
 class SlabBytes:
-  """What was read of a slab: runs of bytes by where they start."""
+  """Chunks of a slab that were read, by their number."""
 
-  def __init__(self) -> None:
-    self._starts: list[int] = []
-    self._runs: list[np.ndarray] = []
+  def __init__(self, chunk_nbytes: int):
+    self._nbytes = chunk_nbytes
+    self._chunks: dict[int, np.ndarray] = {}
 
   def add(self, start: int, data: np.ndarray) -> None:
-    """Adds a run, which overlaps none that is there."""
-    i = bisect.bisect(self._starts, start)
-    self._starts.insert(i, start)
-    self._runs.insert(i, data)
+    """Adds the chunk that starts at an offset."""
+    self._chunks[start // self._nbytes] = data
 
   def bytes_at(self, offset: int, nbytes: int) -> np.ndarray:
-    """Some of the bytes: a view if one run holds them all."""
-    i = bisect.bisect(self._starts, offset) - 1
-    parts, end = [], offset
-    while end < offset + nbytes:
-      if not 0 <= i < len(self._runs) or not self._starts[i] <= end < self._starts[i] + self._runs[i].nbytes:
-        raise AssertionError(f"bytes {offset} to {offset + nbytes} were not read")
-      first = end - self._starts[i]
-      parts.append(self._runs[i][first : first + offset + nbytes - end])
-      end += parts[-1].nbytes
-      i += 1
-    if len(parts) == 1:
-      return parts[0]
-    return np.concatenate(parts, out=unaligned_empty((nbytes,), np.dtype(np.uint8)))
+    """Some of the bytes: a view if one chunk holds them all."""
+    n = self._nbytes
+    touched = range(offset // n, max(offset // n + 1, -(-(offset + nbytes) // n)))
+    parts = [self._chunks[c][max(offset - c * n, 0) : offset + nbytes - c * n] for c in touched]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, out=unaligned_empty((nbytes,), np.dtype(np.uint8)))
 
 
 @functools.cache
@@ -212,7 +196,7 @@ def dtype_of(name: str) -> np.dtype:
 
 
 def write_part(item: epath.Path, process: int, slab: Slab) -> None:
-  """Writes a process's part of the index; a leaf of which it holds nothing is in it all the same."""
+  """Writes a process's part of the index, which names also leaves that have no piece on this process."""
   if jax.process_count() == 1:
     _write_index(item, slab.leaves_json)
   else:
@@ -245,13 +229,13 @@ def read_index(item: epath.Path) -> Index:
   """The index of an item; empty if it is not packed.
 
   Raises:
-    CorruptCheckpointError: if it is no index.
+    CorruptCheckpointError: if it is damaged.
     CheckpointError: if a later version wrote it.
   """
   file = item / INDEX
   try:
     data = json.loads(look.read_bytes(file))
-    if data["format"] > _FORMAT:  # no damage
+    if data["format"] > _FORMAT:
       raise CheckpointError(f"{file}: of format {data['format']}, which a later ckpt_jax wrote; install that")
     return {
       name: Packed(dtype, tuple(shape), tuple(_piece(p) for p in pieces))
@@ -268,12 +252,12 @@ def _part(item: epath.Path, process: int) -> epath.Path:
 
 
 def _leaves_json(index: Index) -> str:
-  return json.dumps({name: _to_json(packed) for name, packed in index.items()})
-
-
-def _to_json(packed: Packed) -> list[Any]:
-  pieces = [[p.process, p.offset, *([a, b] for a, b in p.box)] for p in packed.pieces]
-  return [packed.dtype, list(packed.shape), pieces]
+  return json.dumps(
+    {
+      name: [packed.dtype, packed.shape, [[p.process, p.offset, *p.box] for p in packed.pieces]]
+      for name, packed in index.items()
+    }
+  )
 
 
 def _piece(data: Sequence[Any]) -> Piece:

@@ -243,11 +243,13 @@ def read_packed(
   # A slab is zarr 2 in every item.
   stores = open_stores(info.replace(use_zarr3=False, raise_array_data_missing_error=True), names)
   requests: dict[Request, int] = {}
+  slabs: dict[int, packing.SlabBytes] = {}
   missing: collections.Counter[str] = collections.Counter()  # chunks that an array waits for
   waiting: dict[tuple[int, int], list[str]] = {}
   for process, name, store in zip(wanted, names, stores.values(), strict=True):
     length = store.shape[0]
     chunk = _chunk_shape(store)[0] or length
+    slabs[process] = packing.SlabBytes(chunk)
     touched: dict[int, None] = {}
     for start, stop, array in wanted[process]:
       for c in range(start // chunk, -(-stop // chunk)):
@@ -257,7 +259,6 @@ def read_packed(
     # A request each, in memory of its own: what comes first is used first, and given back once its arrays are gone.
     for c in sorted(touched):
       requests[Request(name, store, (((c * chunk, min((c + 1) * chunk, length)),),))] = process
-  slabs = {process: packing.SlabBytes() for process in wanted}
   for request, (data,) in read(list(requests), window, _ENOUGH_SLABS):
     process, start = requests[request], request.boxes[0][0][0]
     slabs[process].add(start, data)

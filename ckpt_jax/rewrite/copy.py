@@ -1,6 +1,6 @@
-"""Copies some leaves of a saved state as they lie in storage: chunk by chunk, undecoded, so bit for bit.
+"""Copies leaves of a saved state bit for bit, chunk by chunk, without decoding them.
 
-Works on the OCDBT databases that Orbax writes by default. Memory is bounded by a few chunks, whatever the state's size.
+Works on the OCDBT databases that Orbax writes by default, in memory for a few chunks.
 """
 
 from __future__ import annotations
@@ -36,18 +36,12 @@ _BATCH_NBYTES = 256 * 2**20  # of a transaction, which holds what it writes
 
 
 def leaf_names(item: epath.Path) -> list[tuple[str, ...]]:
-  """The leaves of a saved tree, each as the names on the way to it.
+  """The leaves of a saved tree, each as the keys that lead to it.
 
   Raises:
     CorruptCheckpointError: if the item's metadata cannot be read.
   """
   return [key_path(entry) for entry in item_metadata(item)[TREE].values()]
-
-
-def under(names: Collection[tuple[str, ...]], keep: Collection[str]) -> list[tuple[str, ...]]:
-  """Those of `names` that lie under one of the paths `keep` (`params`, or `model/params`)."""
-  prefixes = [path.strip("/") + "/" for path in keep]
-  return [name for name in names if any(f"{'/'.join(name)}/".startswith(p) for p in prefixes)]
 
 
 def copy_leaves(
@@ -65,7 +59,7 @@ def copy_leaves(
     target: a directory that does not exist.
     names: leaves, as `leaf_names` gives them.
     pause: called between chunks; may wait, or raise to give up.
-    chunks_of: those of the leaves whose values are copied; default: all. The others are described only.
+    chunks_of: the leaves whose values are copied too; default: all.
 
   Raises:
     CheckpointError: if `source` is not an OCDBT database.
@@ -77,9 +71,8 @@ def copy_leaves(
   stored = {".".join(name) for name in names}
   _copy_descriptions(source, target, set(names), stored)
   _copy_chunks(source, target, stored if chunks_of is None else {".".join(name) for name in chunks_of}, pause)
-  for file in (COMMIT_MARKER,):
-    if (source / file).exists():
-      (source / file).copy(target / file)
+  if (source / COMMIT_MARKER).exists():
+    (source / COMMIT_MARKER).copy(target / COMMIT_MARKER)
 
 
 def item_metadata(item: epath.Path) -> dict[str, Any]:
@@ -99,24 +92,25 @@ def item_metadata(item: epath.Path) -> dict[str, Any]:
 
 
 def _copy_descriptions(source: epath.Path, target: epath.Path, names: set[tuple[str, ...]], stored: set[str]) -> None:
+  """Copies the files beside the database, reduced to some leaves."""
   data = item_metadata(source)
   data[TREE] = {key: entry for key, entry in data[TREE].items() if key_path(entry) in names}
   (target / ITEM_METADATA).write_text(json.dumps(data))
-  if (source / SHARDINGS).exists():
-    found = json.loads((source / SHARDINGS).read_text())
-    (target / SHARDINGS).write_text(json.dumps({k: v for k, v in found.items() if _decoded(k) in stored}))
-  if (source / TEXTS).exists():
-    (target / TEXTS).write_text(json.dumps(text.select(json.loads((source / TEXTS).read_text()), stored)))
-  if (source / ARRAY_METADATAS).exists():
-    (target / ARRAY_METADATAS).mkdir()
-    for path in (source / ARRAY_METADATAS).iterdir():
-      found = json.loads(path.read_text())
-      found[ARRAY_METADATAS] = [m for m in found[ARRAY_METADATAS] if m["array_metadata"]["param_name"] in stored]
-      (target / ARRAY_METADATAS / path.name).write_text(json.dumps(found))
 
+  def shardings(found: Any) -> Any:
+    return {k: v for k, v in found.items() if base64.urlsafe_b64decode(k).decode() in stored}
 
-def _decoded(name: str) -> str:
-  return base64.urlsafe_b64decode(name).decode()
+  def array_metadatas(found: Any) -> Any:
+    kept = [m for m in found[ARRAY_METADATAS] if m["array_metadata"]["param_name"] in stored]
+    return found | {ARRAY_METADATAS: kept}
+
+  reduced = {SHARDINGS: shardings, TEXTS: lambda found: text.select(found, stored)}
+  for name in look.names(source / ARRAY_METADATAS):
+    (target / ARRAY_METADATAS).mkdir(exist_ok=True)
+    reduced[f"{ARRAY_METADATAS}/{name}"] = array_metadatas
+  for file, reduce in reduced.items():
+    if (source / file).exists():
+      (target / file).write_text(json.dumps(reduce(json.loads((source / file).read_text()))))
 
 
 def _copy_chunks(source: epath.Path, target: epath.Path, stored: set[str], pause: Callable[[], None]) -> None:
@@ -124,7 +118,7 @@ def _copy_chunks(source: epath.Path, target: epath.Path, stored: set[str], pause
 
   def database(item: epath.Path) -> ts.KvStore:
     spec = {"driver": "ocdbt", "base": kvstore_spec(str(item).rstrip("/") + "/")}
-    # What Orbax gives its own databases.
+    # As Orbax configures its databases.
     config = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
     return ts.KvStore.open(spec if item is source else spec | {"config": config}).result()
 

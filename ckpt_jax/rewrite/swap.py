@@ -1,11 +1,11 @@
-"""Replaces a committed step by another form of itself, so that a crash at any moment leaves one whole form of it.
+"""Replaces a committed step by another form of itself; a crash at any moment leaves one whole form.
 
-The new form is written beside the run's steps, checked, and only then declared ready (a small note). What follows, the
-swap, can be repeated from any point: whoever opens the run next finds the note and finishes it. Number, metrics, extras
+The new form is written beside the run's steps, checked, and only then declared ready by a small note. The swap that
+follows can be repeated from any point: the next open of the run finds the note and finishes it. Number, metrics, extras
 and commit time stay.
 
-On a file system the swap is two renames. A bucket has none: there the old objects are deleted, commit marker first, and
-the new ones copied, marker last; for these seconds the step is not committed.
+On a file system the swap is two renames. In a bucket, which has no rename, the old objects are deleted, commit marker
+first, and the new ones copied, marker last; in between the step is not committed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ckpt_jax.orbax.format import COMMITTED_AT, CUSTOM, STEP_METADATA
 from ckpt_jax.run.checksums import with_digest
 from ckpt_jax.run.quarantine import move_step
 from ckpt_jax.run.steps import DELETING, NOTES, OURS, is_step, noted_steps, step_directory, step_metadata, step_path
+from ckpt_jax.storage import look
 from ckpt_jax.storage.durable import Sealing, seal, sync_directory
 from ckpt_jax.storage.urls import is_object_store
 
@@ -48,18 +49,18 @@ def rewrite_step(
   Args:
     directory: the run.
     step: a committed step.
-    write: is given the step's directory and an empty one. Puts the new form of the items into the second (what it
-      leaves out is copied as it is), and returns what this package is to note about the step (`run.our_metadata`).
-    check: is given both directories once the new one is complete; raises if it does not hold what it should.
-    swapping: held during the swap.
+    write: called with the step's directory and an empty one. Writes items into the second (the others are copied as
+      they are), and returns the new `run.our_metadata` of the step.
+    check: called with both directories once the new one is complete; raises if its content is wrong.
+    swapping: entered for the swap.
 
   Returns:
-    Whether the step was replaced; False if it was deleted, or saved anew, meanwhile.
+    Whether the step was replaced; False if it was deleted or saved again meanwhile.
 
   Raises:
     NoCheckpointError: if there is no such step.
-    CheckpointError: what `write` and `check` raise; the step is as it was.
-    StorageError: if storage fails; the step is as it was, or the next open finishes the swap.
+    CheckpointError: from `write` and `check`; the step is unchanged.
+    StorageError: if storage fails; the step is unchanged, or the next open finishes the swap.
   """
   old = step_directory(directory, step)
   commit = step_metadata(old).get(COMMITTED_AT)
@@ -84,7 +85,7 @@ def rewrite_step(
   except Exception as e:
     if not _ready_note(directory, step).exists():  # else the next open finishes what was begun
       _remove(place)
-      if not _is_same(directory, step, commit):  # it was deleted under our hands, whatever that looked like
+      if not _is_same(directory, step, commit):  # it was deleted meanwhile, which may raise anything
         return False
     if isinstance(e, OSError) and not isinstance(e, CheckpointError):
       raise StorageError(f"{directory}: step {step} cannot be rewritten: {new}: {e.strerror or e}") from e
@@ -93,11 +94,11 @@ def rewrite_step(
 
 
 def finish_rewrites(directory: epath.Path) -> list[int]:
-  """Finishes the swaps that a crash cut off, and removes new forms that were never ready. Returns the steps swapped.
+  """Finishes interrupted swaps, and removes new forms that were never ready. Returns the steps swapped.
 
-  Nobody else may be rewriting steps of this run.
+  No other process may be rewriting steps of this run.
   """
-  names = _listed(directory / NOTES / REWRITING)
+  names = look.names(directory / NOTES / REWRITING)
   ready = [int(n.removesuffix(".ready")) for n in names if n.endswith(".ready")]
   finished = []
   for step in ready:
@@ -111,7 +112,7 @@ def finish_rewrites(directory: epath.Path) -> list[int]:
       _swap(directory, step)
       finished.append(step)
     else:
-      note.unlink(missing_ok=True)  # saved anew under this number
+      note.unlink(missing_ok=True)  # saved again under this number
   for name in names:
     if not name.endswith(".ready"):
       _remove(directory / NOTES / REWRITING / name)
@@ -156,23 +157,19 @@ def _swap(directory: epath.Path, step: int) -> None:
 
 
 def _copy_rest(old: epath.Path, new: epath.Path) -> None:
+  """Copies the files and items that `write` left out."""
   for path in old.iterdir():
-    target = new / path.name
-    if path.name == STEP_METADATA or target.exists():
-      continue
-    if path.is_dir():
-      _copy_tree(path, target)
-    else:
-      path.copy(target)
+    if path.name != STEP_METADATA and not (new / path.name).exists():
+      _copy_tree(path, new / path.name)
 
 
 def _copy_tree(source: epath.Path, target: epath.Path) -> None:
+  if not source.is_dir():
+    source.copy(target)
+    return
   target.mkdir(parents=True, exist_ok=True)
   for path in source.iterdir():
-    if path.is_dir():
-      _copy_tree(path, target / path.name)
-    else:
-      path.copy(target / path.name)
+    _copy_tree(path, target / path.name)
 
 
 def _write_metadata(old: epath.Path, new: epath.Path, ours: dict[str, Any]) -> None:
@@ -189,10 +186,3 @@ def _remove(directory: epath.Path) -> None:
       directory.rmtree()
   else:
     shutil.rmtree(directory, ignore_errors=True)
-
-
-def _listed(directory: epath.Path) -> list[str]:
-  try:
-    return [p.name for p in directory.iterdir()]
-  except (FileNotFoundError, NotADirectoryError):
-    return []

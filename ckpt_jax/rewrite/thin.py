@@ -1,25 +1,28 @@
-"""Turning older steps into ones that hold the parameters alone: in the background, one step after the other.
+"""Thinning: older steps are reduced to their parameters, in the background, one step after the other.
 
-Two thirds of a step are optimizer state that nobody resumes from after a while. A thinned step keeps its number,
-metrics, extras and time; `StepInfo.resumable` is False from then on.
+Two thirds of a step are optimizer state from which nobody resumes after a while. A thinned step keeps its number,
+metrics, extras and time; its `StepInfo.resumable` is False.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import dataclasses
 import datetime
+import functools
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.job.threads import Worker
 from ckpt_jax.layout import contents
-from ckpt_jax.rewrite.copy import copy_leaves, leaf_names, under
+from ckpt_jax.rewrite.copy import copy_leaves, leaf_names
 from ckpt_jax.rewrite.repack import carry_packed
 from ckpt_jax.rewrite.swap import rewrite_step
 from ckpt_jax.run.deletion import StepDeleter
@@ -41,14 +44,14 @@ def thin_step(
   pause: Callable[[], None] = lambda: None,
   swapping: contextlib.AbstractContextManager[Any] | None = None,
 ) -> bool:
-  """Leaves only what lies under the paths `keep` in a committed step: new copy, checked, swapped.
+  """Reduces a committed step to the leaves under the paths `keep`: a new copy, checked, then swapped in.
 
   Returns:
     Whether it was done; False if the step was deleted meanwhile.
 
   Raises:
     NoCheckpointError: if there is no such step.
-    CheckpointError: if it cannot be thinned: no leaf lies under `keep`, or it was not written through OCDBT.
+    CheckpointError: if there is no leaf under one of the paths, or the step is no OCDBT database.
   """
 
   def write(old: epath.Path, new: epath.Path) -> dict[str, Any]:
@@ -82,130 +85,108 @@ def thin_step(
 
 
 def kept_names(item: epath.Path, keep: Sequence[str]) -> list[tuple[str, ...]]:
-  """The leaves of an item that lie under the paths `keep`.
+  """The leaves of an item under the paths `keep` (`params`, or `model/params`).
 
   Raises:
-    CheckpointError: if one of the paths leads to none; the message names those at the top.
+    CheckpointError: if there is no leaf under one of the paths; the message names the top of the tree.
   """
   names = leaf_names(item)
+  kept: set[tuple[str, ...]] = set()
   for path in keep:
-    if not under(names, [path]):
+    prefix = path.strip("/") + "/"
+    found = {name for name in names if f"{'/'.join(name)}/".startswith(prefix)}
+    if not found:
       top = ", ".join(sorted({"".join(name[:1]) for name in names})[:20])
-      raise CheckpointError(f"{item}: thin.keep: no leaf lies under {path!r}; at the top there are {top}")
-  return under(names, keep)
+      raise CheckpointError(f"{item}: thin.keep: no leaf is under {path!r}; at the top there are {top}")
+    kept |= found
+  return [name for name in names if name in kept]
 
 
 def thinned_nbytes(step_dir: epath.Path, keep: Sequence[str]) -> int:
   """Bytes that a step would have after thinning.
 
   Raises:
-    CheckpointError: if one of the paths leads to no leaf.
+    CheckpointError: if there is no leaf under one of the paths.
   """
   paths = {"/".join(name) for name in kept_names(contents.item_directory(step_dir), keep)}
   return sum(leaf.nbytes for leaf in contents.saved_leaves(step_dir) if leaf.path in paths)
 
 
+@dataclasses.dataclass(eq=False)
 class Thinner:
   """Thins steps in a thread of its own.
 
-  Between two chunks it waits while a save is being written. What it does when a process dies is undone by the next open
-  (`rewrite.finish_rewrites`), and done again when retention is asked next.
+  Between two chunks it waits while a save is being written. If the process dies meanwhile, the next open cleans up
+  (`finish_rewrites`) and the next retention asks again.
+
+  Attributes:
+    directory: the run.
+    keep: paths in the state whose leaves stay.
+    deleter: of the same run; the two never move the same step, and neither moves one while a manager opens.
+    active: False on all processes but one, whose calls do nothing.
+    busy: whether a save is being written.
+    restoring: steps that must stay whole, looked at again before each swap.
+    done: called with each step that was thinned.
+    timeout: seconds that `finish` waits.
   """
 
-  def __init__(
-    self,
-    directory: epath.Path,
-    keep: Sequence[str],
-    deleter: StepDeleter,
-    *,
-    active: bool = True,
-    busy: Callable[[], bool] = lambda: False,
-    restoring: Collection[int] = (),
-    done: Callable[[int], None] = lambda step: None,
-    timeout: float = 60.0,
-  ):
-    """Starts nothing yet.
+  directory: epath.Path
+  keep: Sequence[str]
+  deleter: StepDeleter
+  active: bool = True
+  busy: Callable[[], bool] = lambda: False
+  restoring: Collection[int] = ()
+  done: Callable[[int], None] = lambda step: None
+  timeout: float = 60.0
 
-    Args:
-      directory: the run.
-      keep: paths in the state whose leaves stay.
-      deleter: of the same run; both never move the same step, and neither moves one while a manager opens.
-      active: False on all processes but one: their calls do nothing.
-      busy: whether a save is being written.
-      restoring: steps that must stay whole, looked at again before each swap.
-      done: called with each step that was thinned.
-      timeout: seconds that `finish` waits.
-    """
-    self._directory = directory
-    self._keep = tuple(keep)
-    self._deleter = deleter
-    self._active = active
-    self.busy = busy
-    self._restoring = restoring
-    self._done = done
-    self._timeout = timeout
-    self._waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    self._open: set[int] = set()
+  def __post_init__(self) -> None:
+    self._jobs: dict[int, concurrent.futures.Future[None]] = {}
     self._refused: set[int] = set()
-    self._changed = threading.Condition()
     self._stop = threading.Event()
-    self._thread: threading.Thread | None = None
+    self._lock = threading.Lock()
+    self._worker: Worker | None = None
 
   def thin(self, steps: Collection[int]) -> None:
-    """Asks for steps to be thinned and returns. What was refused once is not tried again by this object."""
-    with self._changed:
-      new = [] if not self._active else sorted(set(steps) - self._open - self._refused)
-      self._open |= set(new)
-    for step in new:
-      self._waiting.put(step)
-    if new and self._thread is None:
-      self._stop.clear()
-      self._thread = threading.Thread(target=self._work, name="ckpt_jax_thinner", daemon=True)
-      self._thread.start()
-
-  @property
-  def pending(self) -> set[int]:
-    """Steps asked for that are neither thinned nor refused yet."""
-    with self._changed:
-      return set(self._open)
+    """Queues steps to be thinned and returns. Steps that cannot be thinned are not tried again by this object."""
+    if not self.active:
+      return
+    with self._lock:
+      for step in sorted(set(steps) - self._refused):
+        if step not in self._jobs or self._jobs[step].done():
+          if self._worker is None:
+            self._stop.clear()
+            self._worker = Worker("ckpt_jax_thinner")
+          self._jobs[step] = self._worker.submit(functools.partial(self._thin, step))
 
   def wait(self, timeout: float | None = None) -> bool:
-    """Waits until nothing is pending. False if the time ran out."""
-    with self._changed:
-      return self._changed.wait_for(lambda: not self._open, timeout=self._timeout if timeout is None else timeout)
+    """Waits until no step is queued. False if the time ran out."""
+    return not concurrent.futures.wait(self._jobs.values(), self.timeout if timeout is None else timeout).not_done
 
   def finish(self) -> None:
-    """Waits for what is pending up to the timeout, and stops. What is left stays whole."""
-    if self._thread is None:
+    """Waits up to the timeout until no step is queued, and stops. Steps that are left stay whole."""
+    if self._worker is None:
       return
     if not self.wait():
-      _log.info("%s: steps %s are not thinned yet; the next job goes on", self._directory, sorted(self.pending))
+      left = sorted(step for step, job in self._jobs.items() if not job.done())
+      _log.info("%s: steps %s are not thinned yet; the next job thins them", self.directory, left)
     self._stop.set()
-    self._waiting.put(None)
-    self._thread.join(timeout=5)
-    self._thread = None
-
-  # -- inside
-
-  def _work(self) -> None:
-    while not self._stop.is_set() and (step := self._waiting.get()) is not None:
-      try:
-        self._thin(step)
-      except _Stopped:
-        pass
-      except Exception as e:
-        self._refused.add(step)
-        _log.warning("%s: step %d is not thinned: %s", self._directory, step, e)
-      with self._changed:
-        self._open.discard(step)
-        self._changed.notify_all()
+    self._worker.close()
+    self._worker.join(5)
+    self._worker = None
 
   def _thin(self, step: int) -> None:
-    if not self._allowed(step):
-      return
-    if thin_step(self._directory, step, self._keep, pause=self._pause, swapping=self._swapping(step)):
-      _log.info("%s: step %d holds %s alone now", self._directory, step, ", ".join(self._keep))
-      self._done(step)
+    try:
+      if self._stop.is_set() or not self._allowed(step):
+        return
+      if thin_step(self.directory, step, self.keep, pause=self._pause, swapping=self._swapping(step)):
+        _log.info("%s: step %d holds only %s now", self.directory, step, ", ".join(self.keep))
+        self.done(step)
+    except _Stopped:
+      pass
+    except Exception as e:
+      if not self._stop.is_set():
+        self._refused.add(step)
+        _log.warning("%s: step %d is not thinned: %s", self.directory, step, e)
 
   def _pause(self) -> None:
     deadline = time.monotonic() + _YIELD_S
@@ -215,15 +196,15 @@ class Thinner:
       raise _Stopped
 
   @contextlib.contextmanager
-  def _swapping(self, step: int) -> Any:
-    with self._deleter.moving():
+  def _swapping(self, step: int) -> Iterator[None]:
+    with self.deleter.moving():
       # Time has passed since retention decided: the step may be needed whole by now.
       if self._stop.is_set() or not self._allowed(step):
         raise _Stopped
       yield
 
   def _allowed(self, step: int) -> bool:
-    if step in self._restoring or step in noted_steps(self._directory, PINS):
+    if step in self.restoring or step in noted_steps(self.directory, PINS):
       return False
-    newest = newest_resumable(self._directory)
+    newest = newest_resumable(self.directory)
     return newest is not None and newest > step

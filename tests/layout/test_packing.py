@@ -61,7 +61,7 @@ def test_any_arrays_in_any_pieces_come_back_bitwise(case):
     for name, packed in slab.index.items():
       before = index[name].pieces if name in index else ()
       index[name] = packing.Packed(packed.dtype, packed.shape, before + packed.pieces)
-    slabs[process] = SlabBytes()
+    slabs[process] = SlabBytes(slab.chunk_nbytes)
     for start, nbytes, chunk in slab.chunks(pieces, lambda n=slab.chunk_nbytes: np.empty(n, np.uint8)):
       slabs[process].add(start, chunk[:nbytes])
     assert all(p.offset % 64 == 0 for packed in slab.index.values() for p in packed.pieces)

@@ -160,7 +160,7 @@ def test_a_run_of_thinned_steps_alone_does_not_start_afresh_in_silence(tmp_path)
 
 def test_a_path_that_leads_nowhere_is_named_and_the_step_stays_whole(tmp_path, caplog):
   c = save_steps(tmp_path, [1, 2])
-  with pytest.raises(ckpt.CheckpointError, match=r"no leaf lies under 'parms'; at the top there are .*params"):
+  with pytest.raises(ckpt.CheckpointError, match=r"no leaf is under 'parms'; at the top there are .*params"):
     thin_step(c.directory, 1, ["parms"])
   age(tmp_path, 1, 9)
   save_steps(tmp_path, [3], retention={"last": None, "thin": {"after": "1d", "keep": "parms"}})
