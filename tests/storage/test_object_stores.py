@@ -130,14 +130,14 @@ def test_every_fifth_request_failing_changes_nothing_but_the_time(bucket, assert
     c.save(0, make_state())  # connections and compiled functions
     c.wait()
     bucket.proxy.fail_share = 0.2
-    for step in range(1, 5):
+    for step in (1, 2):
       bucket.proxy.fail_status = 503 if step % 2 else 429
       state = make_state(step)
       c.save(step, state)
       c.wait()
       assert_same(c.restore(like=state).state, state)
-    assert bucket.proxy.failed > 20
-  assert [s.step for s in c.steps()] == [3, 4]
+    assert bucket.proxy.failed > 10
+  assert [s.step for s in c.steps()] == [1, 2]
 
 
 def test_store_that_refuses_everything_is_an_error_within_the_deadline_and_loses_nothing(bucket):
