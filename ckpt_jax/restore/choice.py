@@ -167,7 +167,7 @@ def choose(costs: Mapping[str, Totals], nbytes: float, speed: Speeds, compile_s:
   facts += f"{'to each reader' if speed.scales else 'in all'} ({speed.source})"
   strategy, why = "direct", "nothing is clearly faster"
   if copies <= SLACK:
-    why = "each byte is read once anyhow"
+    why = "each byte is read once anyway"
   elif not worth_exchanging(costs, nbytes, speed):
     why = "reading less would save little"
   else:

@@ -73,8 +73,7 @@ def newest_sound(
   """What `attempt` makes of the newest step that it can read; None if there is no step.
 
   Newer steps that it cannot read go into quarantine, but only after an older one was read: if none can be, the fault
-  may be elsewhere, and nothing is touched. A step that is deleted while it is read, for example by the retention of a
-  trainer elsewhere, is not damaged: the newest is then looked up again.
+  may be elsewhere. A step that is deleted while it is read is not damaged: the newest is then looked up again.
 
   Args:
     directory: the run.

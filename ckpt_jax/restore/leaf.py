@@ -183,6 +183,7 @@ def _impl(dtype: Any) -> str:
 
 
 def put(value: np.ndarray, sharding: Sharding) -> jax.Array:
+  """An array from its values, which every process holds in full."""
   return jax.make_array_from_callback(value.shape, sharding, lambda index: to_be_copied(value[index]))
 
 

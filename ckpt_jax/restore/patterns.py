@@ -33,7 +33,7 @@ def _segments(pattern: str) -> list[str]:
 @functools.lru_cache(maxsize=65536)
 def _match(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
   if not pattern:
-    return True  # what lies below a match belongs to it
+    return True  # leaves below a match belong to it
   if pattern[0] == "**":
     return any(_match(pattern[1:], path[i:]) for i in range(len(path)))
   if not path or not fnmatch.fnmatchcase(path[0], pattern[0]):

@@ -190,7 +190,7 @@ def _refuse_thinned(step: Step, missing: set[str]) -> None:
 def _by_path(like: PyTree, only: tuple[str, ...] | None, infos: Mapping[str, LeafInfo]) -> tuple[dict[str, Any], str]:
   """The leaves of `like` by their path in the checkpoint, and the prefix that was put before them.
 
-  With `only="params"`, `like` may be a whole state, `{"params": ...}`, or what lies below params.
+  With `only="params"`, `like` may be a whole state, `{"params": ...}`, or the leaves below params.
   """
   found = jax.tree_util.tree_flatten_with_path(like)[0]
   leaves = {path_name(path): leaf for path, leaf in found}

@@ -1,4 +1,4 @@
-"""What a restore gives back."""
+"""The result of a restore: the state, and the report of how it was read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class RestoreReport:
 
   Attributes:
     strategy: `direct`, `gather` or `broadcast`.
-    seconds: what it took.
-    nbytes: bytes of the whole state that came back.
-    directory: the step's.
+    seconds: duration of the restore.
+    nbytes: bytes of the restored state, each array counted once.
+    directory: of the step.
     why: the reason for the strategy.
-    predicted: seconds that each strategy was expected to take; empty if there was nothing to choose.
+    predicted: seconds that each strategy was expected to take; empty if there was no choice.
     casts: `{path: (saved dtype, dtype now)}` of the leaves that were cast.
     initialised: paths of the leaves that the step lacks and that `init_missing` named.
-    verified: how many leaves were found to be, bit for bit, what was saved.
-    unverified: why none were, if so.
-    quarantined: newer steps that could not be restored and count no longer, with the reasons.
-    gone: steps that somebody deleted while they were read, after which the newest was looked for again.
+    verified: number of leaves that were compared, bit for bit, with what was saved.
+    unverified: why no leaf was compared; empty if leaves were.
+    quarantined: newer steps that could not be restored and went into quarantine, with the reasons.
+    gone: steps that were deleted while they were read.
   """
 
   strategy: str

@@ -22,6 +22,7 @@ from ckpt_jax.integrity import databases, fingerprint, record, sums
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents
 from ckpt_jax.orbax.format import COMMIT_MARKER, ITEM_HANDLERS, ITEM_METADATA, METRICS_ITEM
+from ckpt_jax.restore.hints import count
 from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.step import Step
 from ckpt_jax.run import foreign, quarantine, untrusted
@@ -259,8 +260,9 @@ class _Check:
       if file.suffix == ".json":
         untrusted.read_json(file)
       nbytes += look.read_through(file, _BLOCK_NBYTES)
-    who = f"only its handler{f' ({part.handler})' if part.handler else ''} could tell whether they are sound"
-    return _Checked(f"{len(files)} files read; {who}" if files else "holds no file", nbytes=nbytes)
+    handler = f"its handler ({part.handler})" if part.handler else "its handler"
+    what = f"{count(len(files), 'file')} read; only {handler} could tell whether they are sound"
+    return _Checked(what if files else "holds no file", nbytes=nbytes)
 
   # -- metadata
 

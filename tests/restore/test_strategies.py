@@ -232,7 +232,7 @@ def test_auto_reads_direct_where_nothing_is_to_be_gained():
   assert choosing.choose(COPIES, 100e6, speeds(2e9, one_host=True), NO_COMPILE).strategy == "direct"
   assert choosing.choose(COPIES, 100e6, speeds(50e6, network=5e6), NO_COMPILE).strategy == "direct"
   one = {**COPIES, "direct": Totals(100e6, 25e6, 0)}
-  assert "read once anyhow" in choosing.choose(one, 100e6, speeds(50e6), NO_COMPILE).why
+  assert "read once anyway" in choosing.choose(one, 100e6, speeds(50e6), NO_COMPILE).why
 
 
 def test_auto_counts_what_is_still_to_be_compiled():
