@@ -51,12 +51,14 @@ class Side:
     self._rows += -self._rows % jax.device_count()
 
   def values(self, step: int) -> dict[str, Any]:
+    """The state of a step, in host memory."""
     import numpy as np
 
     rng = np.random.default_rng(step)
     return {f"w{i}": rng.standard_normal((self._rows, 256), dtype=np.float32) for i in range(8)}
 
   def state(self, step: int) -> dict[str, Any]:
+    """The state of a step, on its devices."""
     import jax
 
     spread = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec("fsdp"))
@@ -94,6 +96,7 @@ class Side:
     return step in self.steps() and self.is_right(step)
 
   def commit(self, step: int) -> None:
+    """Saves a step and waits for its commit."""
     self.save(step)
     self.wait()
 
@@ -354,6 +357,7 @@ def hold(side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
 
 
 def main() -> None:
+  """Runs the scenario of the command line."""
   side, name, run = SIDES[sys.argv[1]], sys.argv[2], pathlib.Path(sys.argv[3])
   options = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
   if "clock" in options:  # before any module reads it

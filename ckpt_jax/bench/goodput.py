@@ -55,6 +55,7 @@ class Arm:
 
   @property
   def log(self) -> pathlib.Path:
+    """The file of its events."""
     return self.directory / f"{self.name}.jsonl"
 
 

@@ -127,6 +127,7 @@ def large(step: int) -> dict[str, Any]:
 
 
 def is_right(state: Any, wanted: Any) -> bool:
+  """Whether a state has every bit of the wanted one."""
   import jax
   import numpy as np
 

@@ -357,6 +357,7 @@ SCENARIOS: dict[str, Callable[[Any, pathlib.Path], Verdict]] = {
 
 
 def main() -> None:
+  """Runs the scenario of the command line, and prints its verdict."""
   from ckpt_jax.bench.people_states import STATES
 
   side, name, work = SIDES[sys.argv[1]](), sys.argv[2], pathlib.Path(sys.argv[3])

@@ -100,15 +100,24 @@ class Target(Protocol):
     """Prepares the first save, while no other variant runs."""
     ...
 
-  def save(self, step: int) -> None: ...
-  def wait(self) -> None: ...
-  def restore(self, step: int) -> Any: ...
-  def same(self, restored: Any) -> bool: ...
+  def save(self, step: int) -> None:
+    """Starts the save of a step."""
+
+  def wait(self) -> None:
+    """Waits until the last save is committed."""
+
+  def restore(self, step: int) -> Any:
+    """The state of a step, in memory or on its devices."""
+
+  def same(self, restored: Any) -> bool:
+    """Whether a restored state has every bit of the saved one."""
+
   def about(self) -> dict[str, Any]:
     """The `settings` that it chose and its `predicted` costs; empty if it has none."""
     ...
 
-  def close(self) -> None: ...
+  def close(self) -> None:
+    """Releases what the target holds."""
 
 
 def make_target(variant: Variant, suite: Suite, directory: str) -> Target:

@@ -174,6 +174,7 @@ def serve(connection: Any, suite_name: str, variant_name: str, directory: str) -
 
 
 def main() -> None:
+  """Serves the runner at the address of the command line."""
   address, suite, variant, directory = sys.argv[1:]
   if SUITES[suite].processes > 1:
     from ckpt_jax import multihost
