@@ -3,10 +3,9 @@
 Two jobs that write into one run delete and overwrite each other's steps. So the first save takes the lease, and a job
 that finds it held by another one writes nothing. Readers never need it.
 
-The file is one JSON object, replaced by compare-and-swap (TensorStore's conditional writes: a lock file on disks,
-generations on gs://, ETags on s3://), and read back before each heartbeat for stores that accept conditional writes and
-ignore the condition. Whether an owner is dead is never judged by comparing clocks: on the same host its process is
-looked up; of an owner on another host it is observed whether the number of its heartbeat still changes.
+The file is replaced by compare-and-swap (TensorStore's conditional writes: a lock file on disks, generations on gs://,
+ETags on s3://), and read back before each heartbeat for stores that ignore the condition. Whether an owner is dead is
+never judged by comparing clocks: on the same host its process is looked up, elsewhere its heartbeat is observed.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class Holder:
     host: host name, for messages.
     boot: boot id and pid namespace; processes with the same one can look each other up.
     pid, started: process id, and the start time that distinguishes it from a later process with the same id.
-    place, inode: path or URL of the run, and the inode of its notes (0 on a bucket). They reveal a lease that came with
-      a copied run, while one run may also be reached by several paths.
+    place, inode: path or URL of the run, and the inode of its notes (0 on a bucket), which reveal a copied lease.
     beat: grows with each heartbeat.
     interval: seconds between heartbeats.
     since: seconds since the epoch by the owner's clock; for messages only.
@@ -95,10 +93,7 @@ def parse(data: bytes) -> Holder | None:
 def judge(holder: Holder | None, me: Holder, start_of: Callable[[int], str | None]) -> str:
   """The state of a lease for `me`: `free`, `dead`, `alive`, or `elsewhere` if only its heartbeat can show that.
 
-  Args:
-    holder: its holder.
-    me: the process that asks.
-    start_of: the start time of a process id; None if there is no such process.
+  `start_of` gives the start time of a process id; None if there is no such process.
   """
   if holder is None or holder.released:
     return "free"
@@ -160,13 +155,10 @@ class Lease:
     return "mine" if self.held else self._read()[2]
 
   def acquire(self, wait: float | None = None) -> None:
-    """Takes the lease if no living process holds it; at once if this object holds it already.
+    """Takes the lease if no living process holds it; else a StorageError names the owner, its host and the way out.
 
     Args:
       wait: seconds to wait for an owner that may be dead; default: one and a half times `patience`, and a moment.
-
-    Raises:
-      StorageError: naming the other owner, its host and age, and the way out; nothing was written into the run.
     """
     with self._lock:
       self.ensure_ours()

@@ -258,10 +258,6 @@ def _note_beside(path: epath.Path) -> epath.Path:
 
 def _new_place(directory: epath.Path, step: int, kind: str) -> epath.Path:
   stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-  names = {p for p in look.names(directory / NOTES / kind)}
-  name = f"{step}-{stamp}"
-  for count in range(2, len(names) + 3):
-    if name not in names:
-      break
-    name = f"{step}-{stamp}-{count}"
-  return directory / NOTES / kind / name
+  taken = set(look.names(directory / NOTES / kind))
+  names = [f"{step}-{stamp}", *(f"{step}-{stamp}-{count}" for count in range(2, len(taken) + 2))]
+  return directory / NOTES / kind / next(name for name in names if name not in taken)
