@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from ckpt_jax.errors import CorruptCheckpointError
@@ -24,9 +25,7 @@ _MAX_NAMED = 10
 # A task for each leaf would cost more than its sum.
 _BUNCH_NBYTES = 4 << 20
 _BUNCH_LEAVES = 256
-_Found = dict[
-  str, tuple[int, int | None]
-]  # by path: sum or hash on this process, and what all processes must add up to
+_Found = dict[str, int]  # by path: how far the sum or hash is off; it must be 0 over all processes
 
 
 class Verifier:
@@ -78,13 +77,16 @@ class Verifier:
     tallies = taken.tallies(1, health=False, hashed=hashed)
     found: _Found = {}
     for path, leaf in taken.leaves.items():
-      saved, number, wanted = self._saved.get(path), tallies[path].total, None
-      if saved is not None and (saved.dtype, saved.shape) == (leaf.dtype, leaf.shape):
-        wanted = saved.total
-        if path in hashed and saved.hash is not None:
-          number, wanted = tallies[path].hash, saved.hash[1]
-        wanted = wanted * leaf.copies & MASK
-      found[path] = number, wanted
+      saved = self._saved.get(path)
+      if saved is None or (saved.dtype, saved.shape) != (leaf.dtype, leaf.shape):
+        found[path] = 1
+        continue
+      number, wanted = tallies[path].total, saved.total
+      if path in hashed and saved.hash is not None:
+        number, wanted = tallies[path].hash, saved.hash[1]
+      # Process 0 answers for what belongs to the whole job, each process for its own.
+      copies = {"own": 1, "elsewhere": 0}.get(leaf.place, leaf.copies if jax.process_index() == 0 else 0)
+      found[path] = (number - wanted * copies) & MASK
     return found
 
   def finish(self, where: str, together: Together) -> int:
@@ -106,9 +108,9 @@ class Verifier:
       error = e
     together.meet("all processes to verify what they read", error)
     paths = sorted(found)
-    numbers = [found[path][0] for path in paths]
-    totals = sum_over_processes(np.array(numbers, np.uint64), [path in self._on_accelerator for path in paths])
-    bad = [path for path, total in zip(paths, totals.tolist(), strict=True) if found[path][1] != total]
+    numbers = np.array([found[path] for path in paths], np.uint64)
+    totals = sum_over_processes(numbers, [path in self._on_accelerator for path in paths])
+    bad = [path for path, total in zip(paths, totals.tolist(), strict=True) if total]
     # All processes find the same, unless one has a damaged copy of the record.
     wrong = CorruptCheckpointError(f"{where}: {_named(bad)}") if bad else None
     together.meet("all processes to compare what they read with what was saved", wrong)

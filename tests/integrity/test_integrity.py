@@ -16,6 +16,8 @@ from jobs import together
 
 import ckpt_jax as ckpt
 from ckpt_jax.integrity import comparison
+from ckpt_jax.integrity.fingerprint import LeafPrint, take_restored
+from ckpt_jax.integrity.record import Record
 from ckpt_jax.restore.verify import verify
 
 
@@ -282,3 +284,40 @@ def test_four_processes_saved_one_bit_flips_and_two_processes_agree_on_the_older
     shutil.copytree(tmp_path, copy, ignore=shutil.ignore_patterns("copy*"))
     results = together("fallback.py", copy, "restore", processes=processes)
     assert all("restored step 0 quarantined [1]" in r.log for r in results), results[0].log
+
+
+class Alone:
+  """The waits of a job of one process."""
+
+  def meet(self, what, error=None, text=""):
+    if error is not None:
+      raise error
+    return [text]
+
+
+@pytest.mark.parametrize("bunch_nbytes", [1, 1 << 20])
+def test_of_a_leaf_that_arrives_twice_the_later_counts_and_all_that_differ_are_named(monkeypatch, bunch_nbytes):
+  monkeypatch.setattr(comparison, "_BUNCH_NBYTES", bunch_nbytes)  # each leaf by itself, or all at once
+  right = {f"x{i}": np.arange(i, i + 40_000, dtype=np.float32) for i in range(12)}
+  taken = take_restored(right, {})
+  tallies = taken.tallies(1)
+  leaves = {p: LeafPrint(leaf.dtype, leaf.shape, tallies[p].total) for p, leaf in taken.leaves.items()}
+  record = Record(leaves, {}, {})
+
+  def verified(*delivered):
+    verifier = comparison.Verifier(record)
+    for path, value in delivered:
+      verifier(path, value)
+    try:
+      return verifier.finish("step 7", Alone())
+    finally:
+      verifier.stop()
+
+  wrong = {path: -value for path, value in right.items()}
+  assert verified(*wrong.items(), *right.items()) == 12
+  with pytest.raises(ckpt.CorruptCheckpointError, match=r"step 7: 12 leaves are not what was saved: x0, .* and 2 more"):
+    verified(*right.items(), *wrong.items())
+  with pytest.raises(ckpt.CorruptCheckpointError, match="1 leaf is not what was saved: new"):
+    verified(("new", right["x0"]))
+  with pytest.raises(ckpt.CorruptCheckpointError, match="1 leaf is not what was saved: x1"):
+    verified(("x1", right["x1"].astype(np.float64)))
