@@ -60,6 +60,8 @@ class _Snapshot:
     self._keys = sorted(entries)
 
   def under(self, key: str) -> list[str]:
+    if not key:  # the bucket itself
+      return self._keys
     start = bisect.bisect_left(self._keys, key + "/")
     return self._keys[start : bisect.bisect_left(self._keys, key + "0")]  # "0" is the character after "/"
 
@@ -316,7 +318,7 @@ class ObjectBackend(epath_backend.Backend):
   # -- requests
 
   def _look(self, path: Path, own_writes: bool = True) -> tuple[Entry | None, bool]:
-    """The object at `path`, and whether anything is beneath it."""
+    """The object at `path`, and whether there are objects beneath it."""
     _, _, key = split_url(path)
     snapshot = self._snapshot_of(path)
     if snapshot is not None:

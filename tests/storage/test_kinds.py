@@ -4,10 +4,12 @@ import logging
 import os
 import pathlib
 import subprocess
+import typing
 
 import pytest
 
 import ckpt_jax as ckpt
+from ckpt_jax.config.sections import StorageName
 from ckpt_jax.storage import kinds
 from ckpt_jax.storage.kinds import StorageKind, check_suitable, detect
 
@@ -62,6 +64,10 @@ def test_unknown_scheme_is_refused():
 def test_every_kind_has_traits_with_a_reason():
   for kind in StorageKind:
     assert kind.traits.why and kind.traits.parallelism >= 1, kind
+
+
+def test_configuration_takes_every_kind_by_its_name():
+  assert {*typing.get_args(StorageName)} == {"auto", *StorageKind}
 
 
 def test_disk_is_a_network_disk_if_its_model_in_sys_says_so(tmp_path):

@@ -90,6 +90,15 @@ def test_plain_orbax_reads_what_was_written(bucket):
     assert np.array_equal(manager.restore(7, args=ocp.args.PyTreeRestore(state))["w"], state["w"])
 
 
+def test_run_may_be_the_bucket_itself(bucket):
+  for step in (1, 2):
+    with ckpt.Checkpointer(bucket.url) as c:
+      assert c.restore_or_init(lambda: {"w": jnp.zeros(3)}).next_step == (0 if step == 1 else 2)
+      c.save(step, {"w": jnp.full(3, step, jnp.float32)})
+  assert [s.step for s in run.list_steps(bucket.url)] == [1, 2]
+  assert ckpt.verify(bucket.url) == []
+
+
 def test_step_without_its_commit_marker_is_no_step(bucket):
   with ckpt.Checkpointer(bucket.url + "/run") as c:
     for step in (1, 2):
