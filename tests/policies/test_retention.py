@@ -62,6 +62,7 @@ def restic(policy, infos):
   return sorted(keep | {listed[0].step})
 
 
+NAMES = ("hourly", "daily", "within", "every_steps", "best")
 counts = st.none() | st.integers(1, 6)
 timed = dict.fromkeys(("last", "hourly", "daily", "weekly", "monthly"), counts)
 timed["within"] = st.none() | st.floats(60, 40 * DAY)
@@ -133,7 +134,7 @@ def test_adding_a_rule_never_deletes_more(a, b, infos):
   a, b = dataclasses.replace(a, budget=None, last=a.last or 1), dataclasses.replace(b, budget=None)
   both = dataclasses.replace(
     a,
-    **{f: getattr(a, f) if getattr(a, f) is not None else getattr(b, f) for f in ("hourly", "daily", "within", "best")},
+    **{f: getattr(a, f) if getattr(a, f) is not None else getattr(b, f) for f in NAMES},
   )
   assert set(kept(a, infos)) <= set(kept(both, infos))
 
@@ -198,12 +199,18 @@ def test_within_counts_from_the_newest_step():
   assert kept(Retention(within="2d6h"), infos) == [1, 2, 3], "exactly as old as the limit goes, as in restic"
 
 
-def test_missing_metrics_are_kept_on_request():
-  infos = saved(0, 1, 2, 3)
-  infos[1].metrics = {"loss": 1.0}
-  infos[2].metrics = {"loss": float("nan")}
-  assert kept(Retention(best={"metric": "loss"}), infos) == [1, 3]
-  assert kept(Retention(best={"metric": "loss", "keep_missing": True}), infos) == [0, 1, 2, 3]
+def test_without_rules_every_step_stays():
+  assert kept(Retention(), saved(0, 1, 2)) == [0, 1, 2]
+
+
+def test_best_are_the_lowest_or_highest_and_missing_metrics_are_kept_on_request():
+  infos = saved(*range(6))
+  for info, loss in zip(infos, [3.0, None, 1.0, float("nan"), 2.0], strict=False):
+    info.metrics = None if loss is None else {"loss": loss}
+  assert kept(Retention(best={"metric": "loss"}), infos) == [2, 5]
+  assert kept(Retention(best={"metric": "loss", "n": 2}), infos) == [2, 4, 5]
+  assert kept(Retention(best={"metric": "loss", "mode": "max"}), infos) == [0, 5]
+  assert kept(Retention(best={"metric": "loss", "keep_missing": True}), infos) == [1, 2, 3, 5]
 
 
 def test_an_unhealthy_step_is_never_the_best():
@@ -211,7 +218,7 @@ def test_an_unhealthy_step_is_never_the_best():
   assert kept(Retention(best={"metric": "loss"}), infos) == [1, 3]
 
 
-@pytest.mark.parametrize("make", [{"hourly": 0}, {"within": "soon"}, {"budget": -1}, {"within": 0}])
+@pytest.mark.parametrize("make", [{"last": 0}, {"hourly": 0}, {"within": "soon"}, {"budget": -1}, {"within": 0}])
 def test_senseless_values_are_config_errors(make):
   with pytest.raises(ckpt.ConfigError, match=next(iter(make))):
     Retention(**make)

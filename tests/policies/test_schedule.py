@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jobs import together
 
 import ckpt_jax as ckpt
-from ckpt_jax.policies import AllOf, AnyOf, AtSteps, EveryMinutes, EverySteps, Never, YoungDaly
+from ckpt_jax.policies import AllOf, AnyOf, AtSteps, EveryMinutes, EverySteps, Never, OnPreemption, Retention, YoungDaly
 from ckpt_jax.policies.youngdaly import daly_interval, learned_mtti, young_interval
 from ckpt_jax.run.attempts import AttemptLog, exposure, read_attempts
 
@@ -29,8 +29,8 @@ class Context:
   reached_preemption: bool = False
 
 
-def asks(policy, step):
-  return policy.should_save(Step(step), [], context=Context())
+def asks(policy, step, preempted=False):
+  return policy.should_save(Step(step), [], context=Context(preempted))
 
 
 class Clock:
@@ -63,6 +63,10 @@ def gaps(times):
   return [b - a for a, b in itertools.pairwise(times)]
 
 
+def test_every_steps():
+  assert [s for s in range(10) if asks(EverySteps(4), s)] == [0, 4, 8]
+
+
 def test_at_steps_and_never():
   assert [s for s in range(9) if asks(AtSteps([3, 7]), s)] == [3, 7]
   assert not any(asks(Never(), s) for s in range(9))
@@ -74,6 +78,24 @@ def test_any_and_all_of_schedules():
   assert [s for s in range(1, 13) if asks(AllOf(both), s)] == [6, 12]
   assert AnyOf([EverySteps(2), Never()]).explain().startswith("every 2 steps or never")
   assert not asks(AllOf([]), 0)
+
+
+def test_any_of_saves_on_preemption_between_due_steps():
+  policy = AnyOf([EverySteps(100), OnPreemption()])
+  assert not asks(policy, 7)
+  assert asks(policy, 7, preempted=True)
+
+
+def test_every_minutes_follows_the_clock_and_asks_rarely():
+  now, looks = [0.0], []
+  policy = EveryMinutes(1, clock=lambda: looks.append(now[0]) or now[0])
+  saved = []
+  for step in range(300):
+    if asks(policy, step):
+      saved.append(now[0])
+    now[0] += 1.0
+  assert saved == [60, 120, 180, 240]
+  assert len(looks) < 150, "steps that cannot be due cost no look at the clock, and no broadcast"
 
 
 def test_the_interval_settles_at_youngs():
@@ -130,16 +152,6 @@ def test_the_first_save_of_a_process_counts_only_until_the_second():
   assert policy.cost == 1
 
 
-def test_clock_is_not_asked_for_a_decision_at_steps_that_cannot_be_due():
-  clock = Clock()
-  policy = YoungDaly(mtti=3600, clock=clock)
-  decisions = []
-  decide = policy._decide
-  policy._decide = lambda number: decisions.append(number) or decide(number)
-  train(policy, clock, 2000)
-  assert len(decisions) < 500, "each decision costs many processes a broadcast"
-
-
 def test_a_job_that_goes_back_is_saved_again():
   clock = Clock()
   policy = EveryMinutes(1, clock=clock)
@@ -170,10 +182,19 @@ def test_mtti_of_a_job_is_that_of_a_node_by_the_number_of_nodes():
 
 
 @pytest.mark.parametrize(
-  "make", [YoungDaly, lambda: YoungDaly(0), lambda: YoungDaly("6x"), lambda: YoungDaly(60, 2), lambda: AtSteps(3)]
+  "make",
+  [
+    YoungDaly,
+    lambda: YoungDaly(0),
+    lambda: YoungDaly("6x"),
+    lambda: YoungDaly(60, 2),
+    lambda: AtSteps(3),
+    lambda: EverySteps(0),
+    lambda: EveryMinutes(-1),
+  ],
 )
 def test_senseless_schedules_are_refused(make):
-  with pytest.raises((ckpt.ConfigError, TypeError)):
+  with pytest.raises(ckpt.ConfigError):
     make()
 
 
@@ -195,15 +216,18 @@ def test_a_plain_manager_that_reports_no_costs_is_watched_instead():
   assert policy.cost == 3 and gaps(began)[-1] == pytest.approx(27, abs=2)
 
 
-def test_a_schedule_works_in_a_plain_manager(tmp_path):
+@pytest.mark.parametrize(
+  ("make", "saved"), [(lambda _: EverySteps(2), [2, 4]), (lambda clock: YoungDaly(max_overhead=0.01, clock=clock), [0])]
+)
+def test_policies_work_in_a_plain_manager(tmp_path, make, saved):
   clock = Clock()
-  options = ocp.CheckpointManagerOptions(save_decision_policy=YoungDaly(max_overhead=0.01, clock=clock))
+  options = ocp.CheckpointManagerOptions(save_decision_policy=make(clock), preservation_policy=Retention(last=2))
   with ocp.CheckpointManager(tmp_path, options=options) as manager:
     for step in range(5):
       clock.now += 1
       manager.save(step, args=ocp.args.PyTreeSave({"x": step}))
     manager.wait_until_finished()
-    assert manager.all_steps() == [0]
+    assert manager.all_steps() == saved
 
 
 STATE = {"x": jnp.ones(4)}
