@@ -93,7 +93,7 @@ def test_32_hosts_that_read_100_gb_each_divide_a_fixed_bandwidth():
 
 def test_storage_of_a_month_is_what_the_rules_keep():
   use = storage_use(Retention(last=3, hourly=24, daily=7), 600, 10, days=30)
-  # The run ends at midnight: its last three steps lie in two hours and on two days, which the other rules count too.
+  # The run ends at midnight: its last three steps fall into two hours and two days, which the other rules count too.
   assert use.steps[-1] == 3 + 22 + 5 and use.nbytes[-1] == 300 and use.peak_nbytes < 400
   everything = storage_use(Retention(), 3600, 10, days=30)
   assert everything.steps[-1] == 720 and everything.peak_nbytes == 7200
@@ -159,18 +159,18 @@ def test_simulate_gives_json():
     "10m",
     "--json",
   )
-  told = json.loads(done.stdout)
-  assert told["restore_s"] == pytest.approx(18) and told["background_s"] == pytest.approx(10)
-  assert told["chosen"]["interval"] == 600 and told["chosen"]["goodput"] <= told["best"]["goodput"] + 0.01
-  assert told["best"]["goodput"] == pytest.approx(told["best"]["closed_form"], rel=0.02)
+  found = json.loads(done.stdout)
+  assert found["restore_s"] == pytest.approx(18) and found["background_s"] == pytest.approx(10)
+  assert found["chosen"]["interval"] == 600 and found["chosen"]["goodput"] <= found["best"]["goodput"] + 0.01
+  assert found["best"]["goodput"] == pytest.approx(found["best"]["closed_form"], rel=0.02)
 
 
 def test_simulate_takes_its_costs_from_a_run(tmp_path):
   with ckpt.Checkpointer(tmp_path) as c:
     for step in range(3):
       c.save(step, {"x": jnp.ones(1000)})
-  told = json.loads(cli("--calibrate", tmp_path, "--json").stdout)
-  assert told["nbytes"] == 4000 and 0 < told["blocking_s"] < 5 and "3 saves in 1 attempt," in told["source"]
+  found = json.loads(cli("--calibrate", tmp_path, "--json").stdout)
+  assert found["nbytes"] == 4000 and 0 < found["blocking_s"] < 5 and "3 saves in 1 attempt," in found["source"]
   assert cli("--calibrate", tmp_path / "none").returncode == 1
 
 

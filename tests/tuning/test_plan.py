@@ -234,7 +234,7 @@ def test_any_profile_gets_a_valid_config_and_finite_predictions(nbytes, leaves, 
 # -- the user
 
 
-def test_what_the_user_set_wins_and_is_told_apart():
+def test_what_the_user_set_wins_and_is_marked_as_such():
   mine = {
     "layout": {"compression": "on", "chunk_size": "32MiB"},
     "limits": {"save_concurrency": "5GB", "file_io_concurrency": 7},
@@ -347,8 +347,8 @@ def test_checkpointer_without_config_measures_quickly_plans_and_says_so_once(
     assert c.plan.values == plan.values
     assert_same(c.restore(like=state).state, state)
     assert our_metadata(c.directory / "1")["config"]["layout"]["compression"] == "off"  # not auto
-  told = [r for r in caplog.records if "plan for" in r.message]
-  assert len(told) == 1 and "compression off" in told[0].message
+  logged = [r for r in caplog.records if "plan for" in r.message]
+  assert len(logged) == 1 and "compression off" in logged[0].message
   assert known_profile(tmp_path / "run").seconds > 0  # the next Checkpointer need not measure
   assert [p.name for p in (tmp_path / "run").iterdir() if "probe" in p.name] == []
 
