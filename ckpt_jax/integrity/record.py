@@ -1,7 +1,7 @@
 """The record of a step: fingerprints and health, written beside Orbax's data before the commit, read by every restore.
 
 `default/ckpt_jax.json` holds dtype, shape and fingerprints of each leaf, a digest of each small file of the item, and
-the state's health. Each process sums its own shards behind the write and leaves the result in a file; the process that
+the state's health. Each process sums its own shards during the write and leaves the result in a file; the process that
 commits adds them up.
 """
 
@@ -195,6 +195,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     self.typestr = inner.typestr  # type: ignore[method-assign]
 
   async def async_save(self, directory: epath.Path, args: RecordedSave) -> list[ocp.future.Future]:  # type: ignore[override]
+    """See Orbax's; sums the state in the background, once enough of the arrays is queued."""
     self._recording = args.recording
     taken = args.recording.taken
     self._inner.views, taken.views = taken.views, HostViews()  # kept no longer than until they are used
@@ -218,9 +219,11 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
   restore = save
 
   def metadata(self, directory: epath.Path) -> Any:
+    """See Orbax's."""
     return self._inner.metadata(directory)
 
   def finalize(self, directory: epath.Path) -> None:
+    """See Orbax's; on process 0, checks what all processes wrote and writes the record."""
     recording, self._recording = self._recording, None
     if recording is None:
       self._inner.finalize(directory)
@@ -238,6 +241,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
       _part(directory, process).unlink()
 
   def close(self) -> None:
+    """See Orbax's."""
     self._inner.close()
 
 
@@ -321,7 +325,7 @@ def read_record(step_dir: epath.Path, item: str | None = None) -> Record | None:
     record = Record(leaves, dict(data["files"]), dict(data.get("health") or {}))
   except (KeyError, TypeError, ValueError, AttributeError) as e:
     raise CorruptCheckpointError(f"{file}: damaged ({type(e).__name__}: {e})") from e
-  for name in set(_NEEDED) & record.files.keys():
+  for name in [name for name in _NEEDED if name in record.files]:
     if (found := _digest(item_dir / name)) != record.files[name]:
       why = "missing" if found is None else "its bits are not those that were written"
       raise CorruptCheckpointError(f"{item_dir / name}: {why}")
