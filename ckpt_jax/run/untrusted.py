@@ -75,8 +75,8 @@ def check_step_metadata(data: Any, where: str) -> None:
     if data.get(key) is not None:
       check_object(data[key], f"{where}: {key}")
   handlers = data.get(ITEM_HANDLERS)
-  names = handlers.values() if isinstance(handlers, dict) else [handlers or ""]
-  if not all(isinstance(name, str) for name in names):
+  names = handlers.values() if isinstance(handlers, dict) else [handlers]
+  if handlers is not None and not all(isinstance(name, str) for name in names):
     raise CorruptCheckpointError(f"{where}: {ITEM_HANDLERS} is {handlers!r:.60}, expected names")
   numbers = data.get("performance_metrics") or {}
   if not all(isinstance(v, (int, float)) or v is None for v in numbers.values()):

@@ -59,6 +59,7 @@ step_metadata = st.fixed_dictionaries(
 
 @given(anything | step_metadata)
 @example({"commit_timestamp_nsecs": True})
+@example({"item_handlers": []})
 @example({"commit_timestamp_nsecs": 253402300799 * 10**9 + 1})
 def test_step_metadata_that_passes_is_what_orbax_can_read(data):
   from orbax.checkpoint._src.metadata.step_metadata_serialization import deserialize
