@@ -120,8 +120,10 @@ def _called(text: str) -> Any:
   try:
     module = importlib.import_module(name)
   except Exception as e:
-    missing = isinstance(e, ModuleNotFoundError) and e.name == name
-    hint = did_you_mean(name, [f.removesuffix(".py") for f in os.listdir() if f.endswith(".py")]) if missing else ""
+    hint = ""
+    if isinstance(e, ModuleNotFoundError) and e.name == name:
+      near = did_you_mean(name, [f.removesuffix(".py") for f in os.listdir() if f.endswith(".py")])
+      hint = near or f"; looked in {os.getcwd()} and the installed packages"
     raise ConfigError(f"--state {text}: {name} cannot be imported: {type(e).__name__}: {e}{hint}") from None
   function = getattr(module, attribute, None)
   if not callable(function):
