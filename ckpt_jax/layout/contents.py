@@ -1,4 +1,4 @@
-"""What a committed step holds: its items, and their leaves without the values."""
+"""The content of a committed step: its items, and their leaves without values."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class LeafInfo:
   """One leaf as it was saved.
 
   Attributes:
-    path: names with slashes between, as Orbax names the leaf.
+    path: the keys that lead to it, joined by slashes.
     shape: () for scalars.
     dtype: numpy's name; `int`, `float`, `bool`, `str`, `complex` for Python's own; `key<impl>` for PRNG keys.
     nbytes: bytes of the value.
-    scalar: whether it was a Python number or text rather than an array.
+    scalar: whether it was a Python number or text.
   """
 
   path: str
@@ -62,10 +62,10 @@ class LeafInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A part of a step, which Orbax saves and restores by itself.
+  """A part of a step that Orbax saves and restores by itself.
 
   Attributes:
-    name: its directory below the step; empty where the step is a tree by itself, without items.
+    name: its directory in the step; empty if the step is a tree by itself, without items.
     kind: `tree`: a pytree; `array`: one array or number; `json`; `other`: only its handler knows.
     handler: the class that wrote it; empty if the step does not say.
   """
@@ -77,14 +77,14 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class StepDescription:
-  """A committed step with everything but its values.
+  """A committed step without its values.
 
   Attributes:
-    step, metadata, metrics, extras: what was saved beside the state.
-    leaves: those of one item, the training state if no other was asked for; empty if it is none that has leaves.
-    item: the name of that item; None if none of several trees stands out.
+    step, metadata, metrics, extras: saved beside the state.
+    leaves: those of one item, by default of the training state; empty if the item has none.
+    item: name of that item; None if it is not clear which of several trees is the state.
     items: all items of the step.
-    content: what the item holds if that is JSON.
+    content: content of the item if it is JSON.
   """
 
   step: int
@@ -128,10 +128,10 @@ def _class_name(handler: Any) -> str:
 
 
 class SeveralItemsError(CheckpointError):
-  """A step holds several trees, and which of them is meant is not clear.
+  """It is not clear which of several trees of a step is meant.
 
   Attributes:
-    names: of the trees.
+    names: names of the trees.
   """
 
   def __init__(self, message: str, names: Sequence[str]):
@@ -144,13 +144,13 @@ def item_name(step_dir: epath.Path, name: str | None = None, ours: dict[str, Any
 
   Args:
     step_dir: a committed step.
-    name: which was asked for. Default: the one that ckpt_jax wrote, else `default` (of Orbax's CheckpointManager), else
+    name: the one asked for. Default: the one that ckpt_jax wrote, else `default` (of Orbax's CheckpointManager), else
       `state` (of Orbax v1), else the only tree.
     ours: `run.our_metadata`, if it was read.
 
   Raises:
-    ConfigError: if the step lacks the item that was asked for.
-    CorruptCheckpointError: if the step holds no tree at all.
+    ConfigError: if the step has no such item.
+    CorruptCheckpointError: if the step has no tree at all.
     SeveralItemsError: if it holds several trees, none called `default` or `state`.
   """
   if not name and ours is None:
@@ -207,7 +207,7 @@ def describe(path: str | os.PathLike[str], step: int | None = None, item: str | 
   directory = run_directory(path)
   if step is not None:
     return _describe(directory, step, item)
-  while True:  # each time that the newest is deleted under our hands there is a newer one, or none at all
+  while True:  # if the newest is deleted meanwhile, there is a newer one or none at all
     newest = latest_committed(directory)
     try:
       return _describe(directory, newest, item)
@@ -235,7 +235,7 @@ def _describe(directory: epath.Path, step: int, item: str | None) -> StepDescrip
 
 
 def json_item(item_dir: epath.Path) -> Any:
-  """What an item holds that is one file of JSON, as `JsonSave` and Orbax's metrics write it; None for another.
+  """The content of an item of one JSON file, as `JsonSave` and Orbax's metrics write it; None for another item.
 
   Raises:
     CorruptCheckpointError: if the file is there and holds no JSON.
@@ -247,7 +247,7 @@ def json_item(item_dir: epath.Path) -> Any:
 
 
 def saved_leaves(step_dir: epath.Path, item: str | None = None) -> list[LeafInfo]:
-  """The leaves of an item, default: of the training state, as its trainer saw them, sorted as in the saved tree."""
+  """The leaves of an item (default: the training state) as they were before encoding, in the order of the tree."""
   from ckpt_jax.layout import description  # listing steps needs neither jax nor TensorStore
 
   ours = our_metadata(step_dir)
@@ -256,12 +256,12 @@ def saved_leaves(step_dir: epath.Path, item: str | None = None) -> list[LeafInfo
 
 
 def encoded_leaves(ours: dict[str, Any], item: str) -> dict[str, Any]:
-  """What `layout.encoding` noted of the leaves of an item; empty for one that ckpt_jax did not write."""
+  """The notes of `layout.encoding` on the leaves of an item; empty for one that ckpt_jax did not write."""
   return ours.get("encoded", {}) if our_item(ours) == item else {}
 
 
 def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
-  """The leaves that `describe_item` finds, as their trainer saw them; `encoded` is what `layout.encoding` noted."""
+  """The leaves of a described tree as they were before encoding; `encoded` are the notes of `layout.encoding`."""
   import jax  # listing steps needs neither jax nor Orbax
   import numpy as np
 

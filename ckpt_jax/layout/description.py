@@ -1,4 +1,4 @@
-"""What an item says of itself: its tree with metadata for leaves, and its arrays, opened.
+"""The description of an item: its tree with metadata for leaves, and its arrays, opened.
 
 Orbax's handler of trees takes some 80 us a leaf for that: a tenth of a restore of 600 leaves, most of one of 5,000. So
 the tree is made from the item's JSON here, unless it holds nodes or leaves that Orbax alone can describe. Nodes with

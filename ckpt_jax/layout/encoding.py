@@ -1,8 +1,8 @@
-"""Leaves that Orbax cannot store, written as ones that it can, and back; those that nothing can store are refused.
+"""Encodes leaves that Orbax cannot store as leaves that it can, and decodes them; refuses those that cannot be stored.
 
 Orbax 0.12 refuses empty arrays, numpy scalars, complex numbers, and the dtypes that TensorStore lacks. Each becomes a
-leaf of the same tree position, so that the rest of the step stays an ordinary Orbax checkpoint, and an entry in the
-step's JSON says what it was. The stored form is exact: no bit of the value is lost.
+leaf at the same place of the tree, so that the step stays an ordinary Orbax checkpoint, and a note in the step's JSON
+says how to decode it. No bit of the value is lost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def is_prng_key(leaf: Any) -> bool:
 
 
 def is_traced(leaf: Any) -> bool:
-  """True for what stands for an array while jax traces a function."""
+  """True for the tracers that jax puts in place of arrays."""
   return isinstance(leaf, jax.core.Tracer)
 
 
@@ -44,17 +44,17 @@ def is_prng_dtype(dtype: Any) -> bool:
   return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
-@functools.cache  # numpy composes names anew each time: microseconds that add up over thousands of leaves
+@functools.cache  # numpy composes a name anew each time, which adds up over thousands of leaves
 def dtype_name(dtype: Any) -> str:
   """numpy's name of a dtype; `key<impl>` for PRNG keys."""
   return str(dtype) if is_prng_dtype(dtype) else np.dtype(dtype).name
 
 
 def encode(state: PyTree | Flat) -> tuple[PyTree, dict[str, dict[str, Any]]]:
-  """Returns the tree to hand to Orbax, and `{leaf path: what it was}` for the leaves that were changed.
+  """The tree for Orbax, and a note by path for each encoded leaf.
 
   Raises:
-    CheckpointError: naming the leaves that no checkpoint can hold, before anything is written.
+    CheckpointError: naming the leaves that cannot be stored; nothing was written.
   """
   flat = flatten(state)
   structure, leaves = flat.structure, flat.leaves
@@ -79,10 +79,10 @@ def encode(state: PyTree | Flat) -> tuple[PyTree, dict[str, dict[str, Any]]]:
 
 
 def refuse_unusable(state: PyTree) -> None:
-  """Says which leaf or node is to blame, once jax itself has failed to go through a state.
+  """Finds the leaf or node because of which jax failed to flatten a state.
 
   Raises:
-    CheckpointError: naming it, or nothing if it finds none.
+    CheckpointError: naming it, if there is one.
   """
   if problem := why_not_flat(state):
     raise refusal([problem])
@@ -105,7 +105,7 @@ def _gone(leaf: Any) -> str | None:
 
 
 def _unchanged(leaves: Sequence[Any]) -> list[bool]:
-  """Which leaves are stored as they are whatever their values."""
+  """Which leaves are stored unchanged, whatever their values."""
 
   def unchanged(leaf: Any) -> bool:
     try:
@@ -131,7 +131,7 @@ def _encode_leaf(leaf: Any) -> tuple[Any, dict[str, Any] | None]:
 
 
 def _no_value(leaf: Any) -> str | None:
-  """What is wrong with a leaf that is no array, if it cannot be saved."""
+  """Why a leaf that is no array cannot be saved; None if it can."""
   kind = type(leaf)
   name = f"{kind.__module__}.{kind.__qualname__}"
   if kind not in _SCALARS:
@@ -195,10 +195,10 @@ def _way_out(array: np.ndarray) -> str:
 
 @functools.cache
 def _stored_as(dtype: np.dtype) -> Any:
-  """The dtype in which arrays of another are stored; None for the same.
+  """The dtype in which arrays of a dtype are stored; None for the same.
 
   Raises:
-    TypeError: if there is none.
+    TypeError: if they cannot be stored.
   """
   if dtype in _WIDENED:
     return _WIDENED[dtype]
@@ -216,7 +216,7 @@ def _stored_as(dtype: np.dtype) -> Any:
 
 
 def _is_extended(dtype: np.dtype) -> bool:
-  """Whether it is one of those that ml_dtypes adds to numpy."""
+  """Whether ml_dtypes adds the dtype to numpy."""
   return dtype.type.__module__.startswith("ml_dtypes")
 
 
@@ -228,7 +228,7 @@ def _viewed(array: Any, dtype: Any) -> Any:
 
 
 def decode_leaf(stored: Any, note: dict[str, Any] | None) -> Any:
-  """The leaf as it was, given what was stored and its note; arrays stay where they are."""
+  """The decoded leaf, given its stored form and its note; arrays stay on their devices."""
   if note is None:
     return stored
   if note["kind"] == "prng_key":

@@ -1,8 +1,8 @@
-"""What a state's leaves are called, and the dicts and lists in which Orbax is given trees that it cannot take.
+"""The names of a state's leaves, and the dicts and lists that stand for trees that Orbax cannot take.
 
-Orbax names a leaf by the text of the keys on its way. Trees whose leaves would share a name, or whose names no
-database holds, are refused. Nodes that Orbax's passes over a tree cannot rebuild (nnx modules, `jax.tree_util.Partial`,
-nodes with keys of their own) become dicts and lists of the same names.
+Orbax names a leaf by the text of the keys that lead to it. Trees whose leaves would share a name, or whose names no
+database holds, are refused. Nodes that Orbax cannot rebuild (nnx modules, `jax.tree_util.Partial`, nodes with keys of
+their own) become dicts and lists with the same names.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Form:
   """A tree as dicts and lists.
 
   Attributes:
-    treedef: its structure.
-    order: which leaf of the state is its first, second, ...
+    treedef: structure of the dicts and lists.
+    order: the number in the state of each of its leaves.
   """
 
   treedef: Any
@@ -51,10 +51,10 @@ class Form:
 
 
 def form_of(structure: Structure, tree: PyTree) -> Form | None:
-  """The form in which Orbax is given a tree; None for the tree itself.
+  """The form of a tree for Orbax; None if Orbax can take the tree itself.
 
   Raises:
-    CheckpointError: naming the leaves whose names no checkpoint can hold.
+    CheckpointError: naming the leaves whose names cannot be stored.
   """
   # Empty nodes too: Orbax describes them, and they have keys.
   rows = jax.tree_util.tree_flatten_with_path(
@@ -96,7 +96,7 @@ def _refuse(problems: Iterable[str]) -> None:
 
 
 def refusal(problems: Sequence[str]) -> CheckpointError:
-  """The error of a state that cannot be saved, from lines `leaf: what is wrong`."""
+  """The error for a state that cannot be saved, from lines `leaf: problem`."""
   lines = list(problems[:_MAX_SHOWN])
   if len(problems) > len(lines):
     lines.append(f"... and {len(problems) - len(lines)} more")
@@ -110,7 +110,7 @@ def shown(name: str) -> str:
 
 
 def why_not_flat(tree: PyTree) -> str | None:
-  """The node of a tree that jax cannot flatten, and why: a dict whose keys have no order, a node's own error."""
+  """The node that jax cannot flatten, and why: a dict with keys that cannot be sorted, or the node's own error."""
   try:
     jax.tree.flatten(tree)
   except Exception as e:
@@ -134,11 +134,11 @@ def _not_flat(node: PyTree, path: Path, error: Exception) -> str:
   return f"{shown(path_name(path))}: {why}"
 
 
-# -- names that no checkpoint can hold
+# -- names that cannot be stored
 
 
 def shared_names(leaves: Sequence[Path], names: Sequence[str]) -> list[str]:
-  """Lines on the leaves that are called alike: `{"a": {"b": 1}, "a/b": 2}`."""
+  """A line for each name of several leaves: `{"a": {"b": 1}, "a/b": 2}`."""
   if len(set(names)) == len(names):
     return []
   called: dict[str, list[Path]] = collections.defaultdict(list)
@@ -153,7 +153,7 @@ def _alike(name: str, paths: Iterable[Path]) -> str:
 
 
 def _displaced(structure: Structure, stored: Sequence[str]) -> list[str]:
-  """Lines on the leaves that would be stored in the place of others: an array `a/` beside an array `a`."""
+  """A line for each leaf that would be stored in the place of another: an array `a/` beside an array `a`."""
   is_text = [isinstance(kind[0], type) and issubclass(kind[0], str) for kind in structure.kinds]
   texts = text.collisions(name for name, is_one in zip(stored, is_text, strict=True) if is_one)
   arrays = keys.collisions(name for name, is_one in zip(stored, is_text, strict=True) if not is_one)
@@ -165,7 +165,7 @@ def _displaced(structure: Structure, stored: Sequence[str]) -> list[str]:
 
 
 def _unstorable(path: Path, names: Sequence[str]) -> str | None:
-  # What `untrusted` refuses to read must not be written either.
+  # A name that `untrusted` refuses to read must not be written.
   if len(path) > untrusted.MAX_DEPTH:
     return f"nested {len(path)} deep; {untrusted.MAX_DEPTH} is the limit"
   stored = ".".join(names)
@@ -183,7 +183,7 @@ _bad_name = functools.lru_cache(maxsize=4096)(untrusted.check_name)
 
 
 def _unstable(key: Any, name: str) -> str | None:
-  """What is wrong with a key whose text another process would not find again."""
+  """Why the text of a key differs between processes; None if it does not."""
   if type(key) is jax.tree_util.DictKey:
     key = key.key
   if key is None or isinstance(key, (str, bytes, int, float, complex, enum.Enum, np.generic, *_SEQUENCE, *_NAMES)):
@@ -209,7 +209,7 @@ _NOTHING = object()
 
 
 class _Node:
-  """A node by the names of its children, or an end: a leaf, or an empty node."""
+  """An inner node, with its children by name, or an end: a leaf or an empty node."""
 
   def __init__(self, key: Any):
     self.key = key
@@ -217,7 +217,7 @@ class _Node:
     self.end: Any = _NOTHING
 
   def put(self, path: Path, names: Sequence[str], end: Any) -> list[str]:
-    """Adds an end; a line if the name of a node on the way is that of another one."""
+    """Adds an end; returns a line if two nodes share a name."""
     node = self
     for i, (key, name) in enumerate(zip(path, names, strict=True)):
       child = node.children.get(name)
@@ -232,7 +232,7 @@ class _Node:
     return []
 
   def nodes(self) -> Iterator[_Node]:
-    """Those that are no ends."""
+    """The inner nodes."""
     rest = [self]
     while rest:
       node = rest.pop()
@@ -242,16 +242,17 @@ class _Node:
 
   @property
   def is_sequence(self) -> bool:
+    """Whether the keys are 0, 1, 2 ... of a sequence."""
     found = [child.key for child in self.children.values()]
     return all(isinstance(key, _SEQUENCE) and int(segment(key)) == i for i, key in enumerate(found))
 
   @property
   def is_describable(self) -> bool:
-    """Whether Orbax has a word for the keys."""
+    """Whether Orbax's metadata can describe the keys."""
     return all(isinstance(child.key, _NAMES) for child in self.children.values()) or self.is_sequence
 
   def built(self) -> Any:
-    """The dict or list, with its ends."""
+    """The node as a dict or list."""
     if self.end is not _NOTHING:
       return self.end
     children = {name: child.built() for name, child in self.children.items()}
@@ -259,14 +260,14 @@ class _Node:
 
 
 def _is_rebuilt(structure: Structure) -> bool:
-  """Whether Orbax's passes over the tree, which put something else in place of its leaves, rebuild it."""
+  """Whether the tree can be rebuilt with other objects for leaves, as Orbax does."""
   if not all(issubclass(kind, _CONTAINERS) or dataclasses.is_dataclass(kind) for kind in _types(structure.treedef)):
     return False
   places = [_Leaf(i) for i in range(len(structure.paths))]
   try:
     again, treedef = jax.tree.flatten(structure.treedef.unflatten(places))
     return bool(treedef == structure.treedef) and all(a is b for a, b in zip(again, places, strict=True))
-  except Exception:  # a dataclass that looks at what it is given
+  except Exception:  # a dataclass that checks its fields
     return False
 
 
@@ -281,7 +282,7 @@ def _types(treedef: Any) -> set[type]:
 
 
 def _plain_empty(node: Any) -> Any:
-  """What Orbax calls a node without leaves."""
+  """The plain container that stands for a node without leaves."""
   for kind, empty in ((Mapping, {}), (list, [])):
     if isinstance(node, kind):
       return empty

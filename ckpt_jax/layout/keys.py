@@ -1,7 +1,7 @@
-"""How the names of leaves become keys of storage, as Orbax makes them.
+"""How the names of leaves become keys of a database, as Orbax makes them.
 
-The names on the way to a leaf are joined by dots; an array's chunks lie under that and a slash, `params.kernel/0.0`.
-Only names of which no two leaves come to lie on one key are saved.
+The keys that lead to a leaf are joined by dots; the chunks of an array are stored under that name and a slash,
+`params.kernel/0.0`. A state in which two leaves would share a key is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from ckpt_jax.layout.structure import segment
 
-SLABS = "ckpt_jax.slab."  # what the slabs of a packed step are called
+SLABS = "ckpt_jax.slab."  # and the number of the process
 
 
 def database_name(path: Sequence[Any]) -> str:
@@ -20,7 +20,7 @@ def database_name(path: Sequence[Any]) -> str:
 
 
 def prefix(name: str) -> str:
-  """What the keys of an array begin with."""
+  """The common beginning of the keys of an array."""
   return name if not name or name.endswith("/") else f"{name}/"
 
 
@@ -46,7 +46,7 @@ def problem(name: str) -> str | None:
 
 
 def collisions(names: Iterable[str]) -> dict[str, str]:
-  """Arrays that would be stored under another one's keys, and under whose: `a/` under those of `a`."""
+  """Arrays that would be stored under the keys of another one, and that one: `a/` under those of `a`."""
   seen: dict[str, str] = {}
   found = {}
   for name in names:

@@ -1,9 +1,9 @@
-"""Arrays on a CPU device whose memory jax may give away again, filled from outside.
+"""Arrays on a CPU device in memory that jax allocated, filled from outside.
 
-jax on CPU takes memory that is aligned over as it is, but never writes into what it did not make: a first step that is
-given its state to keep (`donate_argnums`) would copy all of it, and need it twice. What is read is therefore read
-straight into memory of jax's own making, which costs nothing but a program that makes it. Small arrays are not worth
-that: jax copies those that are not aligned (see `memory.unaligned_empty`).
+On a CPU jax takes over aligned memory without a copy, but never writes into memory that it did not allocate: a first
+training step with a donated state (`donate_argnums`) would copy all of it, and need it twice. So arrays are read
+straight into memory that jax allocated, at the cost of a program that allocates it. Small arrays are not worth that:
+jax copies those that are not aligned (see `memory.unaligned_empty`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ckpt_jax.layout.sharding import Box, shape_of
 _log = logging.getLogger(__name__)
 _LARGE_NBYTES = 2**18
 _WORTH_NBYTES = 2**26  # a program takes 10 ms and 0.1 ms an array to compile, a copy into fresh memory 0.8 s/GB
-# What a program, and running it, cost in terms of arrays that it makes.
+# The costs of compiling a program, and of running it, in units of compiling one array.
 _A_PROGRAM, _A_RUN = 100, 0.7
 _MOST_ROUNDS = 200
 _HUGE_PAGE = 2 * 2**20
@@ -36,7 +36,7 @@ Kind = tuple[tuple[int, ...], np.dtype]
 
 @functools.lru_cache(maxsize=4096)
 def _cpu_of(sharding: jax.sharding.Sharding) -> jax.Device | None:
-  """The one device of this process that an array lies on, if that is a CPU; None if it lies on several here."""
+  """The device of an array that is on one device of this process, if that is a CPU; else None."""
   here = sharding.addressable_devices
   if len(here) != 1:
     return None
@@ -46,7 +46,7 @@ def _cpu_of(sharding: jax.sharding.Sharding) -> jax.Device | None:
 
 
 def default_cpu() -> jax.sharding.Sharding | None:
-  """Where jax puts arrays that are given no place, if that is a CPU device."""
+  """The default device as a sharding, if it is a CPU."""
   device: Any = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
   return jax.sharding.SingleDeviceSharding(device) if getattr(device, "platform", None) == "cpu" else None
 
@@ -81,9 +81,9 @@ def _is_large(kind: Kind) -> bool:
 
 
 def make(kinds: Sequence[Kind], device: jax.Device) -> list[tuple[jax.Array, np.ndarray]] | None:
-  """Arrays on a CPU device with whatever their memory holds, and their memory; None if jax cannot do that.
+  """Uninitialized arrays on a CPU device, and their memory; None if jax cannot do that.
 
-  The memory is to be filled before anybody else sees the array.
+  The memory has to be filled before anything else uses the array.
   """
   try:
     made: dict[Kind, list[jax.Array]] = collections.defaultdict(list)
@@ -102,7 +102,7 @@ def make(kinds: Sequence[Kind], device: jax.Device) -> list[tuple[jax.Array, np.
 
 
 def in_rounds(counts: Mapping[Kind, int]) -> list[tuple[int, tuple[Kind, ...]]]:
-  """How often to run which programs, so that as few arrays as may be are compiled: a model repeats its layers."""
+  """How often to run which programs, so that few arrays are compiled: a model repeats its layers."""
 
   def divided(rounds: int) -> list[tuple[int, tuple[Kind, ...]]]:
     often = tuple(kind for kind, n in counts.items() for _ in range(n // rounds))
@@ -129,7 +129,7 @@ def _program(kinds: tuple[Kind, ...], device: jax.Device) -> Any:
 
 
 class _At:
-  """What numpy makes a view of; keeps the array alive for as long as the view is."""
+  """The memory of an array for numpy, whose view keeps the array alive."""
 
   def __init__(self, array: jax.Array):
     self._array = array
@@ -148,13 +148,13 @@ def _memory(array: jax.Array) -> np.ndarray:
 
 
 def _advise(memory: Sequence[np.ndarray]) -> None:
-  """Asks for huge pages, as `memory.unaligned_empty` does, of whole runs of arrays that lie side by side."""
+  """Asks for huge pages, as `memory.unaligned_empty` does, for whole runs of adjacent arrays."""
   if _ADVICE is None:
     return
   spans = sorted((a.__array_interface__["data"][0], a.__array_interface__["data"][0] + a.nbytes) for a in memory)
   runs = spans[:1]
   for start, stop in spans[1:]:
-    if start - runs[-1][1] <= 2 * mmap.PAGESIZE:  # what malloc keeps of each
+    if start - runs[-1][1] <= 2 * mmap.PAGESIZE:  # malloc's header of each
       runs[-1] = (runs[-1][0], stop)
     else:
       runs.append((start, stop))
@@ -162,4 +162,4 @@ def _advise(memory: Sequence[np.ndarray]) -> None:
   for start, stop in runs:
     start, stop = -(-start // _HUGE_PAGE) * _HUGE_PAGE, stop // _HUGE_PAGE * _HUGE_PAGE
     if stop > start:
-      madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _ADVICE)  # a kernel without them says no
+      madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _ADVICE)  # an error on a kernel without them

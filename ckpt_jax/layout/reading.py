@@ -1,8 +1,8 @@
-"""Arrays out of a checkpoint with little Python a leaf: one store, few large reads, each once for the whole process.
+"""Reads arrays with little Python per leaf: one store, few large reads, each once for the whole process.
 
 Orbax reads shard by shard through its event loop: about 1 ms a shard, and three copies (a zeroed array, TensorStore's
-buffer, `device_put`). Here all reads are queued at once under a limit of bytes, large arrays straight into jax's own
-memory on a CPU, and an array that several devices of the process share is read once and divided in memory.
+buffer, `device_put`). Here all reads are queued at once under a limit of bytes, on a CPU large arrays go straight into
+memory of jax, and an array that several devices of the process share is read once and divided in memory.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ckpt_jax.layout.memory import unaligned_empty
 from ckpt_jax.layout.sharding import Box, chunk_nbytes, split_box
 from ckpt_jax.orbax import private
 
-# How long to wait for the oldest read before looking at the others, which costs about 0.2 us each.
+# How long to wait for the oldest read before polling the others, at about 0.2 us each.
 _SWEEP_S, _SWEEP_S_A_READ = 0.003, 5e-6
 _ENOUGH_LOCALLY = 2**28
-_ENOUGH_SLABS = 2**26  # whoever takes leaves out of them shall not wait until all are there
+_ENOUGH_SLABS = 2**26  # so that the first leaves are delivered before all slabs are read
 _SEVERAL = 4  # reads
 
 
@@ -37,8 +37,8 @@ class Request:
   Attributes:
     name: its name.
     store: its open store.
-    boxes: the parts wanted of it.
-    memory: where they go, one a box; None for fresh memory.
+    boxes: the parts to read.
+    memory: an array for each box to read into; None for fresh memory.
   """
 
   name: str
@@ -78,23 +78,23 @@ class Window:
   """How much is read at a time.
 
   Attributes:
-    most: bytes of chunks in flight; a chunk that is larger is read alone.
-    is_local: whether storage answers at once, so that there is no use in asking for everything early. TensorStore
-      reads into memory of its own first, which it can use again where little is in flight: 1 GB in the page cache took
-      0.38 s with all in flight, 0.29 s with 256 MiB.
+    most: bytes of chunks in flight; a larger chunk is read alone.
+    is_local: whether storage answers at once, so that nothing is gained by asking for everything early. TensorStore
+      reads into its own buffers first, which it reuses when little is in flight: 1 GB in the page cache took 0.38 s
+      with all in flight, 0.29 s with 256 MiB.
   """
 
   most: int
   is_local: bool
 
   def is_full(self, reads: int, nbytes: int, more: int, enough: int) -> bool:
-    """Whether `more` bytes wait for some of the `reads` of `nbytes` in flight; `enough` does for a local disk."""
+    """Whether `more` bytes have to wait for some of the `reads` (`nbytes`) in flight; `enough` suffices locally."""
     if reads < _SEVERAL or not self.is_local:
       return reads > 0 and nbytes + more > self.most
     return nbytes + more > min(enough, self.most)
 
   def part(self, enough: int) -> int:
-    """Bytes of which one read consists, where chunks allow it."""
+    """Bytes of one read, if the chunks allow it."""
     return min(self.most, max(1, enough // _SEVERAL)) if self.is_local else self.most
 
 
@@ -106,11 +106,11 @@ def read(
   Args:
     requests: what to read.
     window: how much at a time.
-    enough: bytes in flight that will do for a local disk.
+    enough: bytes in flight that suffice for a local disk.
 
   Raises:
     ValueError: naming the array that cannot be read.
-    CheckpointError: if the restore was given up (see `stopping`).
+    CheckpointError: if the restore was given up (see `job.threads`).
   """
   flight = _Flight()
   try:
@@ -152,7 +152,7 @@ def _read(
 
 @dataclasses.dataclass
 class _Wanted:
-  """A request under way: the memory that its boxes go into, and how many reads are to come."""
+  """A request in progress: the arrays it fills, and the number of its reads in flight."""
 
   request: Request
   arrays: list[np.ndarray]
@@ -161,7 +161,7 @@ class _Wanted:
 
 
 class _Flight:
-  """Reads in flight. They end in any order: large ones, or those of a far server, late."""
+  """Reads in flight, which end in any order."""
 
   def __init__(self) -> None:
     self._flying: collections.deque[tuple[int, Any, _Wanted]] = collections.deque()
@@ -171,48 +171,37 @@ class _Flight:
     return len(self._flying)
 
   def start(self, nbytes: int, future: Any, wanted: _Wanted) -> None:
+    """Adds a read."""
     wanted.pending += 1
     self.nbytes += nbytes
     self._flying.append((nbytes, future, wanted))
 
   def settle(self) -> None:
-    """Waits for all reads, whatever comes of them: none may write into memory given back, or outlive Python."""
+    """Waits for all reads, failed or not: none may write into memory that was freed, or outlive Python."""
     for _, future, _ in self._flying:
       future.exception()
     self._flying.clear()
 
   def land(self, *, wait: bool = True) -> Iterator[tuple[Request, list[np.ndarray]]]:
-    """The requests that are complete; waits for one read at least if asked to."""
+    """The requests that are complete; with `wait`, at least one read has ended when it returns."""
     landed = 0
     while self._flying and (self._flying[0][1].done() or (wait and not landed)):
-      if not self._is_done(self._flying[0][1]):
-        # Another one may be there; looked for once in a while, since thousands may be in flight.
-        there: list[tuple[int, Any, _Wanted]] = []
+      ended: list[tuple[int, Any, _Wanted]] = []
+      try:
+        self._flying[0][1].exception(timeout=max(_SWEEP_S, len(self._flying) * _SWEEP_S_A_READ))
+        ended.append(self._flying.popleft())
+      except TimeoutError:  # another one may have ended
         flying: collections.deque[tuple[int, Any, _Wanted]] = collections.deque()
         for read in self._flying:
-          (there if read[1].done() else flying).append(read)
+          (ended if read[1].done() else flying).append(read)
         self._flying = flying
-        landed += len(there)
-        for read in there:
-          yield from self._land(read)
-        continue
-      landed += 1
-      yield from self._land(self._flying.popleft())
-
-  def _is_done(self, future: Any) -> bool:
-    try:
-      future.exception(timeout=max(_SWEEP_S, len(self._flying) * _SWEEP_S_A_READ))
-    except TimeoutError:
-      return False
-    return True
-
-  def _land(self, read: tuple[int, Any, _Wanted]) -> Iterator[tuple[Request, list[np.ndarray]]]:
-    nbytes, future, wanted = read
-    result_of(future, wanted.request.name)
-    self.nbytes -= nbytes
-    wanted.pending -= 1
-    if wanted.all_started and not wanted.pending:
-      yield wanted.request, wanted.arrays
+      landed += len(ended)
+      for nbytes, future, wanted in ended:
+        result_of(future, wanted.request.name)
+        self.nbytes -= nbytes
+        wanted.pending -= 1
+        if wanted.all_started and not wanted.pending:
+          yield wanted.request, wanted.arrays
 
 
 def read_packed(
@@ -221,12 +210,12 @@ def read_packed(
   boxes: Mapping[str, tuple[Box, ...]],
   window: Window,
 ) -> Iterator[tuple[str, list[np.ndarray]]]:
-  """Parts of arrays that lie in slabs, in the order in which they come; only chunks that hold some of them are read.
+  """Parts of packed arrays, in the order in which they are complete; only chunks that hold some of them are read.
 
   Args:
-    info: Orbax's description of any array of the checkpoint.
-    index: where the arrays lie.
-    boxes: the parts wanted, by array.
+    info: Orbax's description of any array of the item.
+    index: the places of the arrays.
+    boxes: the parts to read, by array.
     window: how much at a time.
   """
   wanted: dict[int, list[tuple[int, int, str]]] = {}
@@ -235,7 +224,7 @@ def read_packed(
     for process, start, stop in packing.needed(index[name], parts):
       wanted.setdefault(process, []).append((start, stop, name))
       found = True
-    if not found:  # this process holds no part of it
+    if not found:  # this process needs no part of it
       yield name, []
   if not wanted:
     return
@@ -256,7 +245,7 @@ def read_packed(
         touched[c] = None
         waiting.setdefault((process, c * chunk), []).append(array)
         missing[array] += 1
-    # A request each, in memory of its own: what comes first is used first, and given back once its arrays are gone.
+    # One request per chunk, in its own memory, which is freed once the arrays in it are gone.
     for c in sorted(touched):
       requests[Request(name, store, (((c * chunk, min((c + 1) * chunk, length)),),))] = process
   for request, (data,) in read(list(requests), window, _ENOUGH_SLABS):

@@ -1,4 +1,4 @@
-"""Which bytes of a state this process holds, and what a state will look like before it is built."""
+"""Which bytes of a state this process holds, and shapes and shardings of a state that is not built yet."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ PyTree = Any
 
 
 def local_nbytes(state: PyTree | Flat) -> int:
-  """Bytes of distinct array data that this process holds: what a copy of its shards to host memory needs.
-
-  A shard replicated on several local devices counts once.
-  """
+  """Bytes of this process's distinct shards, which a copy to host memory needs; replicas on its devices count once."""
   return _sizes_of(state)[1]
 
 
@@ -67,7 +64,7 @@ def _sizes(leaves: Sequence[Any]) -> tuple[int, int, int]:
 
 
 def context_mesh() -> Mesh | None:
-  """The mesh that `jax.set_mesh` has put into force, if any."""
+  """The mesh set by `jax.set_mesh`, if any."""
   get_mesh = getattr(jax.sharding, "get_mesh", None)  # jax 0.8.0 has none
   mesh = None
   if get_mesh is not None:
@@ -77,13 +74,13 @@ def context_mesh() -> Mesh | None:
 
 
 class UnknownDevicesError(Exception):
-  """A sharding over an abstract mesh, where nothing says which devices those are."""
+  """A sharding over an abstract mesh whose devices are not known."""
 
 
 def on_devices(sharding: Sharding | None, mesh: Mesh | None) -> Sharding | None:
-  """A sharding over real devices, given the mesh in force.
+  """A sharding over real devices, given the current mesh.
 
-  `jax.eval_shape` under `jax.set_mesh` says shardings over abstract meshes: axes with sizes, without devices.
+  `jax.eval_shape` under `jax.set_mesh` returns shardings over abstract meshes: axes with sizes, without devices.
 
   Raises:
     UnknownDevicesError: if `mesh` has other axes than the sharding's mesh.
@@ -104,13 +101,12 @@ def on_devices(sharding: Sharding | None, mesh: Mesh | None) -> Sharding | None:
 
 
 def abstract_state(init_fn: Callable[[], PyTree]) -> PyTree:
-  """What `init_fn()` would return, as `jax.ShapeDtypeStruct`s with shardings, without computing or allocating it.
+  """The result of `init_fn()` as `jax.ShapeDtypeStruct`s with shardings, without computing or allocating it.
 
   Leaves that are not traced (Python scalars, numpy arrays, arrays that the function closes over) come back as they
   are. The sharding of a traced leaf is read off the program: jit's `out_shardings`, `with_sharding_constraint`,
-  `shard_map` or `device_put`, and the types of arrays on an explicit mesh. Where the program leaves it to the compiler
-  and there is more than one device, or where `init_fn` cannot be traced, the state is built for once and only its
-  description is kept.
+  `shard_map` or `device_put`, and the types of arrays on an explicit mesh. If the compiler chooses it and there are
+  several devices, or if `init_fn` cannot be traced, the state is built once and only its description is kept.
   """
   try:
     return _traced_state(init_fn)
@@ -134,7 +130,7 @@ def _describe(leaf: Any) -> Any:
 
 
 def is_weak(leaf: Any) -> bool:
-  """Whether an array gives way to the types of others, as Python numbers do; of what is no jax array, False."""
+  """Whether a leaf is a weakly typed jax array, which takes on the types of others as Python numbers do."""
   return bool(getattr(leaf, "weak_type", False))
 
 
@@ -168,7 +164,7 @@ def _traced_state(init_fn: Callable[[], PyTree]) -> PyTree:
 
 
 def _places_arrays(jaxpr: Any) -> bool:
-  """Whether the program names a device or sharding anywhere; if not, all it makes is on the default device."""
+  """Whether the program names a device or sharding anywhere; if not, its results are on the default device."""
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "shard_map":
       return True
@@ -182,27 +178,27 @@ def _places_arrays(jaxpr: Any) -> bool:
 
 
 def _known_sharding(var: Any, jaxpr: Any, mesh: Mesh | None) -> Sharding | None:
-  """The sharding of what a program returns; None for the default device."""
+  """The sharding of a result of a program; None for the default device."""
   typed = mesh is not None and set(mesh.axis_types) == {AxisType.Explicit}
   try:
     return on_devices(_sharding_of(var, jaxpr, typed), mesh)
   except UnknownDevicesError as e:
     raise _NotDetermined(str(e)) from e
   except _NotDetermined:
-    # With one device there is no other place, and to build the state for it would cost its memory.
+    # With one device there is no other place, and building the state would cost its memory.
     if not typed and jax.device_count() > 1:
       raise
     return None if mesh is None else _sharding_by_type(var, mesh)
 
 
 def _sharding_by_type(var: Any, mesh: Mesh) -> Sharding:
-  """The sharding in the type of an array, which says all of it if every axis is explicit."""
+  """The sharding in the type of an array, which is complete if every axis is explicit."""
   spec = getattr(getattr(var.aval, "sharding", None), "spec", PartitionSpec())
   return NamedSharding(mesh, spec if set(mesh.axis_types) == {AxisType.Explicit} else PartitionSpec())
 
 
 def _sharding_of(var: Any, jaxpr: Any, typed: bool) -> Sharding:
-  """The sharding that the program gives `var`; `typed`: what a jit returns is sharded as its type says."""
+  """The sharding that the program gives `var`; `typed`: results of jit are sharded as their types say."""
   for eqn in jaxpr.eqns:
     if var not in eqn.outvars:
       continue
@@ -241,10 +237,10 @@ def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
 
 @functools.lru_cache(maxsize=4096)
 def local_regions(sharding: Sharding, shape: tuple[int, ...]) -> tuple[Box, ...]:
-  """The fewest boxes found that hold what this process's devices need of an array, and nothing else.
+  """Few disjoint boxes that cover exactly the shards of an array on this process's devices.
 
-  Shards that tile a box are one region, so that an array spread over the devices of one process is one region; a shard
-  that several devices hold counts once. Regions do not overlap, and each shard lies within one.
+  Shards that tile a box become one region, so that an array sharded over the devices of one process is one region;
+  replicas count once. Each shard is within one region.
   """
   return merge_boxes(
     {box_of(i, shape) for i in sharding.addressable_devices_indices_map(shape).values() if i is not None}
@@ -253,7 +249,7 @@ def local_regions(sharding: Sharding, shape: tuple[int, ...]) -> tuple[Box, ...]
 
 @functools.lru_cache(maxsize=4096)
 def one_device(sharding: Sharding) -> str | None:
-  """`here` or `elsewhere` for an array that lies on one device, of this process or another; None for any other."""
+  """`here` or `elsewhere` for an array on one device, of this process or another; None for any other."""
   if len(sharding.device_set) > 1:
     return None
   return "here" if sharding.is_fully_addressable else "elsewhere"
@@ -261,20 +257,20 @@ def one_device(sharding: Sharding) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def replicas(sharding: Sharding, shape: tuple[int, ...]) -> int:
-  """How many devices hold each part of an array."""
+  """How many devices hold each shard of an array."""
   indices = sharding.devices_indices_map(shape).values()
   return len(indices) // len({box_of(i, shape) for i in indices if i is not None})
 
 
 def merge_boxes(boxes: Collection[Box]) -> tuple[Box, ...]:
-  """Disjoint boxes, joined where two that touch make a box; sorted."""
+  """Sorted boxes, where two disjoint ones that make up a box are joined."""
   merged = sorted(set(boxes))
   axes = range(len(merged[0])) if merged else range(0)
   changed = True
   while changed:
     changed = False
     for axis in axes:
-      # Along one axis only those can be joined that agree in all others.
+      # Boxes can be joined along an axis if they agree in all others.
       rows: dict[Box, list[tuple[int, int]]] = {}
       for box in merged:
         rows.setdefault(box[:axis] + box[axis + 1 :], []).append(box[axis])
@@ -293,7 +289,7 @@ def merge_boxes(boxes: Collection[Box]) -> tuple[Box, ...]:
 
 
 def split_box(box: Box, chunk_shape: tuple[int, ...], itemsize: int, nbytes: int) -> list[Box]:
-  """Parts of `box` whose chunks take at most `nbytes` each, cut only between chunks: a chunk is read whole."""
+  """Parts of `box` whose chunks take at most `nbytes` each, cut between chunks, since a chunk is read whole."""
   spans = [(a // c, -(-b // c)) for (a, b), c in zip(box, chunk_shape, strict=True)]
   chunks = [last - first for first, last in spans]
   if chunk_nbytes(box, chunk_shape, itemsize) <= nbytes or max(chunks, default=1) <= 1:
@@ -316,12 +312,12 @@ def whole_box(shape: Sequence[int]) -> Box:
 
 
 def shape_of(box: Box) -> tuple[int, ...]:
-  """How long a box is in each dimension."""
+  """The shape of a box."""
   return tuple(b - a for a, b in box)
 
 
 def intersection(one: Box, other: Box) -> Box | None:
-  """What two boxes share; None if nothing."""
+  """The intersection of two boxes; None if it is empty."""
   shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
   return None if any(a >= b for a, b in shared) else shared
 

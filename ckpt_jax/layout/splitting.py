@@ -1,7 +1,7 @@
-"""Takes the small arrays out of a tree before Orbax is given it, and describes them in what Orbax wrote.
+"""Takes the small arrays out of a tree before Orbax saves it, and adds them to Orbax's description of the tree.
 
-Orbax goes through a tree some twenty times for each save, at 40 us a leaf in all. Arrays that go into slabs need none
-of it: Orbax saves what is left, and its description of the tree is completed before the commit, so that on disk it is
+Orbax goes through a tree some twenty times per save, at 40 us a leaf in all. Arrays that go into slabs need none of
+that: Orbax saves the rest, and its description of the tree is completed before the commit, so that the tree on disk is
 the same whether or not a step is packed.
 """
 
@@ -28,7 +28,7 @@ SEQUENCE, NAMES = 1, 2  # Orbax's KeyType
 
 
 class Leaf(NamedTuple):
-  """A leaf: the names on the way to it, the kind of node that each is in, and of a small one its shard shape."""
+  """A leaf: the keys that lead to it, their kinds, and the shard shape of a packed one."""
 
   names: tuple[str, ...]
   kinds: tuple[int, ...]
@@ -37,13 +37,13 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """The leaves of a whole tree, in its order, with none of their values."""
+  """The leaves of a whole tree, in order, without their values."""
 
   leaves: tuple[Leaf, ...]
 
   @functools.cached_property
   def entries(self) -> list[str]:
-    """The JSON of each leaf in `_METADATA`, up to the value of those that are not small."""
+    """The JSON of each leaf in `_METADATA`, without the value of leaves that Orbax saves."""
     out = []
     for leaf in self.leaves:
       keys = [{KEY: name, KEY_TYPE: kind} for name, kind in zip(leaf.names, leaf.kinds, strict=True)]
@@ -67,12 +67,12 @@ class Description:
 
 @dataclasses.dataclass(frozen=True)
 class Small:
-  """The small arrays of a tree apart from their values.
+  """The packed arrays of a tree without their values.
 
   Attributes:
-    slab: where this process puts what it writes of them.
+    slab: the places of the pieces that this process writes.
     turns: see `writing.turn_of`.
-    shardings: by the names that Orbax would give them.
+    shardings: by their names in the database.
     description: of the whole tree.
   """
 
@@ -90,16 +90,15 @@ class Small:
 @dataclasses.dataclass(frozen=True)
 class _Cut:
   small: Small
-  numbers: Sequence[int]  # of the small arrays among the leaves
-  rest: Sequence[tuple[tuple[str, ...], int | None, Any]]  # names, and the leaf's number or the empty node that it is
+  numbers: Sequence[int]  # of the packed arrays among the leaves
+  rest: Sequence[tuple[tuple[str, ...], int | None, Any]]  # keys, and the leaf's number or the empty node
 
 
 def split(tree: PyTree) -> tuple[dict[str, Any], list[jax.Array], Small] | None:
-  """Cuts a tree in two. All processes of a job cut alike.
+  """Cuts a tree in two, in the same way on all processes.
 
   Returns:
-    What Orbax is to save, as dicts of dicts; the small arrays; and what is known of them. None if there is nothing to
-    cut off.
+    The tree for Orbax, as dicts of dicts; the arrays to pack; and their description. None if there are none to pack.
   """
   flat = flatten(tree)
   cut = flat.structure.once(_cut, tree)

@@ -1,7 +1,7 @@
-"""Leaves that are text: all of an item's in one JSON file, in the form of Orbax's.
+"""Leaves that are text: one JSON file for all of an item's, as Orbax writes it.
 
-Orbax writes the file leaf by leaf through TensorStore, by JSON pointers made of the leaves' names as they are: a tilde
-in a name fails the save. A slash opens an object: `a/b` is `{"a": {"b": ...}}`.
+Orbax writes the file leaf by leaf through TensorStore, with the names of leaves as JSON pointers: a tilde in a name
+fails the save, and a slash opens an object: `a/b` is `{"a": {"b": ...}}`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ckpt_jax.orbax.format import TEXTS
 
 
 class TextHandler(ocp.type_handlers.StringHandler):
-  """Orbax's handler of text, which takes leaves of any name."""
+  """Orbax's handler of text, for leaves of any name."""
 
   async def serialize(
     self, values: Sequence[str], infos: Sequence[ocp.type_handlers.ParamInfo], args: Any = None
@@ -63,7 +63,7 @@ def find(data: Any, name: str) -> Any:
 
 
 def select(data: Any, names: Collection[str]) -> dict[str, Any]:
-  """The content of the file with some leaves alone."""
+  """The content of the file, reduced to some leaves."""
   found = {}
   for name in names:
     try:
@@ -74,7 +74,7 @@ def select(data: Any, names: Collection[str]) -> dict[str, Any]:
 
 
 def collisions(names: Iterable[str]) -> dict[str, str]:
-  """Leaves that cannot be stored beside another one, and which: text at `a` leaves no place for `a/b`."""
+  """Leaves that cannot be stored beside another one, and that one: text at `a` leaves no place for `a/b`."""
   taken = set(names)
   found = {}
   for name in taken:
