@@ -359,6 +359,19 @@ def test_small_state_is_planned_without_measuring_storage(fresh_cache, tmp_path)
     assert "assumed" in c.plan.explain() and c.plan.values["layout.compression"] == "off"
 
 
+def test_save_goes_on_without_a_plan_where_none_can_be_made(fresh_cache, tmp_path, caplog, monkeypatch, assert_same):
+  def fails():
+    raise OSError("no clock")
+
+  monkeypatch.setattr("ckpt_jax.tuning.planner.profile_host", fails)
+  state = {"w": jnp.ones(1000)}
+  with ckpt.Checkpointer(tmp_path / "run") as c:
+    c.save(0, state)
+    assert c.plan is None
+    assert_same(c.restore(like=state).state, state)
+  assert "no plan could be made (OSError: no clock)" in caplog.text
+
+
 def test_moments_that_were_zeros_at_first_are_sampled_again(fresh_cache, tmp_path):
   state = noise_state()
   zeros = jax.tree.map(jnp.zeros_like, state)
