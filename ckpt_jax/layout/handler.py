@@ -99,7 +99,7 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
     """See Orbax's; merges the indexes that the processes of a packed step wrote."""
     packing.merge_parts(directory, jax.process_count())
     if self._small is not None:
-      self._small.description.complete(directory)
+      self._small.complete(directory)
     super().finalize(directory)
 
 
@@ -208,7 +208,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
         _write_shardings(item, private.shardings_json(shardings), small.shardings_json if small else "{}")
       await private.write_array_metadatas(self._store, item, written, chunks, impls)
       if small is not None:
-        _ = small.description.entries  # made here, where nobody waits for them
+        _ = small.entries  # made here, where nobody waits for them
       await bulk
     except BaseException:
       writer.stop.set()

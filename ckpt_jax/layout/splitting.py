@@ -21,7 +21,7 @@ from ckpt_jax.layout import packing, writing
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.structure import flatten, segment
 from ckpt_jax.orbax import private
-from ckpt_jax.orbax.format import ITEM_METADATA, KEY, KEY_TYPE, KEYS, TREE, VALUE, VALUE_TYPE, WRITE_SHAPE
+from ckpt_jax.orbax.format import ARRAY_TYPES, ITEM_METADATA, KEY, KEY_TYPE, KEYS, TREE, VALUE, VALUE_TYPE, WRITE_SHAPE
 
 PyTree = Any
 SEQUENCE, NAMES = 1, 2  # Orbax's KeyType
@@ -36,10 +36,25 @@ class Leaf(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
-  """The leaves of a whole tree, in order, without their values."""
+class Small:
+  """The packed arrays of a tree, and the leaves of the whole tree, without values.
 
-  leaves: tuple[Leaf, ...]
+  Attributes:
+    slab: the places of the pieces that this process writes.
+    turns: see `writing.turn_of`.
+    shardings: of the packed arrays, by their names in the database.
+    leaves: those of the whole tree, in order.
+  """
+
+  slab: packing.Slab
+  turns: Sequence[int | None]
+  shardings: Mapping[str, jax.sharding.Sharding]
+  leaves: Sequence[Leaf]
+
+  @functools.cached_property
+  def shardings_json(self) -> str:
+    """The shardings as Orbax writes them."""
+    return private.shardings_json(self.shardings)
 
   @functools.cached_property
   def entries(self) -> list[str]:
@@ -47,10 +62,11 @@ class Description:
     out = []
     for leaf in self.leaves:
       keys = [{KEY: name, KEY_TYPE: kind} for name, kind in zip(leaf.names, leaf.kinds, strict=True)]
-      head = f'{json.dumps(str(leaf.names))}: {{"{KEYS}": {json.dumps(keys)}, "{VALUE}": '
-      shape = None if leaf.packed is None else list(leaf.packed)
-      value = f'{{"{VALUE_TYPE}": "jax.Array", "skip_deserialize": false, "{WRITE_SHAPE}": {shape}}}}}'
-      out.append(head if leaf.packed is None else head + value)
+      entry = f'{json.dumps(str(leaf.names))}: {{"{KEYS}": {json.dumps(keys)}, "{VALUE}": '
+      if leaf.packed is not None:
+        value = {VALUE_TYPE: ARRAY_TYPES[0], "skip_deserialize": False, WRITE_SHAPE: leaf.packed}
+        entry += f"{json.dumps(value)}}}"
+      out.append(entry)
     return out
 
   def complete(self, item: epath.Path) -> None:
@@ -63,28 +79,6 @@ class Description:
       for leaf, entry in zip(self.leaves, self.entries, strict=True)
     ]
     file.write_text(f'{{"{TREE}": {{{", ".join(tree)}}}, {json.dumps(data)[1:]}')
-
-
-@dataclasses.dataclass(frozen=True)
-class Small:
-  """The packed arrays of a tree without their values.
-
-  Attributes:
-    slab: the places of the pieces that this process writes.
-    turns: see `writing.turn_of`.
-    shardings: by their names in the database.
-    description: of the whole tree.
-  """
-
-  slab: packing.Slab
-  turns: Sequence[int | None]
-  shardings: Mapping[str, jax.sharding.Sharding]
-  description: Description
-
-  @functools.cached_property
-  def shardings_json(self) -> str:
-    """The shardings as Orbax writes them."""
-    return private.shardings_json(self.shardings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +138,7 @@ def _cut(tree: PyTree) -> _Cut | None:
   parts = {n: (a.dtype, a.shape, writing.small_boxes(a, t)) for (n, a), t in zip(arrays.items(), turns, strict=True)}
   slab = packing.lay_out(jax.process_index(), parts)
   shardings = {name: array.sharding for name, array in arrays.items()}
-  return _Cut(Small(slab, turns, shardings, Description(tuple(leaves))), numbers, rest)
+  return _Cut(Small(slab, turns, shardings, leaves), numbers, rest)
 
 
 def _kind(key: Any) -> int:
