@@ -163,6 +163,8 @@ def _as_like(name: str, value: Any, like: Any) -> Any:
       value = jax.random.wrap_key_data(value, impl=_impl(like.dtype))
     if value.dtype != like.dtype:
       raise StructureMismatchError(f"{name}: saved as {value.dtype}, asked for {like.dtype}")
+  elif is_prng_key(value):  # plain Orbax wrote it as a key
+    value = jax.random.key_data(value)
   if isinstance(value, jax.Array):
     if sharding is None:
       return value

@@ -215,3 +215,18 @@ def test_damaged_leaf_is_named(tmp_path):
 @pytest.mark.multiprocess
 def test_a_process_reads_only_what_its_devices_need(tmp_path):
   together("read_parts.py", tmp_path, processes=2)
+
+
+def test_a_key_that_plain_orbax_wrote_comes_back_as_a_key_or_as_its_words(tmp_path):
+  key = jax.random.key(3, impl="rbg")
+  with ocp.CheckpointManager(tmp_path) as plain:
+    plain.save(0, args=ocp.args.PyTreeSave({"key": key}))
+  config = ckpt.Config(restore={"on_corruption": "raise"})
+  with ckpt.Checkpointer(tmp_path, config) as c:
+    got = c.restore(like={"key": jax.random.key(0, impl="rbg")}).state["key"]
+    assert got.dtype == key.dtype and (jax.random.key_data(got) == jax.random.key_data(key)).all()
+    words = c.restore(like={"key": jnp.zeros(4, jnp.uint32)}).state["key"]
+    assert words.dtype == jnp.uint32 and (words == jax.random.key_data(key)).all()
+    other = jax.device_put(jax.random.key(0, impl="unsafe_rbg"), jax.devices()[0])
+    with pytest.raises(ckpt.StructureMismatchError, match="saved as key<rbg>, asked for key<urbg>"):
+      c.restore(like={"key": other})
