@@ -24,7 +24,6 @@ PyTree = Any
 # Orbax's zarr driver knows int2 and int4 but not their unsigned twins; uint8 holds every value of them.
 _WIDENED: dict[Any, Any] = {jnp.dtype("uint2"): np.uint8, jnp.dtype("uint4"): np.uint8}
 _SCALARS = (bool, int, float, complex, str)
-_NATIVE = (jax.Array, np.ndarray, *_SCALARS)
 
 
 def is_prng_key(leaf: Any) -> bool:

@@ -6,17 +6,9 @@ The keys that lead to a leaf are joined by dots; the chunks of an array are stor
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
-
-from ckpt_jax.layout.structure import segment
+from collections.abc import Collection, Iterable
 
 SLABS = "ckpt_jax.slab."  # and the number of the process
-
-
-def database_name(path: Sequence[Any]) -> str:
-  """The name of a leaf in the databases of an item, from its key path."""
-  return ".".join([segment(key) for key in path])
 
 
 def prefix(name: str) -> str:

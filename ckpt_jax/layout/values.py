@@ -117,6 +117,7 @@ class _Reader:
       for path, want in rest.items()
     ]
     made: list[jax.Array] = []
+    words_of: dict[str, jax.Array] = {}
     for request, parts in reading.read(requests, self._window):
       path = self._by_name[request.name]
       want = self._wanted[path]
@@ -128,11 +129,14 @@ class _Reader:
           made.append(value)
           staged += sum(part.nbytes for part in parts)
       if want.stored in keys and want.sharding is not None:
-        value = jax.random.wrap_key_data(value, impl=keys[want.stored])
-      yield path, value
+        words_of[path] = value
+      else:
+        yield path, value
       if staged > self._window.most:  # an accelerator still copies out of these parts
         jax.block_until_ready(made)
         made, staged = [], 0
+    for path in filter(words_of.__contains__, rest):  # a computation, which all processes of a job run in one order
+      yield path, jax.random.wrap_key_data(words_of[path], impl=keys[self._wanted[path].stored])
 
   def _kind(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
     if (packed := self._item.index.get(name)) is not None:
