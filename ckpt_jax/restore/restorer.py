@@ -16,6 +16,7 @@ from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StructureMismatchError
 from ckpt_jax.integrity.comparison import Verifier
 from ckpt_jax.integrity.record import Record, read_record
+from ckpt_jax.job.garbage import paused
 from ckpt_jax.job.rendezvous import Rendezvous
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.job.waits import Together
@@ -81,7 +82,7 @@ class Restorer:
     """See `Checkpointer.restore`."""
     if problem := why_not_flat(request.like):
       raise StructureMismatchError(f"like= is no tree for jax; nothing was read:\n  {problem}")
-    with quietly(), transfers_asked_for():
+    with paused(), quietly(), transfers_asked_for():
       return self._restore(step, request, strategy, healthy=healthy)
 
   # -- inside

@@ -37,6 +37,12 @@ def test_a_pause_ends_by_itself():
   assert comes_back()
 
 
+def test_a_pause_lasts_as_long_as_its_block():
+  with garbage.paused():
+    assert not gc.isenabled()
+  assert comes_back()
+
+
 def test_a_collector_that_is_off_stays_off():
   gc.disable()
   try:
@@ -53,7 +59,7 @@ def test_saving_restoring_and_failing_leave_the_collector_on(tmp_path):
     c.wait()
     assert comes_back()
     c.restore()
-    assert gc.isenabled()
+    assert comes_back()
     with pytest.raises(ckpt.CheckpointError):
       c.save(1, {"x": object()})
     assert comes_back()
