@@ -55,6 +55,7 @@ class FileTarget:
     self.fsync_s: list[float] = []
 
   def free_nbytes(self) -> int:
+    """Free bytes of the file system."""
     return shutil.disk_usage(self._directory).free
 
   def write(self, name: str, data: memoryview) -> None:
@@ -105,7 +106,11 @@ class FileTarget:
 
 
 class ObjectTarget:
-  """Objects under a new prefix: data by TensorStore's driver, ranges and metadata by fsspec, as Orbax does."""
+  """Objects under a new prefix, as a FileTarget: data by TensorStore's driver, ranges and metadata by fsspec.
+
+  `write`, `read`, `create`, `stat`, `list` and `delete` are one request each; `make_cold` has nothing to do, and
+  `rename` is not there.
+  """
 
   can_rename = False
   cold_by: str | None = "object store, no cache on this host"
