@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from ckpt_jax.errors import StorageError
-from ckpt_jax.failures import without_secrets
+from ckpt_jax.failures import is_read_only, why_read_only, without_secrets
 from ckpt_jax.storage.objects import BACKEND
 from ckpt_jax.storage.urls import is_object_store
 
@@ -29,7 +29,10 @@ def cannot_be_read(path: epath.Path, error: OSError) -> StorageError:
   """The error for a path that exists and cannot be read."""
   if isinstance(error, StorageError):
     return error
-  return StorageError(f"{path}: cannot be read: {without_secrets(str(error.strerror or error))}")
+  why = without_secrets(str(error.strerror or error))
+  if is_read_only(error) and not is_object_store(path):
+    why += f"; {why_read_only(os.fspath(path), error)}"
+  return StorageError(f"{path}: cannot be read: {why}")
 
 
 @contextlib.contextmanager
