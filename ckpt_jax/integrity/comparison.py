@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from ckpt_jax.errors import CorruptCheckpointError
-from ckpt_jax.integrity import device
 from ckpt_jax.integrity.fingerprint import Taken, sum_over_processes, take_restored
 from ckpt_jax.integrity.record import Record
 from ckpt_jax.integrity.sums import MASK
 from ckpt_jax.job.threads import transfers_asked_for
+from ckpt_jax.layout.staging import is_on_accelerator
 
 if TYPE_CHECKING:
   from ckpt_jax.job.waits import Together
@@ -48,7 +48,7 @@ class Verifier:
   def __call__(self, path: str, value: Any) -> None:
     """Takes a leaf as it was saved: decoded, not cast. From any thread; if one comes twice, the later counts."""
     with self._lock:
-      if device.is_on_accelerator(value):
+      if is_on_accelerator(value):
         self._on_accelerator[path] = value  # one dispatch for all of them
         return
       self._bunch[path] = value
@@ -101,7 +101,8 @@ class Verifier:
     error: Exception | None = None
     found: _Found = {}
     try:
-      self._found += [self._begin(self._bunch, self._bunch_nbytes), self._begin(self._on_accelerator, 0)]
+      on_accelerator = dict(sorted(self._on_accelerator.items()))  # arrivals differ, programs of several hosts may not
+      self._found += [self._begin(self._bunch, self._bunch_nbytes), self._begin(on_accelerator, 0)]
       for part in self._found:
         found |= part if isinstance(part, dict) else part.result()
     except Exception as e:

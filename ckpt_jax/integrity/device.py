@@ -6,7 +6,6 @@ array, and every process gets the total.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,17 +17,6 @@ from jax import lax
 from ckpt_jax.integrity import sums
 
 _AT_ONCE = 64  # leaves in one program: more take longer to compile, fewer to dispatch
-
-
-def is_on_accelerator(leaf: Any) -> bool:
-  """Whether a leaf is an array in the memory of an accelerator."""
-  return isinstance(leaf, jax.Array) and leaf.size > 0 and _is_on_accelerator(leaf.sharding)
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_on_accelerator(sharding: jax.sharding.Sharding) -> bool:
-  one: jax.Device = next(iter(sharding.device_set))
-  return one.platform != "cpu" and sharding.memory_kind not in ("pinned_host", "unpinned_host")
 
 
 def dispatch(arrays: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:

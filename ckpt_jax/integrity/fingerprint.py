@@ -25,8 +25,8 @@ from jax.experimental import multihost_utils
 from ckpt_jax.integrity import device, sums
 from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key
-from ckpt_jax.layout.memory import HostViews
 from ckpt_jax.layout.sharding import one_device, replicas
+from ckpt_jax.layout.staging import HostCopies, Values, is_on_accelerator, ready
 from ckpt_jax.layout.structure import Flat
 
 _TASK_NBYTES = 32 << 20  # larger pieces are cut for the threads to share
@@ -60,10 +60,10 @@ class Leaf:
   Attributes:
     dtype, shape: as in `LeafPrint`.
     bits_shape: shape of its bits as unsigned integers: that of the key data, or with the two halves of a complex128.
-    part: shape of its shards, as in `bits_shape`; None on an accelerator, where they are not hashed.
+    part: shape of its shards, as in `bits_shape`; None if restored on an accelerator, where they are not hashed.
     floats: the dtype if its numbers may be non-finite, else None.
-    place: `own` if each process has the whole leaf for itself, in host memory; `elsewhere` on one device of another
-      process; in `shards`; or on an `accelerator`.
+    place: `own` if each process has the whole leaf for itself; `elsewhere` on one device of another process; in
+      `shards`; restored, on an `accelerator`.
     copies: how often the leaf exists, over all processes.
   """
 
@@ -78,26 +78,26 @@ class Leaf:
 
 @dataclasses.dataclass
 class Taken:
-  """Views of a state, from which tallies are made: cheap to take while training waits, to be summed in the background.
+  """Copies of a state, from which tallies are made: quick to start while training waits, summed in the background.
 
-  On a CPU these are zero-copy views that keep the buffers alive: jax copies a viewed buffer instead of donating it. On
-  accelerators the sums are already being computed.
+  On a CPU these are zero-copy views that keep the buffers alive: jax copies a viewed buffer instead of donating it.
+  From accelerators they are on their way to pinned memory (see `layout.staging`).
 
   Attributes:
     leaves: by path.
-    pieces: what this process has yet to sum of each leaf: views, and the index of their first element.
+    pieces: what this process has yet to sum of each leaf: what returns the values, and the index of the first one.
     summed: tallies that are known already.
-    on_device: sums under way on accelerators, each over all processes.
+    on_device: of restored leaves: sums under way on accelerators, each over all processes.
     own: dtype, shape and hash of each leaf that every process of a job has for itself; empty in one process.
-    views: of the arrays on a CPU, for the writing of the same arrays.
+    copies: in host memory, for the writing of the same arrays.
   """
 
   leaves: dict[str, Leaf] = dataclasses.field(default_factory=dict)
-  pieces: dict[str, list[tuple[np.ndarray, tuple[int, ...]]]] = dataclasses.field(default_factory=dict)
+  pieces: dict[str, list[tuple[Values, tuple[int, ...]]]] = dataclasses.field(default_factory=dict)
   summed: dict[str, Tally] = dataclasses.field(default_factory=dict)
   on_device: dict[str, tuple[jax.Array, ...]] = dataclasses.field(default_factory=dict)
   own: dict[str, str] = dataclasses.field(default_factory=dict)
-  views: HostViews = dataclasses.field(default_factory=HostViews)
+  copies: HostCopies = dataclasses.field(default_factory=HostCopies)
 
   def tallies(
     self, threads: int, *, fingerprint: bool = True, health: bool = True, hashed: Collection[str] | None = None
@@ -126,8 +126,8 @@ class Taken:
       floats = leaf.floats if health else None
       hash_it = fingerprint and (hashed is None or path in hashed)
       sum_it = fingerprint and (hashed is None or not hash_it)
-      for piece, start in pieces:
-        bits = bits_of(piece)
+      for values, start in pieces:
+        bits = bits_of(values())
         if 0 < bits.nbytes <= sums.SMALL_NBYTES and bits.shape == leaf.bits_shape:
           alike[bits.shape, bits.dtype, floats, sum_it, hash_it].append((path, bits))
           continue
@@ -186,15 +186,18 @@ def take_restored(leaves: Mapping[str, Any], saved_as: Mapping[str, str]) -> Tak
 def _take(names: Sequence[str], leaves: Sequence[Any], known: Sequence[Leaf | None], every_copy: bool) -> Taken:
   taken = Taken()
   ahead: dict[str, jax.Array] = {}
+  if not every_copy:
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not is_prng_key(leaf)]
+    taken.copies.stage(arrays, lambda shard: shard.replica_id == 0)
   for path, values, leaf in zip(names, leaves, known, strict=True):
     if leaf is None:
-      values, leaf = _describe(values)
+      values, leaf = _describe(values, restored=every_copy)
     taken.leaves[path] = leaf
     if leaf.place == "own":
-      taken.pieces[path] = [(taken.views.of(values) if isinstance(values, jax.Array) else values, ())]
+      taken.pieces[path] = [(taken.copies.of(values) if isinstance(values, jax.Array) else ready(values), ())]
     elif leaf.place == "shards":
       shards = [s for s in values.addressable_shards if every_copy or s.replica_id == 0]
-      taken.pieces[path] = [(taken.views.of(s.data), tuple([i.start or 0 for i in s.index])) for s in shards]
+      taken.pieces[path] = [(taken.copies.of(s.data), tuple([i.start or 0 for i in s.index])) for s in shards]
     elif leaf.place == "accelerator":
       ahead[path] = values
   taken.on_device = dict(zip(ahead, device.dispatch(list(ahead.values())), strict=True))
@@ -203,10 +206,11 @@ def _take(names: Sequence[str], leaves: Sequence[Any], known: Sequence[Leaf | No
 
 def _describe_arrays(leaves: Sequence[Any]) -> list[Leaf | None]:
   """Descriptions of the leaves that look the same at the next save: jax arrays."""
-  return [_describe(leaf)[1] if isinstance(leaf, jax.Array) and not is_prng_key(leaf) else None for leaf in leaves]
+  arrays = [leaf if isinstance(leaf, jax.Array) and not is_prng_key(leaf) else None for leaf in leaves]
+  return [None if array is None else _describe(array, restored=False)[1] for array in arrays]
 
 
-def _describe(leaf: Any) -> tuple[Any, Leaf]:
+def _describe(leaf: Any, *, restored: bool) -> tuple[Any, Leaf]:
   """The values of a leaf as an array of numbers, and its description."""
   name, values = label(leaf), leaf
   if not hasattr(leaf, "dtype"):
@@ -219,7 +223,7 @@ def _describe(leaf: Any) -> tuple[Any, Leaf]:
   halves = (2,) if values.dtype.itemsize == 16 else ()
   part: tuple[int, ...] | None = (*values.shape, *halves)
   place, copies = "own", jax.process_count()
-  if device.is_on_accelerator(values):
+  if restored and is_on_accelerator(values):
     place, part, copies = "accelerator", None, 1
   elif isinstance(values, jax.Array):
     where = one_device(values.sharding)

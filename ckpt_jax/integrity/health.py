@@ -102,7 +102,7 @@ def before_save(taken: Taken, nbytes: int, *, always: bool) -> Health | None:
     always: find it however long it takes.
   """
   alone = jax.process_count() == 1
-  if alone and not always and not taken.on_device and nbytes > BEFORE_SAVE_NBYTES:
+  if alone and not always and nbytes > BEFORE_SAVE_NBYTES:
     return None
   tallies = taken.tallies(2, fingerprint=False)
   if alone:

@@ -31,7 +31,7 @@ from ckpt_jax.integrity.sums import MASK
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents, packing
 from ckpt_jax.layout.handler import PyTreeHandler
-from ckpt_jax.layout.memory import HostViews
+from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.layout.structure import Flat, flatten
 from ckpt_jax.orbax.format import ARRAY_METADATAS, DEFAULT_ITEM, ITEM_METADATA, SHARDINGS, STEP_METADATA, TEXTS
 from ckpt_jax.run import untrusted
@@ -198,7 +198,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     """See Orbax's; sums the state in the background, once enough of the arrays is queued."""
     self._recording = args.recording
     taken = args.recording.taken
-    self._inner.views, taken.views = taken.views, HostViews()  # kept no longer than until they are used
+    self._inner.copies, taken.copies = taken.copies, HostCopies()  # kept no longer than until they are used
     futures = await self._inner.async_save(directory, args=args.args)
     args.recording.writes = self._inner.writes
     write = ocp.future.CommitFutureAwaitingContractedSignals(

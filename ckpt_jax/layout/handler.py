@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from ckpt_jax.config import Config, LayoutConfig
 from ckpt_jax.layout import packing, writing
 from ckpt_jax.layout.encoding import is_prng_key
-from ckpt_jax.layout.memory import HostViews
 from ckpt_jax.layout.splitting import Small, split
+from ckpt_jax.layout.staging import HostCopies, Values
 from ckpt_jax.layout.text import TextHandler
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import SHARDINGS
@@ -55,12 +54,12 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
   """Orbax's handler of trees, which hands small arrays to our handler of arrays if it is to pack them.
 
   Attributes:
-    views: of the arrays of the next state, if they were looked at before.
+    copies: of the arrays of the next state, as far as they were started before.
   """
 
   def __init__(self, arrays: ArrayHandler, *, pack: bool, **options: Any):
     super().__init__(**options)
-    self.views = HostViews()
+    self.copies = HostCopies()
     self._arrays = arrays
     self._pack = pack
     self._small: Small | None = None
@@ -78,8 +77,8 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
       rest, packed, self._small = parts
       args = dataclasses.replace(args, item=rest)
     self._has_arrays = any(not isinstance(leaf, str) for leaf in jax.tree.leaves(args.item))
-    self._arrays.prepare(packed, self._small, self.views)
-    self.views = HostViews()
+    self._arrays.prepare(packed, self._small, self.copies)
+    self.copies = HostCopies()
     return await super().async_save(directory, item, save_args, args)
 
   @property
@@ -124,16 +123,16 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     self.writes = False
     self.writer: writing.Writer | None = None
     self._memory = writing.SlabMemory()
-    self.prepare([], None, HostViews())
+    self.prepare([], None, HostCopies())
 
-  def prepare(self, packed: Sequence[jax.Array], small: Small | None, views: HostViews) -> None:
+  def prepare(self, packed: Sequence[jax.Array], small: Small | None, copies: HostCopies) -> None:
     """Says what belongs to the next call of `serialize` and Orbax does not pass on.
 
     Args:
       packed, small: arrays that go into a slab, and their places.
-      views: of arrays on a CPU.
+      copies: of the arrays, as far as they were started before.
     """
-    self._packed, self._small, self._views = packed, small, views
+    self._packed, self._small, self._copies = packed, small, copies
     self.writes, self.writer = False, None
 
   async def serialize(
@@ -142,7 +141,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     """Starts to write arrays. Returns once training may overwrite them.
 
     It differs from Orbax's own in what follows; what is stored is an item that plain Orbax reads, but for 4.
-      1. On a CPU no array is copied: views of jax's memory keep it from being reused.
+      1. On a CPU no array is copied: views of jax's memory keep it from being reused. From an accelerator all are
+         copied to pinned memory in one transfer, which the write waits for, not training (see `staging`).
       2. Arrays are opened through one key-value store, and all writes are queued from one thread under one limit of
          bytes, where Orbax runs a chain of asyncio tasks for each shard.
       3. The pieces of a small array that one process writes are stored as one chunk.
@@ -152,8 +152,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     Saving in chunks, items without OCDBT and casts go through Orbax's.
     """
     args = args or [ocp.SaveArgs()] * len(values)
-    packed, small, views = self._packed, self._small, self._views
-    self.prepare([], None, HostViews())
+    packed, small, copies = self._packed, self._small, self._copies
+    self.prepare([], None, HostCopies())
     private.check_input_arguments(values, infos, args)
     if self._chunk_nbytes is not None:
       args = [
@@ -168,9 +168,9 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     arrays = [jax.random.key_data(v) if is_prng_key(v) else v for v in values]
     replica_parallel = private.uses_replica_parallel(self)
     written = writing.on_host(
-      arrays, infos, args, views, replica_parallel=replica_parallel, slice_nbytes=self._slice_nbytes
+      arrays, infos, args, copies, replica_parallel=replica_parallel, slice_nbytes=self._slice_nbytes
     )
-    pieces = writing.small_on_host(packed, small.turns, views) if small else []
+    pieces = writing.small_on_host(packed, small.turns, copies) if small else []
     self.writes = any(array.pieces for array in written) or bool(small and small.slab.nbytes)
     if jax.process_count() == 1:
       written = [array.joined() for array in written]
@@ -189,7 +189,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     self,
     writer: writing.Writer,
     written: Sequence[writing.Written],
-    pieces: Sequence[np.ndarray],
+    pieces: Sequence[Values],
     small: Small | None,
     shardings: Mapping[str, jax.sharding.Sharding],
     impls: dict[str, str],

@@ -6,7 +6,6 @@ import contextlib
 import math
 import mmap
 
-import jax
 import numpy as np
 
 # XLA's CPU client takes over host memory of this alignment without a copy, but cannot donate it. So memory that is to
@@ -46,24 +45,3 @@ def to_be_copied(array: np.ndarray) -> np.ndarray:
   out = unaligned_empty(array.shape, array.dtype)
   out[...] = array
   return out
-
-
-class HostViews:
-  """Views of the memory of arrays on one CPU device. A view takes 2 us, and a save both writes and sums up an array."""
-
-  def __init__(self) -> None:
-    self._found: dict[int, tuple[jax.Array, np.ndarray]] = {}  # the array too, lest another one takes its id
-
-  def of(self, array: jax.Array) -> np.ndarray:
-    """The values of an array: a view, which keeps the buffer alive.
-
-    np.asarray of the array itself would be cached in it, and the array could never be donated again.
-    """
-    if (known := self._found.get(id(array))) is not None:
-      return known[1]
-    try:
-      view = np.asarray(memoryview(array))  # type: ignore[arg-type]
-    except (BufferError, TypeError):  # bfloat16, float8 and the like
-      view = np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array]))
-    self._found[id(array)] = array, view
-    return view

@@ -26,6 +26,7 @@ from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.keys import SLABS
 from ckpt_jax.layout.memory import ALIGNMENT, unaligned_empty
 from ckpt_jax.layout.sharding import Box, intersection, shape_of, within
+from ckpt_jax.layout.staging import Values
 from ckpt_jax.storage import look
 
 INDEX = "ckpt_jax_pack.json"
@@ -96,9 +97,7 @@ class Slab:
     """The index as JSON."""
     return _leaves_json(self.index)
 
-  def chunks(
-    self, pieces: Sequence[np.ndarray], memory: Callable[[], np.ndarray]
-  ) -> Iterator[tuple[int, int, np.ndarray]]:
+  def chunks(self, pieces: Sequence[Values], memory: Callable[[], np.ndarray]) -> Iterator[tuple[int, int, np.ndarray]]:
     """Offset, length and content of each chunk, given the pieces in order and a source of buffers."""
     i = 0
     for start in range(0, self.nbytes, self.chunk_nbytes):
@@ -107,7 +106,7 @@ class Slab:
       parts, end = [], start
       while i < len(pieces) and self.offsets[i] < stop:
         offset = self.offsets[i]
-        data = np.ascontiguousarray(pieces[i]).reshape(-1).view(np.uint8)
+        data = np.ascontiguousarray(pieces[i]()).reshape(-1).view(np.uint8)
         if offset > end:
           parts.append(_GAP[: offset - end])
         end = min(offset + data.nbytes, stop)

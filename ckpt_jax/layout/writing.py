@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +21,10 @@ import tensorstore as ts
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.keys import prefix
-from ckpt_jax.layout.memory import HostViews, unaligned_empty
+from ckpt_jax.layout.memory import unaligned_empty
 from ckpt_jax.layout.reading import result_of
 from ckpt_jax.layout.sharding import Box, box_of, merge_boxes, one_device, replicas, shape_of, whole_box, within
+from ckpt_jax.layout.staging import HostCopies, Values
 from ckpt_jax.orbax import private
 
 # An array of at most this size whose pieces one process writes is stored as one chunk: one request instead of one per
@@ -43,7 +44,7 @@ class Written:
     info, args: Orbax's.
     shape, dtype: of the whole array.
     write_shape: of one piece; the same on all processes.
-    pieces: box and values of each.
+    pieces: box of each, and what returns its values once they are in host memory.
   """
 
   info: ocp.type_handlers.ParamInfo
@@ -51,7 +52,7 @@ class Written:
   shape: tuple[int, ...]
   dtype: np.dtype
   write_shape: tuple[int, ...]
-  pieces: tuple[tuple[Box, np.ndarray], ...]
+  pieces: tuple[tuple[Box, Values], ...]
 
   def joined(self) -> Written:
     """The array stored as one chunk, if it is small and this process writes all of it; copied when it is written."""
@@ -61,43 +62,45 @@ class Written:
       return self
     return dataclasses.replace(self, write_shape=self.shape)
 
-  def chunks(self) -> Sequence[tuple[Box, np.ndarray]]:
-    """The pieces as they are stored."""
+  def chunks(self) -> Iterator[tuple[Box, np.ndarray]]:
+    """The pieces as they are stored; waits until their values have arrived."""
     if self.write_shape != self.shape or len(self.pieces) < 2:
-      return self.pieces
+      return ((box, values()) for box, values in self.pieces)
     whole = whole_box(self.shape)
     out = unaligned_empty(self.shape, self.dtype)
-    for box, data in self.pieces:
-      out[within(box, whole)] = data
-    return [(whole, out)]
+    for box, values in self.pieces:
+      out[within(box, whole)] = values()
+    return iter([(whole, out)])
 
 
 def on_host(
   arrays: Sequence[jax.Array],
   infos: Sequence[ocp.type_handlers.ParamInfo],
   args: Sequence[ocp.SaveArgs],
-  views: HostViews,
+  copies: HostCopies,
   *,
   replica_parallel: bool,
   slice_nbytes: int | None,
 ) -> list[Written]:
-  """The pieces of each array that this process writes, in host memory: on a CPU jax's own, kept from being reused.
+  """The pieces of each array that this process writes, in host memory or on their way there.
 
   Args:
     arrays, infos, args: as Orbax gives them.
-    views: of arrays on a CPU.
+    copies: of the arrays, as far as they were started before.
     replica_parallel: each replica writes a part of its shard.
     slice_nbytes: the smallest such part.
   """
   alone = [i for i, array in enumerate(arrays) if one_device(array.sharding) == "here"]
   rest = sorted({*range(len(arrays))} - {*alone})
-  values = _copies([arrays[i] for i in alone], views)
-  divided = private.replica_slices_on_host(
-    [arrays[i] for i in rest], replica_parallel, slice_nbytes, infos[0].enable_pinned_host_transfer, views.of
-  )
-  found = dict(zip(rest, divided, strict=True))
-  for i, value in zip(alone, values, strict=True):
-    found[i] = arrays[i].sharding.shard_shape(arrays[i].shape), ((whole_box(arrays[i].shape), value()),)
+  divided = private.replica_slices([arrays[i] for i in rest], replica_parallel, slice_nbytes)
+  mine = {id(shard) for _, pieces in divided for _, shard, _ in pieces}
+  copies.stage([arrays[i] for i in alone])
+  copies.stage([arrays[i] for i in rest], lambda shard: id(shard.data) in mine)
+  found: dict[int, tuple[tuple[int, ...], tuple[tuple[Box, Values], ...]]] = {}
+  for i, (shape, pieces) in zip(rest, divided, strict=True):
+    found[i] = shape, tuple((box, _part(copies.of(shard), cut)) for box, shard, cut in pieces)
+  for i in alone:
+    found[i] = arrays[i].sharding.shard_shape(arrays[i].shape), ((whole_box(arrays[i].shape), copies.of(arrays[i])),)
   return [
     Written(info, arg, array.shape, np.dtype(array.dtype), *found[i])
     for i, (array, info, arg) in enumerate(zip(arrays, infos, args, strict=True))
@@ -119,24 +122,20 @@ def small_boxes(array: jax.Array, turn: int | None) -> list[Box]:
   return [box_of(s.index, array.shape) for s in array.addressable_shards if s.replica_id == turn]
 
 
-def small_on_host(arrays: Sequence[jax.Array], turns: Sequence[int | None], views: HostViews) -> list[np.ndarray]:
-  """The values in the boxes of `small_boxes`, array by array, in host memory, which may be jax's own."""
+def small_on_host(arrays: Sequence[jax.Array], turns: Sequence[int | None], copies: HostCopies) -> list[Values]:
+  """The values in the boxes of `small_boxes`, array by array, in host memory or on their way there."""
   chosen: list[jax.Array] = []
   for array, turn in zip(arrays, turns, strict=True):
     if turn is None:
       chosen.append(array)
     else:
       chosen += [s.data for s in array.addressable_shards if s.replica_id == turn]
-  return [value() for value in _copies(chosen, views)]
+  copies.stage(chosen)
+  return [copies.of(array) for array in chosen]
 
 
-def _copies(arrays: Sequence[jax.Array], views: HostViews) -> list[Callable[[], np.ndarray]]:
-  """Functions that return the values of single-device arrays; copies from an accelerator have been started."""
-  on_host = jax.default_backend() == "cpu"
-  if not on_host:
-    for array in arrays:
-      array.copy_to_host_async()
-  return [functools.partial(views.of if on_host else np.asarray, array) for array in arrays]
+def _part(values: Values, cut: tuple[slice, ...] | None) -> Values:
+  return values if cut is None else lambda: values()[cut]
 
 
 class Writer:
@@ -206,7 +205,7 @@ class Writer:
     self,
     arrays: Sequence[Written],
     slab: packing.Slab | None = None,
-    pieces: Sequence[np.ndarray] = (),
+    pieces: Sequence[Values] = (),
     number: int = 0,
   ) -> None:
     """Writes arrays and, if there is one, a slab; returns when everything is committed to the database.
@@ -260,7 +259,7 @@ class Writer:
         target, data = store[ts.newaxis], data.reshape(1)
       self._start(target, data, array.info.name)
 
-  def _write_slab(self, slab: packing.Slab, pieces: Sequence[np.ndarray], store: ts.TensorStore, name: str) -> None:
+  def _write_slab(self, slab: packing.Slab, pieces: Sequence[Values], store: ts.TensorStore, name: str) -> None:
     again = self._window is not None  # a transaction keeps every chunk until the commit
     self._memory.begin(slab.chunk_nbytes)
     take = functools.partial(self._memory.take, self.land) if again else functools.partial(fresh, slab.chunk_nbytes)

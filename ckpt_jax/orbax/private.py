@@ -138,42 +138,38 @@ def rename_by(path: Any, rename: Callable[[], None]) -> None:
   path._snapshot = Renaming()  # pylint: disable=protected-access
 
 
-def replica_slices_on_host(
-  arrays: Any, replica_parallel: bool, slice_nbytes: int | None, pinned: bool, host_view: Callable[[Any], Any]
-) -> list[tuple[tuple[int, ...], tuple[Any, ...]]]:
-  """What this process writes of each array: the shape of a piece, and (box, value) of each piece, in host memory.
+def replica_slices(
+  arrays: Any, replica_parallel: bool, slice_nbytes: int | None
+) -> list[tuple[tuple[int, ...], list[tuple[tuple[tuple[int, int], ...], Any, tuple[slice, ...] | None]]]]:
+  """What this process writes of each array: the shape of a piece, and the box, shard and part of the shard of each.
 
   Why private: all processes must divide replicas alike, and as Orbax does where it writes itself; its ArrayHandler
   has no method that says how.
 
   Args:
     arrays: jax arrays.
-    replica_parallel, slice_nbytes, pinned: as Orbax's ArrayHandler takes them.
-    host_view: the values of an array on one CPU device, without a copy.
+    replica_parallel, slice_nbytes: as Orbax's ArrayHandler takes them.
+
+  Returns:
+    Shards are single-device arrays; the part is None for all of a shard.
   """
-  import jax
-  from orbax.checkpoint._src.serialization import replica_slices
+  from orbax.checkpoint._src.serialization import replica_slices as slicing
 
-  if jax.default_backend() == "cpu":  # there is nothing to copy, and a slice on the "device" costs a compiled call
-    found = [replica_slices.get_replica_slices(a, 0, replica_parallel, slice_nbytes) for a in arrays]
-  else:
-    found = replica_slices.transfer_arrays_to_host(
-      arrays, 0, replica_parallel, enable_pinned_host_transfer=pinned, min_slice_bytes_for_replica_parallel=slice_nbytes
-    )
+  def part(cut: Any) -> tuple[slice, ...] | None:
+    return None if cut is None else (slice(None),) * cut.axis + (slice(cut.start_index, cut.limit_index),)
 
-  def value(piece: Any) -> Any:
-    if piece.is_on_host:
-      return piece.data()
-    view, cut = host_view(piece.unsliced_data), piece.slice_args
-    return view if cut is None else view[(slice(None),) * cut.axis + (slice(cut.start_index, cut.limit_index),)]
-
+  found = [slicing.get_replica_slices(array, 0, replica_parallel, slice_nbytes) for array in arrays]
   return [
     (
       tuple(slices.local_shape),
-      tuple(
-        (tuple(s.indices(n)[:2] for s, n in zip(piece.index, slices.global_shape, strict=True)), value(piece))
+      [
+        (
+          tuple(s.indices(n)[:2] for s, n in zip(piece.index, slices.global_shape, strict=True)),
+          piece.unsliced_data,
+          part(piece.slice_args),
+        )
         for piece in slices.replica_slices
-      ),
+      ],
     )
     for slices in found
   ]

@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.layout.memory import HostViews
 from ckpt_jax.layout.sharding import global_nbytes, largest_shard_nbytes, local_nbytes
 from ckpt_jax.layout.structure import flatten
 
@@ -85,12 +84,3 @@ def test_sizes_are_those_of_the_state_at_hand():
     held = {"x": x, "twice": twice, "host": np.zeros(n), "step": 1}
     assert global_nbytes(held) == local_nbytes(held) == 12 * n + 4 * n + 8 * n
     assert largest_shard_nbytes(held) == 8 * n
-
-
-def test_a_view_of_an_array_is_made_once():
-  views = HostViews()
-  arrays = [jnp.arange(5.0), jnp.ones(3, jnp.bfloat16)]
-  found = [views.of(x) for x in arrays]
-  assert all(views.of(x) is view for x, view in zip(arrays, found, strict=True))
-  assert found[0].tolist() == [0, 1, 2, 3, 4] and found[1].tolist() == [1, 1, 1]
-  assert HostViews().of(arrays[0]) is not found[0]

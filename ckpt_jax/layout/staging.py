@@ -1,0 +1,107 @@
+"""Host copies of a state's arrays, for as long as a save writes and sums them.
+
+On a CPU there is nothing to copy: a view of jax's memory keeps it from being reused. From an accelerator all arrays of
+a save go to pinned host memory in one batched transfer, which returns at once: what donates the arrays afterwards waits
+for it on the device. 901 leaves of 2.95 GB took 0.04 s to dispatch and 0.1 s to arrive on an H200, and 0.9 s one by one
+through pageable memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+_PINNED = "pinned_host"
+_HOST_KINDS = (_PINNED, "unpinned_host")
+Values = Callable[[], np.ndarray]
+as_accelerators = False  # tests: devices of a CPU count as accelerators
+
+
+def is_on_accelerator(array: Any) -> bool:
+  """Whether an array is in the memory of an accelerator."""
+  return isinstance(array, jax.Array) and array.size > 0 and _is_on_accelerator(array.sharding, as_accelerators)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_on_accelerator(sharding: jax.sharding.Sharding, cpu_too: bool) -> bool:
+  device: jax.Device = next(iter(sharding.device_set))
+  return (cpu_too or device.platform != "cpu") and sharding.memory_kind not in _HOST_KINDS
+
+
+class HostCopies:
+  """Values of single-device arrays in host memory: views on a CPU, else copies that may still be on their way.
+
+  An object serves one save, and holds the arrays while it lives: an array's id may be used again after it.
+  """
+
+  def __init__(self) -> None:
+    self._found: dict[int, tuple[jax.Array, Values]] = {}
+    self._turns = itertools.count()
+    self._nothing_to_copy = jax.default_backend() == "cpu" and not as_accelerators
+
+  def stage(self, arrays: Sequence[jax.Array], wanted: Callable[[jax.Shard], bool] = lambda shard: True) -> None:
+    """Starts to copy shards from accelerators in one transfer; others are left alone.
+
+    Of a shard that several devices of this process hold, one is copied. The devices take turns.
+
+    Args:
+      arrays: of the whole job; not typed PRNG keys.
+      wanted: which of their shards.
+    """
+    if self._nothing_to_copy:
+      return
+    sources: list[jax.Array] = []
+    copies: list[list[jax.Array]] = []
+    for array in arrays:
+      if not is_on_accelerator(array):
+        continue
+      by_box: dict[Any, list[jax.Shard]] = {}
+      for shard in array.addressable_shards:
+        by_box.setdefault(_key(shard.index), []).append(shard)
+      for shards in by_box.values():
+        if id(shards[0].data) not in self._found and any(map(wanted, shards)):
+          sources.append(shards[next(self._turns) % len(shards)].data)
+          copies.append([shard.data for shard in shards])
+    if not sources:
+      return
+    kinds = [source.sharding.with_memory_kind(_PINNED) for source in sources]
+    for same, pinned in zip(copies, jax.device_put(sources, kinds), strict=True):
+      values = functools.partial(np.asarray, pinned)  # a view of pinned memory, once the copy has arrived
+      self._found |= {id(array): (array, values) for array in same}
+
+  def of(self, array: jax.Array) -> Values:
+    """A function that returns the values of a single-device array, when they have arrived."""
+    known = self._found.get(id(array))
+    if known is not None:
+      return known[1]
+    if self._nothing_to_copy or not is_on_accelerator(array):
+      values = ready(_view(array))
+      self._found[id(array)] = array, values
+      return values
+    self.stage([array])
+    return self._found[id(array)][1]
+
+
+def ready(array: np.ndarray) -> Values:
+  """`Values` that are there already."""
+  return lambda: array
+
+
+def _key(index: tuple[slice, ...]) -> tuple[tuple[Any, Any], ...]:
+  return tuple([(s.start, s.stop) for s in index])
+
+
+def _view(array: jax.Array) -> np.ndarray:
+  """A view of an array's memory, which keeps the buffer alive.
+
+  np.asarray of the array itself would be cached in it, and the array could never be donated again.
+  """
+  try:
+    return np.asarray(memoryview(array))  # type: ignore[arg-type]
+  except (BufferError, TypeError):  # bfloat16, float8 and the like
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array]))
