@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -108,6 +109,7 @@ class Saver:
     self._errand: Errand | None = None
     self._beginning: SaveRecord | None = None  # of a save that has not returned
     self._hung = 0  # writes that were given up
+    self._collect_again = threading.Event()  # set once the last save has ended, or failed to start
     self._rendezvous = Rendezvous(f"save {run.directory}")
     self._asking = Rendezvous(f"steps of {run.directory}")
     self._meant = Meant(run.directory, run.item, count_nonfinite, self._decided)
@@ -131,9 +133,15 @@ class Saver:
       step, state, metrics, extras: what to save.
       started: `time.perf_counter()` when training began to wait.
     """
-    snapshot, computing_s = self._snapshot(step, state, metrics, extras)
-    self._beginning = snapshot.record
-    self._do(functools.partial(self._begin, snapshot, started + computing_s))
+    self._collect_again = threading.Event()
+    garbage.pause(self._collect_again, _NO_COLLECTION_S)
+    try:
+      snapshot, computing_s = self._snapshot(step, state, metrics, extras)
+      self._beginning = snapshot.record
+      self._do(functools.partial(self._begin, snapshot, started + computing_s))
+    except BaseException:
+      self._collect_again.set()
+      raise
 
   @property
   def under_way(self) -> SaveRecord | None:
@@ -232,7 +240,7 @@ class Saver:
     forget_steps(self.manager, made_room)
     operation = Operation(self._rendezvous.begin())
     write = self._write = Write(record, operation, self._config.timeouts.save_s + _GRACE_S, self._after.committed)
-    garbage.pause(write.ended, _NO_COLLECTION_S)
+    garbage.pause(self._collect_again, _NO_COLLECTION_S)  # again, if the previous save has just ended its own pause
     try:
       if snapshot.chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=snapshot.chunk_nbytes))
@@ -319,6 +327,7 @@ class Saver:
     if error is not None and jax.process_count() == 1:
       write.operation.end(write.left)
     write.ended.set()
+    self._collect_again.set()
 
   # -- failures
 

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import signal
 
 import jax
 import numpy as np
@@ -83,7 +84,8 @@ def test_process_whose_storage_hangs_is_named(saved):
 @multiprocess
 def test_exchange_that_hangs_ends_with_an_error(saved):
   results = launch([str(PROGRAMS / "restores.py"), str(saved), "stuck_exchange"], processes=2, timeout=300)
-  assert [r.returncode for r in results] == [1, 1], results
+  # Whichever leaves first takes the other with it, as jax's coordination service does: by an abort.
+  assert {r.returncode for r in results} <= {1, -signal.SIGABRT}, results
   assert all("raised" in r.log and "the exchange of part" in r.log for r in results), results
 
 
