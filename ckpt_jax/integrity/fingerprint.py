@@ -187,8 +187,7 @@ def _take(names: Sequence[str], leaves: Sequence[Any], known: Sequence[Leaf | No
   taken = Taken()
   ahead: dict[str, jax.Array] = {}
   if not every_copy:
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array) and not is_prng_key(leaf)]
-    taken.copies.stage(arrays, lambda shard: shard.replica_id == 0)
+    taken.copies.stage(leaves, lambda shard: shard.replica_id == 0)
   for path, values, leaf in zip(names, leaves, known, strict=True):
     if leaf is None:
       values, leaf = _describe(values, restored=every_copy)
@@ -308,16 +307,16 @@ def _run(tasks: Sequence[_Task], threads: int) -> list[dict[str, Tally]]:
     return list(pool.map(run, [tasks[i::threads] for i in range(threads)]))
 
 
-def sum_over_processes(mine: np.ndarray, counted_by_all: Sequence[bool]) -> np.ndarray:
+def sum_over_processes(mine: np.ndarray, counted_by_all: Sequence[bool] = ()) -> np.ndarray:
   """Adds up numbers over all processes, which call it alike.
 
   Args:
     mine: 64-bit numbers of this process, one row for each leaf.
-    counted_by_all: of each leaf, whether every process has the total already.
+    counted_by_all: of each leaf, whether every process has the total already; default: of none.
   """
   if jax.process_count() == 1:
     return mine
-  if jax.process_index() > 0:
+  if counted_by_all and jax.process_index() > 0:
     mine[np.array(counted_by_all, bool)] = 0
   # As bytes: jax without x64 would cut 64-bit numbers to 32.
   everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8).reshape(-1)

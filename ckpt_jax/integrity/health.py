@@ -109,7 +109,7 @@ def before_save(taken: Taken, nbytes: int, *, always: bool) -> Health | None:
     return from_tallies(tallies)
   rows = [[t.nonfinite, t.nan, t.squares] for t in tallies.values()]
   mine = np.array(rows, np.float64).reshape(len(rows), 3)
-  totals = sum_over_processes(mine, [path in taken.on_device for path in tallies]).tolist()
+  totals = sum_over_processes(mine).tolist()
   found = {
     path: Tally(nonfinite=int(nonfinite), nan=int(nan), squares=squares)
     for path, (nonfinite, nan, squares) in zip(tallies, totals, strict=True)

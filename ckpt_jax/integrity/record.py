@@ -81,11 +81,9 @@ class Recording:
     """
     tallies = self.taken.tallies(1, health=self.health is None)
     self.taken.pieces.clear()  # the state's buffers are free again
-    # What is on accelerators is summed over all processes already.
-    mine = {p: t for p, t in tallies.items() if jax.process_index() == 0 or p not in self.taken.on_device}
     self.part = {
-      "totals": {path: tally.total for path, tally in mine.items()},
-      "hashes": {path: tally.hash for path, tally in mine.items()},
+      "totals": {path: tally.total for path, tally in tallies.items()},
+      "hashes": {path: tally.hash for path, tally in tallies.items()},
       "own": self.taken.own,
       "writes": self.writes,
     }

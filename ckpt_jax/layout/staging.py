@@ -16,6 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from ckpt_jax.layout.encoding import is_prng_key
+from ckpt_jax.layout.sharding import Box, box_of
+
 _PINNED = "pinned_host"
 _HOST_KINDS = (_PINNED, "unpinned_host")
 Values = Callable[[], np.ndarray]
@@ -44,25 +47,25 @@ class HostCopies:
     self._turns = itertools.count()
     self._nothing_to_copy = jax.default_backend() == "cpu" and not as_accelerators
 
-  def stage(self, arrays: Sequence[jax.Array], wanted: Callable[[jax.Shard], bool] = lambda shard: True) -> None:
-    """Starts to copy shards from accelerators in one transfer; others are left alone.
+  def stage(self, leaves: Sequence[Any], wanted: Callable[[jax.Shard], bool] = lambda shard: True) -> None:
+    """Starts to copy shards from accelerators in one transfer; other leaves, and typed PRNG keys, are left alone.
 
     Of a shard that several devices of this process hold, one is copied. The devices take turns.
 
     Args:
-      arrays: of the whole job; not typed PRNG keys.
+      leaves: of a state.
       wanted: which of their shards.
     """
     if self._nothing_to_copy:
       return
     sources: list[jax.Array] = []
     copies: list[list[jax.Array]] = []
-    for array in arrays:
-      if not is_on_accelerator(array):
+    for leaf in leaves:
+      if not is_on_accelerator(leaf) or is_prng_key(leaf):
         continue
-      by_box: dict[Any, list[jax.Shard]] = {}
-      for shard in array.addressable_shards:
-        by_box.setdefault(_key(shard.index), []).append(shard)
+      by_box: dict[Box, list[jax.Shard]] = {}
+      for shard in leaf.addressable_shards:
+        by_box.setdefault(box_of(shard.index, leaf.shape), []).append(shard)
       for shards in by_box.values():
         if id(shards[0].data) not in self._found and any(map(wanted, shards)):
           sources.append(shards[next(self._turns) % len(shards)].data)
@@ -90,10 +93,6 @@ class HostCopies:
 def ready(array: np.ndarray) -> Values:
   """`Values` that are there already."""
   return lambda: array
-
-
-def _key(index: tuple[slice, ...]) -> tuple[tuple[Any, Any], ...]:
-  return tuple([(s.start, s.stop) for s in index])
 
 
 def _view(array: jax.Array) -> np.ndarray:
