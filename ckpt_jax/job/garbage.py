@@ -14,32 +14,33 @@ import os
 import threading
 from collections.abc import Iterator
 
-_paused = False
+_pauses: set[threading.Event] = set()  # that have not ended; no lock, since signal handlers save too
 
 
 def pause(until: threading.Event, seconds: float) -> None:
   """Turns off automatic collections for the whole process until `until` is set, for `seconds` at most.
 
-  Cycles that become garbage meanwhile are collected afterwards, and `gc.collect()` works as always. Does nothing if
-  collections are off already, by the user or for another save. A user who turns them off meanwhile finds them on again
-  after the pause.
+  Cycles that become garbage meanwhile are collected afterwards, and `gc.collect()` works as always. Pauses may overlap.
+  Does nothing if the user has turned collections off; a user who does so meanwhile finds them on again after the pause.
   """
-  global _paused
-  if not gc.isenabled():
+  if not (_pauses or gc.isenabled()):
     return
 
   def resume() -> None:
-    global _paused
     until.wait(seconds)
-    _paused = False
-    gc.enable()
+    _end(until)
 
-  _paused = True
+  _pauses.add(until)
   gc.disable()
   try:
     threading.Thread(target=resume, name="ckpt_jax_garbage", daemon=True).start()
   except RuntimeError:  # no more threads
-    _paused = False
+    _end(until)
+
+
+def _end(until: threading.Event) -> None:
+  _pauses.discard(until)
+  if not _pauses:
     gc.enable()
 
 
@@ -55,10 +56,9 @@ def paused(seconds: float = 60.0) -> Iterator[None]:
 
 
 def _forked() -> None:
-  """Ends the pause in a forked child, which lacks the thread that would."""
-  global _paused
-  if _paused:
-    _paused = False
+  """Ends the pauses in a forked child, which lacks the threads that would."""
+  if _pauses:
+    _pauses.clear()
     gc.enable()
 
 

@@ -240,7 +240,6 @@ class Saver:
     forget_steps(self.manager, made_room)
     operation = Operation(self._rendezvous.begin())
     write = self._write = Write(record, operation, self._config.timeouts.save_s + _GRACE_S, self._after.committed)
-    garbage.pause(self._collect_again, _NO_COLLECTION_S)  # again, if the previous save has just ended its own pause
     try:
       if snapshot.chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=snapshot.chunk_nbytes))

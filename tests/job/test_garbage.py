@@ -63,3 +63,16 @@ def test_saving_restoring_and_failing_leave_the_collector_on(tmp_path):
     with pytest.raises(ckpt.CheckpointError):
       c.save(1, {"x": object()})
     assert comes_back()
+
+
+def test_of_overlapping_pauses_the_last_counts():
+  first, second = threading.Event(), threading.Event()
+  garbage.pause(first, 60)
+  garbage.pause(second, 60)
+  first.set()
+  deadline = time.monotonic() + 30
+  while garbage._pauses != {second} and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert not gc.isenabled()
+  second.set()
+  assert comes_back()
