@@ -67,14 +67,18 @@ def read_leaves(
       found[path] = str(text.find(texts, want.stored))
     else:
       arrays[path] = want
-  limits = config.limits
-  bounds = [n for n in (_WINDOW_NBYTES, limits.restore_concurrency, limits.host_memory) if not isinstance(n, str)]
-  reader = _Reader(item, arrays, reading.Window(min(bounds), not is_object_store(item.info.parent_dir)))
-  for path, value in reader.values():
+  for path, value in _Reader(item, arrays, window(item, config)).values():
     found[path] = value
     if arrived is not None and wanted[path].scalar is None:
       arrived(path, value)
   return found
+
+
+def window(item: ItemDescription, config: Config) -> reading.Window:
+  """How much of an item is read at a time, within the limits of `config`."""
+  limits = config.limits
+  bounds = [n for n in (_WINDOW_NBYTES, limits.restore_concurrency, limits.host_memory) if not isinstance(n, str)]
+  return reading.Window(min(bounds), not is_object_store(item.info.parent_dir))
 
 
 def _held(value: Any, want: Wanted) -> Any:

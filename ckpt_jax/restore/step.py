@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import tensorstore as ts
+import numpy as np
 from etils import epath
 from jax.sharding import Sharding
 
@@ -14,11 +15,12 @@ from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StorageError, StructureMismatchError
 from ckpt_jax.failures import is_damage, is_unreachable, root_cause
 from ckpt_jax.integrity.fingerprint import take_restored
-from ckpt_jax.layout import contents
+from ckpt_jax.layout import contents, reading
 from ckpt_jax.layout.description import describe_item
 from ckpt_jax.layout.forms import shared_names
+from ckpt_jax.layout.sharding import Box
 from ckpt_jax.layout.structure import path_name
-from ckpt_jax.layout.values import Wanted, read_leaves
+from ckpt_jax.layout.values import Wanted, read_leaves, window
 from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, plan_leaf
 from ckpt_jax.run.steps import THINNED, is_tree, our_item, our_metadata
 
@@ -67,10 +69,17 @@ class Step:
     weak = None if self._weak is None else name in self._weak
     return plan_leaf(name, self.meta[name], self.notes.get(name), like, cast, weak)
 
-  def store(self, name: str) -> ts.TensorStore:
-    """The array of a leaf, open, to be read in pieces."""
+  def is_in_chunks(self, name: str) -> bool:
+    """Whether a leaf is an array of its own, of which `read_box` reads a part."""
+    return self.meta[name].name not in self.item.index and name not in self.item.values
+
+  def read_box(self, name: str, box: Box) -> np.ndarray:
+    """A part of the stored form of an array, for which `is_in_chunks`. Raises what `read` raises."""
     stored = self.meta[name].name
-    return self.item.open([stored])[stored]
+    with self._reading():
+      request = reading.Request(stored, self.item.open([stored])[stored], (box,))
+      ((_, (value,)),) = reading.read([request], window(self.item, self._config))
+      return value
 
   def read(
     self, wanted: Sequence[tuple[LeafPlan, Sharding | None]], arrived: Callable[[str, Any], None] | None = None
@@ -89,8 +98,13 @@ class Step:
       CheckpointError: for a failure that says nothing about the step, which then stays where it is.
     """
     rows = {plan.name: Wanted(self.meta[plan.name].name, plan.scalar, sharding) for plan, sharding in wanted}
-    try:
+    with self._reading():
       return read_leaves(self.item, rows, self._config, arrived)
+
+  @contextlib.contextmanager
+  def _reading(self) -> Iterator[None]:
+    try:
+      yield
     except (MemoryError, CheckpointError):
       raise
     except Exception as e:

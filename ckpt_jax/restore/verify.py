@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import itertools
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from ckpt_jax.config import Config
@@ -22,6 +20,7 @@ from ckpt_jax.integrity import databases, fingerprint, record, sums
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents
 from ckpt_jax.orbax.format import COMMIT_MARKER, ITEM_HANDLERS, ITEM_METADATA, METRICS_ITEM
+from ckpt_jax.restore import stream
 from ckpt_jax.restore.hints import count
 from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.step import Step
@@ -42,9 +41,7 @@ from ckpt_jax.storage import look
 from ckpt_jax.storage.objects import snapshot
 
 _GROUP_NBYTES = 128 << 20  # leaves read together
-_GROUP_LEAVES = 256
-_BLOCK_NBYTES = 64 << 20  # a larger leaf is read in blocks of about this size
-_AT_ONCE = 4  # blocks
+_BLOCK_NBYTES = 64 << 20  # of a file
 _MOST_UNREADABLE = 3  # leaves that cannot be read, after which the others are not tried
 _UNREAD = "could not be read"
 _METADATA_DAMAGED = "nothing but the metadata, which are damaged"
@@ -233,12 +230,14 @@ class _Check:
     if known is not None and (differ := sorted(set(known.leaves) ^ step.meta.keys())):
       names = ", ".join(differ[:10])
       self._found("structure", f"the leaves in the step are not those that were saved; they differ in {names}")
-    # A large leaf without files of its own was packed with others.
-    large = [p for p in plans if p.nbytes > _GROUP_NBYTES and databases.files_of(step.item_dir, step.meta[p.name].name)]
-    for group in _groups([p for p in plans if p not in large]):
-      self._read_group(step, group, known)
-    for plan in large:
-      self._read_blocks(step, plan, known)
+    boxes = collections.defaultdict(list)
+    for group in stream.parts(step, nbytes=_GROUP_NBYTES):
+      if group[0].box is None:
+        self._read_group(step, [part.plan for part in group], known)
+      else:
+        boxes[group[0].plan.name].append(group)
+    for name, groups in boxes.items():
+      self._read_boxes(step, name, groups, known)
     nbytes = sum(p.nbytes for p in plans)
     if known is None:
       how_far = "databases and chunks are readable; no fingerprints to detect changed values with"
@@ -330,23 +329,18 @@ class _Check:
           self._compare(step, path, known, tallies[path].total * pow(leaf.copies, -1, 1 << 64) & sums.MASK)
     self._advance(sum(p.nbytes for p in plans))
 
-  def _read_blocks(self, step: Step, plan: LeafPlan, known: record.Record | None) -> None:
+  def _read_boxes(self, step: Step, name: str, groups: list[list[stream.Part]], known: record.Record | None) -> None:
+    tally = sums.Tally()
     try:
-      store = step.store(plan.name)
-      tally = sums.Tally()
-      blocks = list(_blocks(store))
-      for at in range(0, len(blocks), _AT_ONCE):
-        reads = [(block, store[tuple(slice(*b) for b in block)].read()) for block in blocks[at : at + _AT_ONCE]]
-        for block, read in reads:
-          value = np.ascontiguousarray(read.result())
-          bits = fingerprint.bits_of(value)
-          start = tuple(b[0] for b in block) + (0,) * (bits.ndim - len(block))
-          tally.add(sums.tally_block(bits, start, (*store.shape, *bits.shape[len(block) :])))
-          self._advance(value.nbytes)
+      for (part,), (value,) in stream.stream(step, groups):
+        bits = fingerprint.bits_of(value)
+        start = tuple(first for first, _ in part.box or ()) + (0,) * (bits.ndim - value.ndim)
+        tally.add(sums.tally_block(bits, start, (*part.plan.shape, *bits.shape[value.ndim :])))
+        self._advance(value.nbytes)
     except Exception as e:
-      self._unread_leaf(step, plan.name, e)
+      self._unread_leaf(step, name, e)
       return
-    self._compare(step, plan.name, known, tally.total)
+    self._compare(step, name, known, tally.total)
 
   def _compare(self, step: Step, path: str, known: record.Record | None, total: int) -> None:
     saved = known.leaves.get(path) if known is not None else None
@@ -388,30 +382,3 @@ def _in_words(checked: Mapping[str, _Checked]) -> str:
   if len(by_text) < 2:
     return "".join(by_text)
   return "; ".join(f"{', '.join(names)}: {text}" for text, names in by_text.items())
-
-
-def _groups(plans: Sequence[LeafPlan]) -> Iterator[list[LeafPlan]]:
-  group: list[LeafPlan] = []
-  nbytes = 0
-  for plan in plans:
-    if group and (nbytes + plan.nbytes > _GROUP_NBYTES or len(group) >= _GROUP_LEAVES):
-      yield group
-      group, nbytes = [], 0
-    group.append(plan)
-    nbytes += plan.nbytes
-  if group:
-    yield group
-
-
-def _blocks(store: Any) -> Iterator[tuple[tuple[int, int], ...]]:
-  """Boxes of whole chunks, of about _BLOCK_NBYTES, that cover an array."""
-  shape = list(store.shape)
-  chunk = list(store.chunk_layout.read_chunk.shape or shape)
-  size = [min(c, n) for c, n in zip(chunk, shape, strict=True)]
-  itemsize = store.dtype.numpy_dtype.itemsize
-  for axis in reversed(range(len(shape))):
-    room = _BLOCK_NBYTES // max(1, math.prod(size) * itemsize)
-    if room > 1:
-      size[axis] = min(shape[axis], size[axis] * room)
-  ranges = [[(at, min(n, at + s)) for at in range(0, n, s)] for n, s in zip(shape, size, strict=True)]
-  yield from itertools.product(*ranges)
