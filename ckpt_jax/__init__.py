@@ -27,6 +27,7 @@ if TYPE_CHECKING:
   from ckpt_jax import policies
   from ckpt_jax.checkpointer import Checkpointer
   from ckpt_jax.config import Config, load_config
+  from ckpt_jax.planning.estimate import SizeEstimate, estimate
   from ckpt_jax.restore.result import Restored
   from ckpt_jax.restore.verify import Finding, verify
   from ckpt_jax.run.steps import StepInfo
@@ -43,6 +44,8 @@ _LAZY = {
   "Config": "ckpt_jax.config",
   "load_config": "ckpt_jax.config",
   "Plan": "ckpt_jax.tuning.plan",
+  "SizeEstimate": "ckpt_jax.planning.estimate",
+  "estimate": "ckpt_jax.planning.estimate",
   "StorageKind": "ckpt_jax.storage.kinds",
   "StorageProfile": "ckpt_jax.storage.probe",
   "detect": "ckpt_jax.storage.kinds",
@@ -65,6 +68,7 @@ __all__ = [
   "RestoreTimeoutError",
   "Restored",
   "SaveFailedError",
+  "SizeEstimate",
   "StepInfo",
   "StorageError",
   "StorageKind",
@@ -73,6 +77,7 @@ __all__ = [
   "UnhealthyStateError",
   "__version__",
   "detect",
+  "estimate",
   "load_config",
   "make_plan",
   "policies",

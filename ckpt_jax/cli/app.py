@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ckpt_jax.cli import bench, convert, probe, prune, quarantine, repack, show, simulate, tune, verify
+from ckpt_jax.cli import bench, convert, estimate, probe, prune, quarantine, repack, show, simulate, tune, verify
 from ckpt_jax.cli.common import NearestName, error
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
@@ -48,6 +48,7 @@ for command in (
   prune.prune,
   prune.pin,
   prune.unpin,
+  estimate.estimate,
   simulate.simulate,
   verify.verify,
   verify.rollback,

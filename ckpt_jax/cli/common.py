@@ -6,8 +6,10 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import importlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn, cast
@@ -19,6 +21,9 @@ from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from ckpt_jax.config import parse_bytes, parse_duration
+from ckpt_jax.config.explain import did_you_mean
+from ckpt_jax.config.units import parse_count
+from ckpt_jax.errors import ConfigError
 
 
 def _run(path: str) -> str:
@@ -50,6 +55,7 @@ def _parsed(parse: Callable[[Any], float], unit: str, *names: str, **settings: A
 
 duration = functools.partial(_parsed, parse_duration, "DURATION")  # options such as 90s or 2d6h, in seconds
 size = functools.partial(_parsed, parse_bytes, "SIZE")  # options such as 512MiB, in bytes
+number = functools.partial(_parsed, parse_count, "COUNT")  # options such as 7b
 
 
 class NearestName(TyperGroup):
@@ -158,6 +164,39 @@ def pairs(values: dict[str, Any]) -> str:
   return "  ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
 
 
-def count(number: int, one: str = "step", many: str = "steps") -> str:
-  """A counted noun: `1 step`, `2 steps`."""
-  return f"{number} {one if number == 1 else many}"
+def run_at_step(text: str) -> tuple[str, int]:
+  """The run and the step of `RUN@STEP`.
+
+  Raises:
+    ConfigError: if the text is something else.
+  """
+  run, _, step = text.rpartition("@")
+  if not run or not step.isdigit():
+    raise ConfigError(f"{text}: expected RUN@STEP, e.g. ~/runs/a@1000")
+  return run, int(step)
+
+
+def named_function(option: str, text: str) -> Callable[..., Any]:
+  """The function of `MODULE:FUNCTION`; the current directory is searched first, as `python -m` does.
+
+  Raises:
+    ConfigError: if there is none, naming the nearest one.
+  """
+  name, _, attribute = text.partition(":")
+  if not name or not attribute:
+    raise ConfigError(f"{option} {text}: expected MODULE:FUNCTION, e.g. train:init_state")
+  sys.path.insert(0, os.getcwd())
+  try:
+    module = importlib.import_module(name)
+  except Exception as e:
+    hint = ""
+    if isinstance(e, ModuleNotFoundError) and e.name == name:
+      near = did_you_mean(name, [f.removesuffix(".py") for f in os.listdir() if f.endswith(".py")])
+      hint = near or f"; looked in {os.getcwd()} and the installed packages"
+    raise ConfigError(f"{option} {text}: {name} cannot be imported: {type(e).__name__}: {e}{hint}") from None
+  function = getattr(module, attribute, None)
+  if not callable(function):
+    names = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
+    hint = did_you_mean(attribute, names) or f"; it has {', '.join(names[:10]) or 'no functions'}"
+    raise ConfigError(f"{option} {text}: {name} has no function {attribute}{hint}")
+  return function

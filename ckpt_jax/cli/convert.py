@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ckpt_jax.cli.common import count, fail
+from ckpt_jax.cli.common import fail
+from ckpt_jax.config.units import count
 
 
 def convert(

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ckpt_jax.cli.common import Run, Step, Yes, confirmed, count, fail, grouped, pairs, print_json, print_table
+from ckpt_jax.cli.common import Run, Step, Yes, confirmed, fail, grouped, pairs, print_json, print_table
 from ckpt_jax.cli.retention import RetentionOptions
-from ckpt_jax.config.units import duration_text, size_text
+from ckpt_jax.config.units import count, duration_text, size_text
 from ckpt_jax.errors import ConfigError
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ckpt_jax.cli.common import Json, Run, count, error, print_json, print_table
+from ckpt_jax.cli.common import Json, Run, error, print_json, print_table
+from ckpt_jax.config.units import count
 
 if TYPE_CHECKING:
   from ckpt_jax.run.quarantine import AsideStep

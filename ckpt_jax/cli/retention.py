@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ckpt_jax.config import Config, load_config
-from ckpt_jax.policies.retention import Retention
+
+if TYPE_CHECKING:
+  from ckpt_jax.policies.retention import Retention
 
 _GIB = 2**30
 
@@ -49,6 +51,8 @@ class RetentionOptions:
     Raises:
       ConfigError: if a value is wrong.
     """
+    from ckpt_jax.policies.retention import Retention
+
     given: dict[str, Any] = {name: getattr(self, name) for name in vars(self) if name not in ("config", "price")}
     if best is not None:
       match = re.fullmatch(r"(.*?)(?::(min|max))?(?::(\d+))?", best, re.DOTALL)

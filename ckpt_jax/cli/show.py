@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ckpt_jax.cli import quarantine
-from ckpt_jax.cli.common import Json, Run, Step, console, count, error, fail, pairs, print_json, print_table
-from ckpt_jax.config.units import size_text
+from ckpt_jax.cli.common import Json, Run, Step, console, error, fail, pairs, print_json, print_table
+from ckpt_jax.config.units import count, size_text
 from ckpt_jax.errors import CorruptCheckpointError
 
 

@@ -3,63 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ckpt_jax.cli.common import Json, console, duration, grouped, print_json, size
+from ckpt_jax.cli.hosts import HostOptions
 from ckpt_jax.cli.retention import RetentionOptions
 from ckpt_jax.config.units import duration_text, size_text
 from ckpt_jax.errors import ConfigError
-from ckpt_jax.planning import simulate as model
 
-_TRAINING_BYTES_A_PARAM = 12  # float32 weights and Adam's two moments
-_COPY_SPEED = 5e9  # bytes per second, from devices to host memory
+if TYPE_CHECKING:
+  from ckpt_jax.planning import simulate as model
+
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class JobOptions:
-  """The job to simulate: its state, its hosts, and how fast they save and restore."""
+  """The job to simulate besides its hosts: its state, and how fast it saves and restores."""
 
-  params: Annotated[float | None, typer.Option(help="Parameters; a state is 12 bytes for each.")] = None
   nbytes: Annotated[int | None, size("--bytes", help="Bytes of the whole state, e.g. 782GiB.")] = None
-  hosts: Annotated[int, typer.Option(min=1, help="Hosts; one failing stops the job.")] = 1
-  copies: Annotated[int | None, typer.Option(min=1, help="Replicas of the state (default: one on each host).")] = None
   node_mtti: Annotated[float, duration(help="Mean time to interruption of one host (default: 90d).")] = 90 * 86400
-  bandwidth: Annotated[int | None, size(help="Of the storage, all hosts together, per second.")] = None
-  bandwidth_per_host: Annotated[int | None, size(help="Of one host to the storage, per second.")] = None
-  interconnect: Annotated[float, size(help="Between hosts, per second (default: 12.5GB).")] = 12.5e9
   strategy: Annotated[str, typer.Option(help="Restore: direct, gather or broadcast.")] = "direct"
   blocking: Annotated[float | None, duration(help="Pause of training for a save (default: a copy at 5 GB/s).")] = None
   background: Annotated[float | None, duration(help="The write behind training (default: by the bandwidth).")] = None
   restart: Annotated[float, duration(help="From an interruption to the restore (default: 5m).")] = 300
   calibrate: Annotated[str | None, typer.Option(help="Take size, costs and MTTI from this run.")] = None
 
-  def job(self) -> tuple[model.Job, int, str]:
+  def job(self, of: HostOptions) -> tuple[model.Job, int, str]:
     """The job, the bytes of its state, and where the figures come from."""
+    from ckpt_jax.planning import simulate as model
+    from ckpt_jax.planning.estimate import copy_seconds, estimate
+
     if self.calibrate is not None:
       return model.calibrated(self.calibrate, self.restart)
     nbytes = self.nbytes
     if nbytes is None:
-      if self.params is None:
+      if of.params is None:
         raise ConfigError("give --params, --bytes or --calibrate")
-      nbytes = int(self.params * _TRAINING_BYTES_A_PARAM)
-    storage = model.Storage(self.bandwidth, self.bandwidth_per_host, self.interconnect)
-    # Each host copies what it will write: 1/N of one copy, or all of it if it holds no less.
-    held = nbytes * (self.copies or self.hosts) / self.hosts
+      nbytes = estimate(of.params).training_nbytes
+    storage = of.storage()
     job = model.Job(
-      self.node_mtti / self.hosts,
-      self.blocking or max(held / _COPY_SPEED, 1e-3),
-      self.background or storage.seconds(nbytes, self.hosts),
+      self.node_mtti / of.hosts,
+      self.blocking or copy_seconds(nbytes * of.copies / of.hosts),
+      self.background or storage.seconds(nbytes, of.hosts),
       self.restart,
-      storage.restore_seconds(nbytes, self.hosts, self.strategy, self.copies),
+      storage.restore_seconds(nbytes, of.hosts, self.strategy, of.copies),
     )
     return job, nbytes, "given"
 
 
 @grouped
 def simulate(
+  hosts: HostOptions,
   of: JobOptions,
   retention: RetentionOptions,
   interval: Annotated[float | None, duration(help="Work between saves to look at, beside the best.")] = None,
@@ -70,7 +67,9 @@ def simulate(
   as_json: Json = False,
 ) -> None:
   """Predict goodput, lost work and storage of a schedule and a retention: Monte Carlo beside Daly's closed form."""
-  job, nbytes, source = of.job()
+  from ckpt_jax.planning import simulate as model
+
+  job, nbytes, source = of.job(hosts)
   best = model.best_interval(job)
   lengths = sorted({best * factor for factor in _FACTORS} | ({interval} if interval else set()))
   rows = {
@@ -81,7 +80,7 @@ def simulate(
   cost = retention.monthly_cost(use.mean_nbytes)
   if as_json:
     print_json(
-      {"nbytes": nbytes, "hosts": of.hosts, "source": source}
+      {"nbytes": nbytes, "hosts": hosts.hosts, "source": source}
       | dataclasses.asdict(job)
       | {"best": rows[best], "chosen": rows[interval] if interval else None, "intervals": list(rows.values())}
       | {"storage": {"steps": use.steps[-1:], "mean_nbytes": use.mean_nbytes, "peak_nbytes": use.peak_nbytes}}
@@ -130,6 +129,8 @@ def _draw(file: str, job: model.Job, best: float, interval: float | None, use: m
   except ImportError:
     raise ConfigError("--plot needs matplotlib: pip install 'ckpt-jax[plots]'") from None
   import numpy as np
+
+  from ckpt_jax.planning import simulate as model
 
   lengths = np.geomspace(best / 20, best * 20, 60).tolist()
   found = [model.simulate(job, length, seed=seed, trials=60) for length in lengths]

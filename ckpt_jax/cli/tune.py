@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import os
 import sys
 from typing import Annotated, Any
 
 import typer
 
-from ckpt_jax.cli.common import Json, duration, grouped, print_json, size
+from ckpt_jax.cli.common import Json, duration, grouped, named_function, print_json, run_at_step, size
 from ckpt_jax.config import Config, load_config
-from ckpt_jax.config.explain import did_you_mean
 from ckpt_jax.errors import CheckpointError, ConfigError
 
 
@@ -40,10 +38,8 @@ class StateOptions:
       return _called(self.state), self.state
     if not self.like:
       return synthetic_state()
-    run, _, step = self.like.rpartition("@")
-    if not run or not step.isdigit():
-      raise ConfigError(f"--like {self.like}: expected RUN@STEP, e.g. ~/runs/a@1000")
-    return saved_state(step_directory(run_directory(run), int(step)), self.max_bytes), self.like
+    run, step = run_at_step(self.like)
+    return saved_state(step_directory(run_directory(run), step), self.max_bytes), self.like
 
 
 @grouped
@@ -110,30 +106,13 @@ def _check_writable(output: str) -> None:
 
 
 def _called(text: str) -> Any:
-  """The state that MODULE:FUNCTION returns; the current directory is searched first, as `python -m` does."""
   import jax
 
-  name, _, attribute = text.partition(":")
-  if not name or not attribute:
-    raise ConfigError(f"--state {text}: expected MODULE:FUNCTION, e.g. train:init_state")
-  sys.path.insert(0, os.getcwd())
-  try:
-    module = importlib.import_module(name)
-  except Exception as e:
-    hint = ""
-    if isinstance(e, ModuleNotFoundError) and e.name == name:
-      near = did_you_mean(name, [f.removesuffix(".py") for f in os.listdir() if f.endswith(".py")])
-      hint = near or f"; looked in {os.getcwd()} and the installed packages"
-    raise ConfigError(f"--state {text}: {name} cannot be imported: {type(e).__name__}: {e}{hint}") from None
-  function = getattr(module, attribute, None)
-  if not callable(function):
-    names = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-    hint = did_you_mean(attribute, names) or f"; it has {', '.join(names[:10]) or 'no functions'}"
-    raise ConfigError(f"--state {text}: {name} has no function {attribute}{hint}")
+  function = named_function("--state", text)
   try:
     state = function()
   except Exception as e:
-    raise CheckpointError(f"--state {text}: {attribute}() failed: {type(e).__name__}: {e}") from None
+    raise CheckpointError(f"--state {text}: {function.__name__}() failed: {type(e).__name__}: {e}") from None
   if not any(hasattr(x, "nbytes") for x in jax.tree.leaves(state)):
-    raise ConfigError(f"--state {text}: {attribute}() returned no arrays; it must return the state to save")
+    raise ConfigError(f"--state {text}: {function.__name__}() returned no arrays; it must return the state to save")
   return state

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ckpt_jax.cli import quarantine
 from ckpt_jax.cli.common import Json, Run, Yes, confirmed, fail, print_json, print_table
 from ckpt_jax.config.units import size_text
-from ckpt_jax.restore.verify import DELETED, UNREADABLE, Verdict, verdicts
+
+if TYPE_CHECKING:
+  from ckpt_jax.restore.verify import Verdict
 
 
 def verify(
@@ -22,6 +24,7 @@ def verify(
   from rich.console import Console
   from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+  from ckpt_jax.restore.verify import verdicts
   from ckpt_jax.run.quarantine import listed
   from ckpt_jax.run.steps import run_directory
 
@@ -52,6 +55,8 @@ def verify(
 
 
 def _state(verdict: Verdict) -> str:
+  from ckpt_jax.restore.verify import DELETED, UNREADABLE
+
   if not verdict.findings:
     return "deleted" if verdict.how_far == DELETED else "sound"
   return "could not be read" if all(f.kind == UNREADABLE for f in verdict.findings) else "damaged"

@@ -53,6 +53,23 @@ def parse_bytes(value: Any) -> int:
   return int(size)
 
 
+def parse_count(value: Any) -> int:
+  """A number of parameters from a number or from text such as `7b`, `70B`, `350M`, `1.5t`, `70e9`.
+
+  Raises:
+    ValueError: if `value` is neither, or below one.
+  """
+  number = _number(value)
+  match = re.fullmatch(rf"({_NUMBER})\s*([kmbt])", value.strip().lower()) if isinstance(value, str) else None
+  if number is None and match:
+    number = float(match[1]) * 1000.0 ** (1 + "kmbt".index(match[2]))
+  if number is None:
+    raise ValueError(f"{value!r} is no count; write a number or text such as 7b, 350M, 70e9")
+  if not 1 <= number < 2**63:
+    raise ValueError(f"{value!r} is out of range: it must be at least one, and finite")
+  return round(number)
+
+
 def parse_share(value: Any) -> float:
   """A fraction between 0 and 1, both excluded, from a number or from text such as `1%`.
 
@@ -75,6 +92,19 @@ def size_text(nbytes: float) -> str:
       return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
     nbytes /= 1024
   return f"{nbytes:.1f} TiB"
+
+
+def decimal_text(nbytes: float) -> str:
+  """`1.02 GB`: powers of 1000, as storage and links are sold."""
+  for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    if nbytes >= size:
+      return f"{nbytes / size:.3g} {unit}"
+  return f"{nbytes:.0f} B"
+
+
+def count(number: int, one: str = "step", many: str | None = None) -> str:
+  """A counted noun: `1 step`, `5,000 arrays`, `2 processes`."""
+  return f"{number:,} {one if number == 1 else many or one + ('es' if one.endswith('s') else 's')}"
 
 
 def duration_text(seconds: float) -> str:

@@ -16,64 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_jax.config.units import count
 from ckpt_jax.errors import ConfigError, NoCheckpointError
 from ckpt_jax.policies.retention import Retention
 from ckpt_jax.policies.youngdaly import learned_mtti
 from ckpt_jax.run.attempts import exposure, read_attempts
 from ckpt_jax.run.steps import NOTES, StepInfo, run_directory
-from ckpt_jax.tuning.choices import counted
-
-STRATEGIES = ("direct", "gather", "broadcast")
-
-
-@dataclasses.dataclass(frozen=True)
-class Storage:
-  """How fast the run's storage is, in bytes per second.
-
-  Attributes:
-    bandwidth: of all hosts together (a file server), or None.
-    per_host: the most that one host can move; with `bandwidth` unset the total grows with the hosts (a bucket).
-    interconnect: between hosts, in each direction, for `gather` and `broadcast`.
-  """
-
-  bandwidth: float | None = None
-  per_host: float | None = None
-  interconnect: float = 12.5e9
-
-  def __post_init__(self):
-    if self.bandwidth is None and self.per_host is None:
-      raise ConfigError("Storage: give bandwidth (of all hosts together), per_host, or both")
-    for name in ("bandwidth", "per_host", "interconnect"):
-      value = getattr(self, name)
-      if value is not None and value <= 0:
-        raise ConfigError(f"Storage({name}={value}): must be above zero")
-
-  def seconds(self, nbytes_total: float, hosts: int, busy_hosts: int | None = None) -> float:
-    """Seconds to move `nbytes_total`, spread evenly over `busy_hosts` (default: all) of `hosts`."""
-    together = nbytes_total / (self.bandwidth or math.inf)
-    return max(together, nbytes_total / (busy_hosts or hosts) / (self.per_host or math.inf))
-
-  def restore_seconds(self, nbytes: float, hosts: int, strategy: str = "direct", copies: int | None = None) -> float:
-    """Seconds to restore a state.
-
-    Args:
-      nbytes: bytes of the whole state.
-      hosts: number of hosts that restore at once.
-      strategy: `direct`: each replica reads its own copy; `gather`: each host reads 1/N of one copy, and they exchange
-        it; `broadcast`: one replica reads and sends.
-      copies: replicas of the state over all hosts; by default one on each host (pure data parallelism).
-    """
-    copies = hosts if copies is None else copies
-    per_host = nbytes * copies / hosts
-    # Ring all-gather or pipelined broadcast: each host receives its part once.
-    exchange = 0.0 if hosts == 1 or copies == 1 else per_host / self.interconnect
-    if strategy == "direct":
-      return self.seconds(nbytes * copies, hosts)
-    if strategy == "gather":
-      return self.seconds(nbytes, hosts) + exchange
-    if strategy == "broadcast":
-      return self.seconds(nbytes, hosts, max(1, hosts // copies)) + exchange
-    raise ConfigError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,6 +225,6 @@ def calibrated(path: Any, restart_s: float = 60.0) -> tuple[Job, int, str]:
   seconds, interruptions = exposure(attempts)
   blocking, background = (float(np.median([getattr(a, f) for a in attempts])) for f in ("blocking_s", "background_s"))
   job = Job(learned_mtti(seconds, interruptions), max(blocking, 1e-6), background, restart_s)
-  counts = (counted(n, noun) for n, noun in ((sum(a.saves for a in attempts), "save"), (len(attempts), "attempt")))
-  how = f"{' in '.join(counts)}, {counted(interruptions, 'interruption')} in {seconds:.0f} s"
+  counts = (count(n, noun) for n, noun in ((sum(a.saves for a in attempts), "save"), (len(attempts), "attempt")))
+  how = f"{' in '.join(counts)}, {count(interruptions, 'interruption')} in {seconds:.0f} s"
   return job, attempts[-1].nbytes, how

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ckpt_jax.config.units import count
+
 _CONSIDERED = 200  # leaves that are compared with each other by name; a message needs no more
 _MANY = 6  # hints after which no more renamings are listed
 _VOCABULARY = re.compile(r"embed|vocab|lm_head|logits|wte|token", re.IGNORECASE)
@@ -51,11 +53,6 @@ def explain(like: Leaves, saved: Leaves, casts_allowed: bool = False) -> list[st
   guesses.dtypes(casts_allowed)
   guesses.one_root_only()
   return guesses.hints
-
-
-def count(n: int, what: str, several: str | None = None) -> str:
-  """`1 leaf`, `2 leaves`."""
-  return f"{n} {what if n == 1 else several or what + 's'}"
 
 
 def _some(names: Iterable[str]) -> str:

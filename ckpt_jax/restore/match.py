@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ckpt_jax.config.units import count
 from ckpt_jax.errors import ConfigError, StructureMismatchError
 from ckpt_jax.layout.contents import LeafInfo
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key, is_traced
 from ckpt_jax.layout.forms import shown
-from ckpt_jax.restore.hints import ShapeDtype, count, explain, nearest
+from ckpt_jax.restore.hints import ShapeDtype, explain, nearest
 from ckpt_jax.restore.like import why_impossible
 from ckpt_jax.restore.patterns import matches, selected
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ckpt_jax.job.threads import Worker
-from ckpt_jax.layout.sharding import Box, chunk_nbytes, split_box, whole_box
+from ckpt_jax.layout.sharding import Box, chunk_nbytes
 from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.step import Step
 
@@ -44,14 +45,13 @@ def parts(step: Step, names: Iterable[str] | None = None, nbytes: int = GROUP_NB
   """Divides leaves (default: all) into groups to be read one after the other, in the order of the tree.
 
   A group has at most 256 leaves and about `nbytes` bytes. A larger leaf is cut between its chunks, one group for each
-  part; a chunk is never cut, since it is read whole, nor is a packed leaf.
+  part, in C order; a chunk is never cut, since it is read whole, nor is a packed leaf.
   """
   groups: list[list[Part]] = []
   open_group, room = False, 0
   for plan in [step.plan(name) for name in (step.meta if names is None else names)]:
     if plan.nbytes > nbytes and plan.chunk_shape and step.is_in_chunks(plan.name):
-      boxes = split_box(whole_box(plan.shape), plan.chunk_shape, plan.dtype.itemsize, nbytes)
-      groups += [[Part(plan, box)] for box in sorted(boxes)]
+      groups += [[Part(plan, box)] for box in _boxes(plan.shape, plan.chunk_shape, plan.dtype.itemsize, nbytes)]
       open_group = False
     elif open_group and plan.nbytes <= room and len(groups[-1]) < _GROUP_LEAVES:
       groups[-1].append(Part(plan))
@@ -60,6 +60,17 @@ def parts(step: Step, names: Iterable[str] | None = None, nbytes: int = GROUP_NB
       groups.append([Part(plan)])
       open_group, room = True, nbytes - plan.nbytes
   return groups
+
+
+def _boxes(shape: tuple[int, ...], chunk: tuple[int, ...], itemsize: int, nbytes: int) -> Iterator[Box]:
+  """Boxes of whole chunks in C order that cover an array: of its last axes as much as fits, so bands of whole rows."""
+  size = [min(c, n) for c, n in zip(chunk, shape, strict=True)]
+  for axis in reversed(range(len(shape))):
+    more = max(1, nbytes // (math.prod(size) * itemsize))
+    size[axis] = min(shape[axis], size[axis] * more)
+  yield from itertools.product(
+    *([(a, min(a + s, n)) for a in range(0, n, s)] for n, s in zip(shape, size, strict=True))
+  )
 
 
 def read(step: Step, group: Sequence[Part]) -> list[Any]:

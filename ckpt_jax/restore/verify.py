@@ -14,6 +14,7 @@ from etils import epath
 
 from ckpt_jax.config import Config
 from ckpt_jax.config.arguments import step_number
+from ckpt_jax.config.units import count
 from ckpt_jax.errors import ConfigError, CorruptCheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.integrity import databases, fingerprint, record, sums
@@ -21,7 +22,6 @@ from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents
 from ckpt_jax.orbax.format import COMMIT_MARKER, ITEM_HANDLERS, ITEM_METADATA, METRICS_ITEM
 from ckpt_jax.restore import stream
-from ckpt_jax.restore.hints import count
 from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.step import Step
 from ckpt_jax.run import foreign, quarantine, untrusted

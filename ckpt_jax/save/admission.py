@@ -15,10 +15,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ckpt_jax.config import Config
+from ckpt_jax.config.units import decimal_text
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, SaveStorageError, StorageError
 from ckpt_jax.failures import is_out_of_space, is_read_only, storage_errors
 from ckpt_jax.job.agreement import decided_by_process_zero
 from ckpt_jax.job.rendezvous import Rendezvous
+from ckpt_jax.planning.estimate import room_nbytes
 from ckpt_jax.policies.retention import RetentionContext
 from ckpt_jax.run import leftovers, quarantine
 from ckpt_jax.run.deletion import StepDeleter
@@ -39,7 +41,7 @@ from ckpt_jax.save.commit import Hooks, StepNames, step_path_class, sync_own_fil
 from ckpt_jax.save.retention import LiveRetention
 from ckpt_jax.storage.durable import Sealing, restrict
 from ckpt_jax.storage.kinds import StorageKind
-from ckpt_jax.storage.space import Room, free_bytes, planned_bytes, tree_nbytes
+from ckpt_jax.storage.space import Room, free_bytes, tree_nbytes
 from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
@@ -280,8 +282,8 @@ class Admission:
       return dropped
     gone = f", {len(dropped)} old steps are removed already" if dropped else ""
     raise SaveOutOfSpaceError(
-      f"{self._directory}: step {step} was not saved: it needs {_size(room.needed)} and {_size(room.free)} are free"
-      f"{gone}; nothing was written. Free space, or keep fewer steps (retention)",
+      f"{self._directory}: step {step} was not saved: it needs {decimal_text(room.needed)} and "
+      f"{decimal_text(room.free)} are free{gone}; nothing was written. Free space, or keep fewer steps (retention)",
       step,
     )
 
@@ -289,12 +291,10 @@ class Admission:
     free = free_bytes(self._directory)
     if free is None:
       return None
-    share: float | None = None
-    if compressed:
-      share = self._stored_share()
-      if share is None:
-        return None  # how far it shrinks is not known
-    return Room(free, planned_bytes(nbytes, leaves, share))
+    share = self._stored_share() if compressed else 1.0
+    if share is None:
+      return None  # how far it shrinks is not known
+    return Room(free, room_nbytes(nbytes, leaves, share))
 
   def _stored_share(self) -> float | None:
     steps = committed_steps(self._directory)
@@ -328,7 +328,3 @@ def sealing_of(config: Config, kind: StorageKind) -> Sealing:
   fsync = not kind.traits.durable_on_close if wanted == "auto" else wanted == "on"
   mode = config.storage.mode
   return Sealing(fsync, None if mode is None else int(mode, 8))
-
-
-def _size(nbytes: int) -> str:
-  return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

@@ -6,7 +6,6 @@ import os
 import threading
 
 from ckpt_jax.config import StorageConfig
-from ckpt_jax.orbax import private
 from ckpt_jax.storage.clients import kvstore_spec, options_of, use_options
 from ckpt_jax.storage.objects import BACKEND
 from ckpt_jax.storage.urls import is_object_store, split_url
@@ -29,6 +28,8 @@ def connect(url: str | os.PathLike[str], options: StorageConfig | None = None) -
   """
   if not is_object_store(url):
     return
+  from ckpt_jax.orbax import private  # a local run is listed without Orbax, whose import takes half a second
+
   with _lock:
     if options is not None:
       use_options(url, options)

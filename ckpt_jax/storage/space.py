@@ -9,10 +9,6 @@ from etils import epath
 
 from ckpt_jax.storage.urls import is_object_store
 
-# What a step needs beside its arrays: metadata and the nodes of OCDBT, measured at 1.2 KB a leaf.
-_PER_LEAF = 4096
-_PER_STEP = 1 << 20
-
 
 @dataclasses.dataclass(frozen=True)
 class Room:
@@ -45,17 +41,6 @@ def free_bytes(directory: epath.Path) -> int | None:
   if found.f_blocks == 0:  # not reported, as on some FUSE mounts
     return None
   return (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize
-
-
-def planned_bytes(nbytes: int, leaves: int, stored_share: float | None) -> int:
-  """Bytes that a step needs.
-
-  Args:
-    nbytes: size of its arrays.
-    leaves: number of its arrays.
-    stored_share: stored bytes of an earlier step over the bytes of its arrays; None: unknown, or no compression.
-  """
-  return int(nbytes * (1.0 if stored_share is None else stored_share)) + leaves * _PER_LEAF + _PER_STEP
 
 
 def tree_nbytes(directory: str) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckpt_jax.config import TIMEOUT_FLOOR_S, Config
+from ckpt_jax.config.units import count, decimal_text
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import StorageProfile
 from ckpt_jax.tuning.costs import MIB, Layout, Prediction, knee_of, predict, streams_of
@@ -115,13 +116,13 @@ class Facts:
 
 
 def _data_copy(f: Facts) -> Choice:
-  reason = f"this process may use {counted(f.host.cores, 'core')}"
+  reason = f"this process may use {count(f.host.cores, 'core')}"
   return f.choice("limits.data_copy_concurrency", f.host.cores, reason, "every CPU of the host, whatever the quota")
 
 
 def _file_io(f: Facts) -> Choice:
   streams = max(f.read_streams, f.write_streams)
-  reason = f"throughput stops growing at {counted(streams, 'stream')}; 4 times as many leave room for small ones"
+  reason = f"throughput stops growing at {count(streams, 'stream')}; 4 times as many leave room for small ones"
   value = min(_ORBAX_FILE_IO, max(8, 4 * streams))
   return f.choice("limits.file_io_concurrency", value, reason, f"{_ORBAX_FILE_IO} threads")
 
@@ -129,7 +130,7 @@ def _file_io(f: Facts) -> Choice:
 def _compression(f: Facts) -> Choice:
   off, on = f.predict(compression=False), f.predict(compression=True)
   zstd = f.state.compressibility or f.host.zstd
-  of = f"{nbytes_text(zstd.sampled_nbytes)} of its values"
+  of = f"{decimal_text(zstd.sampled_nbytes)} of its values"
   if not f.state.compressibility:
     of = "random numbers, since this state has no values to try,"
   pays = _time(on) <= _WORTH * _time(off)
@@ -154,7 +155,7 @@ def _pack(f: Facts) -> Choice:
   gain = f"commit {seconds_text(off.commit_s)} -> {seconds_text(on.commit_s)}, restore "
   gain += f"{seconds_text(off.restore_s)} -> {seconds_text(on.restore_s)}"
   if small < _PACK_LEAVES:
-    reason = f"{counted(small, 'array')} below 1 MiB {'is' if small == 1 else 'are'} too few to pack"
+    reason = f"{count(small, 'array')} below 1 MiB {'is' if small == 1 else 'are'} too few to pack"
   elif pays and f.set_by_user("layout.pack") == "off":  # the default, so that plain Orbax reads the steps
     reason = f"`on` is recommended for {small:,} arrays below 1 MiB: {gain}; but plain Orbax can read a packed step "
     reason += "only after ckpt-jax repack"
@@ -178,12 +179,12 @@ def _target_file_size(f: Facts) -> Choice:
     # Only zarr3 keeps to the target, and it would compress at level 3 instead of 1.
     reason = "compressed steps keep to Orbax's size"
   elif size >= orbax or stored <= 2 * size:
-    reason = f"{nbytes_text(stored)} a process need no other objects than Orbax's"
+    reason = f"{decimal_text(stored)} a process need no other objects than Orbax's"
   else:
     value = size
-    reason = f"{nbytes_text(stored)} a process in {_times(stored, size)} objects: up to {streams} are written at a "
-    reason += f"time, and a request is efficient from {nbytes_text(knee)}"
-  return f.choice("layout.target_file_size", value, reason, f"{nbytes_text(orbax)}: {_times(stored, orbax)} a process")
+    reason = f"{decimal_text(stored)} a process in {_times(stored, size)} objects: up to {streams} are written at a "
+    reason += f"time, and a request is efficient from {decimal_text(knee)}"
+  return f.choice("layout.target_file_size", value, reason, f"{decimal_text(orbax)}: {_times(stored, orbax)} a process")
 
 
 def _chunk_size(f: Facts) -> Choice:
@@ -194,17 +195,17 @@ def _chunk_size(f: Facts) -> Choice:
   mine = f.set_by_user("layout.chunk_size")
   value: Any = "auto"
   if mine:
-    reason = f"the largest piece, {nbytes_text(shard)}, in {_times(shard, mine)}"
+    reason = f"the largest piece, {decimal_text(shard)}, in {_times(shard, mine)}"
   elif shard <= 2 * least:
-    reason = f"the largest piece, {nbytes_text(shard)}, is read in one request"
+    reason = f"the largest piece, {decimal_text(shard)}, is read in one request"
   elif enough and shard <= 256 * MIB:
-    reason = f"{f.state.local_shards:,} pieces of a process keep {counted(streams, 'stream')} busy without cutting them"
+    reason = f"{f.state.local_shards:,} pieces of a process keep {count(streams, 'stream')} busy without cutting them"
   else:
     value = _rounded(min(max(shard / streams, least), 256 * MIB))
-    reason = f"the largest piece, {nbytes_text(shard)}, is read by {_times(shard, value)} requests at a time, each "
-    reason += f"well above the {nbytes_text(knee)} from which a request is efficient"
+    reason = f"the largest piece, {decimal_text(shard)}, is read by {_times(shard, value)} requests at a time, each "
+    reason += f"well above the {decimal_text(knee)} from which a request is efficient"
   one_stream = min((t.bytes_per_s for t in f.storage.read), default=0.0)
-  default = f"whole pieces: {nbytes_text(shard)} by one request at {rate_text(one_stream)}"
+  default = f"whole pieces: {decimal_text(shard)} by one request at {rate_text(one_stream)}"
   return f.choice("layout.chunk_size", value, reason, default)
 
 
@@ -214,9 +215,9 @@ def _replica_parallel(f: Facts) -> Choice:
   if f.host.processes == 1:
     value, reason = "auto", "one process writes all; Orbax's way costs it nothing"
   elif copies > 1.01:
-    share = nbytes_text(f.state.nbytes / f.host.processes)
+    share = decimal_text(f.state.nbytes / f.host.processes)
     reason = f"{f.host.processes} processes hold {copies:.1f} copies: each writes {share} instead of one set of them "
-    reason += f"all {nbytes_text(f.state.nbytes)}"
+    reason += f"all {decimal_text(f.state.nbytes)}"
   else:
     reason = "no byte is held by two processes: nothing to divide, nothing lost"
   return f.choice("layout.replica_parallel", value, reason, "on")
@@ -238,14 +239,14 @@ def _concurrency(saving: bool, f: Facts) -> Choice:
   piece = f.state.largest_local_nbytes or f.state.largest_leaf_nbytes
   share = f.host.memory_nbytes // _MEMORY_SHARE
   wanted = min(max(_IN_FLIGHT, 2 * (f.write_streams if saving else f.read_streams) * 8 * MIB), share)
-  reason = f"{nbytes_text(wanted)} in flight keep {'writes' if saving else 'reads'} busy"
+  reason = f"{decimal_text(wanted)} in flight keep {'writes' if saving else 'reads'} busy"
   if piece > wanted:
-    reason = f"what a process holds of the largest array, {nbytes_text(piece)}, must fit"
+    reason = f"what a process holds of the largest array, {decimal_text(piece)}, must fit"
   elif wanted == share:
     reason = f"1/{_MEMORY_SHARE} of the memory is the limit"
-  default = f"unlimited: up to {nbytes_text(held)} besides the state"
+  default = f"unlimited: up to {decimal_text(held)} besides the state"
   if saving:
-    default = f"unlimited: one transaction holds up to {nbytes_text(held)} until the commit"
+    default = f"unlimited: one transaction holds up to {decimal_text(held)} until the commit"
   path = f"limits.{'save' if saving else 'restore'}_concurrency"
   return f.choice(path, max(wanted, piece), reason, default)
 
@@ -260,7 +261,7 @@ def _strategy(f: Facts) -> Choice:
   else:
     reason = f"{f.host.processes} processes need {copies:.1f} copies: {direct} if each reads its own, {gather} and an "
     reason += f"exchange if each reads 1/{f.host.processes}; auto compares them with the interconnect at each restore"
-  default = f"direct: {nbytes_text(f.state.read_nbytes or f.state.nbytes)} are read in all"
+  default = f"direct: {decimal_text(f.state.read_nbytes or f.state.nbytes)} are read in all"
   return f.choice("restore.strategy", "auto", reason, default)
 
 
@@ -330,22 +331,9 @@ def value_text(key: str, value: Any) -> str:
   return f"{value // MIB}MiB" if isinstance(value, int) and value and value % MIB == 0 else str(value)
 
 
-def counted(number: int, noun: str) -> str:
-  """1 array, 5,000 arrays, 2 processes."""
-  return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
-
-
-def nbytes_text(nbytes: float) -> str:
-  """1.02 GB: powers of 1000, as storage and links are sold."""
-  for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-    if nbytes >= size:
-      return f"{nbytes / size:.3g} {unit}"
-  return f"{nbytes:.0f} B"
-
-
 def rate_text(bytes_per_s: float) -> str:
   """1.02 GB/s."""
-  return f"{nbytes_text(bytes_per_s)}/s"
+  return f"{decimal_text(bytes_per_s)}/s"
 
 
 def seconds_text(seconds: float) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import math
 
+from ckpt_jax.planning.estimate import host_nbytes
 from ckpt_jax.storage.probe import StorageProfile, Throughput
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
 
@@ -155,7 +156,7 @@ def predict(
   # Python queues reads while others are under way.
   cpu = python_s(model.restore) + bytes_s(model.restore, read, read, zstd.decompress_bytes_per_s)
   io = _read_s(storage, read * ratio, pieces, sharing)
-  in_flight = min(held, layout.save_concurrency or (held if layout.compression else held / 8))
+  in_flight = layout.save_concurrency or (held if layout.compression else None)
   return Prediction(
     blocking_s=blocking,
     commit_s=blocking + commit,
@@ -163,7 +164,7 @@ def predict(
     nbytes=int(state.nbytes * ratio),
     files=_STEP_FILES + host.processes * (_PROCESS_FILES + files),
     requests=pieces * host.processes,
-    peak_host_bytes=int(max(held + in_flight, min(read, layout.restore_concurrency or read))),
+    peak_host_bytes=int(max(host_nbytes(held, in_flight), min(read, layout.restore_concurrency or read))),
   )
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import pydantic
 
 from ckpt_jax.config import Config
+from ckpt_jax.config.units import count, decimal_text
 from ckpt_jax.storage.connect import connect
 from ckpt_jax.storage.kinds import StorageKind, detect
 from ckpt_jax.storage.paths import given
 from ckpt_jax.storage.probe import StorageProfile, cached_profile, quick_probe
 from ckpt_jax.tuning.assumed import assumed_profile, is_assumed
-from ckpt_jax.tuning.choices import CHOICES, Choice, Facts, counted, nbytes_text, rate_text, seconds_text
+from ckpt_jax.tuning.choices import CHOICES, Choice, Facts, rate_text, seconds_text
 from ckpt_jax.tuning.costs import ORBAX, Layout, Prediction, predict
 from ckpt_jax.tuning.profile import HostProfile, StateProfile, profile_host, profile_state
 
@@ -64,18 +65,18 @@ class Plan(Prediction):
     s, h = self.state, self.host
     orbax = predict(s, self.storage, h, Layout(), ORBAX)
     lines = [
-      f"state: {nbytes_text(s.nbytes)} in {counted(s.leaves, 'array')} and {counted(s.shards, 'piece')}, largest "
-      f"{nbytes_text(s.largest_leaf_nbytes)}; {s.small_leaves:,} below 1 MiB hold {nbytes_text(s.small_nbytes)}",
+      f"state: {decimal_text(s.nbytes)} in {count(s.leaves, 'array')} and {count(s.shards, 'piece')}, largest "
+      f"{decimal_text(s.largest_leaf_nbytes)}; {s.small_leaves:,} below 1 MiB hold {decimal_text(s.small_nbytes)}",
       f"storage: {self.storage.kind} at {self.storage.path}: writes {rate_text(self.storage.write_bytes_per_s)}, "
       f"reads {rate_text(self.storage.read_bytes_per_s)}, {_source(self.storage)}",
-      f"host: {counted(h.cores, 'core')}, {nbytes_text(h.memory_nbytes)} of memory, copies at "
-      f"{rate_text(h.copy_bytes_per_s)}; {counted(h.processes, 'process')} with "
-      f"{counted(h.devices_per_process, 'device')} each",
+      f"host: {count(h.cores, 'core')}, {decimal_text(h.memory_nbytes)} of memory, copies at "
+      f"{rate_text(h.copy_bytes_per_s)}; {count(h.processes, 'process')} with "
+      f"{count(h.devices_per_process, 'device')} each",
       f"expected: save blocks {seconds_text(self.blocking_s)} and commits in {seconds_text(self.commit_s)}, restore "
-      f"{seconds_text(self.restore_s)}; {nbytes_text(self.nbytes)} in {counted(self.files, 'file')}, "
-      f"{counted(self.requests, 'read')}, {nbytes_text(self.peak_host_bytes)} of host memory besides the state",
+      f"{seconds_text(self.restore_s)}; {decimal_text(self.nbytes)} in {count(self.files, 'file')}, "
+      f"{count(self.requests, 'read')}, {decimal_text(self.peak_host_bytes)} of host memory besides the state",
       f"plain Orbax with its defaults: blocks {seconds_text(orbax.blocking_s)}, commits in "
-      f"{seconds_text(orbax.commit_s)}, restore {seconds_text(orbax.restore_s)}; {nbytes_text(orbax.nbytes)}",
+      f"{seconds_text(orbax.commit_s)}, restore {seconds_text(orbax.restore_s)}; {decimal_text(orbax.nbytes)}",
     ]
     return "\n".join(lines + [c.line() for c in self.choices])
 

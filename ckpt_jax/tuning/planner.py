@@ -14,11 +14,12 @@ from typing import Any
 import jax
 
 from ckpt_jax.config import Config
+from ckpt_jax.config.units import count, decimal_text
 from ckpt_jax.layout.structure import Flat, flatten
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import StorageProfile, quick_probe
 from ckpt_jax.tuning.assumed import is_assumed
-from ckpt_jax.tuning.choices import Facts, counted, nbytes_text, seconds_text
+from ckpt_jax.tuning.choices import Facts, seconds_text
 from ckpt_jax.tuning.plan import Plan, decide, known_profile
 from ckpt_jax.tuning.profile import profile_host, profile_state, sample_state
 
@@ -127,8 +128,8 @@ class Planner:
       "%s: plan for %s in %s, made in %.2f s: %s; expected: save blocks %s, commits in %s, restore %s "
       "(Checkpointer.plan.explain() gives the reasons)",
       self._directory,
-      nbytes_text(plan.state.nbytes),
-      counted(plan.state.leaves, "array"),
+      decimal_text(plan.state.nbytes),
+      count(plan.state.leaves, "array"),
       seconds,
       ", ".join(f"{c.key.split('.')[-1]} {c.text}" for c in plan.choices if c.is_setting and c.value != "auto"),
       *map(seconds_text, (plan.blocking_s, plan.commit_s, plan.restore_s)),

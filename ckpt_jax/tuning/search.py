@@ -15,7 +15,8 @@ from typing import Any
 import pydantic
 
 from ckpt_jax.config import Config
-from ckpt_jax.tuning.choices import nbytes_text, seconds_text, value_text
+from ckpt_jax.config.units import decimal_text
+from ckpt_jax.tuning.choices import seconds_text, value_text
 from ckpt_jax.tuning.costs import MIB
 from ckpt_jax.tuning.plan import Plan
 
@@ -234,7 +235,7 @@ def table(tuned: Tuned) -> list[str]:
   for c in tuned.candidates:
     seconds = "  ".join(f"{seconds_text(c.median(f)):>9}" for f in ("blocking_s", "commit_s", "restore_s"))
     mark = "  <- taken" if c.name == tuned.best.name else ""
-    rows.append(f"{c.name:{width}}  {seconds}  {nbytes_text(c.median('nbytes')):>9}  {len(c.samples):>6}{mark}")
+    rows.append(f"{c.name:{width}}  {seconds}  {decimal_text(c.median('nbytes')):>9}  {len(c.samples):>6}{mark}")
   return rows
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckpt_jax as ckpt
-from ckpt_jax.planning.simulate import Job, Storage, best_interval, closed_form, simulate, storage_use
+from ckpt_jax.planning.estimate import Storage
+from ckpt_jax.planning.simulate import Job, best_interval, closed_form, simulate, storage_use
 from ckpt_jax.policies import Retention
 from ckpt_jax.policies.youngdaly import daly_interval
 
@@ -82,13 +83,14 @@ def test_goodput_falls_with_the_hosts():
 def test_32_hosts_that_read_100_gb_each_divide_a_fixed_bandwidth():
   """The article's case."""
   server = Storage(bandwidth=10e9, interconnect=12.5e9)
-  assert server.restore_seconds(100e9, 32, "direct") == pytest.approx(320)
-  assert server.restore_seconds(100e9, 32, "gather") == pytest.approx(10 + 8)
-  assert server.restore_seconds(100e9, 32, "broadcast") == pytest.approx(10 + 8)
+  assert server.restore_seconds(100e9, 32, "direct", copies=32) == pytest.approx(320)
+  assert server.restore_seconds(100e9, 32, "gather", copies=32) == pytest.approx(10 + 8)
+  assert server.restore_seconds(100e9, 32, "broadcast", copies=32) == pytest.approx(10 + 8)
+  assert server.restore_seconds(100e9, 32) == pytest.approx(10), "one copy, sharded over the hosts"
   bucket = Storage(per_host=1e9, interconnect=12.5e9)
-  assert bucket.restore_seconds(100e9, 32, "direct") == pytest.approx(100)
-  assert bucket.restore_seconds(100e9, 32, "gather") == pytest.approx(100 / 32 + 8)
-  assert bucket.restore_seconds(100e9, 32, "broadcast") == pytest.approx(100 + 8), "one host reads it all"
+  assert bucket.restore_seconds(100e9, 32, "direct", copies=32) == pytest.approx(100)
+  assert bucket.restore_seconds(100e9, 32, "gather", copies=32) == pytest.approx(100 / 32 + 8)
+  assert bucket.restore_seconds(100e9, 32, "broadcast", copies=32) == pytest.approx(100 + 8), "one host reads it all"
 
 
 def test_storage_of_a_month_is_what_the_rules_keep():
@@ -153,6 +155,8 @@ def test_simulate_gives_json():
     "10GB",
     "--strategy",
     "gather",
+    "--copies",
+    "32",
     "--blocking",
     "2s",
     "--interval",
@@ -163,6 +167,12 @@ def test_simulate_gives_json():
   assert found["restore_s"] == pytest.approx(18) and found["background_s"] == pytest.approx(10)
   assert found["chosen"]["interval"] == 600 and found["chosen"]["goodput"] <= found["best"]["goodput"] + 0.01
   assert found["best"]["goodput"] == pytest.approx(found["best"]["closed_form"], rel=0.02)
+
+
+def test_simulate_assumes_one_copy_sharded_over_the_hosts():
+  found = json.loads(cli("--params", "70b", "--hosts", 32, "--bandwidth", "10GB", "--json").stdout)
+  assert found["nbytes"] == 840e9 and found["blocking_s"] == pytest.approx(840 / 32 / 5)
+  assert found["restore_s"] == found["background_s"] == pytest.approx(84)
 
 
 def test_simulate_takes_its_costs_from_a_run(tmp_path):

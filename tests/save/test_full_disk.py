@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpt_jax as ckpt
+from ckpt_jax.planning.estimate import room_nbytes
 from ckpt_jax.policies import Retention
 from ckpt_jax.run.steps import StepInfo
 from ckpt_jax.save.after_commit import saves_that_fit
-from ckpt_jax.storage.space import free_bytes, planned_bytes
+from ckpt_jax.storage.space import free_bytes
 
 
 @pytest.fixture
@@ -115,8 +116,8 @@ def test_a_tiny_step_does_not_make_a_large_one_look_larger(small_disk):
 
 def test_buckets_have_no_limit_and_planned_bytes_follow_what_was_stored():
   assert free_bytes(epath.Path("/proc")) is None, "a file system that does not say how large it is"
-  assert planned_bytes(10**9, 100, None) > 10**9
-  assert planned_bytes(10**9, 100, 0.5) < 6 * 10**8
+  assert room_nbytes(10**9, 100) > 10**9
+  assert room_nbytes(10**9, 100, 0.5) < 6 * 10**8
 
 
 def test_directory_that_cannot_be_made_is_a_storage_error(tmp_path):
