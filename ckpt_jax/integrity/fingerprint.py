@@ -15,6 +15,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,10 +23,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ckpt_jax.integrity import device, sums
+from ckpt_jax.integrity import sums
 from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key
-from ckpt_jax.layout.sharding import one_device, replicas
+from ckpt_jax.layout.placing import Unplaced
+from ckpt_jax.layout.sharding import Box, box_of, one_device, replicas
 from ckpt_jax.layout.staging import HostCopies, Values, is_on_accelerator, ready
 from ckpt_jax.layout.structure import Flat
 
@@ -43,8 +45,8 @@ class LeafPrint:
     dtype: numpy's name, Python's for its scalars, `key<impl>` for PRNG keys.
     shape: shape of the leaf.
     total: the sum of its bits (see `sums`).
-    hash: shape of its shards when it was saved, and the sum of their hashes; None if it was saved from an accelerator,
-      or by a version without hashes.
+    hash: shape of its shards when it was saved, and the sum of their hashes; None if it was saved by a version without
+      hashes.
   """
 
   dtype: str
@@ -60,20 +62,22 @@ class Leaf:
   Attributes:
     dtype, shape: as in `LeafPrint`.
     bits_shape: shape of its bits as unsigned integers: that of the key data, or with the two halves of a complex128.
-    part: shape of its shards, as in `bits_shape`; None if restored on an accelerator, where they are not hashed.
+    part: shape of its shards, as in `bits_shape`.
     floats: the dtype if its numbers may be non-finite, else None.
     place: `own` if each process has the whole leaf for itself; `elsewhere` on one device of another process; in
-      `shards`; restored, on an `accelerator`.
+      `shards`.
     copies: how often the leaf exists, over all processes.
+    times: how many copies of this process one that is summed stands for.
   """
 
   dtype: str
   shape: tuple[int, ...]
   bits_shape: tuple[int, ...]
-  part: tuple[int, ...] | None
+  part: tuple[int, ...]
   floats: np.dtype | None
   place: str
   copies: int
+  times: int = 1
 
 
 @dataclasses.dataclass
@@ -87,7 +91,6 @@ class Taken:
     leaves: by path.
     pieces: what this process has yet to sum of each leaf: what returns the values, and the index of the first one.
     summed: tallies that are known already.
-    on_device: of restored leaves: sums under way on accelerators, each over all processes.
     own: dtype, shape and hash of each leaf that every process of a job has for itself; empty in one process.
     copies: in host memory, for the writing of the same arrays.
   """
@@ -95,14 +98,13 @@ class Taken:
   leaves: dict[str, Leaf] = dataclasses.field(default_factory=dict)
   pieces: dict[str, list[tuple[Values, tuple[int, ...]]]] = dataclasses.field(default_factory=dict)
   summed: dict[str, Tally] = dataclasses.field(default_factory=dict)
-  on_device: dict[str, tuple[jax.Array, ...]] = dataclasses.field(default_factory=dict)
   own: dict[str, str] = dataclasses.field(default_factory=dict)
   copies: HostCopies = dataclasses.field(default_factory=HostCopies)
 
   def tallies(
     self, threads: int, *, fingerprint: bool = True, health: bool = True, hashed: Collection[str] | None = None
   ) -> dict[str, Tally]:
-    """Sums, hashes and health by leaf path: of this process's part, or of all that is on accelerators.
+    """Sums, hashes and health of this process's part, by leaf path.
 
     Args:
       threads: how many share the work.
@@ -115,8 +117,6 @@ class Taken:
     for found in (self.summed, *_run(tasks, threads)):
       for path, tally in found.items():
         out[path].add(tally)
-    for path, sums_ahead in self.on_device.items():
-      out[path].add(device.result(sums_ahead))
     return out
 
   def _tasks(self, threads: int, fingerprint: bool, health: bool, hashed: Collection[str] | None) -> Iterator[_Task]:
@@ -175,8 +175,10 @@ def take(state: Flat) -> Taken:
 def take_restored(leaves: Mapping[str, Any], saved_as: Mapping[str, str]) -> Taken:
   """Views of restored leaves; every copy of replicated values is counted, since each may be wrong.
 
+  Of copies that went, or will go, to accelerators of this process from the same memory one is summed.
+
   Args:
-    leaves: by path.
+    leaves: by path; `Unplaced` before they go to accelerators.
     saved_as: dtypes by path, for leaves that may have come back as another type of number (a Python int as int32).
   """
   values = [_as_saved(leaf, saved_as.get(path)) for path, leaf in leaves.items()]
@@ -185,46 +187,69 @@ def take_restored(leaves: Mapping[str, Any], saved_as: Mapping[str, str]) -> Tak
 
 def _take(names: Sequence[str], leaves: Sequence[Any], known: Sequence[Leaf | None], every_copy: bool) -> Taken:
   taken = Taken()
-  ahead: dict[str, jax.Array] = {}
-  if not every_copy:
-    taken.copies.stage(leaves, lambda shard: shard.replica_id == 0)
+  taken.copies.stage(leaves, lambda shard: every_copy or shard.replica_id == 0)
   for path, values, leaf in zip(names, leaves, known, strict=True):
     if leaf is None:
-      values, leaf = _describe(values, restored=every_copy)
-    taken.leaves[path] = leaf
+      values, leaf = _describe(values)
     if leaf.place == "own":
-      taken.pieces[path] = [(taken.copies.of(values) if isinstance(values, jax.Array) else ready(values), ())]
-    elif leaf.place == "shards":
-      shards = [s for s in values.addressable_shards if every_copy or s.replica_id == 0]
+      taken.pieces[path] = [(taken.copies.of(values) if isinstance(values, jax.Array) else ready(_only(values)), ())]
+    elif leaf.place == "shards" and not every_copy:
+      shards = [s for s in values.addressable_shards if s.replica_id == 0]
       taken.pieces[path] = [(taken.copies.of(s.data), tuple([i.start or 0 for i in s.index])) for s in shards]
-    elif leaf.place == "accelerator":
-      ahead[path] = values
-  taken.on_device = dict(zip(ahead, device.dispatch(list(ahead.values())), strict=True))
+    elif leaf.place == "shards":
+      taken.pieces[path], times = _restored_shards(values, taken.copies)
+      leaf = dataclasses.replace(leaf, times=times)
+    taken.leaves[path] = leaf
   return taken
+
+
+def _only(values: np.ndarray | Unplaced) -> np.ndarray:
+  """The values of a leaf of which this process has all."""
+  return next(iter(values.regions.values())) if isinstance(values, Unplaced) else values
+
+
+def _restored_shards(
+  array: jax.Array | Unplaced, copies: HostCopies
+) -> tuple[list[tuple[Values, tuple[int, ...]]], int]:
+  """Values and first index of the shards of this process to sum, and how often each is there."""
+  found: list[tuple[Box, Values]]
+  if isinstance(array, Unplaced):
+    found = [(box, functools.partial(array.at, box)) for _, box in array.shards()]
+  else:
+    found = [(box_of(s.index, array.shape), copies.of(s.data)) for s in array.addressable_shards]
+  counts = collections.Counter(box for box, _ in found)
+  # On a CPU each device has memory of its own.
+  from_same_memory = isinstance(array, Unplaced) or is_on_accelerator(array)
+  times = math.gcd(*counts.values()) if from_same_memory else 1
+  left = {box: count // times for box, count in counts.items()}
+  pieces: list[tuple[Values, tuple[int, ...]]] = []
+  for box, values in found:
+    if left[box]:
+      left[box] -= 1
+      pieces.append((values, tuple(start for start, _ in box)))
+  return pieces, times
 
 
 def _describe_arrays(leaves: Sequence[Any]) -> list[Leaf | None]:
   """Descriptions of the leaves that look the same at the next save: jax arrays."""
   arrays = [leaf if isinstance(leaf, jax.Array) and not is_prng_key(leaf) else None for leaf in leaves]
-  return [None if array is None else _describe(array, restored=False)[1] for array in arrays]
+  return [None if array is None else _describe(array)[1] for array in arrays]
 
 
-def _describe(leaf: Any, *, restored: bool) -> tuple[Any, Leaf]:
+def _describe(leaf: Any) -> tuple[Any, Leaf]:
   """The values of a leaf as an array of numbers, and its description."""
   name, values = label(leaf), leaf
   if not hasattr(leaf, "dtype"):
     values = np.frombuffer(leaf.encode(), np.uint8) if name == "str" else np.asarray(leaf, _SCALARS[name])
   elif is_prng_key(leaf):
     values = jax.random.key_data(leaf)
-  elif not isinstance(leaf, jax.Array):
+  elif not isinstance(leaf, (jax.Array, Unplaced)):
     values = np.asarray(leaf)
   shape = tuple(leaf.shape if hasattr(leaf, "dtype") else values.shape)  # of text: its bytes
   halves = (2,) if values.dtype.itemsize == 16 else ()
-  part: tuple[int, ...] | None = (*values.shape, *halves)
+  part: tuple[int, ...] = (*values.shape, *halves)
   place, copies = "own", jax.process_count()
-  if restored and is_on_accelerator(values):
-    place, part, copies = "accelerator", None, 1
-  elif isinstance(values, jax.Array):
+  if isinstance(values, (jax.Array, Unplaced)):
     where = one_device(values.sharding)
     if where is None:
       place, copies = "shards", replicas(values.sharding, values.shape)
@@ -284,7 +309,6 @@ def _cut(bits: np.ndarray, start: tuple[int, ...]) -> list[tuple[np.ndarray, tup
 def _hashed(leaf: Leaf, bits: np.ndarray, start: tuple[int, ...]) -> Tally:
   """Hash of one shard, seeded with the shard's number, so that swapped shards differ."""
   number = 0
-  assert leaf.part is not None
   for begin, size, part in zip(start, leaf.bits_shape, leaf.part, strict=False):  # the halves of complex128 are not cut
     number = number * (size // max(1, part)) + begin // max(1, part)
   return Tally(hash=sums.hash_bits(bits, number))
@@ -307,17 +331,10 @@ def _run(tasks: Sequence[_Task], threads: int) -> list[dict[str, Tally]]:
     return list(pool.map(run, [tasks[i::threads] for i in range(threads)]))
 
 
-def sum_over_processes(mine: np.ndarray, counted_by_all: Sequence[bool] = ()) -> np.ndarray:
-  """Adds up numbers over all processes, which call it alike.
-
-  Args:
-    mine: 64-bit numbers of this process, one row for each leaf.
-    counted_by_all: of each leaf, whether every process has the total already; default: of none.
-  """
+def sum_over_processes(mine: np.ndarray) -> np.ndarray:
+  """Adds up 64-bit numbers of this process, one row for each leaf, over all processes, which call it alike."""
   if jax.process_count() == 1:
     return mine
-  if counted_by_all and jax.process_index() > 0:
-    mine[np.array(counted_by_all, bool)] = 0
   # As bytes: jax without x64 would cut 64-bit numbers to 32.
   everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8).reshape(-1)
   return everyone.view(mine.dtype).reshape(jax.process_count(), *mine.shape).sum(axis=0, dtype=mine.dtype)

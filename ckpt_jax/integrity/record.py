@@ -107,9 +107,7 @@ class Recording:
     leaves = self.taken.leaves
     prints = {path: [leaf.dtype, leaf.shape, f"{totals[path] & MASK:016x}"] for path, leaf in leaves.items()}
     # Apart from the leaves, which versions without hashes read too.
-    hashed = {
-      path: [leaf.part, f"{hashes[path] & MASK:016x}"] for path, leaf in leaves.items() if leaf.part is not None
-    }
+    hashed = {path: [leaf.part, f"{hashes[path] & MASK:016x}"] for path, leaf in leaves.items()}
     self.prints_json = f'"leaves": {json.dumps(prints)}, "hashes": {json.dumps(hashed)}'
 
   def write(self, directory: epath.Path) -> None:

@@ -11,8 +11,8 @@ factor times a power of two below 2**64 is not zero. The shifted term is there f
 term keeps little (two lost sign bits would cancel half of the time). It leaves every bit at least 32 bits of the
 result; multilinear hashing, see Lemire and Kaser, arXiv:1202.4961. It guards against faults, not against forgery.
 
-Why not a jit: XLA's CPU code ran at 1 to 2.4 GB/s on one core, numpy's einsum at 6 to 11.
-`device.py` has the jit for accelerators.
+Why not a jit: XLA's CPU code ran at 1 to 2.4 GB/s on one core, numpy's einsum at 6 to 11. On accelerators it is fast,
+but each shape compiles for 0.3 s: an H200 took 16 s for the first restore of 901 leaves.
 """
 
 from __future__ import annotations

@@ -45,12 +45,6 @@ def _cpu_of(sharding: jax.sharding.Sharding) -> jax.Device | None:
   return device if device.platform == "cpu" and ordinary else None
 
 
-def default_cpu() -> jax.sharding.Sharding | None:
-  """The default device as a sharding, if it is a CPU."""
-  device: Any = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
-  return jax.sharding.SingleDeviceSharding(device) if getattr(device, "platform", None) == "cpu" else None
-
-
 def make_for(
   wanted: Mapping[_Key, tuple[Sequence[Box], np.dtype, jax.sharding.Sharding]],
 ) -> dict[_Key, tuple[jax.Array, np.ndarray]]:

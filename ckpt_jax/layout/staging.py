@@ -32,8 +32,18 @@ def is_on_accelerator(array: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _is_on_accelerator(sharding: jax.sharding.Sharding, cpu_too: bool) -> bool:
+  return _is_of_accelerators(sharding, cpu_too) and sharding.memory_kind not in _HOST_KINDS
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_of_accelerators(sharding: jax.sharding.Sharding, cpu_too: bool) -> bool:
   device: jax.Device = next(iter(sharding.device_set))
-  return (cpu_too or device.platform != "cpu") and sharding.memory_kind not in _HOST_KINDS
+  return cpu_too or device.platform != "cpu"
+
+
+def belongs_to_accelerators(sharding: jax.sharding.Sharding) -> bool:
+  """Whether the devices of a sharding are accelerators, whose memory it may be or pinned memory of their hosts."""
+  return _is_of_accelerators(sharding, as_accelerators)
 
 
 class HostCopies:
@@ -69,7 +79,8 @@ class HostCopies:
       for shards in by_box.values():
         if id(shards[0].data) not in self._found and any(map(wanted, shards)):
           sources.append(shards[next(self._turns) % len(shards)].data)
-          copies.append([shard.data for shard in shards])
+          # jax may make an array of its own of the only shard of one.
+          copies.append([shard.data for shard in shards] + [leaf] * (len(leaf.sharding.device_set) == 1))
     if not sources:
       return
     kinds = [source.sharding.with_memory_kind(_PINNED) for source in sources]

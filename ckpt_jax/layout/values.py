@@ -16,14 +16,16 @@ import numpy as np
 from ckpt_jax.config import Config
 from ckpt_jax.layout import owned, packing, reading, text
 from ckpt_jax.layout.description import ItemDescription, prng_keys
-from ckpt_jax.layout.memory import to_be_copied
-from ckpt_jax.layout.sharding import Box, box_of, local_regions, one_device, whole_box, within
+from ckpt_jax.layout.placing import Transfers, Unplaced, place, place_on_cpu
+from ckpt_jax.layout.sharding import Box, local_regions, whole_box
+from ckpt_jax.layout.staging import belongs_to_accelerators
 from ckpt_jax.orbax.format import TEXTS
 from ckpt_jax.run import untrusted
 from ckpt_jax.storage.urls import is_object_store
 
 # Bytes in flight at a time: enough for 10 GB/s at 100 ms a request. It bounds TensorStore's memory beside the arrays.
 _WINDOW_NBYTES = 10**9
+_BATCH_NBYTES = 2**26
 Arrived = Callable[[str, Any], None]
 
 
@@ -67,18 +69,35 @@ def read_leaves(
       found[path] = str(text.find(texts, want.stored))
     else:
       arrays[path] = want
-  for path, value in _Reader(item, arrays, window(item, config)).values():
-    found[path] = value
-    if arrived is not None and wanted[path].scalar is None:
+  reader, transfers = _Reader(item, arrays, window(item, config)), Transfers(_batch_nbytes(config))
+  for path, value in reader.values():
+    if arrived is not None and wanted[path].scalar is None and path not in reader.keys:
       arrived(path, value)
+    found.update(transfers.add(path, value) if isinstance(value, Unplaced) else [(path, value)])
+  found.update(transfers.send())
+  for path in filter(reader.keys.__contains__, wanted):  # a computation, which all processes of a job run in one order
+    found[path] = jax.random.wrap_key_data(found[path], impl=reader.keys[path])
   return found
 
 
 def window(item: ItemDescription, config: Config) -> reading.Window:
-  """How much of an item is read at a time, within the limits of `config`."""
+  """How much of an item is read at a time, within the limits of `config`.
+
+  Of `limits.host_memory` reads take two fifths, half of it for TensorStore's buffers; batches on their way to
+  accelerators three eighths (one is filled, one is sent, and XLA holds a pinned copy of that); verification an eighth.
+  """
   limits = config.limits
-  bounds = [n for n in (_WINDOW_NBYTES, limits.restore_concurrency, limits.host_memory) if not isinstance(n, str)]
-  return reading.Window(min(bounds), not is_object_store(item.info.parent_dir))
+  most = [_WINDOW_NBYTES]
+  if not isinstance(limits.restore_concurrency, str):
+    most.append(limits.restore_concurrency)
+  if not isinstance(limits.host_memory, str):
+    most.append(limits.host_memory // 5)
+  return reading.Window(min(most), not is_object_store(item.info.parent_dir))
+
+
+def _batch_nbytes(config: Config) -> int:
+  limit = config.limits.host_memory
+  return _BATCH_NBYTES if isinstance(limit, str) else min(_BATCH_NBYTES, limit // 8)
 
 
 def _held(value: Any, want: Wanted) -> Any:
@@ -88,11 +107,15 @@ def _held(value: Any, want: Wanted) -> Any:
   array = np.array(value)  # its own memory: msgpack's is read-only
   if want.sharding is None:
     return array
-  return jax.make_array_from_callback(array.shape, want.sharding, lambda index: array[index])
+  return place([Unplaced.whole(array, want.sharding)])[0]
 
 
 class _Reader:
-  """Reads some arrays and numbers of an item."""
+  """Reads some arrays and numbers of an item.
+
+  Attributes:
+    keys: implementations, by path, of the arrays of words that plain Orbax noted as PRNG keys.
+  """
 
   def __init__(self, item: ItemDescription, wanted: Mapping[str, Wanted], window: reading.Window):
     self._item = item
@@ -100,47 +123,53 @@ class _Reader:
     self._window = window
     self._by_name = {want.stored: path for path, want in wanted.items()}
     self._stores = item.open([name for name in self._by_name if name not in item.index])
+    self._kinds = {path: self._kind(want.stored) for path, want in wanted.items()}
+    self._boxes = {path: _boxes(want, self._kinds[path][0]) for path, want in wanted.items()}
+    self._far = {path for path, want in wanted.items() if want.sharding and belongs_to_accelerators(want.sharding)}
+    self.keys = self._prng_keys()
 
   def values(self) -> Iterator[tuple[str, Any]]:
-    """Path and value of each, in the order in which they are complete."""
-    item, staged = self._item, 0
-    kinds = {path: self._kind(want.stored) for path, want in self._wanted.items()}
-    words = any(want.sharding is not None and kinds[path][1] == np.uint32 for path, want in self._wanted.items())
-    keys = prng_keys(item.info.parent_dir) if words else {}
-    boxes = {path: self._boxes(want, kinds[path][0]) for path, want in self._wanted.items()}
-    small = {want.stored: boxes[path] for path, want in self._wanted.items() if want.stored in item.index}
+    """Path and value of each, in the order in which they are complete; `Unplaced` if it goes to accelerators."""
+    item = self._item
+    small = {want.stored: self._boxes[path] for path, want in self._wanted.items() if want.stored in item.index}
     for name, parts in reading.read_packed(item.info, item.index, small, self._window):
       path = self._by_name[name]
       if self._wanted[path].sharding is None:
         parts = [part.copy() for part in parts]  # else one leaf would keep its whole slab in memory
-      yield path, _delivered(self._wanted[path], kinds[path], boxes[path], parts)
+      yield path, self._delivered(path, parts)
     rest = {path: want for path, want in self._wanted.items() if want.stored not in small}
-    own = owned.make_for({p: (boxes[p], kinds[p][1], w.sharding) for p, w in rest.items() if w.sharding is not None})
+    near = [(path, want.sharding) for path, want in rest.items() if want.sharding and path not in self._far]
+    own = owned.make_for({path: (self._boxes[path], self._kinds[path][1], sharding) for path, sharding in near})
     requests = [
-      reading.Request(want.stored, self._stores[want.stored], boxes[path], (own[path][1],) if path in own else None)
+      reading.Request(
+        want.stored, self._stores[want.stored], self._boxes[path], (own[path][1],) if path in own else None
+      )
       for path, want in rest.items()
     ]
-    made: list[jax.Array] = []
-    words_of: dict[str, jax.Array] = {}
     for request, parts in reading.read(requests, self._window):
       path = self._by_name[request.name]
-      want = self._wanted[path]
       if path in own:
-        value = _placed(kinds[path][0], own.pop(path)[0], want.sharding)
+        yield path, _placed(self._kinds[path][0], own.pop(path)[0], self._wanted[path].sharding)
       else:
-        value = _delivered(want, kinds[path], boxes[path], parts)
-        if want.sharding is not None:
-          made.append(value)
-          staged += sum(part.nbytes for part in parts)
-      if want.stored in keys and want.sharding is not None:
-        words_of[path] = value
-      else:
-        yield path, value
-      if staged > self._window.most:  # an accelerator still copies out of these parts
-        jax.block_until_ready(made)
-        made, staged = [], 0
-    for path in filter(words_of.__contains__, rest):  # a computation, which all processes of a job run in one order
-      yield path, jax.random.wrap_key_data(words_of[path], impl=keys[self._wanted[path].stored])
+        yield path, self._delivered(path, parts)
+
+  def _delivered(self, path: str, parts: list[np.ndarray]) -> Any:
+    want = self._wanted[path]
+    if want.scalar is not None:
+      return want.scalar(parts[0].item())
+    if want.sharding is None:
+      return parts[0]
+    array = Unplaced(*self._kinds[path], want.sharding, dict(zip(self._boxes[path], parts, strict=True)))
+    return array if path in self._far else place_on_cpu(array)
+
+  def _prng_keys(self) -> dict[str, str]:
+    stored = {
+      path: want.stored
+      for path, want in self._wanted.items()
+      if want.sharding and self._kinds[path][1] == np.uint32 and want.stored in self._stores
+    }
+    keys = prng_keys(self._item.info.parent_dir) if stored else {}
+    return {path: keys[name] for path, name in stored.items() if name in keys}
 
   def _kind(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
     if (packed := self._item.index.get(name)) is not None:
@@ -148,40 +177,9 @@ class _Reader:
     store = self._stores[name]
     return tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
 
-  def _boxes(self, want: Wanted, shape: tuple[int, ...]) -> tuple[Box, ...]:
-    return (whole_box(shape),) if want.sharding is None else local_regions(want.sharding, shape)
 
-
-def _delivered(
-  want: Wanted, kind: tuple[tuple[int, ...], np.dtype], boxes: tuple[Box, ...], parts: list[np.ndarray]
-) -> Any:
-  if want.scalar is not None:
-    return want.scalar(parts[0].item())
-  if want.sharding is None:
-    return parts[0]
-  return _to_jax(*kind, want.sharding, dict(zip(boxes, parts, strict=True)))
-
-
-def _to_jax(
-  shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding, regions: dict[Box, np.ndarray]
-) -> jax.Array:
-  """A jax array, in memory of jax's own, from the regions of it that this process read."""
-  if one_device(sharding) == "here":
-    (whole,) = regions.values()
-    whole = to_be_copied(whole)
-    return jax.make_array_from_callback(shape, sharding, lambda _: whole)
-
-  def piece(index: tuple[slice, ...] | None) -> np.ndarray:
-    assert index is not None  # it is for devices of other processes only
-    box = box_of(index, shape)
-    if (region := regions.get(box)) is not None:
-      return to_be_copied(region)
-    for outer, array in regions.items():
-      if all(a <= c and d <= b for (a, b), (c, d) in zip(outer, box, strict=True)):
-        return to_be_copied(array[within(box, outer)])
-    raise AssertionError(f"{box} is in none of {list(regions)}")
-
-  return jax.make_array_from_callback(shape, sharding, piece, dtype=dtype)
+def _boxes(want: Wanted, shape: tuple[int, ...]) -> tuple[Box, ...]:
+  return (whole_box(shape),) if want.sharding is None else local_regions(want.sharding, shape)
 
 
 def _placed(shape: tuple[int, ...], part: jax.Array, sharding: Any) -> jax.Array:

@@ -15,8 +15,9 @@ import numpy as np
 from ckpt_jax.job.threads import Worker
 from ckpt_jax.job.waits import Together
 from ckpt_jax.layout.encoding import is_prng_key
+from ckpt_jax.layout.placing import Unplaced, place
 from ckpt_jax.restore import exchange
-from ckpt_jax.restore.leaf import LeafPlan, put
+from ckpt_jax.restore.leaf import LeafPlan
 from ckpt_jax.restore.strategies import NOT_HERE, Route, Whole
 
 _LEAST_PART = 16 * 2**20
@@ -153,10 +154,10 @@ def _exchange_whole(routes: Sequence[Whole], values: dict[str, Any]) -> list[tup
     for plan in by_owner[jax.process_index()]
   ]
   received = exchange.exchange_bytes(mine, [[plan.nbytes for plan in owned] for owned in by_owner])
-  out = []
-  for owned, pieces in zip(by_owner, received, strict=True):
-    for plan, piece in zip(owned, pieces, strict=True):
-      assert plan.sharding is not None
-      # jax copies it, so that a small leaf does not keep what came with it in memory.
-      out.append((plan, put(piece.view(np.dtype(plan.dtype)).reshape(plan.shape), plan.sharding)))
-  return out
+  plans = [plan for owned in by_owner for plan in owned]
+  unplaced = []
+  for plan, piece in zip(plans, itertools.chain(*received), strict=True):
+    assert plan.sharding is not None
+    unplaced.append(Unplaced.whole(piece.view(np.dtype(plan.dtype)).reshape(plan.shape), plan.sharding))
+  # jax copies them, so that a small leaf does not keep what came with it in memory.
+  return list(zip(plans, place(unplaced), strict=True))

@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StructureMismatchError
 from ckpt_jax.layout.encoding import decode_leaf, is_prng_key
-from ckpt_jax.layout.memory import to_be_copied
-from ckpt_jax.layout.owned import default_cpu
+from ckpt_jax.layout.placing import Unplaced, place
 from ckpt_jax.layout.sharding import is_weak
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import is_number, is_text
@@ -113,7 +112,7 @@ def plan_leaf(
     note=note,
     like=like,
     cast=cast,
-    sharding=default_cpu() if loose else sharding,
+    sharding=_default_place() if loose else sharding,
     weak=is_weak(like) if weak is None else weak or bool(note and note["kind"] == "complex"),
     loose=loose,
   )
@@ -135,15 +134,32 @@ def _stored_sharding(shape: tuple[int, ...], dtype: Any, note: Note | None, like
   return sharding
 
 
+def _default_place() -> Sharding:
+  """Where jax puts arrays that are wanted nowhere in particular."""
+  device: Any = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
+  return SingleDeviceSharding(device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0])
+
+
 def finish_arrays(plans: Sequence[LeafPlan], values: dict[str, Any]) -> None:
-  """Moves leaves to the default device, in one transfer, and makes arrays weakly typed or uncommitted as planned."""
+  """Moves leaves that are still in host memory to their devices, in one transfer, and makes arrays as they are planned.
+
+  That is: weakly typed, or uncommitted, so that jit may move them.
+  """
   wanted = [p for p in plans if _is_array(p.like)]
-  held = [p.name for p in wanted if isinstance(values[p.name], (np.ndarray, np.generic))]
-  arrays = jax.device_put([to_be_copied(np.asarray(values[name])) for name in held])
-  values.update(zip(held, arrays, strict=True))
+  held = [p for p in wanted if isinstance(values[p.name], (np.ndarray, np.generic))]
+  places = [target_sharding(p.like) for p in held]
+  arrays = place(
+    [
+      Unplaced.whole(np.asarray(values[p.name]), where or _default_place())
+      for p, where in zip(held, places, strict=True)
+    ]
+  )
+  values.update(zip((p.name for p in held), arrays, strict=True))
+  nowhere = {p.name for p, where in zip(held, places, strict=True) if where is None}
   for plan in wanted:
     value = values[plan.name]
-    weak, loose = plan.weak and not is_prng_key(value), plan.loose and value.committed
+    weak = plan.weak and not is_prng_key(value)
+    loose = (plan.loose or plan.name in nowhere) and value.committed
     if weak or loose:
       values[plan.name] = private.array_as(value, weak=weak, committed=value.committed and not loose)
 
@@ -170,9 +186,7 @@ def _as_like(name: str, value: Any, like: Any) -> Any:
       return value
     # Decoding widened values and keys keeps the sharding, but may say it in other words (a spec with trailing None).
     return value if value.sharding == sharding else jax.device_put(value, sharding)
-  value = _exact(name, value, like.dtype)
-  # Without a sharding it goes to the default device, which `finish_arrays` does for all leaves at once.
-  return value if sharding is None else put(value, sharding)
+  return _exact(name, value, like.dtype)  # `finish_arrays` sends it to its devices
 
 
 @functools.cache
@@ -182,11 +196,6 @@ def _impl(dtype: Any) -> str:
     if jax.eval_shape(functools.partial(jax.random.key, 0, impl=name)).dtype == dtype:
       return name
   return str(dtype).removeprefix("key<").removesuffix(">")
-
-
-def put(value: np.ndarray, sharding: Sharding) -> jax.Array:
-  """An array from its values, which every process holds in full."""
-  return jax.make_array_from_callback(value.shape, sharding, lambda index: to_be_copied(value[index]))
 
 
 def _exact(name: str, value: Any, dtype: Any) -> np.ndarray:

@@ -97,19 +97,19 @@ def fetch_state(
   choice, routes = agree_on_strategy(reading.plans, strategy, str(step), config, together)
   values: dict[str, Any] = dict(reading.kept)
   as_stored = {p.name for p in reading.plans if p.note is None and p.cast is None}
-  early: dict[str, Any] = {}
+  checked: set[str] = set()
 
   def arrived(name: str, value: Any) -> None:
     # Most leaves are delivered as they are read: they are checked while the others are read.
     if check is not None and name in as_stored:
       check(name, value)
-      early[name] = value
+      checked.add(name)
 
   def deliver(plan: LeafPlan, value: Any) -> None:
     check_stored(plan, value)
     saved = plan.decode(value)
     delivered = values[plan.name] = plan.convert(saved)
-    if check is not None and early.pop(plan.name, None) is not delivered:
+    if check is not None and not (plan.name in checked and delivered is value):
       # What is delivered, unless it is of another type: a number that became an array, a dtype that was cast.
       check(plan.name, delivered if label(delivered) == label(saved) else saved)
 

@@ -141,7 +141,7 @@ class Restorer:
         error: Exception | None = None
         try:
           step, metrics, record, reading = self._opened(number, request, settings)
-          verifier = Verifier(record) if record is not None else None
+          verifier = Verifier(record, settings.limits.host_memory) if record is not None else None
         except Exception as e:
           error = e
         together.meet("all processes to compare like= with the step", error)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jobs import together
 
 import ckpt_jax as ckpt
-from ckpt_jax.integrity import device, sums
+from ckpt_jax.integrity import sums
 from ckpt_jax.integrity.fingerprint import LeafPrint, take, take_restored
 from ckpt_jax.layout import staging, structure
 from ckpt_jax.layout.structure import flatten
@@ -121,7 +121,7 @@ def test_lost_signs_swapped_rows_columns_and_leaves_are_seen():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_numpy_jax_sharded_and_device_sums_are_one_number(dtype):
+def test_sums_of_numpy_of_one_device_and_of_shards_are_one_number(dtype):
   rng = np.random.default_rng(1)
   mesh = jax.make_mesh((2,), ("a",))
   with jax.enable_x64(True):
@@ -132,10 +132,6 @@ def test_numpy_jax_sharded_and_device_sums_are_one_number(dtype):
       sharded = jax.device_put(array, NamedSharding(mesh, spec))
       want = leaf_total(array)
       assert leaf_total(sharded) == want and leaf_total(jnp.asarray(array)) == want
-      on_device = device.result(device.dispatch([sharded])[0])
-      assert on_device.total == want
-      host = views({"x": array}).tallies(1)["x"]
-      assert (on_device.nonfinite, on_device.nan) == (host.nonfinite, host.nan)
 
 
 def test_every_copy_is_counted_where_replicas_may_differ():
@@ -235,8 +231,8 @@ def test_four_processes_and_one_make_the_same_record(tmp_path):
   assert set(records[0]["hashes"]) == set(records[2]["hashes"]) == set(records[0]["leaves"])
 
 
-def test_saves_and_restores_by_way_of_the_device_make_and_check_the_same_record(tmp_path, monkeypatch):
-  """What a GPU would do, on CPU devices: the sums as jitted programs, health before the save."""
+def test_saves_and_restores_of_accelerators_make_and_check_the_same_record(tmp_path, monkeypatch):
+  """What a GPU would do, on CPU devices: saves by way of pinned memory, restores summed before they leave the host."""
   mesh = jax.make_mesh((2,), ("a",))
   rng = np.random.default_rng(0)
   state = {

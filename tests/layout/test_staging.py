@@ -39,8 +39,13 @@ def state(seed=0, n=20):
   made = {f"w{i}": jnp.asarray(rng.standard_normal((8, 16), dtype=np.float32)) for i in range(n)}
   split = jax.device_put(rng.standard_normal((8, 200), dtype=np.float32), NamedSharding(mesh, P("a")))
   both = jax.device_put(rng.standard_normal((4, 4), dtype=np.float32), NamedSharding(mesh, P()))
+  put = jax.device_put(rng.standard_normal(5, dtype=np.float32), jax.devices()[1])
   odd = {"q": jnp.arange(9, dtype=jnp.int4), "f": jnp.ones(3, jnp.float8_e4m3fn), "c": jnp.ones(2, jnp.complex64)}
-  return made | odd | {"split": split, "both": both, "key": jax.random.key(seed), "step": 3, "empty": jnp.zeros((0, 2))}
+  return (
+    made
+    | odd
+    | {"split": split, "both": both, "put": put, "key": jax.random.key(seed), "step": 3, "empty": jnp.zeros((0, 2))}
+  )
 
 
 @pytest.mark.parametrize("pack", ["off", "on"])
@@ -63,7 +68,7 @@ def test_a_save_is_one_transfer_whatever_the_number_of_leaves(tmp_path, accelera
       accelerators.clear()
       c.save(n, held)
       c.wait()
-      assert accelerators[0] == n + 3 + 2 + 1, "all arrays, the split one from two devices, the replicated one once"
+      assert accelerators[0] == n + 3 + 1 + 2 + 1, "all arrays, the split one from two devices, the replicated one once"
       assert sum(accelerators[1:]) <= 2, "the words of the key"
 
 
