@@ -28,6 +28,7 @@ if TYPE_CHECKING:
   from ckpt_jax.checkpointer import Checkpointer
   from ckpt_jax.config import Config, load_config
   from ckpt_jax.planning.estimate import SizeEstimate, estimate
+  from ckpt_jax.restore.diff import Diff, diff
   from ckpt_jax.restore.result import Restored
   from ckpt_jax.restore.verify import Finding, verify
   from ckpt_jax.run.steps import StepInfo
@@ -44,6 +45,8 @@ _LAZY = {
   "Config": "ckpt_jax.config",
   "load_config": "ckpt_jax.config",
   "Plan": "ckpt_jax.tuning.plan",
+  "Diff": "ckpt_jax.restore.diff",
+  "diff": "ckpt_jax.restore.diff",
   "SizeEstimate": "ckpt_jax.planning.estimate",
   "estimate": "ckpt_jax.planning.estimate",
   "StorageKind": "ckpt_jax.storage.kinds",
@@ -60,6 +63,7 @@ __all__ = [
   "Config",
   "ConfigError",
   "CorruptCheckpointError",
+  "Diff",
   "Finding",
   "NoCheckpointError",
   "NotARunError",
@@ -77,6 +81,7 @@ __all__ = [
   "UnhealthyStateError",
   "__version__",
   "detect",
+  "diff",
   "estimate",
   "load_config",
   "make_plan",

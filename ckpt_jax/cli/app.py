@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from ckpt_jax.cli import bench, convert, estimate, probe, prune, quarantine, repack, show, simulate, tune, verify
+from ckpt_jax.cli import bench, convert, diff, estimate, probe, prune, quarantine, repack, show, simulate, tune, verify
 from ckpt_jax.cli.common import NearestName, error
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
@@ -44,6 +44,7 @@ app.command("ls")(show.list_steps)
 for command in (
   show.show,
   show.who,
+  diff.diff,
   probe.probe,
   prune.prune,
   prune.pin,

@@ -70,11 +70,13 @@ class Step:
     return plan_leaf(name, self.meta[name], self.notes.get(name), like, cast, weak)
 
   def is_in_chunks(self, name: str) -> bool:
-    """Whether a leaf is an array of its own, of which `read_box` reads a part."""
+    """Whether a leaf is an array of its own, of which `read_box` reads no more than a part."""
     return self.meta[name].name not in self.item.index and name not in self.item.values
 
   def read_box(self, name: str, box: Box) -> np.ndarray:
-    """A part of the stored form of an array, for which `is_in_chunks`. Raises what `read` raises."""
+    """A part of the stored form of an array. Raises what `read` raises."""
+    if not self.is_in_chunks(name):
+      return self.read([(self.plan(name), None)])[name][tuple(slice(*span) for span in box)]
     stored = self.meta[name].name
     with self._reading():
       request = reading.Request(stored, self.item.open([stored])[stored], (box,))

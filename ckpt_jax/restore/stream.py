@@ -41,17 +41,28 @@ class Part:
     return chunk_nbytes(self.box, self.plan.chunk_shape, self.plan.dtype.itemsize)
 
 
-def parts(step: Step, names: Iterable[str] | None = None, nbytes: int = GROUP_NBYTES) -> list[list[Part]]:
+def parts(
+  step: Step, names: Iterable[str] | None = None, nbytes: int = GROUP_NBYTES, chunks_of: Step | None = None
+) -> list[list[Part]]:
   """Divides leaves (default: all) into groups to be read one after the other, in the order of the tree.
 
   A group has at most 256 leaves and about `nbytes` bytes. A larger leaf is cut between its chunks, one group for each
   part, in C order; a chunk is never cut, since it is read whole, nor is a packed leaf.
+
+  Args:
+    step: the step.
+    names: paths of its leaves.
+    nbytes: of a group.
+    chunks_of: a step that has these leaves too, whose chunks are not cut either where they are multiples of the others.
   """
   groups: list[list[Part]] = []
   open_group, room = False, 0
   for plan in [step.plan(name) for name in (step.meta if names is None else names)]:
     if plan.nbytes > nbytes and plan.chunk_shape and step.is_in_chunks(plan.name):
-      groups += [[Part(plan, box)] for box in _boxes(plan.shape, plan.chunk_shape, plan.dtype.itemsize, nbytes)]
+      chunk = plan.chunk_shape
+      if chunks_of is not None:
+        chunk = tuple(map(max, chunk, chunks_of.plan(plan.name).chunk_shape or chunk))
+      groups += [[Part(plan, box)] for box in _boxes(plan.shape, chunk, plan.dtype.itemsize, nbytes)]
       open_group = False
     elif open_group and plan.nbytes <= room and len(groups[-1]) < _GROUP_LEAVES:
       groups[-1].append(Part(plan))
