@@ -224,9 +224,7 @@ def tally_alike(
   """
   if not blocks[0].shape:
     blocks = [block.reshape(1) for block in blocks]
-  tallies = [Tally(hash=hash_bits(block)) if hashed else Tally() for block in blocks]
-  if not fingerprint and floats is None:
-    return tallies
+  tallies = [Tally() for _ in blocks]
   shape, itemsize = blocks[0].shape, blocks[0].itemsize
   first = columns_from(shape, itemsize)
   rows = row_weights(shape[:first], (0,) * first, shape[:first])
@@ -235,6 +233,11 @@ def tally_alike(
   together = max(1, _CHUNK_NBYTES // (len(rows) * words * 8))
   for i in range(0, len(blocks), together):
     bunch = tallies[i : i + together]
+    if hashed:  # here, so that the sums find the bytes in the cache
+      for tally, block in zip(bunch, blocks[i : i + together], strict=True):
+        tally.hash = hash_bits(block)
+    if not fingerprint and floats is None:
+      continue
     data = np.concatenate(blocks[i : i + together]).reshape(-1).view(np.uint8)
     matrix = _words(data.reshape(-1, width), 0, 0, words)
     if fingerprint:
