@@ -39,8 +39,8 @@ def global_nbytes(state: PyTree | Flat) -> int:
 
 
 def _sizes_of(state: PyTree | Flat) -> tuple[int, int, int]:
-  flat = flatten(state)
-  return flat.structure.once(_sizes, flat.leaves)
+  structure = flatten(state).structure
+  return structure.once(_sizes, structure.abstract)
 
 
 def _sizes(leaves: Sequence[Any]) -> tuple[int, int, int]:
@@ -48,13 +48,13 @@ def _sizes(leaves: Sequence[Any]) -> tuple[int, int, int]:
   kinds: collections.Counter[Any] = collections.Counter()
   whole = local = largest = 0
   for leaf in leaves:
-    if hasattr(leaf, "dtype"):
+    if leaf is not None:
       whole += math.prod(leaf.shape) * leaf.dtype.itemsize
-    if isinstance(leaf, jax.Array):
-      kinds[leaf.shape, leaf.dtype, leaf.sharding] += 1  # thousands of leaves are of few kinds
-    elif isinstance(leaf, (np.ndarray, np.generic)):
+    if isinstance(leaf, np.ndarray):
       local += leaf.nbytes
       largest = max(largest, leaf.nbytes)
+    elif leaf is not None and leaf.sharding is not None:
+      kinds[leaf.shape, leaf.dtype, leaf.sharding] += 1  # thousands of leaves are of few kinds
   for (shape, dtype, sharding), count in kinds.items():
     boxes = {box_of(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()}
     pieces = [math.prod(shape_of(box)) * dtype.itemsize for box in boxes]

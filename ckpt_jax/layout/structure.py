@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import numpy as np
 
 PyTree = Any
 _T = TypeVar("_T")
@@ -39,6 +40,14 @@ class Structure:
     self.paths = paths
     self.kinds = kinds
     self._answers: dict[Any, Any] = {}
+
+  @functools.cached_property
+  def abstract(self) -> list[Any]:
+    """Shape, dtype and sharding of each leaf that has a shape and a dtype, and None for the others.
+
+    A `jax.ShapeDtypeStruct` for a jax array, a numpy array of no memory for a numpy array or scalar.
+    """
+    return [_abstract(*kind) for kind in self.kinds]
 
   @functools.cached_property
   def names(self) -> list[str]:
@@ -92,6 +101,17 @@ def segment(key: Any) -> str:
     if hasattr(key, attribute):
       return str(getattr(key, attribute))
   return str(key)  # a node may be registered with keys of any kind
+
+
+def _abstract(kind: Any, *rest: Any) -> Any:
+  if len(rest) == 1:
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=rest[0], weak_type=kind.weak_type)
+  shape, dtype, sharding = rest
+  if shape is None or dtype is None:
+    return None
+  if issubclass(kind, (np.ndarray, np.generic)):
+    return np.broadcast_to(np.empty((), dtype), shape)
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -32,6 +32,7 @@ from ckpt_jax.config.units import duration_text
 from ckpt_jax.errors import StorageError
 from ckpt_jax.failures import is_out_of_space, is_read_only, os_errors, root_cause, storage_errors, why_read_only
 from ckpt_jax.run.notes import NOTES
+from ckpt_jax.storage.cache import boot_id
 from ckpt_jax.storage.clients import kvstore_spec
 from ckpt_jax.storage.durable import restrict
 from ckpt_jax.storage.urls import is_object_store
@@ -369,8 +370,7 @@ class _File:
 def _boot() -> str:
   """The running kernel and the pid namespace, which processes must share to look each other up by id."""
   try:
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return f"{boot_id()} {os.readlink('/proc/self/ns/pid')}"
   except OSError:
     return socket.gethostname()
 

@@ -100,25 +100,25 @@ def _versions() -> dict[str, str]:
 def run_metadata(config: Config, state: PyTree | Flat, nbytes: int) -> dict[str, Any]:
   """Where a step comes from: package versions, processes, devices, meshes, configuration and sizes."""
   flat = flatten(state)
-  structure, leaves = flat.structure, flat.leaves
+  structure = flat.structure
   return {
     "format": FORMAT,
     "versions": _versions(),
     "processes": jax.process_count(),
     "devices": jax.device_count(),
     "platform": jax.default_backend(),
-    "meshes": structure.once(_meshes, leaves),
+    "meshes": structure.once(_meshes, structure.abstract),
     "config": config.to_dict(),
-    "leaves": len(leaves),
+    "leaves": len(structure.kinds),
     "nbytes": nbytes,
     # Also if there is none, which sets the step apart from those of older versions.
-    "weak": structure.once(_weakly_typed, structure, leaves),
+    "weak": structure.once(_weakly_typed, structure),
   }
 
 
-def _weakly_typed(structure: Structure, leaves: Sequence[Any]) -> list[str]:
+def _weakly_typed(structure: Structure) -> list[str]:
   """Names of the weakly typed arrays."""
-  return [name for name, leaf in zip(structure.names, leaves, strict=True) if is_weak(leaf)]
+  return [name for name, leaf in zip(structure.names, structure.abstract, strict=True) if is_weak(leaf)]
 
 
 def _meshes(leaves: Sequence[Any]) -> list[dict[str, int]]:

@@ -34,6 +34,14 @@ def remember(kind: str, key: str, measured: Mapping[str, Any]) -> None:
     _log.info("the measurement of the %s is not kept for later processes: %s", kind, e)
 
 
+def boot_id() -> str:
+  """The running kernel, the same in all containers of a host; the host's name where there is no such id."""
+  try:
+    return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+  except OSError:
+    return os.uname().nodename
+
+
 def _file(kind: str, key: str) -> pathlib.Path:
   root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
   digest = hashlib.sha256(f"{os.uname().nodename}\n{key}".encode()).hexdigest()[:20]

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable
 
 from ckpt_jax.errors import StorageError
+from ckpt_jax.storage.cache import boot_id
 from ckpt_jax.storage.paths import given, url_scheme
 
 _log = logging.getLogger(__name__)
@@ -351,9 +352,8 @@ def _count_hosts() -> int:
 
   if jax.process_count() == 1:
     return 1
-  # Processes of one host share the boot id; containers may have names of their own.
-  boot = _text(pathlib.Path("/proc/sys/kernel/random/boot_id")) or os.uname().nodename
-  number = int.from_bytes(hashlib.sha256(boot.encode()).digest()[:4], "big") & 0x7FFFFFFF
+  # Containers of one host may have names of their own.
+  number = int.from_bytes(hashlib.sha256(boot_id().encode()).digest()[:4], "big") & 0x7FFFFFFF
   return len(np.unique(multihost_utils.process_allgather(np.int32(number))))
 
 

@@ -87,7 +87,7 @@ class Planner:
     sample = self._user.layout.compression == "auto" and signature[1] >= _WORTH_MEASURING_NBYTES
     again = sample and self._saves & (self._saves - 1) == 0
     if signature != self._planned_for or again:
-      self.plan = self._make(flat.tree, signature, sample=sample)
+      self.plan = self._make(flat, signature, sample=sample)
       self._planned_for = signature
     return self.config
 
@@ -95,15 +95,16 @@ class Planner:
     """The settings to restore with; the user's without `like`, since nothing is then known of the sizes."""
     if like is None:
       return self.unplanned
-    signature = _signature(flatten(like))
+    flat = flatten(like)
+    signature = _signature(flat)
     if self.plan is not None and signature == self._planned_for:
       return self.config
-    plan = self._make(like, signature, sample=False)
+    plan = self._make(flat, signature, sample=False)
     if self._planned_for is None:  # else the plan of the saves stays in force
       self.plan = plan
     return self.unplanned if plan is None else plan.apply(self._user)
 
-  def _make(self, state: PyTree, signature: _Signature, *, sample: bool) -> Plan | None:
+  def _make(self, state: Flat, signature: _Signature, *, sample: bool) -> Plan | None:
     """A plan, or the one in force if there is none to be had."""
     started = time.perf_counter()
     again = self.plan if signature == self._planned_for else None
@@ -135,11 +136,11 @@ class Planner:
       *map(seconds_text, (plan.blocking_s, plan.commit_s, plan.restore_s)),
     )
 
-  def _decide(self, state: PyTree, again: Plan | None, nbytes: int, sample: bool) -> Plan | None:
+  def _decide(self, state: Flat, again: Plan | None, nbytes: int, sample: bool) -> Plan | None:
     try:
-      profile = again.state if again is not None else profile_state(state, sample=False)
+      profile = again.state if again is not None else profile_state(state.structure.abstract, sample=False)
       if sample:
-        profile = dataclasses.replace(profile, compressibility=sample_state(state))
+        profile = dataclasses.replace(profile, compressibility=sample_state(state.leaves))
       return decide(Facts(profile, self._storage(nbytes), profile_host(), self._user))
     except Exception as e:  # the checkpoint that waits for it is worth more than a plan
       reason = f"{type(e).__name__}: {e}"
@@ -157,11 +158,11 @@ class Planner:
 
 
 def _signature(state: Flat) -> _Signature:
-  return state.structure.once(_signature_of, state.leaves)
+  return state.structure.once(_signature_of, state.structure.abstract)
 
 
 def _signature_of(leaves: Sequence[Any]) -> _Signature:
-  arrays = [x for x in leaves if hasattr(x, "dtype") and hasattr(x, "shape")]
+  arrays = [x for x in leaves if x is not None]
   stride = max(1, len(arrays) // _COMPARED_LEAVES)
   shardings = tuple((x.shape, getattr(x, "sharding", None)) for x in arrays[::stride])
   return len(arrays), sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays), shardings

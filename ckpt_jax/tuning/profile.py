@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from ckpt_jax.storage.cache import recall, remember
+from ckpt_jax.storage.cache import boot_id, recall, remember
 from ckpt_jax.tuning.sampling import Compressibility, measure_compression
 
 PyTree = Any
@@ -188,7 +188,7 @@ def profile_host() -> HostProfile:
   """
   import jax
 
-  key = f"{_VERSION} {_boot_id()} {usable_cores()}"
+  key = f"{_VERSION} {boot_id()} {usable_cores()}"
   measured = recall("host", key)
   if measured is None:
     measured = _measure_host()
@@ -237,13 +237,6 @@ def _measure_host() -> dict[str, Any]:
     "task_s": per_task,
     "zstd": dataclasses.asdict(zstd),
   }
-
-
-def _boot_id() -> str:
-  try:
-    return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-  except OSError:
-    return os.uname().nodename
 
 
 def usable_cores(cgroup: pathlib.Path = _CGROUP) -> int:
