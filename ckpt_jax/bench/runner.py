@@ -145,7 +145,7 @@ def run_suite(
   with contextlib.ExitStack() as stack:
     work = stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=directory))
     url, env = stack.enter_context(_storage(suite, work))
-    machine = _machine(work)
+    about = machine(work)
     jobs: dict[str, WorkerJob] = {}
     for name in names:
       if suite.storage == "disk":
@@ -165,7 +165,7 @@ def run_suite(
     "nbytes": started[0]["nbytes"] if started else 0,
     "leaves": started[0]["leaves"] if started else 0,
     "rounds": rounds,
-    "machine": machine | {"versions": dict(sorted(versions.items()))},
+    "machine": about | {"versions": dict(sorted(versions.items()))},
     "variants": found,
     "left_out": excluded,
   }
@@ -309,7 +309,7 @@ def _check_space(work: str, nbytes: int) -> None:
     raise CheckpointError(f"{work}: {free / 1e9:.1f} GB are free and {nbytes / 1e9:.1f} GB are needed; choose --dir")
 
 
-def _machine(work: str) -> dict[str, Any]:
+def machine(work: str) -> dict[str, Any]:
   """The machine, as far as figures depend on it."""
   model = platform.processor()
   with contextlib.suppress(OSError):

@@ -91,9 +91,11 @@ class Target(Protocol):
   """What the process of a variant does. `save` returns once the state may be overwritten, `wait` once it is committed.
 
   Attributes:
+    state: what is saved; it may be replaced by one of the same shapes.
     sizes: bytes of each leaf.
   """
 
+  state: Any
   sizes: list[int]
 
   def prepare(self) -> None:
@@ -129,14 +131,32 @@ def make_target(variant: Variant, suite: Suite, directory: str) -> Target:
     return _Safetensors(state, directory)
   if variant.kind == "raw":
     return _RawFile(state, directory)
-  placed = on_devices(state, suite)
-  del state
+  return jax_target(variant, on_devices(state, suite), directory)
+
+
+def jax_target(
+  variant: Variant,
+  state: Any,
+  directory: str | os.PathLike[str],
+  keep: int | None = None,
+  config: Mapping[str, Any] | None = None,
+) -> Target:
+  """The target of raw Orbax or ckpt_jax.
+
+  Args:
+    variant: one of the two kinds.
+    state: on its devices, or `jax.ShapeDtypeStruct`s to restore only.
+    directory: the run.
+    keep: steps to keep; None for all.
+    config: further settings for ckpt_jax.
+  """
   if variant.kind == "orbax":
-    return _Orbax(placed, directory, **variant.options)
+    return _Orbax(state, directory, keep, **variant.options)
+  retention = {"retention": {"last": keep}, **(config or {})}
   if variant.kind == "tuned":
     # The default plan rests on a measurement of less than a second, and packing is off in it.
-    return _CkptJax(placed, directory, {"layout": {"pack": "auto"}}, probe=True)
-  return _CkptJax(placed, directory, variant.options)
+    return _CkptJax(state, directory, {"layout": {"pack": "auto"}, **retention}, probe=True)
+  return _CkptJax(state, directory, {**variant.options, **retention})
 
 
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -176,7 +196,7 @@ class _Jax:
     import jax
 
     self.state = state
-    self.sizes = [x.nbytes for x in jax.tree.leaves(state)]
+    self.sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
     self.like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
   def prepare(self) -> None:
@@ -204,14 +224,14 @@ class _Jax:
 class _Orbax(_Jax):
   """CheckpointManager with Orbax's defaults but for `handler`: options of its PyTreeCheckpointHandler."""
 
-  def __init__(self, state: Any, directory: str, **handler: Any):
+  def __init__(self, state: Any, directory: str | os.PathLike[str], keep: int | None = None, **handler: Any):
     import orbax.checkpoint as ocp
 
     super().__init__(state)
     self._ocp = ocp
     self._manager = ocp.CheckpointManager(
       directory,
-      options=ocp.CheckpointManagerOptions(max_to_keep=None),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep),
       item_handlers=ocp.PyTreeCheckpointHandler(**handler),
     )
     self._restore_args = ocp.checkpoint_utils.construct_restore_args(self.like)
@@ -235,12 +255,12 @@ class _Orbax(_Jax):
 class _CkptJax(_Jax):
   """A Checkpointer; with `probe` the storage is measured thoroughly before the plan is made."""
 
-  def __init__(self, state: Any, directory: str, config: Mapping[str, Any], probe: bool = False):
+  def __init__(self, state: Any, directory: str | os.PathLike[str], config: Mapping[str, Any], probe: bool = False):
     import ckpt_jax
 
     super().__init__(state)
     self._directory, self._probe = directory, probe
-    self._checkpointer = ckpt_jax.Checkpointer(directory, {"retention": {"last": None}, **config})
+    self._checkpointer = ckpt_jax.Checkpointer(directory, dict(config))
 
   def prepare(self) -> None:
     import jax

@@ -31,6 +31,11 @@ def peak_rss() -> int | None:
   return _status("VmHWM")
 
 
+def resident() -> int | None:
+  """Resident bytes; None where the kernel does not report them."""
+  return _status("VmRSS")
+
+
 def reset_peak() -> None:
   """Sets the peak of resident bytes to the current value (proc(5), clear_refs)."""
   try:
@@ -81,7 +86,7 @@ class Worker:
     self.target = target
     self.sync = sync
     self.rest()
-    self.idle_rss = _status("VmRSS")
+    self.idle_rss = resident()
 
   def prepare(self) -> None:
     """Prepares the target for its first save."""

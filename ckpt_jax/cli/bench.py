@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ckpt_jax.bench import files
-from ckpt_jax.cli.common import Json, NearestName, console, print_json
+from ckpt_jax.cli.common import Json, NearestName, console, print_json, size
 from ckpt_jax.errors import ConfigError
 
 _MAIN = ["w1", "w2", "w3", "small", "moe", "multi", "bucket", "compressible"]
@@ -282,6 +283,39 @@ def integrity(
   from ckpt_jax.bench.integrity import run
 
   _emit(run(rounds, directory, _progress), output)
+
+
+@bench.command("accelerator")
+def accelerator(
+  output: Output = None,
+  state_size: Annotated[float, size("--size", help="Size of the state.")] = 2.95e9,
+  rounds: Annotated[int, typer.Option(min=1, help="Rounds of each side, each in fresh processes.")] = 3,
+  minutes: Annotated[float, typer.Option(min=0.1, help="No round begins after this time.")] = 9.0,
+  quick: Annotated[bool, typer.Option("--quick", help="One round, and 20 saves instead of 100 for growth.")] = False,
+  directory: Annotated[
+    str | None,
+    typer.Option("--dir", help="Write here; default: memory if there is room, else the temporary directory."),
+  ] = None,
+  as_json: Json = False,
+) -> None:
+  """Save and restore on the accelerators at hand beside raw Orbax; without any, CPU devices stand in for them."""
+  from ckpt_jax.bench import accelerator as bench_accelerator
+
+  extent = bench_accelerator.Extent(int(state_size), rounds, minutes=minutes)
+  if quick:
+    extent = dataclasses.replace(extent, rounds=1, repeats=2, growth=20)
+  found = bench_accelerator.run(extent, directory, _progress)
+  if output:
+    files.write(output, found)
+  if as_json:
+    print_json(found)
+    return
+  for table in bench_accelerator.tables(found):
+    console().print(table.rich())
+  for line in found["failed"]:
+    typer.echo(f"failed: {line}", err=True)
+  if found["failed"]:
+    raise typer.Exit(1)
 
 
 @bench.command("hosts")
