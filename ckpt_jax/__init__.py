@@ -24,7 +24,7 @@ from ckpt_jax.errors import (
 from ckpt_jax.version import __version__
 
 if TYPE_CHECKING:
-  from ckpt_jax import policies
+  from ckpt_jax import observe, policies
   from ckpt_jax.checkpointer import Checkpointer
   from ckpt_jax.config import Config, load_config
   from ckpt_jax.planning.estimate import SizeEstimate, estimate
@@ -55,7 +55,7 @@ _LAZY = {
   "make_plan": "ckpt_jax.tuning.plan",
   "probe": "ckpt_jax.storage.probe",
 }
-_SUBMODULES = ("policies", "multihost")
+_SUBMODULES = ("observe", "policies", "multihost")
 
 __all__ = [
   "CheckpointError",
@@ -85,6 +85,7 @@ __all__ = [
   "estimate",
   "load_config",
   "make_plan",
+  "observe",
   "policies",
   "probe",
   "verify",

@@ -21,6 +21,7 @@ from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout.sharding import abstract_state
+from ckpt_jax.observe.sinks import make_sinks
 from ckpt_jax.policies.retention import best_steps
 from ckpt_jax.restore.like import Initialise
 from ckpt_jax.restore.read import RestoreRequest
@@ -29,8 +30,9 @@ from ckpt_jax.restore.result import Restored
 from ckpt_jax.restore.strategies import STRATEGIES
 from ckpt_jax.run import pins
 from ckpt_jax.run.attempts import PREEMPTED
+from ckpt_jax.run.events import Event
 from ckpt_jax.run.steps import StepInfo, committed_steps, list_steps
-from ckpt_jax.save.opening import open_run
+from ckpt_jax.save.opening import open_run, start
 from ckpt_jax.save.session import Session, check_not_forked
 from ckpt_jax.save.write import SaveRecord
 from ckpt_jax.storage.kinds import StorageKind
@@ -74,6 +76,7 @@ class Checkpointer:
     config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     schedule: SaveDecisionPolicy | None = None,
+    on_event: Callable[[Event], None] | None = None,
   ):
     """Opens a run, which need not exist.
 
@@ -82,6 +85,8 @@ class Checkpointer:
       config: settings, or a YAML file with them.
       schedule: in place of the configuration's, e.g. `policies.AtSteps`, which a file cannot express. The same on all
         processes.
+      on_event: called with each record of what happens to the run (`ckpt_jax.observe`), in a thread of its own, on
+        process 0: for Weights & Biases, MLflow and the like.
     """
     check_not_forked()
     if schedule is not None:
@@ -91,8 +96,11 @@ class Checkpointer:
     self.directory: epath.Path = run.directory
     self.storage: StorageKind = run.storage
     self.schedule: SaveDecisionPolicy = run.schedule
+    if jax.process_index() == 0:
+      run.journal.sinks += make_sinks(self.config.observe, run.directory, on_event)
+    run.journal.emit(start())
     self._restoring = threading.RLock()  # reading a step may take minutes, for which a save elsewhere need not wait
-    self._restorer = Restorer(run.directory, self.config, run.planner, run.retention.restoring)
+    self._restorer = Restorer(run.directory, self.config, run.planner, run.retention.restoring, run.journal)
     self._session = Session(run, others=self._restorer)
     self._saver = self._session.saver
     self.saves: list[SaveRecord] = self._saver.records
@@ -287,6 +295,8 @@ class Checkpointer:
       raise ConfigError(f"init_fn: expected a function that makes the state, without arguments, got {init_fn!r:.80}")
     self._session.wait_for_predecessors()
     self.wait()
+    if self._run.admission.unclaimed:
+      self._run.journal.begin()
     with self._restoring:
       if self._restorer.is_empty():
         return Restored(init_fn(), None, 0, {}, None, None)

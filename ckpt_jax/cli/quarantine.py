@@ -60,6 +60,8 @@ def restore_quarantined(
   The step is then verified, and goes into quarantine again if it is damaged.
   """
   from ckpt_jax.restore.verify import verdicts
+  from ckpt_jax.run.events import Quarantine
+  from ckpt_jax.run.journal import record
   from ckpt_jax.run.quarantine import put_aside, put_back
   from ckpt_jax.run.steps import run_directory
 
@@ -68,7 +70,9 @@ def restore_quarantined(
   (verdict,) = verdicts(run, step)
   wrong = [f"{f.leaf or f.file or f.kind}: {f.message}" for f in verdict.findings]
   stays = damaged or not wrong
-  if not stays:
+  if stays:
+    record(directory, Quarantine(step=step, place="back", reason=f"{found.where}: {found.reason}"))
+  else:
     put_aside(directory, [step], found.kind, {step: found.reason or "; ".join(wrong[:3])})
   if as_json:
     print_json({"step": step, "put_back": stays, "was": found.kind, "verdict": verdict})

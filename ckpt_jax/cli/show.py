@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from ckpt_jax.cli import quarantine
 from ckpt_jax.cli.common import Json, Run, Step, console, error, fail, pairs, print_json, print_table
-from ckpt_jax.config.units import count, size_text
+from ckpt_jax.config.units import count, duration_text, size_text
 from ckpt_jax.errors import CorruptCheckpointError
 
 
@@ -18,9 +19,15 @@ def list_steps(
   everything: Annotated[
     bool, typer.Option("--all", "-a", help="Include steps in quarantine, and those that a rollback has set aside.")
   ] = False,
+  goodput: Annotated[
+    bool, typer.Option("--goodput", help="What the run did with its time, over all restarts, by its records.")
+  ] = False,
   as_json: Json = False,
 ) -> None:
   """List the committed steps of a run: when, how large, with which metrics."""
+  if goodput:
+    _show_goodput(run, as_json)
+    return
   from ckpt_jax.run.quarantine import listed
   from ckpt_jax.run.steps import list_readable_steps, run_directory
 
@@ -55,6 +62,32 @@ def list_steps(
     raise typer.Exit(1)
   if not steps:
     fail(f"{directory}: no committed checkpoint; check the path")
+
+
+def _show_goodput(run: str, as_json: bool) -> None:
+  from ckpt_jax.observe.goodput import goodput
+  from ckpt_jax.run.journal import read_records
+  from ckpt_jax.run.steps import run_directory
+
+  directory = run_directory(run)
+  found = goodput(directory, read_records(directory))
+  if as_json:
+    print_json(dataclasses.asdict(found) | {"goodput": found.share, "other_s": found.other_s})
+    return
+  typer.echo(
+    f"goodput {found.share:.1%}: {count(found.steps)} of {duration_text(found.step_s)} in "
+    f"{duration_text(found.seconds)}; {count(found.attempts, 'job')}, "
+    f"{count(found.interruptions, 'interruption')}"
+  )
+  parts = {
+    "training that stayed": found.productive_s,
+    "waiting in save": found.saving_s,
+    "training that was lost": found.redone_s,
+    "down, from one job to the next": found.down_s,
+    "the rest: compilation, evaluation, slower steps": found.other_s,
+  }
+  rows = [(what, duration_text(seconds), f"{seconds / found.seconds:.1%}") for what, seconds in parts.items()]
+  print_table((), rows)
 
 
 def show(

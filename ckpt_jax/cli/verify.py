@@ -70,7 +70,9 @@ def rollback(
   as_json: Json = False,
 ) -> None:
   """Make an older step the newest one; no job may be writing the run."""
-  from ckpt_jax.restore.rollback import deleted_by_rollback, roll_back
+  from ckpt_jax.restore.rollback import deleted_by_rollback, place_of, roll_back
+  from ckpt_jax.run.events import Quarantine
+  from ckpt_jax.run.journal import record
   from ckpt_jax.run.steps import run_directory, step_directory
 
   directory = run_directory(run)
@@ -81,8 +83,10 @@ def rollback(
     if newer and not confirmed(f"Delete {steps} for good?", yes=yes, stderr=as_json):
       fail("nothing deleted")
   newer = roll_back(directory, step, delete=delete)
+  place = place_of(delete)
+  record(directory, *(Quarantine(step=s, place=place, reason=f"rollback to step {step}") for s in newer))
   if as_json:
-    print_json({"step": step, "deleted" if delete else "set_aside": newer})
+    print_json({"step": step, place: newer})
     return
   names = ", ".join(map(str, newer)) or "none"
   where = "deleted" if delete else f"in {directory}/.ckpt_jax/set_aside"

@@ -290,6 +290,25 @@ class TimeoutsConfig(_Section):
     return TIMEOUT_FLOOR_S if self.restore == "auto" else self.restore
 
 
+class ObserveConfig(_Section):
+  """What is recorded of a run, and who else hears of it; on process 0.
+
+  Attributes:
+    events: keep a record of each save, restore, deletion, failure and restart in the run, `.ckpt_jax/events`. Without
+      them goodput, `mtti: learned` and `ckpt-jax report` know nothing of this job.
+    tensorboard: directory for scalars of each save and restore (needs the extra `tensorboard`).
+    prometheus: port to serve metrics on; 0: only register them, for a server of your own (extra `prometheus`).
+    opentelemetry: a span for each save and restore, by the tracer provider that you have set (extra `opentelemetry`).
+    progress: show a bar while a restore is read, and while `wait` and `close` wait for a write.
+  """
+
+  events: StrictBool = True
+  tensorboard: StrictStr | None = None
+  prometheus: Annotated[StrictInt, Field(ge=0, le=65535)] | None = None
+  opentelemetry: StrictBool = False
+  progress: StrictBool = False
+
+
 class RetryConfig(_Section):
   """How to retry requests that an object store refuses (429, 503) or does not answer; all in seconds.
 
@@ -356,6 +375,7 @@ if TYPE_CHECKING:
     preemption: PreemptionConfig | Mapping[str, Any]
     timeouts: TimeoutsConfig | Mapping[str, Any]
     storage: StorageConfig | StorageName | Mapping[str, Any]
+    observe: ObserveConfig | Mapping[str, Any]
     item: str | None
 
 
@@ -380,6 +400,7 @@ class Config(_Section):
   preemption: PreemptionConfig = Field(default_factory=PreemptionConfig)
   timeouts: TimeoutsConfig = Field(default_factory=TimeoutsConfig)
   storage: StorageConfig = Field(default_factory=StorageConfig)
+  observe: ObserveConfig = Field(default_factory=ObserveConfig)
   item: ItemName | None = None
 
   if TYPE_CHECKING:  # the synthesized signature would not allow dicts

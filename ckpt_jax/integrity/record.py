@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -60,6 +60,7 @@ class Recording:
     writes: whether this process writes arrays, which must be in storage when the step is committed.
     part: what this process contributes: sums and hashes by path, its own leaves, `writes`; empty until summed.
     prints_json: the fingerprints of all processes as they are written; empty until complete.
+    written: called on process 0 once all processes have written their parts of the step, right before the commit.
   """
 
   taken: Taken
@@ -71,6 +72,7 @@ class Recording:
   writes: bool = False
   part: dict[str, Any] = dataclasses.field(default_factory=dict)
   prints_json: str = ""
+  written: Callable[[], None] = lambda: None
 
   @transfers_asked_for()
   def sum_up(self) -> None:
@@ -224,6 +226,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     if recording is None:
       self._inner.finalize(directory)
       return
+    recording.written()
     others = _read_parts(directory)
     recording.check_own(others)
     writers = [process for process, part in enumerate([recording.part, *others]) if part["writes"]]

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from ckpt_jax.config.units import count
-from ckpt_jax.errors import ConfigError, NoCheckpointError
+from ckpt_jax.errors import ConfigError
 from ckpt_jax.policies.retention import Retention
 from ckpt_jax.policies.youngdaly import learned_mtti
-from ckpt_jax.run.attempts import exposure, read_attempts
-from ckpt_jax.run.steps import NOTES, StepInfo, run_directory
+from ckpt_jax.run.attempts import exposure, recorded
+from ckpt_jax.run.events import Restore
+from ckpt_jax.run.journal import read_records
+from ckpt_jax.run.steps import StepInfo, run_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,12 +221,13 @@ def calibrated(path: Any, restart_s: float = 60.0) -> tuple[Job, int, str]:
     NoCheckpointError: if the run has no such records.
   """
   directory = run_directory(path)
-  attempts = [a for a in read_attempts(directory) if a.saves]
-  if not attempts:
-    raise NoCheckpointError(f"{directory / NOTES}: no recorded saves; a Checkpointer of ckpt_jax writes them")
+  records = read_records(directory)
+  attempts = recorded(directory, records)
   seconds, interruptions = exposure(attempts)
   blocking, background = (float(np.median([getattr(a, f) for a in attempts])) for f in ("blocking_s", "background_s"))
-  job = Job(learned_mtti(seconds, interruptions), max(blocking, 1e-6), background, restart_s)
+  restores = [e.seconds for e in records.events if isinstance(e, Restore)]
+  restore_s = float(np.median(restores)) if restores else 0.0
+  job = Job(learned_mtti(seconds, interruptions), max(blocking, 1e-6), background, restart_s, restore_s)
   counts = (count(n, noun) for n, noun in ((sum(a.saves for a in attempts), "save"), (len(attempts), "attempt")))
   how = f"{' in '.join(counts)}, {count(interruptions, 'interruption')} in {seconds:.0f} s"
   return job, attempts[-1].nbytes, how

@@ -13,7 +13,14 @@ import jax
 from etils import epath
 
 from ckpt_jax.config import Config
-from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StructureMismatchError
+from ckpt_jax.errors import (
+  CheckpointError,
+  CorruptCheckpointError,
+  NoCheckpointError,
+  RestoreTimeoutError,
+  StorageError,
+  StructureMismatchError,
+)
 from ckpt_jax.integrity.comparison import Verifier
 from ckpt_jax.integrity.record import Record, read_record
 from ckpt_jax.job.garbage import paused
@@ -28,11 +35,14 @@ from ckpt_jax.restore import fallback
 from ckpt_jax.restore.like import on_real_devices
 from ckpt_jax.restore.read import Reading, RestoreRequest, fetch_state, plan_reading
 from ckpt_jax.restore.result import Restored, RestoreReport
-from ckpt_jax.restore.rollback import roll_back
+from ckpt_jax.restore.rollback import place_of, roll_back
 from ckpt_jax.restore.step import Step
+from ckpt_jax.run.events import STORM, Event, Failure, Fallback, Quarantine, Restore, RetryStorm
+from ckpt_jax.run.journal import Journal
 from ckpt_jax.run.steps import RECORD, step_directory, step_info, step_path
 from ckpt_jax.storage import look
 from ckpt_jax.storage.objects import snapshot
+from ckpt_jax.storage.traffic import Traffic, traffic
 from ckpt_jax.tuning.planner import Planner
 
 _log = logging.getLogger(__name__)
@@ -53,12 +63,13 @@ class Restorer:
   All errors are raised on all processes, through `Together.meet`.
   """
 
-  def __init__(self, directory: epath.Path, config: Config, planner: Planner, restoring: set[int]):
+  def __init__(self, directory: epath.Path, config: Config, planner: Planner, restoring: set[int], journal: Journal):
     """Reads nothing. `restoring` holds the steps of the run that are being read, which must not be deleted."""
     self._directory = directory
     self._config = config
     self._planner = planner
     self._restoring = restoring
+    self._journal = journal
     self._rendezvous = Rendezvous(f"restore {directory}")
 
   def is_empty(self) -> bool:
@@ -76,16 +87,31 @@ class Restorer:
   def rollback(self, step: int, *, delete: bool) -> list[int]:
     """Process 0 rolls back, and all processes get the outcome; see `roll_back`."""
     what = f"process 0 to go back to step {step}"
-    return self._together().decided(what, lambda: roll_back(self._directory, step, delete=delete))
+    later = self._together().decided(what, lambda: roll_back(self._directory, step, delete=delete))
+    self._note(*(Quarantine(step=s, place=place_of(delete), reason=f"rollback to step {step}") for s in later))
+    return later
 
   def restore(self, step: int | None, request: RestoreRequest, strategy: str, *, healthy: bool) -> Restored:
     """See `Checkpointer.restore`."""
     if problem := why_not_flat(request.like):
       raise StructureMismatchError(f"like= is no tree for jax; nothing was read:\n  {problem}")
-    with paused(), quietly(), transfers_asked_for():
-      return self._restore(step, request, strategy, healthy=healthy)
+    before = traffic()
+    try:
+      with paused(), quietly(), transfers_asked_for():
+        restored = self._restore(step, request, strategy, healthy=healthy)
+    except (CorruptCheckpointError, RestoreTimeoutError, StorageError) as e:
+      self._note(Failure(what="restore", step=step, error=str(e)))
+      raise
+    self._note(*_events(restored, traffic().since(before)))
+    if restored.report is not None and restored.report.quarantined:
+      self._journal.begin()  # the run has changed, be it by one who only reads
+    return restored
 
   # -- inside
+
+  def _note(self, *events: Event) -> None:
+    for event in events:
+      self._journal.emit(event)
 
   def _together(self) -> Together:
     """The waits of a new restore."""
@@ -189,3 +215,23 @@ class Restorer:
     if not isinstance(metrics, dict):
       metrics = step_info(self._directory, number).metrics
     return step, metrics, record, plan_reading(step, request)
+
+
+def _events(restored: Restored, spent: Traffic) -> list[Event]:
+  """What there is to record of a restore."""
+  report, step = restored.report, restored.step
+  assert report is not None and step is not None
+  shared = ("nbytes", "seconds", "strategy", "why", "verified", "unverified")
+  events: list[Event] = [
+    Restore(
+      step=step,
+      requests=spent.requests,
+      retries=spent.retries,
+      nbytes_read=spent.nbytes_read,
+      **{name: getattr(report, name) for name in shared},
+    )
+  ]
+  if spent.retries >= STORM:
+    events.append(RetryStorm(during="restore", step=step, retries=spent.retries))
+  events += [Quarantine(step=bad, reason=why) for bad, why in report.quarantined.items()]
+  return [*events, Fallback(step=step, skipped=report.quarantined)] if report.quarantined else events

@@ -41,3 +41,8 @@ def _newer(directory: epath.Path, step: int) -> set[int]:
 
 def _set_aside(directory: epath.Path, step: int) -> set[int]:
   return {a.step for a in listed(directory) if a.kind == SET_ASIDE and a.step > step}
+
+
+def place_of(delete: bool) -> str:
+  """Where `roll_back` leaves the later steps, as its record says."""
+  return "deleted" if delete else SET_ASIDE

@@ -12,6 +12,8 @@ from ckpt_jax.errors import CheckpointError
 from ckpt_jax.policies.retention import Retention
 from ckpt_jax.rewrite.thin import thin_step, thinned_nbytes
 from ckpt_jax.run.deletion import StepDeleter
+from ckpt_jax.run.events import Deletion
+from ckpt_jax.run.journal import record
 from ckpt_jax.run.steps import DELETING, StepInfo, list_steps, noted_steps, step_path
 
 _TIMEOUT_S = 24 * 3600.0  # after Ctrl-C the marks stay, and the next prune continues
@@ -60,7 +62,10 @@ class Pruning:
     Returns:
       The thinned steps, and why steps that should be deleted or thinned are not.
     """
-    deleter = StepDeleter(self.directory, timeout=_TIMEOUT_S)
+    gone: list[Deletion] = []
+    deleter = StepDeleter(
+      self.directory, timeout=_TIMEOUT_S, removed=lambda step, why: gone.append(Deletion(step=step, why=why))
+    )
     resumed = set(deleter.resume())
     deleter.delete_steps(self.removed, {step: self.rules.why_removed(step, self.over_budget) for step in self.removed})
     thinned, failed = [], {}
@@ -72,6 +77,7 @@ class Pruning:
       except (CheckpointError, OSError) as e:
         failed[step] = str(e)
     deleter.finish()
+    record(self.directory, *gone)
     left = {step for step in self.removed if step_path(self.directory, step).exists()}
     left |= resumed & noted_steps(self.directory, DELETING)
     return thinned, failed | {step: deleter.failed.get(step, "it is still there") for step in left}

@@ -50,6 +50,7 @@ class StepDeleter:
     timeout: float = 60.0,
     files_per_second: float = 0,
     why: Callable[[int], str] = lambda step: "",
+    removed: Callable[[int, str], None] = lambda step, why: None,
   ):
     """Starts nothing yet.
 
@@ -59,10 +60,12 @@ class StepDeleter:
       timeout: seconds that `finish` waits.
       files_per_second: the most files to remove in a second; 0 for no limit.
       why: the reason, for the log, why Orbax's manager deletes a step.
+      removed: called with each step that is gone, and why.
     """
     self.directory = directory
     self.failed: dict[int, str] = {}
     self._why = why
+    self._removed = removed
     self._active = active
     self._timeout = timeout
     self._pause = 1 / files_per_second if files_per_second else 0.0
@@ -221,14 +224,15 @@ class StepDeleter:
       return
     file.unlink(missing_ok=True)
     self.failed.pop(step, None)
-    foreign = mark.get("ours") is False
+    foreign, why = mark.get("ours") is False, mark.get("why") or "it was marked for deletion"
+    self._removed(step, why)
     _log.log(
       logging.WARNING if foreign else logging.INFO,
       "%s: removed step %d%s: %s",
       self.directory,
       step,
       ", which another program wrote" if foreign else "",
-      mark.get("why") or "it was marked for deletion",
+      why,
     )
 
   def _remove_files(self, directory: str) -> None:

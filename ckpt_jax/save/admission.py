@@ -53,6 +53,7 @@ class Admission:
   Attributes:
     lease: the claim to the run; only process 0 takes it.
     sealing: how files are left.
+    unclaimed: whether no other job was writing the run when it was opened; only process 0 knows.
   """
 
   def __init__(
@@ -69,6 +70,7 @@ class Admission:
     self._abandoned: set[int] = set()
     self._failed: set[int] = set()
     self._first = jax.process_index() == 0
+    self.unclaimed = False
 
   def opened(self) -> None:
     """Clears the leftovers of a dead writer, before Orbax lists the run; nothing if the writer may be alive."""
@@ -76,10 +78,12 @@ class Admission:
       return
     try:
       if is_object_store(self._directory):
-        self.lease.look()  # an owner on another host is watched from now on; its leftovers wait for the first save
+        # An owner on another host is watched from now on; its leftovers wait for the first save.
+        self.unclaimed = self.lease.look() in ("free", "dead")
         return
       leftovers.empty_trash(self._directory)
-      if self.lease.look() in ("free", "dead") and leftovers.temporary_steps(self._directory):
+      self.unclaimed = self.lease.look() in ("free", "dead")
+      if self.unclaimed and leftovers.temporary_steps(self._directory):
         self.lease.acquire(wait=0)
         self._clear()
         self.lease.release()

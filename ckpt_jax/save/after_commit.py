@@ -1,4 +1,4 @@
-"""What follows a commit: the log line, the schedule and the attempt log, and a warning if the storage will be full."""
+"""What follows a commit: the log line, the schedule, the journal, and a warning if the storage will be full."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ import datetime
 import logging
 import os
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from etils import epath
 
 from ckpt_jax.config import ScheduleConfig
 from ckpt_jax.config.units import duration_text, size_text
+from ckpt_jax.integrity.health import Health
 from ckpt_jax.policies.retention import Retention
 from ckpt_jax.policies.schedule import AnyOf, ByClock, EverySteps
-from ckpt_jax.run.attempts import AttemptLog
+from ckpt_jax.run.events import STORM, Failure, PlanMade, RetryStorm, Save
+from ckpt_jax.run.journal import Journal
 from ckpt_jax.run.steps import StepInfo, step_path
 from ckpt_jax.save.retention import LiveRetention
 from ckpt_jax.save.write import SaveRecord
-from ckpt_jax.storage.space import free_bytes, tree_nbytes
+from ckpt_jax.storage.space import count_files, free_bytes, tree_nbytes
+from ckpt_jax.storage.urls import is_object_store
+from ckpt_jax.tuning.plan import Plan
 
 _log = logging.getLogger(__name__)
+E = TypeVar("E", bound=BaseException)
 HORIZON = 100  # saves to look ahead
 _THIN_SHARE = 1 / 3  # what is left of a step that was thinned to its parameters, under Adam
 
@@ -31,20 +36,32 @@ class AfterCommit:
   """Passes on that saves begin and commit. On process 0, and in Orbax's threads too."""
 
   def __init__(
-    self, directory: epath.Path, schedule: Any, attempt: AttemptLog, retention: LiveRetention, config: ScheduleConfig
+    self, directory: epath.Path, schedule: Any, journal: Journal, retention: LiveRetention, config: ScheduleConfig
   ):
     """Args as named. `schedule` may be a policy of Orbax's own, without the methods `begun` and `finished`."""
     self._directory = directory
     self._schedule = schedule
-    self._attempt = attempt
+    self._journal = journal
+    self._plan: Plan | None = None
+    self._failure = ""
     self._outlook = Outlook(directory, retention, schedule, config)
 
-  def begun(self, step: int) -> None:
-    """A save begins. Raises whatever the schedule raises, which may be the user's own."""
+  def begun(self, step: int, plan: Plan | None) -> None:
+    """A save begins, by `plan`. Raises whatever the schedule raises, which may be the user's own."""
+    if plan is not None and plan is not self._plan:
+      self._plan = plan
+      self._journal.emit(lambda: PlanMade(plan=plan.to_dict()))
     self._notify("begun", step)
 
-  def committed(self, record: SaveRecord) -> None:
-    """A save is committed, and its cost is known."""
+  def failed(self, step: int, error: E) -> E:
+    """A save has failed. Returns the error, which may be reported again where it is raised."""
+    if (message := str(error)) != self._failure:
+      self._failure = message
+      self._journal.emit(Failure(step=step, error=message))
+    return error
+
+  def committed(self, record: SaveRecord, health: Callable[[], Health | None] = lambda: None) -> None:
+    """A save is committed, and its cost is known; `health` is called when the state has been looked at."""
     assert record.background_s is not None
     _log.info(
       "%s: step %d is committed: %s in %.2f s (%s/s) in the background, training waited %.2f s",
@@ -60,8 +77,30 @@ class AfterCommit:
       self._notify("finished", blocking, record.background_s)
     except Exception as e:  # the user's own; the step is committed all the same
       _log.warning("%s: the schedule failed on being notified of a commit: %r", self._directory, e)
-    self._attempt.committed(record.step, record.nbytes, blocking, record.background_s)
+    now, seen = time.time(), health()
+    self._journal.emit(lambda: self._described(record, now, seen))
+    if (retries := sum(p.retries for p in record.processes)) >= STORM:
+      self._journal.emit(RetryStorm(step=record.step, retries=retries))
     self._outlook.committed(record.step, record.nbytes)
+
+  def _described(self, record: SaveRecord, now: float, health: Health | None) -> Save:
+    files, stored = None, None
+    if not is_object_store(self._directory):
+      files, stored = count_files(os.fspath(step_path(self._directory, record.step)))
+    return Save(
+      time=now,
+      step=record.step,
+      nbytes=record.nbytes,
+      files=files,
+      stored_nbytes=stored,
+      blocking_s=record.blocking_s,
+      waited_s=record.waited_s,
+      background_s=record.background_s or 0.0,
+      commit_s=record.commit_s or 0.0,
+      processes=record.processes,
+      healthy=None if health is None else health.healthy,
+      norms={} if health is None else health.norms,
+    )
 
   def _notify(self, event: str, *arguments: Any) -> None:
     listener = getattr(self._schedule, event, None)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 
 import jax
 from etils import epath
@@ -25,8 +26,9 @@ from ckpt_jax.policies.schedule import AnyOf, OnPreemption
 from ckpt_jax.rewrite.swap import finish_rewrites
 from ckpt_jax.rewrite.thin import Thinner
 from ckpt_jax.run import foreign
-from ckpt_jax.run.attempts import AttemptLog
 from ckpt_jax.run.deletion import StepDeleter
+from ckpt_jax.run.events import Deletion, Start
+from ckpt_jax.run.journal import Journal
 from ckpt_jax.run.naming import PLAIN, Naming
 from ckpt_jax.run.steps import (
   is_tree,
@@ -46,6 +48,7 @@ from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.objects import snapshot
 from ckpt_jax.storage.paths import given
 from ckpt_jax.tuning.planner import Planner
+from ckpt_jax.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class OpenRun:
     retention: which steps stay.
     deleter: removes the others.
     thinner: removes parts of older steps.
-    attempt: notes in the run how long this job lived and what its saves cost.
+    journal: records what happens to the run.
     notice: catches SIGTERM; None if the configuration says not to.
     admission: admits saves to the storage and makes commits durable.
     item: what the state is saved as within a step; empty where steps have no items, and none can be added.
@@ -77,7 +80,7 @@ class OpenRun:
   retention: LiveRetention
   deleter: StepDeleter
   thinner: Thinner
-  attempt: AttemptLog
+  journal: Journal
   notice: PreemptionNotice | None
   admission: Admission
   item: str
@@ -104,16 +107,18 @@ def open_run(directory: str | os.PathLike[str], config: Config, schedule: SaveDe
     NotARunError: if there are checkpoints but no steps; the message says how to open them.
     StorageError: if the run cannot be reached, or is on a disk that the job's other hosts do not share.
   """
-  given_directory = given(directory)
-  connect(given_directory, config.storage)
-  path = run_directory(given_directory)
+  directory = given(directory)
+  connect(directory, config.storage)
+  path = run_directory(directory)
   kind = check_suitable(path, config.storage.kind, jax.process_count())
   first = jax.process_index() == 0
   # No callback here may hold the Checkpointer: one that is dropped must be gone at once, see `session`.
   retention = LiveRetention(Retention.from_config(config.retention), path)
+  journal = Journal(path, keep=first and config.observe.events, appends=kind is not StorageKind.BUCKET_MOUNT)
   deleter = StepDeleter(
     path,
     active=first,
+    removed=lambda step, why: journal.emit(Deletion(step=step, why=why)),
     timeout=config.timeouts.delete,
     files_per_second=config.retention.delete_rate or 0,
     why=retention.why,
@@ -129,28 +134,37 @@ def open_run(directory: str | os.PathLike[str], config: Config, schedule: SaveDe
   )
   retention.thin = thinner.thin
   notice = PreemptionNotice() if config.preemption.enabled else None
-  preempted = OnPreemption(lambda: notice is not None and notice.received)
   with storage_errors(f"{path}: cannot open the run"), snapshot(path):
     if first:
       finish_rewrites(path)
     item = _continued(path, config.item, config.timeouts.restore_s)  # nothing lists steps before their names are known
     schedule = schedule or make_schedule(config.schedule, path)
-    admission = Admission(path, config, kind, retention, deleter)
-    admission.opened()
+    (admission := Admission(path, config, kind, retention, deleter)).opened()
   return OpenRun(
     path,
     config,
     kind,
     Planner(path, config, kind, from_process_zero),
     schedule,
-    AnyOf([preempted, schedule]),
+    AnyOf([OnPreemption(lambda: notice is not None and notice.received), schedule]),
     retention,
     deleter,
     thinner,
-    AttemptLog(path, active=first),
+    journal,
     notice,
     admission,
     item,
+  )
+
+
+def start() -> Start:
+  """The record of this start of the job."""
+  return Start(
+    processes=jax.process_count(),
+    devices=jax.device_count(),
+    platform=jax.default_backend(),
+    host=socket.gethostname(),
+    version=__version__,
   )
 
 

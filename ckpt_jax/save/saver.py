@@ -104,7 +104,7 @@ class Saver:
     self._run = run
     self._directory = run.directory
     self._config = run.planner.unplanned
-    self._after = AfterCommit(run.directory, run.schedule, run.attempt, run.retention, run.config.schedule)
+    self._after = AfterCommit(run.directory, run.schedule, run.journal, run.retention, run.config.schedule)
     self._write: Write | None = None
     self._errand: Errand | None = None
     self._beginning: SaveRecord | None = None  # of a save that has not returned
@@ -139,8 +139,10 @@ class Saver:
       snapshot, computing_s = self._snapshot(step, state, metrics, extras)
       self._beginning = snapshot.record
       self._do(functools.partial(self._begin, snapshot, started + computing_s))
-    except BaseException:
+    except BaseException as e:
       self._collect_again.set()
+      if isinstance(e, CheckpointError):
+        self._after.failed(step, e)
       raise
 
   @property
@@ -238,15 +240,20 @@ class Saver:
     compressed = self._config.layout.compression == "on"
     made_room = self._run.admission.admit(record.step, record.nbytes, metadata["leaves"], compressed=compressed)
     forget_steps(self.manager, made_room)
+    self._run.journal.begin()
     operation = Operation(self._rendezvous.begin())
-    write = self._write = Write(record, operation, self._config.timeouts.save_s + _GRACE_S, self._after.committed)
+    recording = snapshot.recording
+    committed = functools.partial(self._after.committed, health=lambda: recording.health)
+    write = self._write = Write(record, operation, self._config.timeouts.save_s + _GRACE_S, committed, started)
+    recording.written = write.all_written
     try:
       if snapshot.chunk_nbytes is not None:
         self._replace_manager(pytree_handler(self._config, chunk_nbytes=snapshot.chunk_nbytes))
       healthy = snapshot.recording.health_told.get("healthy")
       self._run.retention.note(record.step, record.nbytes, healthy, metadata["metrics"])
-      self._after.begun(record.step)
+      self._after.begun(record.step, self._run.planner.plan)
       arrays = ocp.args.PyTreeSave(snapshot.tree, ocdbt_target_data_file_size=target_file_size(self._config))
+      copying = time.perf_counter()
       with operation.begun():
         self.manager.save(
           record.step,
@@ -255,13 +262,14 @@ class Saver:
           custom_metadata={OURS: with_digest(metadata)},
           force=True,
         )
+      record.snapshot_s = time.perf_counter() - copying
       if snapshot.chunk_nbytes is not None:
         # Before the clock is read: training waits for all of it.
         self.manager.wait_until_finished()
         self._replace_manager(pytree_handler(self._config))
     except Exception as e:
       self._settle(write, e)
-    write.returned(started)
+    write.returned()
     self.records.append(record)
 
   def _decided(self, decide: Callable[[], Sequence[int]]) -> list[int]:
@@ -302,7 +310,11 @@ class Saver:
       raise SaveFailedError("this write hung and was given up; it must not meet the processes of a later one")
     error = sys.exc_info()[1]
     if error is None:
-      self._rendezvous.wait(key, timeout_ms / 1000)
+      write = self._write
+      written = write is not None and "async_write_complete" in key
+      told = self._rendezvous.exchange(key, write.written() if write and written else "", timeout_ms / 1000)
+      if write and written:
+        write.all_written(told)
       if "async_commit_complete" in key and self._write is not None:  # process 0 comes here once storage has the step
         self._write.durable = True
     elif not isinstance(error, PeerFailedError):
@@ -340,7 +352,8 @@ class Saver:
     self._hung += 1
     self._run.admission.failed(step, hangs=True)
     self._write = None
-    return left_hanging(self._directory, step, self._config.timeouts.save_s, uncommitted=uncommitted)
+    timeout = self._config.timeouts.save_s
+    return self._after.failed(step, left_hanging(self._directory, step, timeout, uncommitted=uncommitted))
 
   def _settle(self, write: Write, error: BaseException | None = None) -> None:
     """Cleans up after a write that did not end as it should. Returns if its step is committed all the same.
@@ -368,7 +381,7 @@ class Saver:
       forget_steps(self.manager, self._run.deleter.pending)
     self._write = None
     if not (committed and single):
-      raise not_saved(self._directory, step, error, committed=committed) from error
+      raise self._after.failed(step, not_saved(self._directory, step, error, committed=committed)) from error
     _log.warning("%s: step %d is committed, but afterwards: %s", self._directory, step, root_cause(error))
 
   def _ends(self, write: Write) -> bool:

@@ -157,6 +157,7 @@ class Session:
       self.raise_outcome()
       if not self.closed:
         self.saver.wait()
+        self.run.journal.flush()
 
   def raise_outcome(self) -> None:
     """Raises, once, the error of the last write, if it surfaced while a newer Checkpointer took over."""
@@ -277,7 +278,7 @@ class Session:
       self.saver.close()
       self.run.deleter.finish()
       self.run.thinner.finish()
-      self.run.attempt.ended(how)
+      self.run.journal.close(how)
     finally:
       _open.discard(self)
 

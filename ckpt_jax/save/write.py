@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, SaveStorageError, UnhealthyStateError
 from ckpt_jax.failures import is_out_of_space, is_read_only, root_cause
 from ckpt_jax.integrity.record import is_unhealthy
 from ckpt_jax.orbax.saves import Operation
+from ckpt_jax.run.events import ProcessCost, slowest
 from ckpt_jax.run.steps import committed_steps
+from ckpt_jax.storage.traffic import traffic
 
 
 @dataclasses.dataclass
@@ -26,14 +30,20 @@ class SaveRecord:
     blocking_s: seconds that `save` blocked training, without the wait for the state to be computed: jax dispatches
       steps ahead of the device, and whatever reads the state first waits for it.
     waited_s: the part of `blocking_s` spent waiting for the background write of the previous save.
+    snapshot_s: the part of `blocking_s` in which Orbax copied this process's shards to host memory.
     background_s: seconds from the return of `save` to the commit; None while it runs, and for a save that failed.
+    commit_s: the part of `background_s` after all processes had written; on process 0.
+    processes: what each process spent, on process 0 once it is committed; of more than 64 the slowest.
   """
 
   step: int
   nbytes: int
   blocking_s: float = 0.0
   waited_s: float = 0.0
+  snapshot_s: float = 0.0
   background_s: float | None = None
+  commit_s: float | None = None
+  processes: tuple[ProcessCost, ...] = ()
 
 
 class Write:
@@ -48,7 +58,14 @@ class Write:
     durable: whether the step is committed: process 0 has seen it, the others have heard so from process 0.
   """
 
-  def __init__(self, record: SaveRecord, operation: Operation, timeout: float, finished: Callable[[SaveRecord], None]):
+  def __init__(
+    self,
+    record: SaveRecord,
+    operation: Operation,
+    timeout: float,
+    finished: Callable[[SaveRecord], None],
+    started: float | None = None,
+  ):
     """Starts the clock.
 
     Args:
@@ -56,6 +73,7 @@ class Write:
       operation: its part inside Orbax.
       timeout: seconds until it counts as hanging.
       finished: called once the step is committed and `save` has returned, whichever comes last.
+      started: when training began to wait, on the clock of `time.perf_counter()`; default: now.
     """
     self.record = record
     self.operation = operation
@@ -65,7 +83,12 @@ class Write:
     self.durable = False
     self._finished = finished
     self._committing = self._given_up = False
+    self._started = time.perf_counter() if started is None else started
+    self._before = traffic()
     self._returned_at: float | None = None
+    self._written_at: float | None = None  # by this process
+    self._all_written_at: float | None = None
+    self._others: list[ProcessCost] = []
     self._lock = threading.Lock()
 
   @property
@@ -92,19 +115,46 @@ class Write:
       returned = self._returned_at
       if returned is not None:
         self.record.background_s = time.perf_counter() - returned
+      if self._all_written_at is not None:
+        self.record.commit_s = time.perf_counter() - self._all_written_at
     if returned is not None:
-      self._finished(self.record)
+      self._finish()
 
-  def returned(self, started: float) -> None:
-    """Notes that training goes on; it had waited since `started`, on the clock of `time.perf_counter()`."""
+  def returned(self) -> None:
+    """Notes that training goes on."""
     with self._lock:
       self._returned_at = time.perf_counter()
-      self.record.blocking_s = self._returned_at - started
+      self.record.blocking_s = self._returned_at - self._started
       early = self.durable
       if early:
         self.record.background_s = 0.0
     if early:
-      self._finished(self.record)
+      self._finish()
+
+  def written(self) -> str:
+    """Notes that this process has written its part. Returns what that cost, for process 0."""
+    self._written_at = time.perf_counter()
+    return json.dumps(self._cost())
+
+  def all_written(self, costs: Sequence[str] = ()) -> None:
+    """Notes that all processes have written their parts. `costs`: what `written` returned on each; none without."""
+    self._all_written_at = time.perf_counter()
+    self._written_at = self._written_at or self._all_written_at
+    self._others = [ProcessCost(*json.loads(cost)) for cost in costs[1:]] or self._others
+
+  def _cost(self) -> ProcessCost:
+    returned = self._returned_at or time.perf_counter()
+    write_s = max(0.0, self._written_at - returned) if self._written_at else 0.0
+    requests, retries, nbytes, _ = traffic().since(self._before)
+    blocking_s = returned - self._started
+    return ProcessCost(
+      jax.process_index(), blocking_s, self.record.snapshot_s, write_s, requests, retries, nbytes_written=nbytes
+    )
+
+  def _finish(self) -> None:
+    if jax.process_index() == 0:
+      self.record.processes = slowest([self._cost(), *self._others])
+    self._finished(self.record)
 
 
 def not_saved(directory: epath.Path, step: int, error: BaseException, *, committed: bool) -> CheckpointError:

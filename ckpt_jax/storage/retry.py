@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ckpt_jax.config import RetryConfig
+from ckpt_jax.storage.traffic import count_request
 
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _NAMES = {429: "429 Too Many Requests", 503: "503 Service Unavailable"}
@@ -67,6 +68,7 @@ async def send(
   started = time.monotonic()
   tries = 0
   while True:
+    count_request(again=tries > 0)
     try:
       status, answer = await attempt()
       if status not in RETRIED_STATUS:

@@ -45,4 +45,10 @@ def free_bytes(directory: epath.Path) -> int | None:
 
 def tree_nbytes(directory: str) -> int:
   """Bytes of all files beneath a local directory."""
-  return sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(directory) for name in names)
+  return count_files(directory)[1]
+
+
+def count_files(directory: str) -> tuple[int, int]:
+  """Number and bytes of all files beneath a local directory."""
+  sizes = [os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(directory) for name in names]
+  return len(sizes), sum(sizes)

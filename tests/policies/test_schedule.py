@@ -16,7 +16,7 @@ from jobs import together
 import ckpt_jax as ckpt
 from ckpt_jax.policies import AllOf, AnyOf, AtSteps, EveryMinutes, EverySteps, Never, OnPreemption, Retention, YoungDaly
 from ckpt_jax.policies.youngdaly import daly_interval, learned_mtti, young_interval
-from ckpt_jax.run.attempts import AttemptLog, exposure, read_attempts
+from ckpt_jax.run.attempts import exposure, read_attempts
 
 
 @dataclasses.dataclass
@@ -275,16 +275,6 @@ def test_a_killed_job_counts_as_an_interruption_and_a_closed_one_does_not(tmp_pa
   attempts = read_attempts(c.directory)
   assert [a.end for a in attempts] == [None, "closed"], "a job that saved nothing leaves no trace"
   assert exposure(attempts)[1] == 1 and attempts[0].last_step == 0
-
-
-def test_an_unreadable_note_of_an_attempt_is_left_out(tmp_path):
-  with ckpt.Checkpointer(tmp_path) as c:
-    c.save(0, STATE)
-  (file,) = (tmp_path / ".ckpt_jax" / "attempts").iterdir()
-  assert json.loads(file.read_text())["saves"] == 1
-  file.write_text("{")
-  assert read_attempts(c.directory) == []
-  AttemptLog(c.directory / "0" / "_METADATA" / "no").ended("closed")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from ckpt_jax.config import RetryConfig, StorageConfig
 from ckpt_jax.errors import NotARunError
 from ckpt_jax.inference.convert import convert
 from ckpt_jax.multihost import who_wrote
+from ckpt_jax.observe import Restore, RetryStorm, Save, read_records
 from ckpt_jax.run import steps as run
 from ckpt_jax.storage.clients import kvstore_spec
 from ckpt_jax.storage.connect import connect
@@ -146,6 +147,9 @@ def test_every_fifth_request_failing_changes_nothing_but_the_time(bucket, assert
       c.wait()
       assert_same(c.restore(like=state).state, state)
     assert bucket.proxy.failed > 10
+  events = read_records(bucket.url + "/run").events
+  retries = {e.kind: e.retries for e in events if isinstance(e, (Save, Restore, RetryStorm))}
+  assert all(retries.get(kind) for kind in ("save", "restore", "retry_storm")), retries
   assert [s.step for s in c.steps()] == [1, 2]
 
 
