@@ -22,6 +22,7 @@ from ckpt_jax.bench.worker import drop_cache, give_memory_back
 from ckpt_jax.integrity import fingerprint, health, record
 from ckpt_jax.integrity.meant import Meant
 from ckpt_jax.layout.sharding import global_nbytes
+from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.layout.structure import flatten
 from ckpt_jax.save import saver
 
@@ -54,7 +55,7 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
   nbytes, leaves = global_nbytes(state), len(jax.tree.leaves(state))
   say(f"{nbytes / 1e9:.2f} GB in {leaves} leaves")
   views = _median(rounds, lambda: fingerprint.take(flatten(state)))
-  checked = _median(rounds, lambda: health.before_save(fingerprint.take(flatten(state)), nbytes, always=True))
+  checked = _median(rounds, lambda: health.before_save(fingerprint.take(flatten(state))))
   found: dict[str, Any] = {
     "nbytes": nbytes,
     "leaves": leaves,
@@ -148,8 +149,10 @@ def _recording(on: bool) -> Iterator[None]:
   """Saves without a record if `on` is False, for comparison."""
   original = saver.record_of
 
-  def nothing(state: Any, nbytes: int, nonfinite: str, where: str, meant: Meant) -> record.Recording:
-    return record.Recording(fingerprint.Taken(), None, meant, False, where, {})
+  def nothing(
+    state: Any, nbytes: int, nonfinite: str, where: str, meant: Meant, copies: HostCopies
+  ) -> record.Recording:
+    return record.Recording(fingerprint.Taken(copies=copies), None, meant, False, where, {})
 
   if not on:
     saver.record_of = nothing

@@ -15,6 +15,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,13 +28,15 @@ from ckpt_jax.integrity import sums
 from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key
 from ckpt_jax.layout.placing import Unplaced
+from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.sharding import Box, box_of, one_device, replicas
-from ckpt_jax.layout.staging import HostCopies, Values, is_on_accelerator, ready
+from ckpt_jax.layout.staging import HostCopies, is_on_accelerator
 from ckpt_jax.layout.structure import Flat
 
 _TASK_NBYTES = 32 << 20  # larger pieces are cut for the threads to share
 _SCALARS = {"bool": np.uint8, "int": np.int64, "float": np.float64, "complex": np.complex128}
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_Pieces = dict[str, list[tuple[Values, tuple[int, ...]]]]  # what returns the values, and the index of the first one
 _Task = tuple[Sequence[str], Callable[[], Tally | list[Tally]]]  # what finds a tally for each path
 
 
@@ -45,8 +48,8 @@ class LeafPrint:
     dtype: numpy's name, Python's for its scalars, `key<impl>` for PRNG keys.
     shape: shape of the leaf.
     total: the sum of its bits (see `sums`).
-    hash: shape of its shards when it was saved, and the sum of their hashes; None if it was saved by a version without
-      hashes.
+    hash: shape of its shards when it was saved, and the sum of their hashes; None if no process had whole shards in
+      host memory, or by a version without hashes.
   """
 
   dtype: str
@@ -62,7 +65,7 @@ class Leaf:
   Attributes:
     dtype, shape: as in `LeafPrint`.
     bits_shape: shape of its bits as unsigned integers: that of the key data, or with the two halves of a complex128.
-    part: shape of its shards, as in `bits_shape`.
+    part: shape of its shards, as in `bits_shape`; None if they are not hashed, since they are saved in parts.
     floats: the dtype if its numbers may be non-finite, else None.
     place: `own` if each process has the whole leaf for itself; `elsewhere` on one device of another process; in
       `shards`.
@@ -73,7 +76,7 @@ class Leaf:
   dtype: str
   shape: tuple[int, ...]
   bits_shape: tuple[int, ...]
-  part: tuple[int, ...]
+  part: tuple[int, ...] | None
   floats: np.dtype | None
   place: str
   copies: int
@@ -89,20 +92,26 @@ class Taken:
 
   Attributes:
     leaves: by path.
-    pieces: what this process has yet to sum of each leaf: what returns the values, and the index of the first one.
+    pieces: what this process has yet to sum of each leaf.
     summed: tallies that are known already.
     own: dtype, shape and hash of each leaf that every process of a job has for itself; empty in one process.
     copies: in host memory, for the writing of the same arrays.
   """
 
   leaves: dict[str, Leaf] = dataclasses.field(default_factory=dict)
-  pieces: dict[str, list[tuple[Values, tuple[int, ...]]]] = dataclasses.field(default_factory=dict)
+  pieces: _Pieces = dataclasses.field(default_factory=dict)
   summed: dict[str, Tally] = dataclasses.field(default_factory=dict)
   own: dict[str, str] = dataclasses.field(default_factory=dict)
   copies: HostCopies = dataclasses.field(default_factory=HostCopies)
 
   def tallies(
-    self, threads: int, *, fingerprint: bool = True, health: bool = True, hashed: Collection[str] | None = None
+    self,
+    threads: int,
+    *,
+    fingerprint: bool = True,
+    health: bool = True,
+    hashed: Collection[str] | None = None,
+    last: bool = False,
   ) -> dict[str, Tally]:
     """Sums, hashes and health of this process's part, by leaf path.
 
@@ -111,20 +120,43 @@ class Taken:
       fingerprint, health: which are wanted.
       hashed: paths of leaves to hash and not to sum, while the others are summed and not hashed; None does both for
         all.
+      last: whether the values are not needed again, so that a ring may use their memory for others.
     """
-    tasks = list(self._tasks(threads, fingerprint, health, hashed))
     out = {path: Tally() for path in self.leaves}
-    for found in (self.summed, *_run(tasks, threads)):
+
+    def add(found: Mapping[str, Tally]) -> None:
       for path, tally in found.items():
         out[path].add(tally)
+
+    add(self.summed)
+    for pieces in self._in_turn():
+      tasks = list(self._tasks(pieces, threads, fingerprint, health, hashed))
+      for found in _run(tasks, threads):
+        add(found)
+      del tasks  # views of the pieces
+      if last:
+        for values, _ in itertools.chain.from_iterable(pieces.values()):
+          values.done()
     return out
 
-  def _tasks(self, threads: int, fingerprint: bool, health: bool, hashed: Collection[str] | None) -> Iterator[_Task]:
-    alike: dict[Any, list[tuple[str, np.ndarray]]] = collections.defaultdict(list)
+  def _in_turn(self) -> list[_Pieces]:
+    """The pieces, those that arrive together in one group."""
+    if not self.copies.in_turn:
+      return [self.pieces]
+    groups: dict[int, _Pieces] = {}
     for path, pieces in self.pieces.items():
+      for values, start in pieces:
+        groups.setdefault(values.turn, {}).setdefault(path, []).append((values, start))
+    return [groups[turn] for turn in sorted(groups)]
+
+  def _tasks(
+    self, of: _Pieces, threads: int, fingerprint: bool, health: bool, hashed: Collection[str] | None
+  ) -> Iterator[_Task]:
+    alike: dict[Any, list[tuple[str, np.ndarray]]] = collections.defaultdict(list)
+    for path, pieces in of.items():
       leaf = self.leaves[path]
       floats = leaf.floats if health else None
-      hash_it = fingerprint and (hashed is None or path in hashed)
+      hash_it = fingerprint and leaf.part is not None and (hashed is None or path in hashed)
       sum_it = fingerprint and (hashed is None or not hash_it)
       for values, start in pieces:
         bits = bits_of(values())
@@ -147,17 +179,26 @@ class Taken:
     return {path for path, hash_ in known.items() if hash_ is not None and hash_[0] == self.leaves[path].part}
 
 
-def take(state: Flat) -> Taken:
+def take(state: Flat, copies: HostCopies | None = None) -> Taken:
   """Views of a state that is about to be saved; of replicated values one copy is counted.
 
   Args:
     state: arrays, PRNG keys, scalars and text.
+    copies: of its arrays, for the writing of the same ones.
   """
   structure, leaves = state.structure, state.leaves
-  taken = _take(structure.names, leaves, structure.once(_describe_arrays, leaves), every_copy=False)
+  copies = HostCopies() if copies is None else copies
+  single, first = jax.process_count() == 1, jax.process_index() == 0
+  described = structure.once(_describe_arrays, leaves)
+  early, rest = copies, leaves
+  if not single:  # copies of their own, since what is summed below must not wait for other pieces to be read
+    own = [leaf is not None and leaf.place == "own" for leaf in described]
+    early, rest = HostCopies(), [leaf for leaf, alone in zip(leaves, own, strict=True) if not alone]
+    early.stage(list(itertools.compress(leaves, own)))
+  copies.stage(rest)
+  taken = _take(structure.names, leaves, described, copies, early)
   # Numpy arrays may be overwritten once `save` returns, and summing them now is faster than a copy. In a job of many
   # each process has its own, of which process 0's is saved.
-  single, first = jax.process_count() == 1, jax.process_index() == 0
   now = {
     path: taken.pieces.pop(path)
     for path, leaf in zip(structure.names, leaves, strict=True)
@@ -167,8 +208,8 @@ def take(state: Flat) -> Taken:
     found = Taken({path: taken.leaves[path] for path in now}, now).tallies(1, hashed=None if first else now)
     taken.summed = found if first else {}
     if not single:
-      described = {path: f"{taken.leaves[path].dtype}{list(taken.leaves[path].shape)}" for path in now}
-      taken.own = {path: f"{of} {found[path].hash:016x}" for path, of in described.items()}
+      labels = {path: f"{taken.leaves[path].dtype}{list(taken.leaves[path].shape)}" for path in now}
+      taken.own = {path: f"{of} {found[path].hash:016x}" for path, of in labels.items()}
   return taken
 
 
@@ -182,25 +223,51 @@ def take_restored(leaves: Mapping[str, Any], saved_as: Mapping[str, str]) -> Tak
     saved_as: dtypes by path, for leaves that may have come back as another type of number (a Python int as int32).
   """
   values = [_as_saved(leaf, saved_as.get(path)) for path, leaf in leaves.items()]
-  return _take(list(leaves), values, [None] * len(values), every_copy=True)
+  copies = HostCopies()
+  copies.stage(values)
+  return _take(list(leaves), values, [None] * len(values), None, copies)
 
 
-def _take(names: Sequence[str], leaves: Sequence[Any], known: Sequence[Leaf | None], every_copy: bool) -> Taken:
-  taken = Taken()
-  taken.copies.stage(leaves, lambda shard: every_copy or shard.replica_id == 0)
+def _take(
+  names: Sequence[str],
+  leaves: Sequence[Any],
+  known: Sequence[Leaf | None],
+  copies: HostCopies | None,
+  own: HostCopies,
+) -> Taken:
+  """Views of leaves.
+
+  Args:
+    names, leaves, known: of each leaf, the description if there is one.
+    copies: of what is about to be saved; None for what was restored.
+    own: of the leaves that each process has for itself, or of all that were restored.
+  """
+  taken = Taken(copies=copies or own)
   for path, values, leaf in zip(names, leaves, known, strict=True):
     if leaf is None:
       values, leaf = _describe(values)
-    if leaf.place == "own":
-      taken.pieces[path] = [(taken.copies.of(values) if isinstance(values, jax.Array) else ready(_only(values)), ())]
-    elif leaf.place == "shards" and not every_copy:
-      shards = [s for s in values.addressable_shards if s.replica_id == 0]
-      taken.pieces[path] = [(taken.copies.of(s.data), tuple([i.start or 0 for i in s.index])) for s in shards]
-    elif leaf.place == "shards":
-      taken.pieces[path], times = _restored_shards(values, taken.copies)
+    if leaf.place == "shards" and copies is None:
+      taken.pieces[path], times = _restored_shards(values, own)
       leaf = dataclasses.replace(leaf, times=times)
+    elif leaf.place == "shards" or (leaf.place == "own" and isinstance(values, jax.Array)):
+      taken.pieces[path], whole = _saved_pieces(values, own if copies is None or leaf.place == "own" else copies)
+      leaf = leaf if whole else dataclasses.replace(leaf, part=None)
+    elif leaf.place == "own":
+      taken.pieces[path] = [(Values(_only(values)), ())]
     taken.leaves[path] = leaf
   return taken
+
+
+def _saved_pieces(array: jax.Array, copies: HostCopies) -> tuple[list[tuple[Values, tuple[int, ...]]], bool]:
+  """Values and first index of the pieces of an array that this process sums, and whether they are whole shards."""
+  if copies.by_piece:
+    shape, pieces = copies.pieces(array)
+    found = [(values, tuple([start for start, _ in box])) for box, values in pieces]
+    return found, shape == array.sharding.shard_shape(array.shape)
+  if one_device(array.sharding) == "here":
+    return [(copies.of(array), ())], True
+  shards = [s for s in array.addressable_shards if s.replica_id == 0]
+  return [(copies.of(s.data), tuple([i.start or 0 for i in s.index])) for s in shards], True
 
 
 def _only(values: np.ndarray | Unplaced) -> np.ndarray:
@@ -214,7 +281,7 @@ def _restored_shards(
   """Values and first index of the shards of this process to sum, and how often each is there."""
   found: list[tuple[Box, Values]]
   if isinstance(array, Unplaced):
-    found = [(box, functools.partial(array.at, box)) for _, box in array.shards()]
+    found = [(box, Values(array.at(box))) for _, box in array.shards()]
   else:
     found = [(box_of(s.index, array.shape), copies.of(s.data)) for s in array.addressable_shards]
   counts = collections.Counter(box for box, _ in found)
@@ -309,6 +376,7 @@ def _cut(bits: np.ndarray, start: tuple[int, ...]) -> list[tuple[np.ndarray, tup
 def _hashed(leaf: Leaf, bits: np.ndarray, start: tuple[int, ...]) -> Tally:
   """Hash of one shard, seeded with the shard's number, so that swapped shards differ."""
   number = 0
+  assert leaf.part is not None
   for begin, size, part in zip(start, leaf.bits_shape, leaf.part, strict=False):  # the halves of complex128 are not cut
     number = number * (size // max(1, part)) + begin // max(1, part)
   return Tally(hash=sums.hash_bits(bits, number))

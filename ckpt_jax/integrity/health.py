@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +16,13 @@ from ckpt_jax.errors import UnhealthyStateError
 from ckpt_jax.integrity.fingerprint import Taken, sum_over_processes
 from ckpt_jax.integrity.sums import Tally
 
-# Larger states in host memory are not checked before `save` goes on: BLAS reads some 30 GB/s.
+# Larger states are not checked before `save` goes on: BLAS reads some 30 GB/s, and a copy from an accelerator has to
+# arrive first. Programs on the device would answer sooner only for large states, and cost 0.1 s for each distinct shape
+# at the first save.
 BEFORE_SAVE_NBYTES = 64 << 20
 _MAX_GROUPS = 64
 _MAX_NAMED = 10
+FOUND = "the state holds non-finite numbers"
 JUMP = 10.0  # a norm so many times the median of the steps before is logged
 
 
@@ -59,6 +63,11 @@ class Health:
     norms = {group: norm if math.isfinite(norm) else None for group, norm in self.norms.items()}
     return {"healthy": self.healthy, "nonfinite": self.nonfinite, "norms": norms}
 
+  @property
+  def part(self) -> dict[str, Any]:
+    """What `from_parts` makes the whole of; JSON, with Python's infinities."""
+    return {"nonfinite": self.nonfinite, "nan": self.nan, "norms": self.norms}
+
   def error(self, where: str) -> UnhealthyStateError:
     """The error of `health.nonfinite: refuse`, naming the leaves."""
     unexpected = self.unexpected
@@ -66,7 +75,7 @@ class Health:
     if len(unexpected) > _MAX_NAMED:
       named.append(f"and {len(unexpected) - _MAX_NAMED} more leaves")
     return UnhealthyStateError(
-      f"{where} was not saved: the state holds non-finite numbers ({', '.join(named)}). Go back with "
+      f"{where} was not saved: {FOUND} ({', '.join(named)}). Go back with "
       "restore(healthy=True), or save it all the same with health: {nonfinite: tag}"
     )
 
@@ -78,7 +87,7 @@ class Health:
 
 
 def from_tallies(tallies: Mapping[str, Tally]) -> Health:
-  """The health of a state, given the totals of all leaves."""
+  """The health of a state, or of one process's part of it, given the totals of all leaves."""
   nonfinite = {path: t.nonfinite for path, t in tallies.items() if t.nonfinite}
   nan = {path: tallies[path].nan for path in nonfinite if tallies[path].nan}
   squares: dict[str, float] = {}
@@ -90,22 +99,10 @@ def from_tallies(tallies: Mapping[str, Tally]) -> Health:
   return Health(nonfinite, {group: math.sqrt(s) for group, s in squares.items() if s}, nan)
 
 
-def before_save(taken: Taken, nbytes: int, *, always: bool) -> Health | None:
-  """The health of a state that is about to be saved, on every process; None if training would wait too long for it.
-
-  All processes call it alike. In jobs of many processes it is always found: a decision to abort a write that all have
-  begun would have to travel.
-
-  Args:
-    taken: views of the state.
-    nbytes: size of the state, over all processes.
-    always: find it however long it takes.
-  """
-  alone = jax.process_count() == 1
-  if alone and not always and nbytes > BEFORE_SAVE_NBYTES:
-    return None
-  tallies = taken.tallies(2, fingerprint=False)
-  if alone:
+def before_save(taken: Taken) -> Health:
+  """The health of a state that is about to be saved, on every process. All processes call it alike."""
+  tallies = taken.tallies(2, fingerprint=False, last=taken.copies.in_turn)
+  if jax.process_count() == 1:
     return from_tallies(tallies)
   rows = [[t.nonfinite, t.nan, t.squares] for t in tallies.values()]
   mine = np.array(rows, np.float64).reshape(len(rows), 3)
@@ -115,6 +112,20 @@ def before_save(taken: Taken, nbytes: int, *, always: bool) -> Health | None:
     for path, (nonfinite, nan, squares) in zip(tallies, totals, strict=True)
   }
   return from_tallies(found)
+
+
+def from_parts(parts: Iterable[Mapping[str, Any]]) -> Health:
+  """The health of a state, given that of each process's part as `Health.part`."""
+  nonfinite: collections.Counter[str] = collections.Counter()
+  nan: collections.Counter[str] = collections.Counter()
+  squares: collections.Counter[str] = collections.Counter()
+  for part in parts:
+    nonfinite.update(part["nonfinite"])
+    nan.update(part["nan"])
+    for group, norm in part["norms"].items():
+      squares[group] += norm**2
+  norms = {group: math.sqrt(s) for group, s in squares.items()}
+  return Health(dict(nonfinite), norms, dict(nan))
 
 
 def jumps(norms: Mapping[str, float], before: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -62,12 +62,21 @@ class Meant:
     self._seen: set[str] = set()  # leaves that were saved, and whose notes are known
     self._old: epath.Path | None = None  # a step without notes, for the leaves that are not in `_seen`
 
-  def judge(self, health: Health) -> Health:
-    """Adds what is meant to be there to the health of a state before it is saved. All processes call it alike."""
+  def judge(self, health: Health, *, alone: bool = False) -> Health:
+    """Adds what is meant to be there to the health of a state before it is committed.
+
+    Args:
+      health: of the whole state.
+      alone: only process 0 calls it; else all processes call it alike.
+    """
     if not health.nonfinite:
       return health
     paths = sorted(health.nonfinite)
-    numbers = self._decide(lambda: [n for path in paths for n in self._allowed(path, health)])
+
+    def allowed() -> list[int]:
+      return [n for path in paths for n in self._allowed(path, health)]
+
+    numbers = allowed() if alone else self._decide(allowed)
     meant = dict(zip(paths, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
     return dataclasses.replace(health, meant=meant)
 

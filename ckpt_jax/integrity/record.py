@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,20 +28,23 @@ from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
 from ckpt_jax.integrity.meant import Meant
 from ckpt_jax.integrity.sums import MASK
+from ckpt_jax.job.rendezvous import PeerFailedError
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents, packing
 from ckpt_jax.layout.handler import PyTreeHandler
-from ckpt_jax.layout.staging import HostCopies
+from ckpt_jax.layout.staging import HostCopies, has_accelerators
 from ckpt_jax.layout.structure import Flat, flatten
 from ckpt_jax.orbax.format import ARRAY_METADATAS, DEFAULT_ITEM, ITEM_METADATA, SHARDINGS, STEP_METADATA, TEXTS
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.checksums import FILE_KEY, is_intact_file, with_file_digest
 from ckpt_jax.run.steps import RECORD, our_item, our_metadata
 from ckpt_jax.storage import look
+from ckpt_jax.tuning.profile import usable_cores
 
 _log = logging.getLogger(__name__)
 FILE = RECORD
 _FORMAT = 1
+_SUMMING_THREADS = 8  # XXH3 reads 48 GB/s of pinned memory with as many
 # Files that a restore depends on, compared before it reads.
 _NEEDED = (ITEM_METADATA, SHARDINGS, TEXTS, packing.INDEX)
 
@@ -79,28 +82,45 @@ class Recording:
     """Sums and hashes the state; takes as long as reading it from memory a few times.
 
     Raises:
-      UnhealthyStateError: if the state is unhealthy and `refuse` is set.
+      UnhealthyStateError: see `complete`.
     """
-    tallies = self.taken.tallies(1, health=self.health is None)
+    try:
+      tallies = self.taken.tallies(self.threads, health=self.health is None, last=True)
+    except BaseException as e:
+      self.taken.copies.ring.close(e)  # what writes the state must not wait for it to be summed
+      raise
     self.taken.pieces.clear()  # the state's buffers are free again
     self.part = {
       "totals": {path: tally.total for path, tally in tallies.items()},
       "hashes": {path: tally.hash for path, tally in tallies.items()},
+      "health": health_checks.from_tallies(tallies).part if self.health is None else {},
       "own": self.taken.own,
       "writes": self.writes,
     }
-    if jax.process_count() > 1:
-      return
-    if self.health is None:
-      self.health = self.meant.judge(health_checks.from_tallies(tallies))
-      if self.refuse and not self.health.healthy:
-        raise self.health.error(self.where)
-    self.complete([])  # now, while the arrays are still being written
+    if jax.process_count() == 1:
+      self.complete([])  # now, while the arrays are still being written
 
-  def complete(self, others: Iterable[dict[str, Any]]) -> None:
-    """Makes `prints_json`, given the parts of the other processes."""
+  @property
+  def threads(self) -> int:
+    """How many sum up. On a CPU training wants the others."""
+    return min(_SUMMING_THREADS, max(1, usable_cores() // 2)) if has_accelerators() else 1
+
+  def complete(self, others: Sequence[dict[str, Any]]) -> None:
+    """Judges the state, unless that was done before the save, and makes `prints_json`.
+
+    Args:
+      others: the parts of the other processes.
+
+    Raises:
+      UnhealthyStateError: if the state is unhealthy and `refuse` is set.
+    """
     if self.prints_json:
       return
+    if self.health is None:
+      parts = [part["health"] for part in (self.part, *others)]
+      self.health = self.meant.judge(health_checks.from_parts(parts), alone=True)
+      if self.refuse and not self.health.healthy:
+        raise self.health.error(self.where)
     totals: collections.Counter[str] = collections.Counter()
     hashes: collections.Counter[str] = collections.Counter()
     for part in (self.part, *others):
@@ -109,7 +129,9 @@ class Recording:
     leaves = self.taken.leaves
     prints = {path: [leaf.dtype, leaf.shape, f"{totals[path] & MASK:016x}"] for path, leaf in leaves.items()}
     # Apart from the leaves, which versions without hashes read too.
-    hashed = {path: [leaf.part, f"{hashes[path] & MASK:016x}"] for path, leaf in leaves.items()}
+    hashed = {
+      path: [leaf.part, f"{hashes[path] & MASK:016x}"] for path, leaf in leaves.items() if leaf.part is not None
+    }
     self.prints_json = f'"leaves": {json.dumps(prints)}, "hashes": {json.dumps(hashed)}'
 
   def write(self, directory: epath.Path) -> None:
@@ -148,7 +170,9 @@ class Recording:
       )
 
 
-def record_of(state: Any | Flat, nbytes: int, nonfinite: str, where: str, meant: Meant) -> Recording:
+def record_of(
+  state: Any | Flat, nbytes: int, nonfinite: str, where: str, meant: Meant, copies: HostCopies
+) -> Recording:
   """The record of a state that is about to be saved. All processes call it alike.
 
   Args:
@@ -157,12 +181,19 @@ def record_of(state: Any | Flat, nbytes: int, nonfinite: str, where: str, meant:
     nonfinite: `health.nonfinite`.
     where: run and step, for messages.
     meant: the non-finite numbers that are meant to be there.
+    copies: in which the state is staged.
 
   Raises:
     UnhealthyStateError: if the state is found to be unhealthy before the save and `nonfinite` is `refuse`.
   """
-  taken = take(flatten(state))
-  known = None if nonfinite == "ignore" else health_checks.before_save(taken, nbytes, always=nonfinite == "tag")
+  flat = flatten(state)
+  before = nonfinite == "tag" or (nonfinite == "refuse" and nbytes <= health_checks.BEFORE_SAVE_NBYTES)
+  known = None
+  if before and copies.in_turn:  # what does not fit into host memory is read twice
+    known = health_checks.before_save(take(flat, copies.again(copies.ring.limit)))
+  taken = take(flat, copies)
+  if before and known is None:
+    known = health_checks.before_save(taken)
   if known is not None:
     known = meant.judge(known)
     if not known.healthy:
@@ -195,9 +226,9 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
   async def async_save(self, directory: epath.Path, args: RecordedSave) -> list[ocp.future.Future]:  # type: ignore[override]
     """See Orbax's; sums the state in the background, once enough of the arrays is queued."""
     self._recording = args.recording
-    taken = args.recording.taken
-    self._inner.copies, taken.copies = taken.copies, HostCopies()  # kept no longer than until they are used
+    self._inner.copies = args.recording.taken.copies
     futures = await self._inner.async_save(directory, args=args.args)
+    args.recording.taken.copies.settled()
     args.recording.writes = self._inner.writes
     write = ocp.future.CommitFutureAwaitingContractedSignals(
       self._sum_up(args.recording, directory), name="ckpt_jax_record"
@@ -229,12 +260,12 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     recording.written()
     others = _read_parts(directory)
     recording.check_own(others)
+    recording.complete(others)
     writers = [process for process, part in enumerate([recording.part, *others]) if part["writes"]]
     databases.check_written(directory, writers)
     self._inner.finalize(directory)
     if writers:
       databases.check_merged(directory)
-    recording.complete(others)
     recording.write(directory)
     for process in range(1, jax.process_count()):
       _part(directory, process).unlink()
@@ -367,5 +398,7 @@ def carry_record(old: epath.Path, new: epath.Path) -> None:
 def is_unhealthy(error: BaseException | None) -> UnhealthyStateError | None:
   """The refusal of an unhealthy state among the causes of an error."""
   while error is not None and not isinstance(error, UnhealthyStateError):
+    if isinstance(error, PeerFailedError) and health_checks.FOUND in str(error):  # process 0 has refused it for all
+      return UnhealthyStateError(str(error).split(": ", 2)[-1])
     error = error.__cause__ or error.__context__
   return error

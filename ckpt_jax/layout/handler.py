@@ -14,8 +14,9 @@ from etils import epath
 from ckpt_jax.config import Config, LayoutConfig
 from ckpt_jax.layout import packing, writing
 from ckpt_jax.layout.encoding import is_prng_key
+from ckpt_jax.layout.ring import Ring, Values
 from ckpt_jax.layout.splitting import Small, split
-from ckpt_jax.layout.staging import HostCopies, Values
+from ckpt_jax.layout.staging import Division, HostCopies
 from ckpt_jax.layout.text import TextHandler
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import SHARDINGS
@@ -24,28 +25,21 @@ _QUEUE_S = 2.0  # the most that other work waits for the writes to be queued
 _ParamInfos = Sequence[ocp.type_handlers.ParamInfo]
 
 
-def pytree_handler(config: Config, *, chunk_nbytes: int | None = None) -> PyTreeHandler:
-  """The handler that writes the state of a step.
-
-  Args:
-    config: the settings.
-    chunk_nbytes: bytes that may be in host memory at a time while saving, at least the largest shard; None copies all
-      at once.
-  """
+def pytree_handler(config: Config) -> PyTreeHandler:
+  """The handler that writes the state of a step."""
   layout, limits = config.layout, config.limits
   types = ocp.type_handlers
   ours: dict[Any, Any] = {jax.Array: ArrayHandler(layout), str: TextHandler()}
   by_type = {kind: ours.get(kind) or types.get_type_handler(kind) for kind in types.supported_types()}
   return PyTreeHandler(
     ours[jax.Array],
-    pack=layout.pack == "on" and chunk_nbytes is None,  # in chunks, Orbax writes by itself
+    pack=layout.pack == "on",
     # Trained weights shrink by 8% under zstd and the commit takes 2.3 times as long, so auto means off.
     use_compression=layout.compression == "on",
     # The target size of data files is honoured by zarr3 only.
     use_zarr3=layout.target_file_size != "auto",
     # Unlimited, Orbax writes in one OCDBT transaction, which keeps every chunk until the commit.
-    save_concurrent_gb=_gigabytes(chunk_nbytes or limits.save_concurrency),
-    save_device_host_concurrent_gb=_gigabytes(chunk_nbytes or "auto"),
+    save_concurrent_gb=_gigabytes(limits.save_concurrency),
     type_handler_registry=types.create_type_handler_registry(*by_type.items()),
   )
 
@@ -59,7 +53,7 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
 
   def __init__(self, arrays: ArrayHandler, *, pack: bool, **options: Any):
     super().__init__(**options)
-    self.copies = HostCopies()
+    self.copies = HostCopies(arrays.division)
     self._arrays = arrays
     self._pack = pack
     self._small: Small | None = None
@@ -73,12 +67,12 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
     """See Orbax's."""
     packed: Sequence[jax.Array] = []
     self._small = None
-    if self._pack and (parts := split(args.item)) is not None:
+    if self._pack and not self.copies.in_turn and (parts := split(args.item)) is not None:  # slabs are read in one go
       rest, packed, self._small = parts
       args = dataclasses.replace(args, item=rest)
     self._has_arrays = any(not isinstance(leaf, str) for leaf in jax.tree.leaves(args.item))
     self._arrays.prepare(packed, self._small, self.copies)
-    self.copies = HostCopies()
+    self.copies = HostCopies(self._arrays.division)
     return await super().async_save(directory, item, save_args, args)
 
   @property
@@ -106,6 +100,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
   """Orbax's handler of jax arrays, which writes them by `writing`; reading is the business of `values`.
 
   Attributes:
+    division: how replicas divide what they hold.
     writes: whether this process writes a part of the last arrays.
     writer: of the last arrays; None if Orbax wrote them.
   """
@@ -120,6 +115,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       min_slice_bytes_for_replica_parallel=self._slice_nbytes,
       array_metadata_store=self._store,
     )
+    self.division = Division(private.uses_replica_parallel(self), self._slice_nbytes)
     self.writes = False
     self.writer: writing.Writer | None = None
     self._memory = writing.SlabMemory()
@@ -149,7 +145,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       4. Arrays that `prepare` announced are written side by side into a slab (see `packing`).
       5. The shardings and the array metadata are each written as one file in one go.
       6. A failed write is waited for before the error is raised: nothing is written once a save counts as ended.
-    Saving in chunks, items without OCDBT and casts go through Orbax's.
+    Items without OCDBT and casts go through Orbax's.
     """
     args = args or [ocp.SaveArgs()] * len(values)
     packed, small, copies = self._packed, self._small, self._copies
@@ -160,34 +156,33 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
         arg if arg.chunk_byte_size else dataclasses.replace(arg, chunk_byte_size=self._chunk_nbytes) for arg in args
       ]
     first = infos[0]
-    chunked = getattr(first.device_host_byte_limiter, "max_bytes", None) is not None
-    if chunked or not first.is_ocdbt_checkpoint or any(arg.dtype is not None for arg in args):
+    if not first.is_ocdbt_checkpoint or any(arg.dtype is not None for arg in args):
       assert small is None
       return await super().serialize(values, infos, args)  # type: ignore[arg-type]
     impls = {info.name: str(jax.random.key_impl(v)) for v, info in zip(values, infos, strict=True) if is_prng_key(v)}
     arrays = [jax.random.key_data(v) if is_prng_key(v) else v for v in values]
-    replica_parallel = private.uses_replica_parallel(self)
-    written = writing.on_host(
-      arrays, infos, args, copies, replica_parallel=replica_parallel, slice_nbytes=self._slice_nbytes
-    )
+    written = writing.on_host(arrays, infos, args, copies)
     pieces = writing.small_on_host(packed, small.turns, copies) if small else []
+    copies.settled()
     self.writes = any(array.pieces for array in written) or bool(small and small.slab.nbytes)
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 and not copies.in_turn:
       written = [array.joined() for array in written]
+    bounds = [n for n in (getattr(first.byte_limiter, "max_bytes", None), copies.ring.limit) if n is not None]
     self.writer = writing.Writer(
       first.ts_context,  # two contexts would be two databases that do not know of each other
-      getattr(first.byte_limiter, "max_bytes", None),
+      min(bounds, default=None),
       process=jax.process_index(),
       compressed=bool(first.use_compression),
       memory=self._memory,
     )
     shardings = {info.name: array.sharding for info, array in zip(infos, arrays, strict=True)}
-    save = self._write(self.writer, written, pieces, small, shardings, impls)
+    save = self._write(self.writer, copies.ring, written, pieces, small, shardings, impls)
     return [ocp.future.CommitFutureAwaitingContractedSignals(save, name="ckpt_jax_arrays")]
 
   async def _write(
     self,
     writer: writing.Writer,
+    ring: Ring,
     written: Sequence[writing.Written],
     pieces: Sequence[Values],
     small: Small | None,
@@ -211,11 +206,17 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       if small is not None:
         _ = small.entries  # made here, where nobody waits for them
       await bulk
-    except BaseException:
+    except BaseException as e:
       writer.stop.set()
+      ring.close(e)
       await asyncio.wait([bulk])
       _ = bulk.cancelled() or bulk.exception()  # else asyncio would log it
       raise
+
+
+def division_of(layout: LayoutConfig) -> Division:
+  """How replicas divide what they hold under a configuration."""
+  return ArrayHandler(layout).division
 
 
 def _write_shardings(item: epath.Path, *objects: str) -> None:

@@ -54,17 +54,31 @@ def measured_link() -> Link | None:
 
   The devices need 32 MiB each meanwhile. None if they do not have them.
   """
-  devices = jax.local_devices()
-  key = f"{_VERSION} {jax.__version__} {len(devices)} {devices[0].device_kind}"
-  if (known := recall("link", key)) is not None:
-    return Link(**known)
+  if (known := known_link()) is not None:
+    return known
   try:
-    found = _measure(devices)
+    found = _measure(jax.local_devices())
   except Exception as e:  # a full device, as a rule; what waits for the figures goes on without
     _log.info("the link between devices and host was not measured: %s: %s", type(e).__name__, e)
     return None
-  remember("link", key, dataclasses.asdict(found))
+  remember("link", _key(), dataclasses.asdict(found))
   return found
+
+
+def known_link() -> Link | None:
+  """What was measured on this host, if anything."""
+  known = recall("link", _key())
+  return None if known is None else Link(**known)
+
+
+def _key() -> str:
+  devices = jax.local_devices()
+  return f"{_VERSION} {jax.__version__} {len(devices)} {devices[0].device_kind}"
+
+
+def has_pinned(device: jax.Device) -> bool:
+  """Whether a device can use pinned host memory."""
+  return PINNED in {memory.kind for memory in device.addressable_memories()}
 
 
 @transfers_asked_for()
@@ -75,7 +89,7 @@ def _measure(devices: Sequence[jax.Device]) -> Link:
   arrays, _ = _timed(lambda: jax.device_put(hosts, homes))
   to_pinned = from_pinned = first = None
   places = homes
-  if all(PINNED in {memory.kind for memory in device.addressable_memories()} for device in devices):
+  if all(map(has_pinned, devices)):
     places = [home.with_memory_kind(PINNED) for home in homes]
     pinned, first_s = _timed(lambda: jax.device_put(arrays, places))
     to_pinned = nbytes / _best(lambda: jax.device_put(arrays, places))

@@ -25,8 +25,8 @@ from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.layout.encoding import dtype_name
 from ckpt_jax.layout.keys import SLABS
 from ckpt_jax.layout.memory import ALIGNMENT, unaligned_empty
+from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.sharding import Box, intersection, shape_of, within
-from ckpt_jax.layout.staging import Values
 from ckpt_jax.storage import look
 
 INDEX = "ckpt_jax_pack.json"

@@ -1,28 +1,62 @@
 """Host copies of a state's arrays, for as long as a save writes and sums them.
 
-On a CPU there is nothing to copy: a view of jax's memory keeps it from being reused. From an accelerator all arrays of
-a save go to pinned host memory in one batched transfer, which returns at once: what donates the arrays afterwards waits
-for it on the device. 901 leaves of 2.95 GB took 0.04 s to dispatch and 0.1 s to arrive on an H200, and 0.9 s one by one
-through pageable memory.
+On a CPU there is nothing to copy: a view of jax's memory keeps it from being reused. From an accelerator all pieces
+that this process writes go to pinned host memory in one batched transfer, which returns at once: what donates the
+arrays afterwards waits for it on the device. 901 leaves of 2.95 GB took 0.04 s to dispatch and 0.1 s to arrive on an
+H200, and 0.9 s one by one through pageable memory. What does not fit into host memory goes through a ring (see `ring`).
 """
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+import math
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 
+from ckpt_jax.errors import ConfigError
 from ckpt_jax.layout.encoding import is_prng_key
-from ckpt_jax.layout.sharding import Box, box_of
+from ckpt_jax.layout.link import PINNED, has_pinned, known_link, pageable
+from ckpt_jax.layout.ring import Copy, Cut, Part, Ring, Values
+from ckpt_jax.layout.sharding import Box, box_of, one_device, whole_box
+from ckpt_jax.orbax import private
 
-_PINNED = "pinned_host"
-_HOST_KINDS = (_PINNED, "unpinned_host")
-Values = Callable[[], np.ndarray]
+_HOST_KINDS = (PINNED, "unpinned_host")
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+_COPYING_THREADS = 8  # for what is in host memory already
 as_accelerators = False  # tests: devices of a CPU count as accelerators
+# The pieces of an array that this process writes: their shape, which all processes share, and box and values of each.
+Pieces = tuple[tuple[int, ...], tuple[tuple[Box, Values], ...]]
+# The same before the transfer: box, single-device array and the part of it.
+_Planned = tuple[tuple[int, ...], list[tuple[Box, jax.Array, Cut | None]]]
+
+
+def has_accelerators() -> bool:
+  """Whether states are in the memory of accelerators, as a rule."""
+  return as_accelerators or jax.default_backend() != "cpu"
+
+
+def pinned_limit() -> int | None:
+  """Bytes of pinned memory that XLA gives this process; None if it sets no limit.
+
+  Raises:
+    ConfigError: if the variable is no whole number, at which XLA would end the process.
+  """
+  if jax.default_backend() != "gpu" and not as_accelerators:
+    return None
+  text = os.environ.get(PINNED_LIMIT, "64")
+  try:
+    return int(text) * 2**30
+  except ValueError:
+    raise ConfigError(f"{PINNED_LIMIT}={text!r}: XLA takes a whole number of GiB") from None
 
 
 def is_on_accelerator(array: Any) -> bool:
@@ -46,64 +80,259 @@ def belongs_to_accelerators(sharding: jax.sharding.Sharding) -> bool:
   return _is_of_accelerators(sharding, as_accelerators)
 
 
-class HostCopies:
-  """Values of single-device arrays in host memory: views on a CPU, else copies that may still be on their way.
+@dataclasses.dataclass(frozen=True)
+class Division:
+  """How replicas divide what they save, as Orbax's ArrayHandler takes it.
 
-  An object serves one save, and holds the arrays while it lives: an array's id may be used again after it.
+  Attributes:
+    replica_parallel: each replica saves a part of its shard.
+    slice_nbytes: the smallest such part.
   """
 
-  def __init__(self) -> None:
-    self._found: dict[int, tuple[jax.Array, Values]] = {}
-    self._turns = itertools.count()
-    self._nothing_to_copy = jax.default_backend() == "cpu" and not as_accelerators
+  replica_parallel: bool = False
+  slice_nbytes: int | None = None
 
-  def stage(self, leaves: Sequence[Any], wanted: Callable[[jax.Shard], bool] = lambda shard: True) -> None:
-    """Starts to copy shards from accelerators in one transfer; other leaves, and typed PRNG keys, are left alone.
 
-    Of a shard that several devices of this process hold, one is copied. The devices take turns.
+class HostCopies:
+  """The pieces of arrays that this process saves, in host memory: views on a CPU, else copies on their way there.
+
+  An object serves one save, or one pass over what was restored. It holds the arrays until `settled`, since an array's
+  id may be used again after it.
+
+  Attributes:
+    ring: what brings the copies.
+  """
+
+  def __init__(self, division: Division | None = None, limit: int | None = None):
+    """Copies nothing yet.
 
     Args:
-      leaves: of a state.
-      wanted: which of their shards.
+      division: how replicas divide what they save; None for all that this process holds, once.
+      limit: bytes that may be in host memory at a time; None for any number.
     """
-    if self._nothing_to_copy:
+    self._division = division
+    self._on_cpu = not has_accelerators()
+    self.ring = Ring(_send_views if self._on_cpu else _send, limit)
+    self._plans: dict[int, tuple[jax.Array, _Planned]] = {}
+    self._pieces: dict[int, tuple[jax.Array, Pieces]] = {}
+    self._whole: dict[int, tuple[jax.Array, Values]] = {}  # of single-device arrays
+    self._devices_take_turns = itertools.count()
+
+  @property
+  def in_turn(self) -> bool:
+    """Whether they have to be read wave by wave, see `ring`."""
+    return self.ring.limit is not None
+
+  @property
+  def views_in_turn(self) -> bool:
+    """Whether a ring holds views: the arrays themselves then take the memory that is short."""
+    return self.in_turn and self._on_cpu
+
+  @property
+  def by_piece(self) -> bool:
+    """Whether what is written is what should be summed, since other values would be copied for the sums alone."""
+    return self.in_turn or not self._on_cpu
+
+  def again(self, limit: int | None) -> HostCopies:
+    """Copies of the same arrays, for one more pass over them or under another limit."""
+    other = HostCopies(self._division, limit)
+    other._plans |= self._plans
+    return other
+
+  def nbytes(self, leaves: Sequence[Any]) -> int:
+    """Bytes of what this process saves of jax arrays."""
+    arrays = _arrays(leaves)
+    plans = self._planned(arrays)
+    return sum(
+      len(parts) * math.prod(shape) * x.dtype.itemsize for x, (shape, parts) in zip(arrays, plans, strict=True)
+    )
+
+  def stage(self, leaves: Sequence[Any]) -> None:
+    """Starts to copy what this process saves of jax arrays: all of it, or what fits into the ring.
+
+    What the user keeps in pinned memory is copied too: an update that donates it would overwrite a view. On a CPU
+    without a ring there is nothing to do.
+    """
+    if not self.by_piece:
       return
-    sources: list[jax.Array] = []
-    copies: list[list[jax.Array]] = []
-    for leaf in leaves:
-      if not is_on_accelerator(leaf) or is_prng_key(leaf):
-        continue
-      by_box: dict[Box, list[jax.Shard]] = {}
-      for shard in leaf.addressable_shards:
-        by_box.setdefault(box_of(shard.index, leaf.shape), []).append(shard)
-      for shards in by_box.values():
-        if id(shards[0].data) not in self._found and any(map(wanted, shards)):
-          sources.append(shards[next(self._turns) % len(shards)].data)
-          # jax may make an array of its own of the only shard of one.
-          copies.append([shard.data for shard in shards] + [leaf] * (len(leaf.sharding.device_set) == 1))
-    if not sources:
-      return
-    kinds = [source.sharding.with_memory_kind(_PINNED) for source in sources]
-    for same, pinned in zip(copies, jax.device_put(sources, kinds), strict=True):
-      values = functools.partial(np.asarray, pinned)  # a view of pinned memory, once the copy has arrived
-      self._found |= {id(array): (array, values) for array in same}
+    arrays = [
+      x for x in _arrays(leaves) if id(x) not in self._pieces and (self._on_cpu or belongs_to_accelerators(x.sharding))
+    ]
+    for array, plan in zip(arrays, self._planned(arrays), strict=True):
+      self._pieces.setdefault(id(array), (array, self._queued(array, plan)))
+    self.ring.start()
+
+  def pieces(self, array: jax.Array) -> Pieces:
+    """What this process saves of an array, for one more reader, who says `Values.done` of each piece."""
+    if self.by_piece and array.size and (self._on_cpu or belongs_to_accelerators(array.sharding)):
+      self.stage([array])
+      shape, found = self._pieces[id(array)][1]
+      for _, values in found:
+        values.begin()
+      return shape, found
+    shape, parts = self._planned([array])[0]
+    return shape, tuple(
+      [(box, self.of(shard) if cut is None else Values(self.of(shard)()[cut])) for box, shard, cut in parts]
+    )
 
   def of(self, array: jax.Array) -> Values:
-    """A function that returns the values of a single-device array, when they have arrived."""
-    known = self._found.get(id(array))
-    if known is not None:
-      return known[1]
-    if self._nothing_to_copy or not is_on_accelerator(array):
-      values = ready(_view(array))
-      self._found[id(array)] = array, values
-      return values
-    self.stage([array])
-    return self._found[id(array)][1]
+    """The values of a single-device array, for one more reader."""
+    if id(array) not in self._whole:
+      if self.by_piece and array.size and (self._on_cpu or belongs_to_accelerators(array.sharding)):
+        return self.pieces(array)[1][0][1]
+      self._whole[id(array)] = array, Values(_view(array))
+    values = self._whole[id(array)][1]
+    values.begin()
+    return values
+
+  def settled(self) -> None:
+    """Forgets the arrays: all readers have their pieces."""
+    for known in (self._plans, self._pieces, self._whole):
+      known.clear()
+
+  def _planned(self, arrays: Sequence[jax.Array]) -> list[_Planned]:
+    several = [x for x in arrays if id(x) not in self._plans and one_device(x.sharding) is None]
+    if (how := self._division) is None:
+      found = [_held(x) for x in several]
+    else:
+      found = private.replica_slices(several, how.replica_parallel, how.slice_nbytes)
+    self._plans |= {id(x): (x, plan) for x, plan in zip(several, found, strict=True)}
+    return [
+      self._plans[id(x)][1] if id(x) in self._plans else (x.shape, [(whole_box(x.shape), x, None)]) for x in arrays
+    ]
+
+  def _queued(self, array: jax.Array, plan: _Planned) -> Pieces:
+    """Queues what is planned of an array, in finer pieces if one would take more than half of the ring.
+
+    A shard that this process writes all of, from one device or several, is sent whole: no program has to cut it.
+    """
+    shape, parts = plan
+    most = math.inf if self.ring.limit is None else self.ring.limit // 2
+    itemsize = array.dtype.itemsize
+    shape, parts = _finer(shape, parts, itemsize, most)
+    nbytes = math.prod(shape) * itemsize
+    shards: dict[Box, list[jax.Array]] = {whole_box(array.shape): [array]}
+    if one_device(array.sharding) is None:
+      shards.clear()
+      for shard in array.addressable_shards:
+        shards.setdefault(box_of(shard.index, array.shape), []).append(shard.data)
+    alike = {id(one): same for same in shards.values() for one in same}
+    here = collections.Counter(id(alike[id(shard)][0]) for _, shard, _ in parts)
+    pieces: list[tuple[Box, Values]] = []
+    for box, shard, cut in parts:
+      same = alike[id(shard)]
+      complete = here[id(same[0])] * nbytes >= shard.size * itemsize
+      if cut is not None and not (complete and shard.size * itemsize <= most):
+        pieces.append((box, self.ring.add(shard, cut, nbytes)))
+        continue
+      if id(same[0]) not in self._whole:
+        sender = same[next(self._devices_take_turns) % len(same)]
+        copy = self.ring.add(sender, None, shard.size * itemsize)
+        self._whole |= {id(one): (one, copy) for one in same}
+      values = self._whole[id(same[0])][1]
+      pieces.append((box, values if cut is None else Part(values, cut)))
+    return shape, tuple(pieces)
 
 
-def ready(array: np.ndarray) -> Values:
-  """`Values` that are there already."""
-  return lambda: array
+def _held(array: jax.Array) -> _Planned:
+  shards = {box_of(s.index, array.shape): s.data for s in array.addressable_shards}
+  return array.sharding.shard_shape(array.shape), [(box, shard, None) for box, shard in shards.items()]
+
+
+def _arrays(leaves: Sequence[Any]) -> list[jax.Array]:
+  """The jax arrays among leaves of which this process has values; of typed PRNG keys their words."""
+  found = [x for x in leaves if isinstance(x, jax.Array) and x.size > 0 and x.sharding.addressable_devices]
+  return [jax.random.key_data(x) if is_prng_key(x) else x for x in found]
+
+
+def _finer(
+  shape: tuple[int, ...], parts: list[tuple[Box, jax.Array, Cut | None]], itemsize: int, nbytes: float
+) -> _Planned:
+  """Cuts pieces of a shape into equal ones of at most half of `nbytes`, if they are larger than that."""
+  if math.prod(shape) * itemsize <= max(nbytes, itemsize):
+    return shape, parts
+  axis, size = _slice_of(shape, int(nbytes / 2 / itemsize))
+  finer: list[tuple[Box, jax.Array, Cut | None]] = []
+  for box, shard, cut in parts:
+    whole = _bounds(cut, shard.shape)
+    for at in range(0, shape[axis], size):
+      inner, outer = whole[axis].start + at, box[axis][0] + at
+      finer.append(
+        (
+          (*box[:axis], (outer, outer + size), *box[axis + 1 :]),
+          shard,
+          (*whole[:axis], slice(inner, inner + size), *whole[axis + 1 :]),
+        )
+      )
+  return _finer((*shape[:axis], size, *shape[axis + 1 :]), finer, itemsize, nbytes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _slice_of(shape: tuple[int, ...], most: int) -> tuple[int, int]:
+  """An axis, and a divisor of its size, that cut slices of at most `most` elements, and as large as possible.
+
+  If one axis is not enough, the longest one is cut into single rows.
+  """
+  found = []
+  for axis, n in enumerate(shape):
+    row = math.prod(shape) // n
+    divisors = (d for small in range(1, math.isqrt(n) + 1) if n % small == 0 for d in (small, n // small))
+    size = max((d for d in divisors if d * row <= most), default=0)
+    found.append((size * row, n, axis, max(size, 1)))
+  *_, axis, size = max(found)
+  return axis, size
+
+
+def _bounds(cut: Cut | None, shape: tuple[int, ...]) -> Cut:
+  """A cut with the bounds in each dimension."""
+  given = (*(cut or ()), *[slice(None)] * len(shape))
+  return tuple([slice(*s.indices(n)[:2]) for s, n in zip(given, shape, strict=False)])
+
+
+def _send_views(copies: Sequence[Copy]) -> None:
+  for copy in copies:
+    assert copy.source is not None
+    view = _view(copy.source)
+    copy.found = view if copy.cut is None else view[copy.cut]
+
+
+def _send(copies: Sequence[Copy]) -> None:
+  """Starts to copy from accelerators: to pinned memory, where it is there and not known to be slower."""
+  kinds = [(copy, copy.source, copy.source.sharding.memory_kind) for copy in copies if copy.source is not None]
+  offloaded = [(copy, source) for copy, source, kind in kinds if kind in _HOST_KINDS]
+  resident = [(copy, source) for copy, source, kind in kinds if kind not in _HOST_KINDS]
+  if offloaded:
+    with concurrent.futures.ThreadPoolExecutor(_COPYING_THREADS) as pool:
+      views = pool.map(lambda entry: np.array(_view(entry[1])[entry[0].cut or ...]), offloaded)
+      for (copy, _), values in zip(offloaded, views, strict=True):
+        copy.found = values
+  if not resident:
+    return
+  known = None if as_accelerators else known_link()
+  pinned = all(map(has_pinned, resident[0][1].devices())) and (known is None or known.prefers_pinned)
+  parts = [source if copy.cut is None else _sliced(source, copy.cut, pinned=pinned) for copy, source in resident]
+  if pinned:
+    whole = [i for i, (copy, _) in enumerate(resident) if copy.cut is None]
+    there = jax.device_put([parts[i] for i in whole], [parts[i].sharding.with_memory_kind(PINNED) for i in whole])
+    for i, part in zip(whole, there, strict=True):
+      parts[i] = part
+  else:
+    parts = pageable(parts)
+  for (copy, _), part in zip(resident, parts, strict=True):
+    copy.found = part
+
+
+def _sliced(array: jax.Array, cut: Cut, *, pinned: bool) -> jax.Array:
+  """A part of a single-device array, in pinned memory if asked for; a program for each shape of a part."""
+  bounds = _bounds(cut, array.shape)
+  sharding = array.sharding.with_memory_kind(PINNED) if pinned else array.sharding
+  starts = np.array([s.start for s in bounds], np.int32)
+  return _slicing(sharding, tuple([s.stop - s.start for s in bounds]))(array, starts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _slicing(sharding: jax.sharding.Sharding, sizes: tuple[int, ...]) -> Any:
+  return jax.jit(lambda x, starts: lax.dynamic_slice(x, list(starts), sizes), out_shardings=sharding)
 
 
 def _view(array: jax.Array) -> np.ndarray:

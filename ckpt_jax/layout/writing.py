@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,9 @@ from ckpt_jax.layout import packing
 from ckpt_jax.layout.keys import prefix
 from ckpt_jax.layout.memory import unaligned_empty
 from ckpt_jax.layout.reading import result_of
+from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.sharding import Box, box_of, merge_boxes, one_device, replicas, shape_of, whole_box, within
-from ckpt_jax.layout.staging import HostCopies, Values
+from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.orbax import private
 
 # An array of at most this size whose pieces one process writes is stored as one chunk: one request instead of one per
@@ -62,15 +63,21 @@ class Written:
       return self
     return dataclasses.replace(self, write_shape=self.shape)
 
-  def chunks(self) -> Iterator[tuple[Box, np.ndarray]]:
-    """The pieces as they are stored; waits until their values have arrived."""
+  @property
+  def turn(self) -> int:
+    """When its first piece arrives, see `Values`."""
+    return min((values.turn for _, values in self.pieces), default=0)
+
+  def chunks(self) -> tuple[tuple[Box, Values], ...]:
+    """The pieces as they are stored; waits for the values of one that is made of several."""
     if self.write_shape != self.shape or len(self.pieces) < 2:
-      return ((box, values()) for box, values in self.pieces)
+      return self.pieces
     whole = whole_box(self.shape)
     out = unaligned_empty(self.shape, self.dtype)
     for box, values in self.pieces:
       out[within(box, whole)] = values()
-    return iter([(whole, out)])
+      values.done()
+    return ((whole, Values(out)),)
 
 
 def on_host(
@@ -78,32 +85,17 @@ def on_host(
   infos: Sequence[ocp.type_handlers.ParamInfo],
   args: Sequence[ocp.SaveArgs],
   copies: HostCopies,
-  *,
-  replica_parallel: bool,
-  slice_nbytes: int | None,
 ) -> list[Written]:
   """The pieces of each array that this process writes, in host memory or on their way there.
 
   Args:
     arrays, infos, args: as Orbax gives them.
     copies: of the arrays, as far as they were started before.
-    replica_parallel: each replica writes a part of its shard.
-    slice_nbytes: the smallest such part.
   """
-  alone = [i for i, array in enumerate(arrays) if one_device(array.sharding) == "here"]
-  rest = sorted({*range(len(arrays))} - {*alone})
-  divided = private.replica_slices([arrays[i] for i in rest], replica_parallel, slice_nbytes)
-  mine = {id(shard) for _, pieces in divided for _, shard, _ in pieces}
-  copies.stage([arrays[i] for i in alone])
-  copies.stage([arrays[i] for i in rest], lambda shard: id(shard.data) in mine)
-  found: dict[int, tuple[tuple[int, ...], tuple[tuple[Box, Values], ...]]] = {}
-  for i, (shape, pieces) in zip(rest, divided, strict=True):
-    found[i] = shape, tuple((box, _part(copies.of(shard), cut)) for box, shard, cut in pieces)
-  for i in alone:
-    found[i] = arrays[i].sharding.shard_shape(arrays[i].shape), ((whole_box(arrays[i].shape), copies.of(arrays[i])),)
+  copies.stage(arrays)
   return [
-    Written(info, arg, array.shape, np.dtype(array.dtype), *found[i])
-    for i, (array, info, arg) in enumerate(zip(arrays, infos, args, strict=True))
+    Written(info, arg, array.shape, np.dtype(array.dtype), *copies.pieces(array))
+    for array, info, arg in zip(arrays, infos, args, strict=True)
   ]
 
 
@@ -132,10 +124,6 @@ def small_on_host(arrays: Sequence[jax.Array], turns: Sequence[int | None], copi
       chosen += [s.data for s in array.addressable_shards if s.replica_id == turn]
   copies.stage(chosen)
   return [copies.of(array) for array in chosen]
-
-
-def _part(values: Values, cut: tuple[slice, ...] | None) -> Values:
-  return values if cut is None else lambda: values()[cut]
 
 
 class Writer:
@@ -235,7 +223,7 @@ class Writer:
         )
         for array, spec in zip(arrays, specs, strict=True)
       ]
-      for array, future in zip(arrays, opened, strict=True):
+      for array, future in sorted(zip(arrays, opened, strict=True), key=lambda entry: entry[0].turn):
         self._write_array(array, result_of(future, array.info.name))
       if slab is not None and slab.nbytes:
         name = packing.slab_name(number)
@@ -253,11 +241,14 @@ class Writer:
       transaction.commit_async().result()
 
   def _write_array(self, array: Written, store: ts.TensorStore) -> None:
-    for box, data in array.chunks():
+    for box, values in array.chunks():
       target = store if shape_of(box) == array.shape else store[tuple(slice(a, b) for a, b in box)].translate_to[0]
+      while self._flying and not values.is_sent:  # the pieces before it have to make room in host memory
+        self.land()
+      data = values()
       if not box:
         target, data = store[ts.newaxis], data.reshape(1)
-      self._start(target, data, array.info.name)
+      self._start(target, data, array.info.name, values.done)
 
   def _write_slab(self, slab: packing.Slab, pieces: Sequence[Values], store: ts.TensorStore, name: str) -> None:
     again = self._window is not None  # a transaction keeps every chunk until the commit

@@ -18,8 +18,8 @@ from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StorageErro
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.layout import contents, packing
 from ckpt_jax.layout.description import ItemDescription, describe_item, item_info, prng_keys
+from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.sharding import whole_box
-from ckpt_jax.layout.staging import ready
 from ckpt_jax.layout.values import Wanted, read_leaves
 from ckpt_jax.layout.writing import Writer, Written
 from ckpt_jax.orbax.format import ARRAY_TYPES, TREE, USE_ZARR3, VALUE, VALUE_TYPE, key_path
@@ -99,7 +99,7 @@ def _move(source: epath.Path, target: epath.Path, moving: dict[str, int], *, pac
   for number, batch in enumerate(_batches(moving)):
     values = _values(old, batch)
     arrays = [
-      Written(info.replace(name=n), ocp.SaveArgs(), v.shape, v.dtype, v.shape, ((whole_box(v.shape), ready(v)),))
+      Written(info.replace(name=n), ocp.SaveArgs(), v.shape, v.dtype, v.shape, ((whole_box(v.shape), Values(v)),))
       for n, v in values.items()
     ]
     writer = Writer(info.ts_context, _BATCH_NBYTES)
@@ -107,7 +107,7 @@ def _move(source: epath.Path, target: epath.Path, moving: dict[str, int], *, pac
       slab = packing.lay_out(number, {a.info.name: (a.dtype, a.shape, [box for box, _ in a.pieces]) for a in arrays})
       index |= slab.index
       writer.spec(arrays[0])  # locates the database
-      writer.write([], slab, [ready(v) for v in values.values()], number)
+      writer.write([], slab, [Values(v) for v in values.values()], number)
     else:
       writer.write(arrays)
   if index:

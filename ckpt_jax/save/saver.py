@@ -27,6 +27,7 @@ from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_size
 from ckpt_jax.layout.sharding import global_nbytes
+from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.orbax.manager import (
   RunManager,
   end_save,
@@ -42,7 +43,7 @@ from ckpt_jax.run.steps import OURS, committed_steps, is_step, step_path
 from ckpt_jax.save.after_commit import AfterCommit
 from ckpt_jax.save.manager import Hooks, open_manager
 from ckpt_jax.save.opening import OpenRun
-from ckpt_jax.save.snapshot import checked_json, chunk_nbytes, encoded, run_metadata
+from ckpt_jax.save.snapshot import checked_json, copies_for, encoded, run_metadata
 from ckpt_jax.save.write import SaveRecord, Write, left_hanging, not_saved
 
 _log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class _Snapshot:
     recording: fingerprints and health, written beside the arrays.
     record: what the save costs.
     config: the settings to write it with.
-    chunk_nbytes: bytes to copy at a time, if all of them do not fit into host memory.
+    copies: of the arrays in host memory, or on their way there.
   """
 
   tree: PyTree
@@ -70,7 +71,7 @@ class _Snapshot:
   recording: Recording
   record: SaveRecord
   config: Config
-  chunk_nbytes: int | None
+  copies: HostCopies
 
 
 class Saver:
@@ -225,10 +226,10 @@ class Saver:
     self.wait()
     record.waited_s = time.perf_counter() - waited
     where = f"{self._directory}: step {step}"
-    recording = record_of(flat, record.nbytes, config.health.nonfinite, where, self._meant)
+    copies = copies_for(self._directory, flat, config)
+    recording = record_of(flat, record.nbytes, config.health.nonfinite, where, self._meant, copies)
     metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._run.item}
-    in_chunks = chunk_nbytes(self._directory, flat, self._config.limits.host_memory)
-    return _Snapshot(tree, metadata, recording, record, config, in_chunks), computing_s
+    return _Snapshot(tree, metadata, recording, record, config, copies), computing_s
 
   @transfers_asked_for()
   def _begin(self, snapshot: _Snapshot, started: float) -> None:
@@ -242,13 +243,12 @@ class Saver:
     forget_steps(self.manager, made_room)
     self._run.journal.begin()
     operation = Operation(self._rendezvous.begin())
-    recording = snapshot.recording
+    recording, ring = snapshot.recording, snapshot.copies.ring
     committed = functools.partial(self._after.committed, health=lambda: recording.health)
-    write = self._write = Write(record, operation, self._config.timeouts.save_s + _GRACE_S, committed, started)
+    timeout = self._config.timeouts.save_s + _GRACE_S
+    write = self._write = Write(record, operation, ring, timeout, committed, started)
     recording.written = write.all_written
     try:
-      if snapshot.chunk_nbytes is not None:
-        self._replace_manager(pytree_handler(self._config, chunk_nbytes=snapshot.chunk_nbytes))
       healthy = snapshot.recording.health_told.get("healthy")
       self._run.retention.note(record.step, record.nbytes, healthy, metadata["metrics"])
       self._after.begun(record.step, self._run.planner.plan)
@@ -262,15 +262,20 @@ class Saver:
           custom_metadata={OURS: with_digest(metadata)},
           force=True,
         )
+      self._wait_for_copies(write, snapshot.copies)
       record.snapshot_s = time.perf_counter() - copying
-      if snapshot.chunk_nbytes is not None:
-        # Before the clock is read: training waits for all of it.
-        self.manager.wait_until_finished()
-        self._replace_manager(pytree_handler(self._config))
     except Exception as e:
       self._settle(write, e)
     write.returned()
     self.records.append(record)
+
+  def _wait_for_copies(self, write: Write, copies: HostCopies) -> None:
+    """Waits until training may overwrite the arrays, which takes long only if their copies do not fit into memory."""
+    until_written = copies.views_in_turn
+    if not write.ring.wait_until_sent(write.left) or (until_written and not wait_for(write.ended, write.left)):
+      raise TimeoutError("training waited for arrays to be written, since their copies do not fit into host memory")
+    if write.error is not None and (until_written or jax.process_count() == 1):  # else some would raise, and others not
+      raise write.error
 
   def _decided(self, decide: Callable[[], Sequence[int]]) -> list[int]:
     """The numbers that `decide` returns on process 0. All processes call it alike."""
@@ -335,6 +340,7 @@ class Saver:
     if write is None or write.record.step != step:
       return  # one that was given up
     write.error = error
+    write.ring.close()
     if error is not None and jax.process_count() == 1:
       write.operation.end(write.left)
     write.ended.set()
@@ -346,6 +352,7 @@ class Saver:
     """Gives up on a write that does not end: the next save goes through a new manager."""
     step = write.record.step
     uncommitted = write.give_up()
+    write.ring.close()
     if self._manager is not None:
       leave_behind(self._manager, write.operation.threads)
     self._manager = None
@@ -365,6 +372,7 @@ class Saver:
     Raises:
       SaveFailedError, UnhealthyStateError: the step is not committed.
     """
+    write.ring.close()
     error = error or write.error or SaveFailedError("its background write ended without a commit and without an error")
     single = jax.process_count() == 1
     # In a job of many, processes learn of one that hangs in different ways, and all must keep their manager or none.

@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,12 +20,16 @@ from ckpt_jax.config import Config
 from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout.encoding import encode, refuse_unusable
-from ckpt_jax.layout.sharding import is_weak, largest_shard_nbytes, local_nbytes
+from ckpt_jax.layout.handler import division_of
+from ckpt_jax.layout.sharding import is_weak, local_nbytes
+from ckpt_jax.layout.staging import PINNED_LIMIT, HostCopies, has_accelerators, pinned_limit
 from ckpt_jax.layout.structure import Flat, Structure, flatten
 from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
 _HEADROOM = 1.1  # what Orbax and TensorStore need beside the copy itself
+_PINNED_HEADROOM = 2.0  # XLA takes pinned memory in regions that double
+_LEAST_RING_NBYTES = 1 << 20
 PyTree = Any
 
 
@@ -54,33 +58,45 @@ def encoded(
     raise
 
 
-def chunk_nbytes(directory: epath.Path, state: PyTree | Flat, limit: int | Literal["auto"]) -> int | None:
-  """None if a copy of this process's shards fits into host memory, else how many bytes to hold at a time.
+def copies_for(directory: epath.Path, state: Flat, config: Config) -> HostCopies:
+  """Copies of a state that take no more host memory than there is; nothing is copied yet.
 
-  All processes call it alike, and all get None or none does.
+  All processes call it alike, and all get a ring or none does, of the same size: large leaves are stored in its slices.
 
   Args:
     directory: the run, for messages.
     state: what is to be saved.
-    limit: `limits.host_memory`, in bytes.
+    config: `limits.host_memory` bounds the copies.
   """
-  free = available_memory()
-  free = free if limit == "auto" else min(free, limit)
-  needed = int(local_nbytes(state) * _HEADROOM)
-  fits = needed <= free
+  limit = config.limits.host_memory
+  free, why = available_memory() if limit == "auto" else min(available_memory(), limit), "free"
+  copies = HostCopies(division_of(config.layout))
+  beside = sum(x.nbytes for x in state.leaves if isinstance(x, (np.ndarray, np.generic)))  # which Orbax copies
+  if has_accelerators():
+    needed = int((copies.nbytes(state.leaves) + beside) * _PINNED_HEADROOM)
+    most = pinned_limit()
+    if most is not None and most < free:
+      free, why = most, f"allowed by {PINNED_LIMIT}, which would have to be larger"
+  else:
+    needed = int(local_nbytes(state) * _HEADROOM)
+  mine = np.array([needed, free], np.int64)
+  everyone = mine[None]
   if jax.process_count() > 1:
-    fits = bool(np.all(multihost_utils.process_allgather(np.array(fits))))
-  if fits:
-    return None
+    # As bytes: jax without x64 would cut 64-bit numbers to 32.
+    everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8).view(np.int64)
+  if np.all(everyone[:, 0] <= everyone[:, 1]):
+    return copies
   _log.log(
     logging.WARNING if needed > free else logging.INFO,  # a process that lacks memory warns itself
-    "%s: a copy of this process's shards needs %s of host memory and %s are free: saving in chunks, and "
-    "training waits until they are written. More memory, or more processes, bring asynchronous saving back.",
+    "%s: copies of what this process writes need %s of host memory and %s are %s: saving in chunks, and training "
+    "waits for what memory cannot hold. More memory, or more processes, bring asynchronous saving back.",
     directory,
     size_text(needed),
     size_text(free),
+    why,
   )
-  return max(int(largest_shard_nbytes(state) * _HEADROOM), min(10**9, free // 4))
+  # Half of it: XLA takes pinned memory in regions that double, and compressed chunks are beside the copies.
+  return copies.again(max(int(everyone[:, 1].min()) // 2 - beside, _LEAST_RING_NBYTES))
 
 
 FORMAT = 1

@@ -14,6 +14,7 @@ from etils import epath
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, SaveStorageError, UnhealthyStateError
 from ckpt_jax.failures import is_out_of_space, is_read_only, root_cause
 from ckpt_jax.integrity.record import is_unhealthy
+from ckpt_jax.layout.ring import Ring
 from ckpt_jax.orbax.saves import Operation
 from ckpt_jax.run.events import ProcessCost, slowest
 from ckpt_jax.run.steps import committed_steps
@@ -52,6 +53,7 @@ class Write:
   Attributes:
     record: what it costs.
     operation: its part inside Orbax.
+    ring: what brings the arrays to host memory.
     deadline: when it counts as hanging, on the clock of `time.monotonic()`.
     ended: set once nothing writes the step any more.
     error: why it failed, once `ended` is set.
@@ -62,6 +64,7 @@ class Write:
     self,
     record: SaveRecord,
     operation: Operation,
+    ring: Ring,
     timeout: float,
     finished: Callable[[SaveRecord], None],
     started: float | None = None,
@@ -71,12 +74,14 @@ class Write:
     Args:
       record: what is known of the save so far.
       operation: its part inside Orbax.
+      ring: what brings the arrays to host memory.
       timeout: seconds until it counts as hanging.
       finished: called once the step is committed and `save` has returned, whichever comes last.
       started: when training began to wait, on the clock of `time.perf_counter()`; default: now.
     """
     self.record = record
     self.operation = operation
+    self.ring = ring
     self.deadline = time.monotonic() + timeout
     self.ended = threading.Event()
     self.error: BaseException | None = None

@@ -19,7 +19,7 @@ from jobs import together
 import ckpt_jax as ckpt
 from ckpt_jax.layout import contents, packing, writing
 from ckpt_jax.layout.packing import SlabBytes, gather, lay_out, needed
-from ckpt_jax.layout.staging import ready
+from ckpt_jax.layout.ring import Values
 from ckpt_jax.multihost import who_wrote
 from ckpt_jax.run import steps as runs
 
@@ -58,7 +58,7 @@ def test_any_arrays_in_any_pieces_come_back_bitwise(case):
         parts = [(box, value[cut[0] : cut[1]])] if cut[0] < cut[1] else []
       mine[name] = (value.dtype, value.shape, parts)
     slab = lay_out(process, {n: (dtype, shape, [box for box, _ in p]) for n, (dtype, shape, p) in mine.items()})
-    pieces = [ready(data) for _, _, parts in mine.values() for _, data in parts]
+    pieces = [Values(data) for _, _, parts in mine.values() for _, data in parts]
     for name, packed in slab.index.items():
       before = index[name].pieces if name in index else ()
       index[name] = packing.Packed(packed.dtype, packed.shape, before + packed.pieces)

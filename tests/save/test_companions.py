@@ -20,6 +20,7 @@ from ckpt_jax.integrity import health
 from ckpt_jax.integrity.record import RecordingHandler
 from ckpt_jax.job.errand import Errand
 from ckpt_jax.layout.handler import pytree_handler
+from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.orbax import saves
 from ckpt_jax.run import steps as run
 from ckpt_jax.save import commit
@@ -204,7 +205,7 @@ def test_save_that_ends_without_commit_and_without_error_is_said_to_have_failed(
 
 def test_a_write_is_given_up_or_committed_never_both():
   def write():
-    return Write(SaveRecord(1, 1), saves.Operation("once"), 60, lambda record: None)
+    return Write(SaveRecord(1, 1), saves.Operation("once"), HostCopies().ring, 60, lambda record: None)
 
   given_up, late = write(), write()
   assert given_up.give_up() and not given_up.begin_commit()
