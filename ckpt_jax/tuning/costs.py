@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 
-from ckpt_jax.planning.estimate import host_nbytes
+from ckpt_jax.planning.estimate import copy_seconds, host_nbytes
 from ckpt_jax.storage.probe import StorageProfile, Throughput
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
 
@@ -52,11 +52,17 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-  """What code spends: while `save` blocks, from then to the commit, and in a restore."""
+  """What code spends: while `save` blocks, from then to the commit, and in a restore.
+
+  Attributes:
+    block, commit, restore: the parts.
+    waits_for_snapshot: whether `save` returns only after accelerators have sent their arrays.
+  """
 
   block: Phase
   commit: Phase
   restore: Phase
+  waits_for_snapshot: bool = False
 
 
 # Orbax 0.12.8 with its defaults, on a host with 4.3 us a task and 1.7 GB/s a copy: w2 (5,000 arrays) blocks 0.64 s,
@@ -66,6 +72,7 @@ ORBAX = CostModel(
   block=Phase(0.007, leaf=30, shard=4),
   commit=Phase(0.03, leaf=240, shard=30, copies=1.0, zstd_threads=0.7, overlap=0.7),
   restore=Phase(0.03, leaf=120, shard=115, copies=1.5, zstd_threads=1.0, overlap=0.3),
+  waits_for_snapshot=True,
 )
 # This package on the same host: reads and writes are queued with little Python an array, and each region of a process
 # is read once, into memory that jax takes over. Costs of an array, a piece and a byte are solved from w1 (604 arrays,
@@ -103,6 +110,8 @@ class Prediction:
     files: files or objects of a step.
     requests: data requests of a restore, over all processes.
     peak_host_bytes: host memory of a process besides the state itself, the greater of save and restore.
+    snapshot_s: seconds until accelerators have sent what a process writes; a step that donates the state waits for it.
+    pinned_bytes: pinned host memory of a process that a snapshot takes.
   """
 
   blocking_s: float
@@ -112,12 +121,45 @@ class Prediction:
   files: int
   requests: int
   peak_host_bytes: int
+  snapshot_s: float
+  pinned_bytes: int
 
 
 def predict(
   state: StateProfile, storage: StorageProfile, host: HostProfile, layout: Layout, model: CostModel = OURS
 ) -> Prediction:
-  """The costs of `state` under `layout`.
+  """The costs of `state` under `layout`."""
+  found = _in_host_memory(state, storage, host, layout, model)
+  return _on_accelerators(found, state, host, model) if state.accelerator_nbytes else found
+
+
+def _on_accelerators(found: Prediction, state: StateProfile, host: HostProfile, model: CostModel) -> Prediction:
+  """What a prediction becomes by the way between host and accelerators."""
+  # As in `_in_host_memory`, replicas divide what they write.
+  share = state.nbytes / max(state.read_nbytes, state.nbytes, 1)
+  sent, link = int(state.accelerator_nbytes * share), host.link
+  pinned = link is not None and link.prefers_pinned and not model.waits_for_snapshot  # Orbax uses ordinary memory
+  if link is None:
+    seconds, restore, dispatch = copy_seconds(sent), copy_seconds(state.accelerator_nbytes), 0.0
+  else:
+    seconds = sent / ((link.to_pinned if pinned else None) or link.to_pageable)
+    restore = state.accelerator_nbytes / link.from_pageable
+    dispatch = state.accelerator_shards * share * link.put_s
+  waits = seconds if model.waits_for_snapshot else dispatch
+  return dataclasses.replace(
+    found,
+    blocking_s=found.blocking_s + waits,
+    commit_s=found.commit_s + max(waits, seconds),
+    restore_s=max(found.restore_s, restore),  # batches are sent while others are read
+    snapshot_s=seconds,
+    pinned_bytes=sent if pinned else 0,
+  )
+
+
+def _in_host_memory(
+  state: StateProfile, storage: StorageProfile, host: HostProfile, layout: Layout, model: CostModel
+) -> Prediction:
+  """The costs of a state in the memory of the host.
 
   Storage that several hosts share is assumed to give each of them what it gave the one that measured; a disk's rate is
   divided among the job's processes.
@@ -165,6 +207,8 @@ def predict(
     files=_STEP_FILES + host.processes * (_PROCESS_FILES + files),
     requests=pieces * host.processes,
     peak_host_bytes=int(max(host_nbytes(held, in_flight), min(read, layout.restore_concurrency or read))),
+    snapshot_s=0.0,
+    pinned_bytes=0,
   )
 
 

@@ -14,6 +14,7 @@ import pydantic
 
 from ckpt_jax.config import Config
 from ckpt_jax.config.units import count, decimal_text
+from ckpt_jax.layout.staging import PINNED_LIMIT
 from ckpt_jax.storage.connect import connect
 from ckpt_jax.storage.kinds import StorageKind, detect
 from ckpt_jax.storage.paths import given
@@ -78,7 +79,28 @@ class Plan(Prediction):
       f"plain Orbax with its defaults: blocks {seconds_text(orbax.blocking_s)}, commits in "
       f"{seconds_text(orbax.commit_s)}, restore {seconds_text(orbax.restore_s)}; {decimal_text(orbax.nbytes)}",
     ]
+    if s.accelerator_nbytes:
+      lines.insert(4, self._snapshot_line())
     return "\n".join(lines + [c.line() for c in self.choices])
+
+  def _snapshot_line(self) -> str:
+    """What a save from accelerators costs."""
+    link = self.host.link
+    if link is None:
+      return f"snapshot: {seconds_text(self.snapshot_s)}, assumed: the link to the accelerators was not measured"
+    sent = f"{decimal_text(self.pinned_bytes)} of pinned" if self.pinned_bytes else "ordinary"
+    rate = (link.to_pinned if self.pinned_bytes else None) or link.to_pageable
+    line = (
+      f"snapshot: into {sent} host memory in {seconds_text(self.snapshot_s)} at {rate_text(rate)}; a step that donates "
+      "the state right after save waits for it"
+    )
+    if self.pinned_bytes and link.first_pinned:
+      line += f"; {seconds_text(self.pinned_bytes / link.first_pinned)} the first time, which pins the memory"
+    if self.pinned_bytes and (limit := self.host.pinned_limit) is not None:
+      line += f"; {PINNED_LIMIT} allows {decimal_text(limit)}"
+      if limit < self.pinned_bytes:
+        line += ", so that it is sent in turns and training waits"
+    return line
 
   def to_dict(self) -> dict[str, Any]:
     """JSON-able data: choices, predictions and profiles."""

@@ -14,8 +14,11 @@ import pathlib
 import time
 from typing import Any, NamedTuple
 
+import jax
 import psutil
 
+from ckpt_jax.layout.link import Link, measured_link
+from ckpt_jax.layout.staging import belongs_to_accelerators, has_accelerators, pinned_limit
 from ckpt_jax.storage.cache import boot_id, recall, remember
 from ckpt_jax.tuning.sampling import Compressibility, measure_compression
 
@@ -49,6 +52,7 @@ class StateProfile:
     largest_leaf_nbytes, largest_shard_nbytes: of one array, and of one piece.
     largest_local_nbytes: of all that this process holds of one array.
     small_leaves, small_nbytes: leaves below 1 MiB, and their bytes.
+    accelerator_nbytes, accelerator_shards: what of the local ones belongs to accelerators.
     compressibility: measured on a sample of the values; None for a state without values.
   """
 
@@ -66,6 +70,8 @@ class StateProfile:
   largest_local_nbytes: int = 0
   small_leaves: int = 0
   small_nbytes: int = 0
+  accelerator_nbytes: int = 0
+  accelerator_shards: int = 0
   compressibility: Compressibility | None = None
 
 
@@ -81,6 +87,8 @@ class HostProfile:
     zstd: compression of random float32 numbers, which stand for a state without values.
     devices_per_process, processes: of the jax job.
     host: its name.
+    link: to its accelerators; None without any, or if it could not be measured.
+    pinned_limit: bytes of pinned memory that XLA gives a process; None if it sets no limit.
   """
 
   cores: int
@@ -91,6 +99,8 @@ class HostProfile:
   devices_per_process: int = 1
   processes: int = 1
   host: str = ""
+  link: Link | None = None
+  pinned_limit: int | None = None
 
 
 # -- the state
@@ -112,6 +122,7 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
     dtypes[str(dtype)] += n * cut.nbytes
   total = sum(n * cut.nbytes for n, cut in kinds)
   small = [(n, cut.nbytes) for n, cut in kinds if cut.nbytes < SMALL_LEAF_NBYTES]
+  far = [kind for kind, (*_, sharding) in zip(kinds, counts, strict=True) if _is_far(sharding)]
   return StateProfile(
     leaves=len(arrays),
     nbytes=total,
@@ -127,6 +138,8 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
     largest_local_nbytes=max((cut.local * cut.piece_nbytes for _, cut in kinds), default=0),
     small_leaves=sum(n for n, _ in small),
     small_nbytes=sum(n * nbytes for n, nbytes in small),
+    accelerator_nbytes=sum(n * cut.local * cut.piece_nbytes for n, cut in far),
+    accelerator_shards=sum(n * cut.local for n, cut in far),
     compressibility=sample_state(state) if sample else None,
   )
 
@@ -135,6 +148,10 @@ def sample_state(state: PyTree) -> Compressibility | None:
   """How well at most 8 MB of a state's values compress; None if it has no values, or too few."""
   values = [x for x in _arrays(state) if hasattr(x, "addressable_shards") or hasattr(x, "__array_interface__")]
   return measure_compression(values)
+
+
+def _is_far(sharding: Any) -> bool:
+  return isinstance(sharding, jax.sharding.Sharding) and bool(sharding.device_set) and belongs_to_accelerators(sharding)
 
 
 class _Cut(NamedTuple):
@@ -150,8 +167,6 @@ class _Cut(NamedTuple):
 
 
 def _cut(shape: tuple[int, ...], itemsize: int, sharding: Any) -> _Cut:
-  import jax
-
   nbytes = math.prod(shape) * itemsize
   by_process: dict[int, set[Any]] = {}
   try:
@@ -169,7 +184,6 @@ def _cut(shape: tuple[int, ...], itemsize: int, sharding: Any) -> _Cut:
 
 def _arrays(state: PyTree) -> list[Any]:
   """The leaves that are arrays; typed PRNG keys as the numbers in them."""
-  import jax
 
   def key_data(x: Any) -> Any:
     is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -184,10 +198,9 @@ def _arrays(state: PyTree) -> list[Any]:
 def profile_host() -> HostProfile:
   """Measures this host in some 0.2 s, or takes what was measured since it booted; devices are the job's.
 
-  The first call of a process starts jax's back end.
+  The link to accelerators takes another 0.2 s, once for such devices. The first call of a process starts jax's back
+  end.
   """
-  import jax
-
   key = f"{_VERSION} {boot_id()} {usable_cores()}"
   measured = recall("host", key)
   if measured is None:
@@ -202,6 +215,8 @@ def profile_host() -> HostProfile:
     devices_per_process=jax.local_device_count(),
     processes=jax.process_count(),
     host=os.uname().nodename,
+    link=measured_link() if has_accelerators() else None,
+    pinned_limit=pinned_limit(),
   )
 
 

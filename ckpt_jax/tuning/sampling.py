@@ -10,12 +10,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
+
+from ckpt_jax.layout.staging import HostCopies, is_on_accelerator
 
 _BLOCK = 512 << 10
 _BLOCKS = 16  # 8 MiB in all
-# Pieces up to this are fetched from the device as a whole; of larger ones only some rows.
-_FETCH_NBYTES = 4 << 20
+# Pieces up to this size come from an accelerator as a whole, since a program to cut them takes longer; of larger ones
+# only some rows.
+_FETCH_NBYTES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,28 +59,39 @@ def _sample(arrays: list[Any]) -> list[np.ndarray]:
   ends = np.cumsum(sizes)
   total = int(ends[-1]) if len(ends) else 0
   count = min(_BLOCKS, max(1, total // _BLOCK)) if total else 0
-  blocks = []
+  pieces: list[tuple[Any, int]] = []
   for i in range(count):
     offset = int((i + 0.5) * total / count)
     which = int(np.searchsorted(ends, offset, side="right"))
-    blocks.append(_block(arrays[which], offset - int(ends[which] - sizes[which])))
+    pieces += _piece(arrays[which], offset - int(ends[which] - sizes[which]))
+  copies = HostCopies()
+  copies.stage([piece for piece, _ in pieces if isinstance(piece, jax.Array)])
+  blocks = [_block(copies.of(piece)() if isinstance(piece, jax.Array) else piece, offset) for piece, offset in pieces]
   return [b for b in blocks if len(b)]
 
 
-def _block(x: Any, offset: int) -> np.ndarray:
-  """Up to a block of the bytes of `x` near `offset`, from a piece on this process; few more are fetched."""
-  if not isinstance(x, np.ndarray):
-    shards = x.addressable_shards
-    if not shards:
-      return np.zeros(0, np.uint8)
-    piece = shards[min(offset * len(shards) // max(_nbytes(x), 1), len(shards) - 1)].data
-    x, offset = piece, offset % max(_nbytes(piece), 1)
-    if _nbytes(x) > _FETCH_NBYTES and any(d.platform != "cpu" for d in x.devices()):
-      row = max(_nbytes(x) // x.shape[0], 1)
-      rows = max(1, min(x.shape[0], _BLOCK // row))
-      start = min(offset // row, x.shape[0] - rows)
-      x, offset = x[start : start + rows], 0
-  flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+def _piece(x: Any, offset: int) -> list[tuple[Any, int]]:
+  """A piece of `x` on this process, and the offset in it, near byte `offset` of `x`; none if it holds nothing of it."""
+  if isinstance(x, np.ndarray):
+    return [(x, offset)]
+  shards = x.addressable_shards
+  if not shards:
+    return []
+  piece = (
+    x if len(x.sharding.device_set) == 1 else shards[min(offset * len(shards) // _nbytes(x), len(shards) - 1)].data
+  )
+  offset %= max(_nbytes(piece), 1)
+  if _nbytes(piece) > _FETCH_NBYTES and is_on_accelerator(piece):
+    row = max(_nbytes(piece) // piece.shape[0], 1)
+    rows = max(1, min(piece.shape[0], _BLOCK // row))
+    start = min(offset // row, piece.shape[0] - rows)
+    piece, offset = piece[start : start + rows], 0
+  return [(piece, offset)]
+
+
+def _block(values: np.ndarray, offset: int) -> np.ndarray:
+  """Up to a block of the bytes of an array near `offset`."""
+  flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
   start = max(0, min(offset, len(flat) - _BLOCK)) // 16 * 16  # aligned to whole values of any dtype
   return flat[start : start + _BLOCK]
 

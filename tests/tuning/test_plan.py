@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jobs import together
 
 import ckpt_jax as ckpt
+from ckpt_jax.layout import staging
+from ckpt_jax.layout.link import Link
 from ckpt_jax.run.steps import our_metadata
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import RangeRead, Throughput
@@ -401,3 +403,60 @@ def test_all_processes_have_the_plan_of_the_first(fresh_cache, tmp_path):
   assert {p.pop("process") for p in plans} == {0, 1} and plans[0] == plans[1]
   assert plans[0]["values"]["layout.replica_parallel"] == "on" and plans[0]["state"] == 12 << 22
   assert known_profile(tmp_path / "run").seconds > 0
+
+
+# -- accelerators
+
+LINK = Link(to_pinned=50e9, to_pageable=2e9, from_pinned=40e9, from_pageable=25e9, first_pinned=2e9, put_s=36e-6)
+ON_GPU = dataclasses.replace(big(), accelerator_nbytes=10 * GB, accelerator_shards=400)
+GPU_HOST = dataclasses.replace(HOST, link=LINK)
+
+
+def test_a_save_from_accelerators_blocks_for_the_dispatch_and_the_plan_says_what_the_snapshot_costs():
+  there, here = ckpt.make_plan(ON_GPU, disk(), GPU_HOST), ckpt.make_plan(big(), disk(), HOST)
+  assert there.snapshot_s == pytest.approx(0.2) and there.pinned_bytes == 10 * GB
+  assert there.blocking_s - here.blocking_s == pytest.approx(400 * 36e-6)
+  assert there.commit_s - here.commit_s == pytest.approx(0.2)
+  assert "snapshot: into 10 GB of pinned host memory in 200 ms at 50 GB/s" in there.explain()
+  assert "; 5 s the first time, which pins the memory" in there.explain()
+  assert (here.snapshot_s, here.pinned_bytes) == (0, 0) and "snapshot" not in here.explain()
+  orbax = float(re.search(r"plain Orbax with its defaults: blocks ([0-9.]+) s", there.explain())[1])
+  assert orbax > 5, "which waits for ordinary memory"
+  assert Plan.from_dict(json.loads(json.dumps(there.to_dict()))) == there
+
+
+def test_a_slow_link_bounds_a_restore_and_ordinary_memory_is_taken_where_it_is_faster():
+  slow = dataclasses.replace(LINK, from_pageable=1e9, to_pinned=1e9)
+  plan = ckpt.make_plan(ON_GPU, disk(read=4e9), dataclasses.replace(HOST, link=slow))
+  assert plan.restore_s == pytest.approx(10) and plan.pinned_bytes == 0
+  assert "snapshot: into ordinary host memory in 5 s at 2 GB/s" in plan.explain()
+
+
+@pytest.mark.parametrize("limit, waits", [(64, False), (8, True)])
+def test_the_plan_names_the_limit_of_pinned_memory(limit, waits):
+  text = ckpt.make_plan(ON_GPU, disk(), dataclasses.replace(GPU_HOST, pinned_limit=limit * GB)).explain()
+  assert f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB allows {limit} GB" in text and ("training waits" in text) == waits
+
+
+def test_an_unmeasured_link_is_assumed_and_replicas_divide_the_snapshot():
+  assert "snapshot: 2 s, assumed" in ckpt.make_plan(ON_GPU, disk(), HOST).explain()
+  two = dataclasses.replace(ON_GPU, read_nbytes=20 * GB)
+  assert ckpt.make_plan(two, disk(), GPU_HOST).pinned_bytes == 5 * GB
+
+
+def test_profiles_know_what_belongs_to_accelerators_and_sampling_leaves_no_copy_in_the_state(monkeypatch):
+  mesh = jax.make_mesh((2,), ("a",))
+  pinned = NamedSharding(mesh, PartitionSpec("a"), memory_kind="pinned_host")
+  state = {
+    "w": jax.device_put(np.zeros((64, 1024), np.float32), NamedSharding(mesh, PartitionSpec("a"))),
+    "m": jax.device_put(np.zeros((64, 1024), np.float32), pinned),
+    "host": np.zeros(10, np.float32),
+  }
+  on_host = profile_state(state)
+  assert on_host.accelerator_nbytes == 0 and profile_host().link is None
+  monkeypatch.setattr(staging, "as_accelerators", True)
+  profile = profile_state(state)
+  assert profile.accelerator_nbytes == 2 * 64 * 1024 * 4 and profile.accelerator_shards == 4
+  assert profile.compressibility.ratio == on_host.compressibility.ratio < 0.1
+  assert all(x._npy_value is None for x in (state["w"], state["m"]))
+  assert profile_host().link.to_pageable > 0
