@@ -27,6 +27,9 @@ if TYPE_CHECKING:
   from ckpt_jax import observe, policies
   from ckpt_jax.checkpointer import Checkpointer
   from ckpt_jax.config import Config, load_config
+  from ckpt_jax.inference.export import export
+  from ckpt_jax.inference.load import load_quantized, load_safetensors
+  from ckpt_jax.inference.quantize import QuantizedArray, dequantize
   from ckpt_jax.planning.estimate import SizeEstimate, estimate
   from ckpt_jax.restore.diff import Diff, diff
   from ckpt_jax.restore.result import Restored
@@ -51,6 +54,11 @@ _LAZY = {
   "estimate": "ckpt_jax.planning.estimate",
   "StorageKind": "ckpt_jax.storage.kinds",
   "StorageProfile": "ckpt_jax.storage.probe",
+  "QuantizedArray": "ckpt_jax.inference.quantize",
+  "dequantize": "ckpt_jax.inference.quantize",
+  "export": "ckpt_jax.inference.export",
+  "load_quantized": "ckpt_jax.inference.load",
+  "load_safetensors": "ckpt_jax.inference.load",
   "detect": "ckpt_jax.storage.kinds",
   "make_plan": "ckpt_jax.tuning.plan",
   "probe": "ckpt_jax.storage.probe",
@@ -69,6 +77,7 @@ __all__ = [
   "NotARunError",
   "OutOfSpaceError",
   "Plan",
+  "QuantizedArray",
   "RestoreTimeoutError",
   "Restored",
   "SaveFailedError",
@@ -80,10 +89,14 @@ __all__ = [
   "StructureMismatchError",
   "UnhealthyStateError",
   "__version__",
+  "dequantize",
   "detect",
   "diff",
   "estimate",
+  "export",
   "load_config",
+  "load_quantized",
+  "load_safetensors",
   "make_plan",
   "observe",
   "policies",

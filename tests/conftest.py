@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import subprocess
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
@@ -82,6 +83,19 @@ def gcs(tmp_path_factory, monkeypatch):
     for name, value in bucket.env.items():
       monkeypatch.setenv(name, value)
     yield bucket
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory):
+  """A disk of 12 MB."""
+  if os.geteuid() != 0:
+    pytest.skip("mounting a tmpfs needs root")
+  place = tmp_path_factory.mktemp("disk")
+  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", place], capture_output=True, text=True)
+  if mounted.returncode:
+    pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
+  yield place
+  subprocess.run(["umount", "-l", place], check=True)
 
 
 @pytest.fixture

@@ -11,7 +11,21 @@ from typing import Annotated
 
 import typer
 
-from ckpt_jax.cli import bench, convert, diff, estimate, probe, prune, quarantine, repack, show, simulate, tune, verify
+from ckpt_jax.cli import (
+  bench,
+  convert,
+  diff,
+  estimate,
+  export,
+  probe,
+  prune,
+  quarantine,
+  repack,
+  show,
+  simulate,
+  tune,
+  verify,
+)
 from ckpt_jax.cli.common import NearestName, error
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
@@ -56,6 +70,7 @@ for command in (
   tune.tune,
   repack.repack,
   convert.convert,
+  export.export,
 ):
   app.command()(command)
 app.command("restore-quarantined")(quarantine.restore_quarantined)

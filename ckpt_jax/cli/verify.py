@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def verify(
-  run: Run,
+  run: Annotated[str, typer.Argument(help="A run, or an export: a path, gs://...", show_default=False)],
   step: Annotated[int | None, typer.Argument(help="Default: all committed steps.", show_default=False)] = None,
   as_json: Json = False,
 ) -> None:
-  """Read steps from storage and compare every bit with what was saved; exit 1 if anything is wrong."""
+  """Read steps, or an export, and compare every bit with what was written; exit 1 if anything is wrong."""
   from rich.console import Console
   from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 

@@ -17,7 +17,7 @@ from ckpt_jax.config.arguments import step_number
 from ckpt_jax.config.units import count
 from ckpt_jax.errors import ConfigError, CorruptCheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
-from ckpt_jax.integrity import databases, fingerprint, record, sums
+from ckpt_jax.integrity import databases, exported, fingerprint, record, sums
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents
 from ckpt_jax.orbax.format import COMMIT_MARKER, ITEM_HANDLERS, ITEM_METADATA, METRICS_ITEM
@@ -102,13 +102,13 @@ class _Checked(NamedTuple):
 
 
 def verify(run: str | os.PathLike[str], step: int | None = None) -> list[Finding]:
-  """Reads a step, or all of a run, from storage and compares it with what was saved. Changes nothing.
+  """Reads a step, or all of a run, or an export, and compares it with what was written. Changes nothing.
 
   All items, leaf by leaf, in bounded memory. Steps of plain Orbax have no fingerprints: of these it checks that the
   metadata and databases can be read and that each chunk decodes; `verdicts` reports how far each step was checked.
 
   Args:
-    run: the run.
+    run: the run, or what `export` wrote.
     step: default: all committed steps, and directories that were one.
 
   Returns:
@@ -132,6 +132,9 @@ def verdicts(
     progress: called with step, bytes read, bytes in all.
   """
   directory = run_directory(run)
+  if (export := exported.read_export(directory)) is not None:
+    yield _exported(directory, export, step, progress)
+    return
   damaged = quarantine.damaged_steps(directory)
   if step is not None:
     step = step_number(step)
@@ -156,6 +159,24 @@ def verdicts(
         raise NoCheckpointError(f"{directory}: step {step} was deleted while it was read")
       verdict = Verdict(number, how_far=DELETED)
     yield verdict
+
+
+def _exported(directory: epath.Path, export: exported.ExportRecord, step: int | None, progress: Progress) -> Verdict:
+  """Checks what `ckpt_jax.export` wrote."""
+  made_from = int(export.about["step"])
+  if step not in (None, made_from):
+    raise NoCheckpointError(f"{directory}: is an export of step {made_from}, not of step {step}")
+  done = 0
+
+  def advance(nbytes: int) -> None:
+    nonlocal done
+    done += nbytes
+    progress(made_from, done, export.nbytes)
+
+  wrong = exported.wrong_files(directory, export.files, advance)
+  findings = tuple(Finding(made_from, "data", leaf, file, message) for file, leaf, message in wrong)
+  how_far = f"all bits compared with what was exported ({export.about['format']})"
+  return Verdict(made_from, len(export.leaves), export.nbytes, len(export.leaves), how_far, findings)
 
 
 class _Check:

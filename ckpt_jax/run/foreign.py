@@ -16,7 +16,7 @@ from etils import epath
 from ckpt_jax.errors import NotARunError, StorageError
 from ckpt_jax.run.naming import is_temporary
 from ckpt_jax.run.notes import NOTES
-from ckpt_jax.run.steps import is_message_pack, is_step, is_tree, newest_step
+from ckpt_jax.run.steps import EXPORT, is_message_pack, is_step, is_tree, newest_step
 from ckpt_jax.storage import look
 from ckpt_jax.storage.urls import is_object_store
 
@@ -81,6 +81,8 @@ def _itself(directory: epath.Path) -> str | None:
     if is_message_pack(directory):
       return f"is one file, which flax may have written; {_convert(directory)}"
     return "is a file; a run is a directory"
+  if look.exists(directory / EXPORT):
+    return "is an export; ckpt_jax.load_quantized or load_safetensors loads it, and `ckpt-jax verify` checks it"
   if is_tree(directory) and is_step(parent) and not is_tree(parent):
     step = number_of(parent.name)
     if step is not None:

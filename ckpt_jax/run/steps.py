@@ -38,6 +38,7 @@ from ckpt_jax.storage.paths import given, literal, url_scheme
 from ckpt_jax.storage.urls import SCHEMES, is_object_store
 
 RECORD = "ckpt_jax.json"  # beside ITEM_METADATA: fingerprints and health, see integrity/record.py
+EXPORT = "ckpt_jax_export.json"  # of an export, see integrity/exported.py: a directory with it is no run
 OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
 THINNED = "thinned"  # in our metadata: which part a step still holds, if it was thinned
 _LISTINGS = 30  # at most, of a run whose steps are being deleted

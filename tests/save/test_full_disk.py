@@ -3,7 +3,6 @@
 import datetime
 import os
 import re
-import subprocess
 import time
 
 import jax.numpy as jnp
@@ -19,19 +18,6 @@ from ckpt_jax.policies import Retention
 from ckpt_jax.run.steps import StepInfo
 from ckpt_jax.save.after_commit import saves_that_fit
 from ckpt_jax.storage.space import free_bytes
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-  if os.geteuid() != 0:
-    pytest.skip("mounting a tmpfs needs root")
-  mounted = subprocess.run(
-    ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", tmp_path], capture_output=True, text=True
-  )
-  if mounted.returncode:
-    pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
-  yield tmp_path
-  subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
 def numbers(n, seed=0):
