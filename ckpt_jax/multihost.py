@@ -26,12 +26,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckpt_jax.errors import CheckpointError, NoCheckpointError
-from ckpt_jax.orbax.format import is_process_database
 
 _COORDINATOR, _COUNT, _INDEX = "CKPT_JAX_COORDINATOR", "CKPT_JAX_PROCESS_COUNT", "CKPT_JAX_PROCESS_INDEX"
 _LOG_LINES = 200
 _POLL_S = 0.02
-_ARRAY_METADATA = {".zarray", ".zattrs", ".zgroup", "zarr.json"}
 
 
 def initialize(timeout: float = 120.0) -> None:
@@ -310,27 +308,21 @@ def who_wrote(run: str | os.PathLike[str], step: int) -> WriteReport:
   Raises:
     NoCheckpointError: if there is no such step, or if it holds no such database (it was saved without OCDBT).
   """
-  import tensorstore as ts
-
+  from ckpt_jax.integrity import databases
   from ckpt_jax.layout import contents
   from ckpt_jax.run.steps import run_directory, step_directory
-  from ckpt_jax.storage.clients import kvstore_spec
 
   item = contents.item_directory(step_directory(run_directory(run), step))
-  databases = {int(p.name.rpartition("_")[2]): p for p in item.iterdir() if is_process_database(p.name)}
-  if not databases:
-    raise NoCheckpointError(
-      f"{item}: no ocdbt.process_* in it: the step was saved without OCDBT, or was rewritten (repack, thinning)"
-    )
   writers: dict[str, list[int]] = collections.defaultdict(list)
   writes = []
-  for process, path in sorted(databases.items()):
-    store = ts.KvStore.open({"driver": "ocdbt", "base": kvstore_spec(f"{str(path).rstrip('/')}/")}).result()
-    keys = [key.decode() for key in store.list().result()]
-    chunks = [key for key in keys if key.rpartition("/")[2] not in _ARRAY_METADATA]
+  for process, store, chunks in databases.written(item):
     writes.append(ProcessWrites(process, len(chunks), sum(len(store.read(key).result().value) for key in chunks)))
     for key in chunks:
       writers[key].append(process)
+  if not writes:
+    raise NoCheckpointError(
+      f"{item}: no ocdbt.process_* in it: the step was saved without OCDBT, or was rewritten (repack, thinning)"
+    )
   return WriteReport(writes, {key: processes for key, processes in writers.items() if len(processes) > 1})
 
 

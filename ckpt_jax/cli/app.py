@@ -23,6 +23,7 @@ from ckpt_jax.cli import (
   repack,
   show,
   simulate,
+  tree,
   tune,
   verify,
 )
@@ -56,7 +57,7 @@ def _options(
 
 app.command("ls")(show.list_steps)
 for command in (
-  show.show,
+  tree.show,
   show.who,
   diff.diff,
   probe.probe,

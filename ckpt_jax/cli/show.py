@@ -1,15 +1,14 @@
-"""`ckpt-jax ls`, `show` and `who`: what a run holds, what a step holds, and which process wrote it."""
+"""`ckpt-jax ls` and `who`: what a run holds, and which process wrote how much of a step."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Annotated
 
 import typer
 
 from ckpt_jax.cli import quarantine
-from ckpt_jax.cli.common import Json, Run, Step, console, error, fail, pairs, print_json, print_table
+from ckpt_jax.cli.common import Json, Run, Step, error, fail, pairs, print_json, print_table
 from ckpt_jax.config.units import count, duration_text, size_text
 from ckpt_jax.errors import CorruptCheckpointError
 
@@ -88,39 +87,6 @@ def _show_goodput(run: str, as_json: bool) -> None:
   }
   rows = [(what, duration_text(seconds), f"{seconds / found.seconds:.1%}") for what, seconds in parts.items()]
   print_table((), rows)
-
-
-def show(
-  run: Run,
-  step: Annotated[int | None, typer.Argument(help="Default: the newest.", show_default=False)] = None,
-  item: Annotated[str | None, typer.Option(help="Of a step with several items. Default: the training state.")] = None,
-  as_json: Json = False,
-) -> None:
-  """Show what a step holds: run metadata, metrics, extras, items, and every leaf with shape, dtype and size."""
-  from ckpt_jax.layout.contents import describe
-
-  found = describe(run, step, item)
-  if as_json:
-    print_json(found)
-    return
-  facts = {k: json.dumps(v) if isinstance(v, (dict, list)) else str(v) for k, v in found.metadata.items()}
-  facts |= {"metrics": pairs(found.metrics), "extras": json.dumps(found.extras)}
-  print_table((), list(facts.items()), title=f"step {found.step}")
-  if [part.name for part in found.items if part.name != "metrics"] != [found.item]:
-    items = [
-      (part.name, part.kind, part.handler, "shown below" if part.name == found.item else f"--item {part.name}")
-      for part in found.items
-    ]
-    print_table(("item", "kind", "handler", ""), items)
-  if found.content is not None:
-    console().print_json(json.dumps(found.content))
-  if found.leaves:
-    leaves = [
-      (leaf.path or "(the state itself)", str(list(leaf.shape)), leaf.dtype, size_text(leaf.nbytes))
-      for leaf in found.leaves
-    ]
-    total = (count(len(leaves), "leaf", "leaves"), "", "", size_text(sum(leaf.nbytes for leaf in found.leaves)))
-    print_table(("leaf", "shape", "dtype", "size"), [*leaves, total])
 
 
 def who(run: Run, step: Step, as_json: Json = False) -> None:

@@ -13,6 +13,7 @@ from etils import epath
 
 from ckpt_jax.errors import StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
+from ckpt_jax.layout.keys import ARRAY_FILES
 from ckpt_jax.orbax.format import MANIFEST, VALUES, is_process_database, process_database
 from ckpt_jax.storage import look
 from ckpt_jax.storage.clients import kvstore_spec
@@ -68,6 +69,18 @@ def directories(item: epath.Path) -> list[epath.Path]:
   """The item itself, if it is a database, and the databases of the processes that wrote it, to which it refers."""
   parts = sorted(item / name for name in look.names(item) if is_process_database(name))
   return [item, *parts] if look.exists(item / MANIFEST) else parts
+
+
+def written(item: epath.Path) -> Iterator[tuple[int, Any, list[str]]]:
+  """Each process that wrote into an item: its number, its database, and the keys of its chunks.
+
+  Empty if the step was saved without OCDBT, or was rewritten since.
+  """
+  parts = {int(name.rpartition("_")[2]): item / name for name in look.names(item) if is_process_database(name)}
+  for process, path in sorted(parts.items()):
+    store = ts.KvStore.open({"driver": "ocdbt", "base": _base(path)}).result()
+    keys = [key.decode() for key in store.list().result()]
+    yield process, store, [key for key in keys if key.rpartition("/")[2] not in ARRAY_FILES]
 
 
 def unreadable(database: epath.Path) -> str | None:

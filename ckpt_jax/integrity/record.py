@@ -30,8 +30,9 @@ from ckpt_jax.integrity.meant import Meant
 from ckpt_jax.integrity.sums import MASK
 from ckpt_jax.job.rendezvous import PeerFailedError
 from ckpt_jax.job.threads import transfers_asked_for
-from ckpt_jax.layout import contents, packing
+from ckpt_jax.layout import contents
 from ckpt_jax.layout.handler import PyTreeHandler
+from ckpt_jax.layout.keys import PACK_INDEX
 from ckpt_jax.layout.staging import HostCopies, has_accelerators
 from ckpt_jax.layout.structure import Flat, flatten
 from ckpt_jax.orbax.format import ARRAY_METADATAS, DEFAULT_ITEM, ITEM_METADATA, SHARDINGS, STEP_METADATA, TEXTS
@@ -46,7 +47,7 @@ FILE = RECORD
 _FORMAT = 1
 _SUMMING_THREADS = 8  # XXH3 reads 48 GB/s of pinned memory with as many
 # Files that a restore depends on, compared before it reads.
-_NEEDED = (ITEM_METADATA, SHARDINGS, TEXTS, packing.INDEX)
+_NEEDED = (ITEM_METADATA, SHARDINGS, TEXTS, PACK_INDEX)
 
 
 @dataclasses.dataclass

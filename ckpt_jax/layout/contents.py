@@ -7,7 +7,7 @@ import difflib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -36,6 +36,9 @@ from ckpt_jax.run.steps import (
   step_metadata,
 )
 from ckpt_jax.storage import look
+
+if TYPE_CHECKING:
+  from ckpt_jax.layout.stored import Stored
 
 JSON_FILES = ("metadata", METRICS_ITEM)
 V1_ITEM = "state"  # what Orbax v1's training.Checkpointer saves and asks for
@@ -85,6 +88,7 @@ class StepDescription:
     item: name of that item; None if it is not clear which of several trees is the state.
     items: all items of the step.
     content: content of the item if it is JSON.
+    stored: how the leaves are stored, by path; empty for items that only Orbax can describe.
   """
 
   step: int
@@ -95,6 +99,7 @@ class StepDescription:
   item: str | None = DEFAULT_ITEM
   items: tuple[Item, ...] = ()
   content: Any = None
+  stored: dict[str, Stored] = dataclasses.field(default_factory=dict)
 
 
 def items(step_dir: epath.Path) -> list[Item]:
@@ -222,16 +227,18 @@ def _describe(directory: epath.Path, step: int, item: str | None) -> StepDescrip
   shown = {k: v for k, v in ours.items() if k not in ("metrics", "extras", "encoded")}
   metrics = step_info(directory, step).metrics
   there = tuple(items(step_dir))
-  name, leaves, content = item, [], None
+  name, content = item, None
+  leaves: list[LeafInfo] = []
+  stored: dict[str, Stored] = {}
   if any(part.name == item and part.kind not in ("tree", "array") for part in there):
     content = json_item(step_dir / str(item))
   else:
     try:
       name = item_name(step_dir, item, ours)
-      leaves = saved_leaves(step_dir, name)
+      leaves, stored = _saved_leaves(step_dir / name, encoded_leaves(ours, name))
     except SeveralItemsError:
       pass
-  return StepDescription(step, shown, metrics, ours.get("extras"), leaves, name, there, content)
+  return StepDescription(step, shown, metrics, ours.get("extras"), leaves, name, there, content, stored)
 
 
 def json_item(item_dir: epath.Path) -> Any:
@@ -248,11 +255,21 @@ def json_item(item_dir: epath.Path) -> Any:
 
 def saved_leaves(step_dir: epath.Path, item: str | None = None) -> list[LeafInfo]:
   """The leaves of an item (default: the training state) as they were before encoding, in the order of the tree."""
-  from ckpt_jax.layout import description  # listing steps needs neither jax nor TensorStore
-
   ours = our_metadata(step_dir)
   name = item_name(step_dir, item, ours)
-  return leaf_infos(description.describe_item(step_dir / name).tree, encoded_leaves(ours, name))
+  return _saved_leaves(step_dir / name, encoded_leaves(ours, name))[0]
+
+
+def _saved_leaves(item: epath.Path, encoded: dict[str, Any]) -> tuple[list[LeafInfo], dict[str, Stored]]:
+  """The leaves, and how they are stored where that could be read without jax, whose import takes most of a second."""
+  from ckpt_jax.layout import stored  # nor does listing steps need TensorStore
+
+  found = stored.stored_leaves(item)
+  if found is not None:
+    return [_leaf_info(path, s.kind, s.shape, s.dtype, encoded.get(path, {})) for path, s in found.items()], found
+  from ckpt_jax.layout import description
+
+  return leaf_infos(description.describe_item(item).tree, encoded), {}
 
 
 def encoded_leaves(ours: dict[str, Any], item: str) -> dict[str, Any]:
@@ -262,31 +279,34 @@ def encoded_leaves(ours: dict[str, Any], item: str) -> dict[str, Any]:
 
 def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
   """The leaves of a described tree as they were before encoding; `encoded` are the notes of `layout.encoding`."""
-  import jax  # listing steps needs neither jax nor Orbax
-  import numpy as np
+  import jax
 
-  from ckpt_jax.layout.encoding import dtype_name
   from ckpt_jax.layout.structure import path_name
 
   leaves = []
   for path, meta in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    name = path_name(path)
-    note = encoded.get(name, {})
-    if is_text(meta):
-      leaves.append(LeafInfo(name, (), "str", 0, scalar=True))
-      continue
-    shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
-    nbytes = math.prod(shape) * dtype.itemsize
-    label = dtype_name(dtype)
-    if is_number(meta):
-      label = {"b": "bool", "i": "int", "f": "float"}.get(dtype.kind, label)
-    if note.get("kind") == "empty":
-      shape, label, nbytes = tuple(note["shape"]), note["dtype"], 0
-    elif note.get("kind") == "prng_key":
-      shape, label = shape[:-1], note["dtype"]
-    elif note.get("kind") == "complex":
-      label = "complex"
-    elif "dtype" in note:
-      label = note["dtype"]
-    leaves.append(LeafInfo(name, shape, label, nbytes, scalar=is_number(meta)))
+    kind = "text" if is_text(meta) else "number" if is_number(meta) else "array"
+    shape, dtype = (tuple(meta.shape), meta.dtype) if kind != "text" else ((), None)
+    leaves.append(_leaf_info(name := path_name(path), kind, shape, dtype, encoded.get(name, {})))
   return leaves
+
+
+def _leaf_info(path: str, kind: str, shape: tuple[int, ...], dtype: Any, note: dict[str, Any]) -> LeafInfo:
+  import numpy as np
+
+  if kind == "text":
+    return LeafInfo(path, (), "str", 0, scalar=True)
+  dtype = np.dtype(dtype)
+  nbytes = math.prod(shape) * dtype.itemsize
+  label = dtype.name
+  if kind == "number":
+    label = {"b": "bool", "i": "int", "f": "float"}.get(dtype.kind, label)
+  if note.get("kind") == "empty":
+    shape, label, nbytes = tuple(note["shape"]), note["dtype"], 0
+  elif note.get("kind") == "prng_key":
+    shape, label = shape[:-1], note["dtype"]
+  elif note.get("kind") == "complex":
+    label = "complex"
+  elif "dtype" in note:
+    label = note["dtype"]
+  return LeafInfo(path, shape, label, nbytes, scalar=kind == "number")

@@ -27,6 +27,7 @@ from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StorageErro
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.layout import packing, reading
 from ckpt_jax.layout.splitting import SEQUENCE
+from ckpt_jax.layout.stored import tree_entries
 from ckpt_jax.layout.structure import path_name
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import (
@@ -39,7 +40,6 @@ from ckpt_jax.orbax.format import (
   MANIFEST,
   NUMBER_TYPE,
   TEXT_TYPE,
-  TREE,
   USE_OCDBT,
   USE_ZARR3,
   VALUE,
@@ -140,7 +140,7 @@ def item_info(item: epath.Path, limits: LimitsConfig, *, ocdbt: bool, zarr3: boo
 
 
 def _from_json(item: epath.Path, limits: LimitsConfig) -> ItemDescription:
-  data, entries = _tree_entries(item)
+  data, entries = tree_entries(item)
   ocdbt = bool(data.get(USE_OCDBT, look.exists(item / MANIFEST)))
   info = item_info(item, limits, ocdbt=ocdbt, zarr3=bool(data.get(USE_ZARR3)))
   types = {entry[VALUE].get(VALUE_TYPE) for entry in entries}
@@ -162,13 +162,6 @@ def _from_json(item: epath.Path, limits: LimitsConfig) -> ItemDescription:
       leaf = _describe(kind, name, item, index.get(name) or stores.get(name), value.get(WRITE_SHAPE))
     flat.append((names, kinds, leaf))
   return ItemDescription(_nested(flat), info, index, stores)
-
-
-def _tree_entries(item: epath.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  file = item / ITEM_METADATA
-  data = untrusted.read_json(file)
-  untrusted.check_tree(data, str(file))
-  return data, list(data.get(TREE, {}).values())
 
 
 def prng_keys(item: epath.Path) -> dict[str, str]:
@@ -265,7 +258,7 @@ def _from_aggregate(item: epath.Path, limits: LimitsConfig) -> ItemDescription |
     return None
   types: dict[str, str] = {}
   if described:
-    types = {"/".join(key_path(entry)): str(entry[VALUE].get(VALUE_TYPE)) for entry in _tree_entries(item)[1]}
+    types = {"/".join(key_path(entry)): str(entry[VALUE].get(VALUE_TYPE)) for entry in tree_entries(item)[1]}
   info = item_info(item, limits, ocdbt=look.exists(item / MANIFEST), zarr3=False)
   elsewhere = {name: str(v).removeprefix(_ELSEWHERE) for name, v in flat.items() if name not in values}
   stores = reading.open_stores(info, [stored for name, stored in elsewhere.items() if types.get(name) not in _EMPTY])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+PACK_INDEX = "ckpt_jax_pack.json"  # in an item: where its packed arrays are
+ARRAY_FILES = frozenset({".zarray", ".zattrs", ".zgroup", "zarr.json"})  # beside the chunks of an array
 SLABS = "ckpt_jax.slab."  # and the number of the process
 
 
@@ -16,14 +18,15 @@ def prefix(name: str) -> str:
   return name if not name or name.endswith("/") else f"{name}/"
 
 
-def belongs(key: str, names: Collection[str]) -> bool:
-  """Whether a key of the database may belong to one of some leaves: NAME/.zarray, NAME/0.0, NAME/c/0/0, ..."""
+def owner(key: str, names: Collection[str]) -> str | None:
+  """The one of some leaves to which a key may belong: NAME/.zarray, NAME/0.0, NAME/c/0/0, ...; None if none is."""
   end = key.rfind("/")
   while end > 0:
-    if key[:end] in names or key[: end + 1] in names:
-      return True
+    for name in (key[:end], key[: end + 1]):
+      if name in names:
+        return name
     end = key.rfind("/", 0, end)
-  return "" in names
+  return "" if "" in names else None
 
 
 def problem(name: str) -> str | None:

@@ -23,13 +23,12 @@ from etils import epath
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.layout.encoding import dtype_name
-from ckpt_jax.layout.keys import SLABS
+from ckpt_jax.layout.keys import PACK_INDEX, SLABS
 from ckpt_jax.layout.memory import ALIGNMENT, unaligned_empty
 from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.sharding import Box, intersection, shape_of, within
 from ckpt_jax.storage import look
 
-INDEX = "ckpt_jax_pack.json"
 _FORMAT = 1
 # At 160 MB/s, a slow shared store, writing a megabyte takes six times the fixed cost of an array.
 SMALL_NBYTES = 2**20
@@ -221,7 +220,7 @@ def write_index(item: epath.Path, index: Index) -> None:
 
 
 def _write_index(item: epath.Path, leaves: str) -> None:
-  (item / INDEX).write_text(f'{{"format": {_FORMAT}, "leaves": {leaves}}}')
+  (item / PACK_INDEX).write_text(f'{{"format": {_FORMAT}, "leaves": {leaves}}}')
 
 
 def read_index(item: epath.Path) -> Index:
@@ -231,7 +230,7 @@ def read_index(item: epath.Path) -> Index:
     CorruptCheckpointError: if it is damaged.
     CheckpointError: if a later version wrote it.
   """
-  file = item / INDEX
+  file = item / PACK_INDEX
   try:
     data = json.loads(look.read_bytes(file))
     if data["format"] > _FORMAT:

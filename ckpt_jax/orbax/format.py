@@ -43,6 +43,7 @@ KEYS, KEY, KEY_TYPE = "key_metadata", "key", "key_type"
 VALUE, VALUE_TYPE, WRITE_SHAPE = "value_metadata", "value_type", "write_shape"
 # Value types of leaves.
 ARRAY_TYPES, NUMBER_TYPE, TEXT_TYPE = ("jax.Array", "np.ndarray"), "scalar", "string"
+EMPTY_TYPES = ("Dict", "List", "Tuple", "None", "NamedTuple")  # of containers without leaves
 VALUE_TREE = "value_metadata_tree"  # of items whose tree has nodes that JSON cannot describe
 
 

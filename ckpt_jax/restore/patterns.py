@@ -8,10 +8,7 @@ import functools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import jax
-
 from ckpt_jax.errors import ConfigError, StructureMismatchError
-from ckpt_jax.layout.structure import path_name
 
 PyTree = Any
 
@@ -99,6 +96,10 @@ _NOTHING: Any = object()
 
 
 def _rebuilt(node: PyTree, prefix: str, values: dict[str, Any]) -> PyTree:
+  import jax  # a command that only matches patterns starts without it
+
+  from ckpt_jax.layout.structure import path_name
+
   leaves, structure = jax.tree_util.tree_flatten_with_path(node)
   names = [prefix + path_name(path) if path else prefix.removesuffix("/") for path, _ in leaves]
   there = [name in values for name in names]

@@ -17,7 +17,7 @@ from etils import epath
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.layout import text
-from ckpt_jax.layout.keys import belongs
+from ckpt_jax.layout.keys import owner
 from ckpt_jax.orbax.format import (
   ARRAY_METADATAS,
   COMMIT_MARKER,
@@ -123,7 +123,7 @@ def _copy_chunks(source: epath.Path, target: epath.Path, stored: set[str], pause
     return ts.KvStore.open(spec if item is source else spec | {"config": config}).result()
 
   old, new = database(source), database(target)
-  keys = [key for key in old.list().result() if belongs(key.decode(), stored)]
+  keys = [key for key in old.list().result() if owner(key.decode(), stored) is not None]
   sums: dict[bytes, tuple[int, int]] = {}
   written = ts.Transaction()
   held = 0

@@ -44,7 +44,7 @@ def test_show_shows_leaves_and_metadata_of_the_newest_step(run):
   assert shown["step"] == 2 and shown["extras"] == {"at": 2} and shown["metrics"] == {"loss": 1.0}
   leaves = {leaf["path"]: (leaf["shape"], leaf["dtype"]) for leaf in shown["leaves"]}
   assert leaves == {"params/w": ([4, 8], "float32"), "params/e": ([0, 2], "float32")}
-  assert "params/w" in cli("show", run, 1).stdout
+  assert "[4, 8]" in cli("show", run, 1).stdout
 
 
 def test_who_counts_chunks(run):
@@ -109,7 +109,7 @@ def test_one_damaged_step_does_not_hide_the_others(tmp_path):
 def test_leaf_names_that_look_like_markup_are_shown(tmp_path):
   with ckpt.Checkpointer(tmp_path) as c:
     c.save(0, {"w": {"[bold]": jnp.ones(3)}})
-  assert "w/[bold]" in cli("show", tmp_path).stdout
+  assert "[bold]" in cli("show", tmp_path).stdout
 
 
 def test_who_reports_a_process_whose_database_is_empty(tmp_path):

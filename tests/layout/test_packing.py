@@ -178,14 +178,14 @@ def test_damaged_index_is_told(tmp_path):
   state = {"a": jnp.arange(8.0), "b": jnp.ones(8)}
   with ckpt.Checkpointer(tmp_path, config) as c:
     c.save(0, state)
-  file = tmp_path / "0" / "default" / packing.INDEX
+  file = tmp_path / "0" / "default" / packing.PACK_INDEX
   file.write_text(file.read_text()[:-5])
   with ckpt.Checkpointer(tmp_path, config) as c, pytest.raises(ckpt.CorruptCheckpointError, match="index"):
     c.restore(like=state)
 
 
 def test_index_of_a_later_version_is_no_damage(tmp_path):
-  index = epath.Path(tmp_path) / packing.INDEX
+  index = epath.Path(tmp_path) / packing.PACK_INDEX
   index.write_text(json.dumps({"format": 2, "leaves": {"w": "whatever that version writes"}}))
   with pytest.raises(ckpt.CheckpointError, match="a later ckpt_jax wrote") as e:
     packing.read_index(epath.Path(tmp_path))
@@ -215,7 +215,7 @@ def test_repacked_step_is_an_ordinary_orbax_checkpoint_and_back(tmp_path, assert
   (before,) = runs.list_steps(tmp_path)
   assert "moved 26 arrays out of slabs" in repack(tmp_path, "off")
   assert "nothing to do" in repack(tmp_path, "off")
-  assert not (tmp_path / "0" / "default" / packing.INDEX).exists()
+  assert not (tmp_path / "0" / "default" / packing.PACK_INDEX).exists()
   assert runs.list_steps(tmp_path) == [before]
   plain = {k: v for k, v in state.items() if k not in ("uint4", "empty")}  # ours alone can hold these
   with ocp.CheckpointManager(tmp_path) as manager:
@@ -256,7 +256,7 @@ def test_repacking_that_fails_leaves_the_step_as_it_was(tmp_path, monkeypatch, a
   done = cli("repack", tmp_path, 0, "--pack", "off")
   assert done.returncode == 1 and "b reads back differently" in done.stderr
   monkeypatch.undo()
-  assert (tmp_path / "0" / "default" / packing.INDEX).exists()
+  assert (tmp_path / "0" / "default" / packing.PACK_INDEX).exists()
   with ckpt.Checkpointer(tmp_path) as c:
     assert_same(c.restore(like=state).state, state)
 
