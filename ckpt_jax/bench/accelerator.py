@@ -54,45 +54,35 @@ class Extent:
   sides: Sequence[str] = SIDES
 
 
-def run(extent: Extent, directory: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+  extent: Extent, directory: str | None, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
   """Measures all; what fails is noted under `failed`, and the rest goes on.
 
   Args:
     extent: how much.
     directory: where to write; None: into memory if there is room, else the temporary directory.
     say: called with a line about each measurement.
+    keep: called with the results so far, again and again: a run may be cut off.
 
   Returns:
     JSON-able: `raw` answers of the processes, `medians` by side, `aims`, and the machine.
   """
-  started = time.monotonic()
-  raw: dict[str, list[dict[str, Any]]] = {}
-  failed: list[str] = []
   with tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=directory or _place(extent.nbytes)) as work:
-    bench = _Bench(extent, work, raw, failed, say)
+    bench = _Bench(extent, work, say)
     for turn in range(extent.rounds):
       began = time.monotonic()
       for side in [*extent.sides[turn % len(extent.sides) :], *extent.sides[: turn % len(extent.sides)]]:
         bench.turn(side)
+        keep(bench.results())
       took = time.monotonic() - began
       if turn == 0:
         bench.once()
-      if time.monotonic() - started + took > extent.minutes * 60 and turn + 1 < extent.rounds:
+        keep(bench.results())
+      if bench.seconds() + took > extent.minutes * 60 and turn + 1 < extent.rounds:
         say(f"{turn + 1} of {extent.rounds} rounds fit into {extent.minutes:g} minutes")
         break
-    about = machine(work)
-  for answers in raw.values():
-    about |= answers[0]["about"]
-  medians = summary(raw)
-  return {
-    "nbytes": extent.nbytes,
-    "machine": about,
-    "seconds": round(time.monotonic() - started),
-    "medians": medians,
-    "aims": [dataclasses.asdict(aim) for aim in aims(medians)],
-    "failed": failed,
-    "raw": raw,
-  }
+    return bench.results()
 
 
 def _place(nbytes: int) -> str:
@@ -105,20 +95,37 @@ def _place(nbytes: int) -> str:
 class _Bench:
   """Starts the processes, one after the other, and collects their answers by measurement and side."""
 
-  def __init__(
-    self,
-    extent: Extent,
-    work: str,
-    raw: dict[str, list[dict[str, Any]]],
-    failed: list[str],
-    say: Callable[[str], None],
-  ):
-    self._extent, self._work, self._raw, self._failed, self._say = extent, work, raw, failed, say
+  def __init__(self, extent: Extent, work: str, say: Callable[[str], None]):
+    self._extent, self._work, self._say = extent, work, say
+    self._raw: dict[str, list[dict[str, Any]]] = {}
+    self._failed: list[str] = []
+    self._started = time.monotonic()
+    self._machine = machine(work)
     if (free := shutil.disk_usage(work).free) < _ROOM * extent.nbytes:
       raise CheckpointError(
         f"{work}: {free / 1e9:.1f} GB are free and {_ROOM * extent.nbytes / 1e9:.1f} GB are needed; choose --dir or a "
         "smaller --size"
       )
+
+  def seconds(self) -> float:
+    """Since the beginning."""
+    return time.monotonic() - self._started
+
+  def results(self) -> dict[str, Any]:
+    """See `run`."""
+    medians = summary(self._raw)
+    about: dict[str, Any] = next(
+      (answers[0]["about"] for name, answers in self._raw.items() if name.startswith("saves")), {}
+    )
+    return {
+      "nbytes": self._extent.nbytes,
+      "machine": self._machine | about,
+      "seconds": round(self.seconds()),
+      "medians": medians,
+      "aims": [dataclasses.asdict(aim) for aim in aims(medians)],
+      "failed": self._failed,
+      "raw": self._raw,
+    }
 
   def turn(self, side: str) -> None:
     """Saves and restores by one side."""
@@ -289,7 +296,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
   """The medians of all sides, and the aims."""
   medians: dict[str, dict[str, float]] = found["medians"]
   about = found["machine"]
-  where = f"{found['nbytes'] / 1e9:.2f} GB on {about.get('devices', 0)} x {about.get('device', 'unknown')}"
+  nbytes = about.get("state_nbytes", found["nbytes"])
+  where = f"{nbytes / 1e9:.2f} GB on {about.get('devices', 0)} x {about.get('device', 'unknown')}"
   stand_in = " (CPU devices stand in for accelerators)" if about.get("stand_in") else ""
 
   def cell(side: str, metric: str) -> str:

@@ -33,7 +33,7 @@ from ckpt_jax.layout.sharding import global_nbytes
 _LAYERS, _WIDTH_STEP = 50, 64
 _A_LAYER = 3 * 12 * 4  # bytes of a layer of width 1, with its moments
 _COMMIT_S = 120.0  # the longest wait for a commit
-_WARM_UP = 10  # saves before memory has to stay flat
+_WARM_UP = 20  # saves before memory has to stay flat
 _KEPT = 2  # steps
 _SAMPLE_S = 0.002
 _EXAMPLE = "ckpt_jax.examples.lm"
@@ -302,6 +302,7 @@ def about(work: Work) -> dict[str, Any]:
     "jax": jax.__version__,
     "ckpt_jax": ckpt_jax.__version__,
     "leaves": len(jax.tree.leaves(shapes(work.nbytes))),
+    "state_nbytes": global_nbytes(shapes(work.nbytes)),
   }
 
 

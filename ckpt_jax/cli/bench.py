@@ -304,9 +304,13 @@ def accelerator(
   extent = bench_accelerator.Extent(int(state_size), rounds, minutes=minutes)
   if quick:
     extent = dataclasses.replace(extent, rounds=1, repeats=2, growth=20)
-  found = bench_accelerator.run(extent, directory, _progress)
-  if output:
-    files.write(output, found)
+
+  def keep(found: dict[str, Any]) -> None:
+    if output:
+      files.write(output, found)
+
+  found = bench_accelerator.run(extent, directory, _progress, keep)
+  keep(found)
   if as_json:
     print_json(found)
     return

@@ -113,10 +113,10 @@ def replicate(program: Program, primary: jax.Array | None, target: NamedSharding
   held = {} if primary is None else {s.device: s.data for s in primary.addressable_shards}
   local = sharding.shard_shape(shape)
   # Not replicas of each other yet: the program looks at each device's own.
-  pieces = [
-    held[d] if d in held else jax.device_put(np.zeros(local, dtype), d)
-    for d in sharding.addressable_devices_indices_map(shape)
-  ]
+  devices = [*sharding.addressable_devices_indices_map(shape)]
+  others = [d for d in devices if d not in held]
+  held |= zip(others, jax.device_put([np.zeros(local, dtype)] * len(others), others), strict=True)
+  pieces = [held[d] for d in devices]
   return relabelled(program(jax.make_array_from_single_device_arrays(shape, sharding, pieces, dtype=dtype)), target)
 
 

@@ -63,7 +63,9 @@ def test_aims_compare_medians_of_both_sides_and_skip_what_was_not_measured():
 
 def test_what_fails_is_reported_and_the_rest_is_measured(tmp_path, monkeypatch):
   extent = accelerator.Extent(1_000_000, rounds=1, sides=("nobody",))
-  found = accelerator.run(extent, str(tmp_path), lambda line: None)
+  kept = []
+  found = accelerator.run(extent, str(tmp_path), lambda line: None, kept.append)
+  assert len(kept) == 2 and kept[0]["failed"], "what a run that is cut off leaves behind"
   assert len(found["failed"]) == 1 and "saves: nobody: exit code 1: " in found["failed"][0]
   assert "KeyError: 'nobody'" in found["failed"][0] and list(tmp_path.iterdir()) == []
 

@@ -14,6 +14,10 @@ from jax.sharding import PartitionSpec as P
 from jobs import together
 
 import ckpt_jax as ckpt
+from ckpt_jax.integrity import comparison
+from ckpt_jax.integrity.comparison import Verifier
+from ckpt_jax.integrity.fingerprint import LeafPrint
+from ckpt_jax.integrity.record import Record
 from ckpt_jax.layout import placing, reading, staging
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -139,8 +143,10 @@ def test_a_cast_and_a_key_come_back_as_they_are_wanted(tmp_path, assert_same):
   assert float(restored.state["wide"]) == 2.5
 
 
+@pytest.mark.parametrize("cores", [1, 8])
 @pytest.mark.parametrize("spec", [P("a"), P(None, "a"), P()])
-def test_a_flipped_bit_is_found_in_host_memory_whatever_the_mesh(tmp_path, spec):
+def test_a_flipped_bit_is_found_in_host_memory_whatever_the_mesh(tmp_path, monkeypatch, spec, cores):
+  monkeypatch.setattr(comparison, "usable_cores", lambda: cores)
   saved = state(2)
   with ckpt.Checkpointer(tmp_path) as c:
     c.save(0, saved)
@@ -182,6 +188,29 @@ def test_what_is_in_host_memory_stays_within_the_limit(tmp_path, monkeypatch, as
   assert sum(x.nbytes for x in saved.values()) > 6 * limit
   assert len(most) == 100 and max(most) < 0.6 * limit, "reads take a fifth, two batches an eighth each, sums another"
   assert live["nbytes"] == 0
+
+
+def test_threads_that_sum_hold_no_more_than_their_share(monkeypatch):
+  monkeypatch.setattr(comparison, "usable_cores", lambda: 8)
+  monkeypatch.setattr(comparison, "_BUNCH_NBYTES", 1)  # each leaf by itself
+  leaves = {str(i): np.full(1000, i, np.int8) for i in range(50)}
+  prints = {path: LeafPrint("int8", (1000,), 0) for path in leaves}
+  verifier = Verifier(Record(prints, {}, {}), host_memory=8 * 3000)
+  held, most = set(), []
+  sums = verifier._sums
+
+  def watched(taken, hashed):
+    found = sums(taken, hashed)
+    most.append(len(held))
+    held.difference_update(taken.leaves)
+    return found
+
+  verifier._sums = watched
+  for path, leaf in leaves.items():
+    held.add(path)
+    verifier(path, leaf)
+  verifier._pool.shutdown()
+  assert max(most) <= 4 and len(most) == 50, "three wait, and one is handed over"
 
 
 def test_a_batch_is_filled_while_the_one_before_is_sent(monkeypatch):
