@@ -261,9 +261,8 @@ def _take(
 def _saved_pieces(array: jax.Array, copies: HostCopies) -> tuple[list[tuple[Values, tuple[int, ...]]], bool]:
   """Values and first index of the pieces of an array that this process sums, and whether they are whole shards."""
   if copies.by_piece:
-    shape, pieces = copies.pieces(array)
-    found = [(values, tuple([start for start, _ in box])) for box, values in pieces]
-    return found, shape == array.sharding.shard_shape(array.shape)
+    _, whole, pieces = copies.pieces(array)
+    return [(values, tuple([start for start, _ in box])) for box, values in pieces], whole
   if one_device(array.sharding) == "here":
     return [(copies.of(array), ())], True
   shards = [s for s in array.addressable_shards if s.replica_id == 0]

@@ -161,17 +161,12 @@ def _is_unicode(text: str) -> bool:
 
 
 def _encode_array(leaf: jax.Array | np.ndarray) -> tuple[Any, dict[str, Any] | None]:
-  if problem := _gone(leaf):
+  if problem := _gone(leaf) or _held_by_one(leaf):
     raise TypeError(problem)
   if is_prng_key(leaf):
     if leaf.size == 0:
       raise TypeError("an empty array of PRNG keys; leave it out")
     return leaf, {"kind": "prng_key", "dtype": str(leaf.dtype), "impl": str(jax.random.key_impl(leaf))}
-  if isinstance(leaf, jax.Array) and jax.process_count() > 1 and leaf.is_fully_addressable:
-    raise TypeError(
-      "lives on this process only; in a job of several processes give it a sharding over the whole mesh, e.g. "
-      "jax.jit(init, out_shardings=NamedSharding(mesh, P()))"
-    )
   if not isinstance(leaf, jax.Array) and type(leaf) not in (np.ndarray, np.memmap):
     raise TypeError(f"a {type(leaf).__name__}, which would come back as a plain array; {_way_out(leaf)}")
   stored_as = _stored_as(leaf.dtype)
@@ -184,6 +179,20 @@ def _encode_array(leaf: jax.Array | np.ndarray) -> tuple[Any, dict[str, Any] | N
   if leaf.dtype in _WIDENED:
     return leaf.astype(stored_as), {"kind": "widened", "dtype": leaf.dtype.name}
   return _viewed(leaf, stored_as), {"kind": "viewed", "dtype": leaf.dtype.name, "viewed": True}
+
+
+def _held_by_one(leaf: jax.Array | np.ndarray) -> str | None:
+  """Why an array that one process of several holds cannot be saved; keys that each process has for itself can."""
+  if not isinstance(leaf, jax.Array) or jax.process_count() == 1:
+    return None
+  holders = {device.process_index for device in leaf.sharding.device_set}  # type: ignore[attr-defined]
+  if len(holders) > 1 or (is_prng_key(leaf) and leaf.is_fully_addressable):
+    return None
+  where = "this process" if leaf.is_fully_addressable else f"process {holders.pop()}"
+  return (
+    f"lives on {where} only; in a job of several processes give it a sharding over the whole mesh, e.g. "
+    "jax.jit(init, out_shardings=NamedSharding(mesh, P()))"
+  )
 
 
 def _way_out(array: np.ndarray) -> str:

@@ -12,11 +12,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ckpt_jax.config import Config, LayoutConfig
-from ckpt_jax.layout import packing, writing
+from ckpt_jax.layout import packing, shares, writing
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.ring import Ring, Values
 from ckpt_jax.layout.splitting import Small, split
-from ckpt_jax.layout.staging import Division, HostCopies
+from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.layout.text import TextHandler
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import SHARDINGS
@@ -53,7 +53,7 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
 
   def __init__(self, arrays: ArrayHandler, *, pack: bool, **options: Any):
     super().__init__(**options)
-    self.copies = HostCopies(arrays.division)
+    self.copies = HostCopies(arrays.limits)
     self._arrays = arrays
     self._pack = pack
     self._small: Small | None = None
@@ -72,7 +72,7 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
       args = dataclasses.replace(args, item=rest)
     self._has_arrays = any(not isinstance(leaf, str) for leaf in jax.tree.leaves(args.item))
     self._arrays.prepare(packed, self._small, self.copies)
-    self.copies = HostCopies(self._arrays.division)
+    self.copies = HostCopies(self._arrays.limits)
     return await super().async_save(directory, item, save_args, args)
 
   @property
@@ -100,7 +100,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
   """Orbax's handler of jax arrays, which writes them by `writing`; reading is the business of `values`.
 
   Attributes:
-    division: how replicas divide what they hold.
+    limits: of the division among processes.
     writes: whether this process writes a part of the last arrays.
     writer: of the last arrays; None if Orbax wrote them.
   """
@@ -109,13 +109,12 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     # Without one Orbax writes no array_metadatas, and forgets which arrays are PRNG keys.
     self._store = private.array_metadata_store()
     self._chunk_nbytes = _number(layout.chunk_size)
-    self._slice_nbytes = _number(layout.min_slice_for_replica_parallel)
     super().__init__(
       use_replica_parallel={"on": True, "off": False, "auto": None}[layout.replica_parallel],
-      min_slice_bytes_for_replica_parallel=self._slice_nbytes,
+      min_slice_bytes_for_replica_parallel=_number(layout.min_slice_for_replica_parallel),
       array_metadata_store=self._store,
     )
-    self.division = Division(private.uses_replica_parallel(self), self._slice_nbytes)
+    self.limits = shares.Limits.of(layout)
     self.writes = False
     self.writer: writing.Writer | None = None
     self._memory = writing.SlabMemory()
@@ -141,7 +140,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
          copied to pinned memory in one transfer, which the write waits for, not training (see `staging`).
       2. Arrays are opened through one key-value store, and all writes are queued from one thread under one limit of
          bytes, where Orbax runs a chain of asyncio tasks for each shard.
-      3. The pieces of a small array that one process writes are stored as one chunk.
+      3. All processes write as much, whatever the number of replicas (`shares`). Chunks are cut so that other meshes
+         can read them, and the pieces of a small array that one process alone holds are stored as one.
       4. Arrays that `prepare` announced are written side by side into a slab (see `packing`).
       5. The shardings and the array metadata are each written as one file in one go.
       6. A failed write is waited for before the error is raised: nothing is written once a save counts as ended.
@@ -162,11 +162,9 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     impls = {info.name: str(jax.random.key_impl(v)) for v, info in zip(values, infos, strict=True) if is_prng_key(v)}
     arrays = [jax.random.key_data(v) if is_prng_key(v) else v for v in values]
     written = writing.on_host(arrays, infos, args, copies)
-    pieces = writing.small_on_host(packed, small.turns, copies) if small else []
+    pieces = writing.small_on_host(shares.slices(packed, shares.WHOLE), copies) if small else []
     copies.settled()
     self.writes = any(array.pieces for array in written) or bool(small and small.slab.nbytes)
-    if jax.process_count() == 1 and not copies.in_turn:
-      written = [array.joined() for array in written]
     bounds = [n for n in (getattr(first.byte_limiter, "max_bytes", None), copies.ring.limit) if n is not None]
     self.writer = writing.Writer(
       first.ts_context,  # two contexts would be two databases that do not know of each other
@@ -212,11 +210,6 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       await asyncio.wait([bulk])
       _ = bulk.cancelled() or bulk.exception()  # else asyncio would log it
       raise
-
-
-def division_of(layout: LayoutConfig) -> Division:
-  """How replicas divide what they hold under a configuration."""
-  return ArrayHandler(layout).division
 
 
 def _write_shardings(item: epath.Path, *objects: str) -> None:

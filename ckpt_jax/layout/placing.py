@@ -97,6 +97,8 @@ def _assembled(array: Unplaced, pieces: list[jax.Array]) -> jax.Array:
 
 def place_on_cpu(array: Unplaced) -> jax.Array:
   """The same for one array that does not go to accelerators."""
+  if not array.regions:  # all of it goes to other processes
+    return _assembled(array, [])
   if one_device(array.sharding) == "here":
     (whole,) = array.regions.values()
     whole = to_be_copied(whole)

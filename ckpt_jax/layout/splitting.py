@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from ckpt_jax.layout import packing, writing
+from ckpt_jax.layout import packing, shares
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.structure import flatten, segment
 from ckpt_jax.orbax import private
@@ -41,13 +41,11 @@ class Small:
 
   Attributes:
     slab: the places of the pieces that this process writes.
-    turns: see `writing.turn_of`.
     shardings: of the packed arrays, by their names in the database.
     leaves: those of the whole tree, in order.
   """
 
   slab: packing.Slab
-  turns: Sequence[int | None]
   shardings: Mapping[str, jax.sharding.Sharding]
   leaves: Sequence[Leaf]
 
@@ -134,11 +132,11 @@ def _cut(tree: PyTree) -> _Cut | None:
       rest.append((names, number, None) if is_leaf else (names, None, copy.copy(leaf)))
       leaves.append(Leaf(names, kinds))
     number += jax.tree_util.all_leaves([leaf])
-  turns = [writing.turn_of(array, i) for i, array in enumerate(arrays.values())]
-  parts = {n: (a.dtype, a.shape, writing.small_boxes(a, t)) for (n, a), t in zip(arrays.items(), turns, strict=True)}
+  found = zip(arrays.items(), shares.slices(list(arrays.values()), shares.WHOLE), strict=True)
+  parts = {name: (x.dtype, x.shape, [box for box, _, _ in some.parts]) for (name, x), some in found}
   slab = packing.lay_out(jax.process_index(), parts)
   shardings = {name: array.sharding for name, array in arrays.items()}
-  return _Cut(Small(slab, turns, shardings, leaves), numbers, rest)
+  return _Cut(Small(slab, shardings, leaves), numbers, rest)
 
 
 def _kind(key: Any) -> int:

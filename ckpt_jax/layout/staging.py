@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
 import functools
 import itertools
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,17 +25,13 @@ from ckpt_jax.errors import ConfigError
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.link import PINNED, has_pinned, known_link, pageable
 from ckpt_jax.layout.ring import Copy, Cut, Part, Ring, Values
-from ckpt_jax.layout.sharding import Box, box_of, one_device, whole_box
-from ckpt_jax.orbax import private
+from ckpt_jax.layout.sharding import Box, box_of, one_device, shape_of, split_box, whole_box
+from ckpt_jax.layout.shares import Limits, Slices, slices
 
 _HOST_KINDS = (PINNED, "unpinned_host")
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _COPYING_THREADS = 8  # for what is in host memory already
 as_accelerators = False  # tests: devices of a CPU count as accelerators
-# The pieces of an array that this process writes: their shape, which all processes share, and box and values of each.
-Pieces = tuple[tuple[int, ...], tuple[tuple[Box, Values], ...]]
-# The same before the transfer: box, single-device array and the part of it.
-_Planned = tuple[tuple[int, ...], list[tuple[Box, jax.Array, Cut | None]]]
 
 
 def has_accelerators() -> bool:
@@ -80,17 +75,18 @@ def belongs_to_accelerators(sharding: jax.sharding.Sharding) -> bool:
   return _is_of_accelerators(sharding, as_accelerators)
 
 
-@dataclasses.dataclass(frozen=True)
-class Division:
-  """How replicas divide what they save, as Orbax's ArrayHandler takes it.
+class Pieces(NamedTuple):
+  """The pieces of an array that this process saves.
 
   Attributes:
-    replica_parallel: each replica saves a part of its shard.
-    slice_nbytes: the smallest such part.
+    chunks: the shape of the array's chunks.
+    whole: whether all pieces, those of other processes too, are whole shards.
+    pieces: box and values of each.
   """
 
-  replica_parallel: bool = False
-  slice_nbytes: int | None = None
+  chunks: tuple[int, ...]
+  whole: bool
+  pieces: tuple[tuple[Box, Values], ...]
 
 
 class HostCopies:
@@ -103,17 +99,17 @@ class HostCopies:
     ring: what brings the copies.
   """
 
-  def __init__(self, division: Division | None = None, limit: int | None = None):
+  def __init__(self, limits: Limits | None = None, limit: int | None = None):
     """Copies nothing yet.
 
     Args:
-      division: how replicas divide what they save; None for all that this process holds, once.
+      limits: of the division among processes; None for all that this process holds, once.
       limit: bytes that may be in host memory at a time; None for any number.
     """
-    self._division = division
+    self._limits = limits
     self._on_cpu = not has_accelerators()
     self.ring = Ring(_send_views if self._on_cpu else _send, limit)
-    self._plans: dict[int, tuple[jax.Array, _Planned]] = {}
+    self._plans: dict[int, tuple[jax.Array, Slices]] = {}
     self._pieces: dict[int, tuple[jax.Array, Pieces]] = {}
     self._whole: dict[int, tuple[jax.Array, Values]] = {}  # of single-device arrays
     self._devices_take_turns = itertools.count()
@@ -135,17 +131,24 @@ class HostCopies:
 
   def again(self, limit: int | None) -> HostCopies:
     """Copies of the same arrays, for one more pass over them or under another limit."""
-    other = HostCopies(self._division, limit)
+    other = HostCopies(self._limits, limit)
     other._plans |= self._plans
     return other
+
+  def plan(self, leaves: Sequence[Any], beside: int = 0) -> None:
+    """Divides jax arrays among the processes, which all call it alike, with all leaves of a state.
+
+    Args:
+      leaves: of the state.
+      beside: bytes that the first process saves besides.
+    """
+    self._planned([x for x in leaves if isinstance(x, jax.Array) and x.size > 0 and not is_prng_key(x)], beside)
 
   def nbytes(self, leaves: Sequence[Any]) -> int:
     """Bytes of what this process saves of jax arrays."""
     arrays = _arrays(leaves)
     plans = self._planned(arrays)
-    return sum(
-      len(parts) * math.prod(shape) * x.dtype.itemsize for x, (shape, parts) in zip(arrays, plans, strict=True)
-    )
+    return sum(_size(box) * x.dtype.itemsize for x, plan in zip(arrays, plans, strict=True) for box, _, _ in plan.parts)
 
   def stage(self, leaves: Sequence[Any]) -> None:
     """Starts to copy what this process saves of jax arrays: all of it, or what fits into the ring.
@@ -166,20 +169,19 @@ class HostCopies:
     """What this process saves of an array, for one more reader, who says `Values.done` of each piece."""
     if self.by_piece and array.size and (self._on_cpu or belongs_to_accelerators(array.sharding)):
       self.stage([array])
-      shape, found = self._pieces[id(array)][1]
-      for _, values in found:
+      found = self._pieces[id(array)][1]
+      for _, values in found.pieces:
         values.begin()
-      return shape, found
-    shape, parts = self._planned([array])[0]
-    return shape, tuple(
-      [(box, self.of(shard) if cut is None else Values(self.of(shard)()[cut])) for box, shard, cut in parts]
-    )
+      return found
+    chunks, whole, parts = self._planned([array])[0]
+    pieces = [(box, self.of(shard) if cut is None else Values(self.of(shard)()[cut])) for box, shard, cut in parts]
+    return Pieces(chunks, whole, tuple(pieces))
 
   def of(self, array: jax.Array) -> Values:
     """The values of a single-device array, for one more reader."""
     if id(array) not in self._whole:
       if self.by_piece and array.size and (self._on_cpu or belongs_to_accelerators(array.sharding)):
-        return self.pieces(array)[1][0][1]
+        return self.pieces(array).pieces[0][1]
       self._whole[id(array)] = array, Values(_view(array))
     values = self._whole[id(array)][1]
     values.begin()
@@ -190,40 +192,43 @@ class HostCopies:
     for known in (self._plans, self._pieces, self._whole):
       known.clear()
 
-  def _planned(self, arrays: Sequence[jax.Array]) -> list[_Planned]:
+  def _planned(self, arrays: Sequence[jax.Array], beside: int = 0) -> list[Slices]:
     several = [x for x in arrays if id(x) not in self._plans and one_device(x.sharding) is None]
-    if (how := self._division) is None:
-      found = [_held(x) for x in several]
-    else:
-      found = private.replica_slices(several, how.replica_parallel, how.slice_nbytes)
-    self._plans |= {id(x): (x, plan) for x, plan in zip(several, found, strict=True)}
+    if several:
+      found = [_held(x) for x in several] if self._limits is None else slices(several, self._limits, beside)
+      self._plans |= {id(x): (x, plan) for x, plan in zip(several, found, strict=True)}
     return [
-      self._plans[id(x)][1] if id(x) in self._plans else (x.shape, [(whole_box(x.shape), x, None)]) for x in arrays
+      self._plans[id(x)][1] if id(x) in self._plans else Slices(x.shape, True, [(whole_box(x.shape), x, None)])
+      for x in arrays
     ]
 
-  def _queued(self, array: jax.Array, plan: _Planned) -> Pieces:
+  def _queued(self, array: jax.Array, plan: Slices) -> Pieces:
     """Queues what is planned of an array, in finer pieces if one would take more than half of the ring.
 
     A shard that this process writes all of, from one device or several, is sent whole: no program has to cut it.
     """
-    shape, parts = plan
-    most = math.inf if self.ring.limit is None else self.ring.limit // 2
-    itemsize = array.dtype.itemsize
-    shape, parts = _finer(shape, parts, itemsize, most)
-    nbytes = math.prod(shape) * itemsize
+    itemsize, most = array.dtype.itemsize, math.inf
+    chunks, whole, parts = plan
+    if self.ring.limit is not None:
+      most = self.ring.limit // 2
+      piece = array.sharding.shard_shape(array.shape)
+      whole = whole and math.prod(piece) * itemsize <= max(most, itemsize)
+      chunks, parts = _finer(tuple(map(min, chunks, piece)), parts, itemsize, most)
     shards: dict[Box, list[jax.Array]] = {whole_box(array.shape): [array]}
     if one_device(array.sharding) is None:
       shards.clear()
       for shard in array.addressable_shards:
         shards.setdefault(box_of(shard.index, array.shape), []).append(shard.data)
     alike = {id(one): same for same in shards.values() for one in same}
-    here = collections.Counter(id(alike[id(shard)][0]) for _, shard, _ in parts)
+    here: collections.Counter[int] = collections.Counter()
+    for box, shard, _ in parts:
+      here[id(alike[id(shard)][0])] += _size(box)
     pieces: list[tuple[Box, Values]] = []
     for box, shard, cut in parts:
       same = alike[id(shard)]
-      complete = here[id(same[0])] * nbytes >= shard.size * itemsize
+      complete = here[id(same[0])] >= shard.size
       if cut is not None and not (complete and shard.size * itemsize <= most):
-        pieces.append((box, self.ring.add(shard, cut, nbytes)))
+        pieces.append((box, self.ring.add(shard, cut, _size(box) * itemsize)))
         continue
       if id(same[0]) not in self._whole:
         sender = same[next(self._devices_take_turns) % len(same)]
@@ -231,12 +236,17 @@ class HostCopies:
         self._whole |= {id(one): (one, copy) for one in same}
       values = self._whole[id(same[0])][1]
       pieces.append((box, values if cut is None else Part(values, cut)))
-    return shape, tuple(pieces)
+    return Pieces(chunks, whole, tuple(pieces))
 
 
-def _held(array: jax.Array) -> _Planned:
+def _held(array: jax.Array) -> Slices:
   shards = {box_of(s.index, array.shape): s.data for s in array.addressable_shards}
-  return array.sharding.shard_shape(array.shape), [(box, shard, None) for box, shard in shards.items()]
+  return Slices(array.sharding.shard_shape(array.shape), True, [(box, shard, None) for box, shard in shards.items()])
+
+
+def _size(box: Box) -> int:
+  """Number of elements of a box."""
+  return math.prod(shape_of(box))
 
 
 def _arrays(leaves: Sequence[Any]) -> list[jax.Array]:
@@ -246,25 +256,20 @@ def _arrays(leaves: Sequence[Any]) -> list[jax.Array]:
 
 
 def _finer(
-  shape: tuple[int, ...], parts: list[tuple[Box, jax.Array, Cut | None]], itemsize: int, nbytes: float
-) -> _Planned:
-  """Cuts pieces of a shape into equal ones of at most half of `nbytes`, if they are larger than that."""
-  if math.prod(shape) * itemsize <= max(nbytes, itemsize):
-    return shape, parts
-  axis, size = _slice_of(shape, int(nbytes / 2 / itemsize))
+  chunks: tuple[int, ...], parts: Sequence[tuple[Box, jax.Array, Cut | None]], itemsize: int, nbytes: int
+) -> tuple[tuple[int, ...], list[tuple[Box, jax.Array, Cut | None]]]:
+  """The shape of chunks of at most `nbytes`, and parts of whole chunks that take no more."""
+  while math.prod(chunks) * itemsize > max(nbytes, itemsize):
+    axis, size = _slice_of(chunks, int(nbytes / 2 / itemsize))
+    chunks = (*chunks[:axis], size, *chunks[axis + 1 :])
   finer: list[tuple[Box, jax.Array, Cut | None]] = []
   for box, shard, cut in parts:
-    whole = _bounds(cut, shard.shape)
-    for at in range(0, shape[axis], size):
-      inner, outer = whole[axis].start + at, box[axis][0] + at
-      finer.append(
-        (
-          (*box[:axis], (outer, outer + size), *box[axis + 1 :]),
-          shard,
-          (*whole[:axis], slice(inner, inner + size), *whole[axis + 1 :]),
-        )
-      )
-  return _finer((*shape[:axis], size, *shape[axis + 1 :]), finer, itemsize, nbytes)
+    inside = _bounds(cut, shard.shape)
+    for some in split_box(box, chunks, itemsize, nbytes):
+      offsets = [s.start - start for s, (start, _) in zip(inside, box, strict=True)]
+      part = tuple([slice(start + o, stop + o) for (start, stop), o in zip(some, offsets, strict=True)])
+      finer.append((some, shard, cut if some == box else part))
+  return chunks, finer
 
 
 @functools.lru_cache(maxsize=4096)

@@ -24,13 +24,11 @@ from ckpt_jax.layout.keys import prefix
 from ckpt_jax.layout.memory import unaligned_empty
 from ckpt_jax.layout.reading import result_of
 from ckpt_jax.layout.ring import Values
-from ckpt_jax.layout.sharding import Box, box_of, merge_boxes, one_device, replicas, shape_of, whole_box, within
+from ckpt_jax.layout.sharding import Box, one_device, shape_of, whole_box, within
+from ckpt_jax.layout.shares import Slices
 from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.orbax import private
 
-# An array of at most this size whose pieces one process writes is stored as one chunk: one request instead of one per
-# device. Larger ones keep their pieces, since a later restore on more hosts reads whole chunks.
-_JOINED_NBYTES = 32 * 2**20
 # Bytes in flight before other threads may have Python: they keep a disk of 1 GB/s busy for 50 ms.
 _AHEAD_NBYTES = 48 * 2**20
 _SLAB_NBYTES = 64 * 2**20  # of a slab in flight at a time, and kept for the next save
@@ -44,7 +42,7 @@ class Written:
   Attributes:
     info, args: Orbax's.
     shape, dtype: of the whole array.
-    write_shape: of one piece; the same on all processes.
+    write_shape: of its chunks, unless `args` asks for smaller ones; the same on all processes.
     pieces: box of each, and what returns its values once they are in host memory.
   """
 
@@ -54,14 +52,6 @@ class Written:
   dtype: np.dtype
   write_shape: tuple[int, ...]
   pieces: tuple[tuple[Box, Values], ...]
-
-  def joined(self) -> Written:
-    """The array stored as one chunk, if it is small and this process writes all of it; copied when it is written."""
-    whole = whole_box(self.shape)
-    nbytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-    if len(self.pieces) < 2 or nbytes > _JOINED_NBYTES or merge_boxes([box for box, _ in self.pieces]) != (whole,):
-      return self
-    return dataclasses.replace(self, write_shape=self.shape)
 
   @property
   def turn(self) -> int:
@@ -92,38 +82,26 @@ def on_host(
     arrays, infos, args: as Orbax gives them.
     copies: of the arrays, as far as they were started before.
   """
+  copies.plan(arrays)
   copies.stage(arrays)
   return [
-    Written(info, arg, array.shape, np.dtype(array.dtype), *copies.pieces(array))
+    Written(info, arg, array.shape, np.dtype(array.dtype), *_saved(array, copies))
     for array, info, arg in zip(arrays, infos, args, strict=True)
   ]
 
 
-def turn_of(array: jax.Array, number: int) -> int | None:
-  """The replica whose shards of the `number`th packed array are written: replicas take turns.
-
-  None if the whole array is on one device of this process.
-  """
-  return None if one_device(array.sharding) == "here" else number % replicas(array.sharding, array.shape)
-
-
-def small_boxes(array: jax.Array, turn: int | None) -> list[Box]:
-  """The boxes of a packed array that this process writes."""
-  if turn is None:
-    return [whole_box(array.shape)]
-  return [box_of(s.index, array.shape) for s in array.addressable_shards if s.replica_id == turn]
+def _saved(array: jax.Array, copies: HostCopies) -> tuple[tuple[int, ...], tuple[tuple[Box, Values], ...]]:
+  found = copies.pieces(array)
+  # A key that each process has for itself: all have the same, and the first one's is saved.
+  is_others = one_device(array.sharding) == "here" and jax.process_index() > 0
+  return found.chunks, () if is_others else found.pieces
 
 
-def small_on_host(arrays: Sequence[jax.Array], turns: Sequence[int | None], copies: HostCopies) -> list[Values]:
-  """The values in the boxes of `small_boxes`, array by array, in host memory or on their way there."""
-  chosen: list[jax.Array] = []
-  for array, turn in zip(arrays, turns, strict=True):
-    if turn is None:
-      chosen.append(array)
-    else:
-      chosen += [s.data for s in array.addressable_shards if s.replica_id == turn]
+def small_on_host(slices: Sequence[Slices], copies: HostCopies) -> list[Values]:
+  """The values of the pieces of packed arrays, array by array, in host memory or on their way there."""
+  chosen = [shard for some in slices for _, shard, _ in some.parts]
   copies.stage(chosen)
-  return [copies.of(array) for array in chosen]
+  return [copies.of(shard) for shard in chosen]
 
 
 class Writer:

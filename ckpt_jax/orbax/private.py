@@ -27,14 +27,6 @@ tensorstore_read_spec = ocp.type_handlers.get_json_tspec_read
 tensorstore_write_spec = ocp.type_handlers.get_json_tspec_write
 
 
-def uses_replica_parallel(handler: ocp.type_handlers.ArrayHandler) -> bool:
-  """Whether an ArrayHandler has replicas write a part each, by its options and the number of processes.
-
-  Why private: the handler takes the option and does not expose what it made of it.
-  """
-  return handler._use_replica_parallel  # pylint: disable=protected-access
-
-
 def coordination_service() -> Any:
   """The client of the service that `jax.distributed.initialize()` started: a key-value store of the whole job.
 
@@ -136,43 +128,6 @@ def rename_by(path: Any, rename: Callable[[], None]) -> None:
       await asyncio.to_thread(rename)
 
   path._snapshot = Renaming()  # pylint: disable=protected-access
-
-
-def replica_slices(
-  arrays: Any, replica_parallel: bool, slice_nbytes: int | None
-) -> list[tuple[tuple[int, ...], list[tuple[tuple[tuple[int, int], ...], Any, tuple[slice, ...] | None]]]]:
-  """What this process writes of each array: the shape of a piece, and the box, shard and part of the shard of each.
-
-  Why private: all processes must divide replicas alike, and as Orbax does where it writes itself; its ArrayHandler
-  has no method that says how.
-
-  Args:
-    arrays: jax arrays.
-    replica_parallel, slice_nbytes: as Orbax's ArrayHandler takes them.
-
-  Returns:
-    Shards are single-device arrays; the part is None for all of a shard.
-  """
-  from orbax.checkpoint._src.serialization import replica_slices as slicing
-
-  def part(cut: Any) -> tuple[slice, ...] | None:
-    return None if cut is None else (slice(None),) * cut.axis + (slice(cut.start_index, cut.limit_index),)
-
-  found = [slicing.get_replica_slices(array, 0, replica_parallel, slice_nbytes) for array in arrays]
-  return [
-    (
-      tuple(slices.local_shape),
-      [
-        (
-          tuple(s.indices(n)[:2] for s, n in zip(piece.index, slices.global_shape, strict=True)),
-          piece.unsliced_data,
-          part(piece.slice_args),
-        )
-        for piece in slices.replica_slices
-      ],
-    )
-    for slices in found
-  ]
 
 
 def array_as(array: Any, *, weak: bool, committed: bool) -> Any:

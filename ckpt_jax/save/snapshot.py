@@ -20,8 +20,8 @@ from ckpt_jax.config import Config
 from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout.encoding import encode, refuse_unusable
-from ckpt_jax.layout.handler import division_of
 from ckpt_jax.layout.sharding import is_weak, local_nbytes
+from ckpt_jax.layout.shares import Limits
 from ckpt_jax.layout.staging import PINNED_LIMIT, HostCopies, has_accelerators, pinned_limit
 from ckpt_jax.layout.structure import Flat, Structure, flatten
 from ckpt_jax.tuning.profile import available_memory
@@ -70,8 +70,9 @@ def copies_for(directory: epath.Path, state: Flat, config: Config) -> HostCopies
   """
   limit = config.limits.host_memory
   free, why = available_memory() if limit == "auto" else min(available_memory(), limit), "free"
-  copies = HostCopies(division_of(config.layout))
+  copies = HostCopies(Limits.of(config.layout))
   beside = sum(x.nbytes for x in state.leaves if isinstance(x, (np.ndarray, np.generic)))  # which Orbax copies
+  copies.plan(state.leaves, beside)
   if has_accelerators():
     needed = int((copies.nbytes(state.leaves) + beside) * _PINNED_HEADROOM)
     most = pinned_limit()

@@ -14,6 +14,7 @@ from typing import Any
 
 from ckpt_jax.config import TIMEOUT_FLOOR_S, Config
 from ckpt_jax.config.units import count, decimal_text
+from ckpt_jax.layout.shares import SLICE_NBYTES
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import StorageProfile
 from ckpt_jax.tuning.costs import MIB, Layout, Prediction, knee_of, predict, streams_of
@@ -30,8 +31,6 @@ _MEMORY_SHARE = 8
 _ORBAX_FILE_IO = 128
 # Orbax's own targets (tensorstore_utils.py of 0.12.8).
 _ORBAX_FILE_NBYTES = {True: 400 * MIB, False: 2048 * MIB}
-# 0.1 ms for the entry of a part in metadata and tree, against 160 MB/s to a shared store.
-_MIN_SLICE = 16 * 1024
 _TIMEOUT_FACTOR = 20
 
 
@@ -216,17 +215,18 @@ def _replica_parallel(f: Facts) -> Choice:
     value, reason = "auto", "one process writes all; Orbax's way costs it nothing"
   elif copies > 1.01:
     share = decimal_text(f.state.nbytes / f.host.processes)
-    reason = f"{f.host.processes} processes hold {copies:.1f} copies: each writes {share} instead of one set of them "
-    reason += f"all {decimal_text(f.state.nbytes)}"
+    most = f" ({decimal_text(f.state.written_nbytes)} at most)" if f.state.written_nbytes else ""
+    reason = f"{f.host.processes} processes hold {copies:.1f} copies: each writes {share}{most} instead of one set of "
+    reason += f"them all {decimal_text(f.state.nbytes)}"
   else:
     reason = "no byte is held by two processes: nothing to divide, nothing lost"
   return f.choice("layout.replica_parallel", value, reason, "on")
 
 
 def _min_slice(f: Facts) -> Choice:
-  value: Any = _MIN_SLICE
-  reason = "a process gathers its parts in a few large files; below this the bookkeeping of a part costs more than its "
-  reason += "bytes"
+  value: Any = SLICE_NBYTES
+  reason = "smaller arrays are dealt out whole, so that all processes write as much; below this the bookkeeping of a "
+  reason += "part costs more than its bytes"
   if f.host.processes == 1:
     value, reason = "auto", "one process: nothing is divided"
   default = "every replicated array is divided, however small"

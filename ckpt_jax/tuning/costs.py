@@ -172,10 +172,10 @@ def _in_host_memory(
     shards = max(leaves, shards - packed * shards // max(state.local_shards, 1)) + len(state.dtypes)
   zstd = state.compressibility or host.zstd
   ratio = zstd.ratio if layout.compression else 1.0
-  # Each process writes its part of what it holds: all replicas together write a byte once.
+  # All replicas together write a byte once; the step is committed when the process with the most bytes is done.
   held = state.local_nbytes or state.nbytes
-  written = held * state.nbytes / max(state.read_nbytes, state.nbytes, 1)
-  read = written if layout.gather else float(held)
+  each = held * state.nbytes / max(state.read_nbytes, state.nbytes, 1)
+  written, read = state.written_nbytes or each, each if layout.gather else float(held)
   sharing = 1 if storage.kind.traits.shared else max(1, host.processes)
 
   def python_s(phase: Phase) -> float:

@@ -12,6 +12,7 @@ import mmap
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,7 @@ class StateProfile:
     local_shards, local_nbytes: those that this process holds; a piece on several of its devices counts once.
     local_leaves: leaves of which this process holds a piece.
     read_nbytes: bytes that all processes together read if each reads what its devices need.
+    written_nbytes: bytes that the process which writes most writes, see `layout.shares`.
     copies: number of devices that hold an average byte.
     largest_leaf_nbytes, largest_shard_nbytes: of one array, and of one piece.
     largest_local_nbytes: of all that this process holds of one array.
@@ -64,6 +66,7 @@ class StateProfile:
   local_nbytes: int = 0
   local_leaves: int = 0
   read_nbytes: int = 0
+  written_nbytes: int = 0
   copies: float = 1.0
   largest_leaf_nbytes: int = 0
   largest_shard_nbytes: int = 0
@@ -132,6 +135,7 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
     local_nbytes=sum(n * cut.local * cut.piece_nbytes for n, cut in kinds),
     local_leaves=sum(n for n, cut in kinds if cut.local),
     read_nbytes=sum(n * cut.read * cut.piece_nbytes for n, cut in kinds),
+    written_nbytes=_most_written(arrays),
     copies=sum(n * cut.held * cut.piece_nbytes for n, cut in kinds) / total if total else 1.0,
     largest_leaf_nbytes=max((cut.nbytes for _, cut in kinds), default=0),
     largest_shard_nbytes=max((cut.piece_nbytes for _, cut in kinds if cut.local), default=0),
@@ -180,6 +184,20 @@ def _cut(shape: tuple[int, ...], itemsize: int, sharding: Any) -> _Cut:
   pieces = len(set().union(*by_process.values()))
   local, read = len(by_process.get(jax.process_index(), ())), sum(map(len, by_process.values()))
   return _Cut(nbytes, -(-nbytes // pieces), pieces, local, read, len(devices))
+
+
+def _most_written(arrays: Sequence[Any]) -> int:
+  """Bytes of the process that writes most; process 0 writes what is not placed."""
+  from ckpt_jax.layout.shares import Limits, held, nbytes_by_process, share_out
+
+  placed, first = [], 0
+  for x in arrays:
+    try:
+      placed.append(held(tuple(x.shape), x.dtype.itemsize, x.sharding))
+    except (AttributeError, ValueError):  # numpy, or on an abstract mesh, or what the sharding does not divide
+      first += math.prod(x.shape) * x.dtype.itemsize
+  written = nbytes_by_process(placed, share_out(placed, Limits(), {0: first}))
+  return max([*written.values(), written.get(0, 0) + first])
 
 
 def _arrays(state: PyTree) -> list[Any]:

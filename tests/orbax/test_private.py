@@ -212,7 +212,6 @@ def test_what_we_write_beside_arrays_is_what_orbax_writes(tmp_path):
   import json
 
   import jax
-  import numpy as np
   from jax.sharding import NamedSharding, PartitionSpec
 
   from ckpt_jax.config import Config
@@ -266,31 +265,6 @@ def test_orbax_keeps_the_class_of_the_paths_that_it_is_given(tmp_path, monkeypat
   with ckpt.Checkpointer(tmp_path) as c:
     c.save(0, {"x": jnp.ones(2)})
   assert seen == [LiteralPath] and issubclass(LiteralPath, type(epath.Path("/")))
-
-
-@pytest.mark.parametrize("replica_parallel", [False, True])
-def test_pieces_that_a_process_writes_cover_each_array_once(replica_parallel):
-  from jax.sharding import NamedSharding, PartitionSpec
-
-  mesh = jax.make_mesh((2,), ("a",))
-  values = np.arange(64.0, dtype=np.float32).reshape(8, 8)
-  arrays = [jax.device_put(values, NamedSharding(mesh, spec)) for spec in (PartitionSpec("a"), PartitionSpec())]
-  found = private.replica_slices(arrays, replica_parallel, None)
-  assert [len(pieces) for _, pieces in found] == ([2, 2] if replica_parallel else [2, 1])
-  for shape, pieces in found:
-    out = np.zeros_like(values)
-    for box, shard, part in pieces:
-      data = np.asarray(shard)[part or ()]
-      assert data.shape == shape
-      out[tuple(slice(*b) for b in box)] += data
-    assert np.array_equal(out, values)
-
-
-def test_handler_says_whether_replicas_write_a_part_each():
-  def handler(use):
-    return ocp.type_handlers.ArrayHandler(use_replica_parallel=use)
-
-  assert [private.uses_replica_parallel(handler(use)) for use in (True, False)] == [True, False]
 
 
 def test_orbax_leaves_the_rename_of_a_step_to_us_after_its_last_write(tmp_path):
