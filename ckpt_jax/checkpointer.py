@@ -19,8 +19,10 @@ from ckpt_jax.config import BestConfig, Config, as_config
 from ckpt_jax.config.arguments import check_schedule, step_number
 from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError, ConfigError
+from ckpt_jax.job.progress import OnProgress
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout.sharding import abstract_state
+from ckpt_jax.observe.progress import Bar
 from ckpt_jax.observe.sinks import make_sinks
 from ckpt_jax.policies.retention import best_steps
 from ckpt_jax.restore.like import Initialise
@@ -77,6 +79,8 @@ class Checkpointer:
     *,
     schedule: SaveDecisionPolicy | None = None,
     on_event: Callable[[Event], None] | None = None,
+    on_progress: OnProgress | None = None,
+    progress: bool = False,
   ):
     """Opens a run, which need not exist.
 
@@ -87,6 +91,9 @@ class Checkpointer:
         processes.
       on_event: called with each record of what happens to the run (`ckpt_jax.observe`), in a thread of its own, on
         process 0: for Weights & Biases, MLflow and the like.
+      on_progress: called with a `ckpt_jax.observe.Progress` five times a second while a restore reads, and while
+        `save`, `wait` or `close` wait for a write; in a thread of its own, on each process.
+      progress: show a bar then, on process 0; as `observe.progress`.
     """
     check_not_forked()
     if schedule is not None:
@@ -100,9 +107,14 @@ class Checkpointer:
       run.journal.sinks += make_sinks(self.config.observe, run.directory, on_event)
     run.journal.emit(start())
     self._restoring = threading.RLock()  # reading a step may take minutes, for which a save elsewhere need not wait
-    self._restorer = Restorer(run.directory, self.config, run.planner, run.retention.restoring, run.journal)
+    if on_progress is None and (progress or self.config.observe.progress) and jax.process_index() == 0:
+      on_progress = Bar()
+    self._restorer = Restorer(
+      run.directory, self.config, run.planner, run.retention.restoring, run.journal, on_progress
+    )
     self._session = Session(run, others=self._restorer)
     self._saver = self._session.saver
+    self._saver.on_progress = on_progress
     self.saves: list[SaveRecord] = self._saver.records
     weakref.finalize(self, self._session.abandon).atexit = False  # type: ignore[misc]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from etils import epath
 import ckpt_jax
 from ckpt_jax.bench.trial import bounded, spread, trials
 from ckpt_jax.config import Config
+from ckpt_jax.job.progress import OnProgress, reported
 from ckpt_jax.layout import contents
 from ckpt_jax.restore.read import RestoreRequest, read_state
 from ckpt_jax.tuning.plan import Plan, make_plan
@@ -61,7 +63,12 @@ class Task:
 
 
 def tune(
-  task: Task, plan: Plan, budget_s: float, limit: int, progress: Callable[[str], None] = lambda _: None
+  task: Task,
+  plan: Plan,
+  budget_s: float,
+  limit: int,
+  progress: Callable[[str], None] = lambda _: None,
+  on_progress: OnProgress | None = None,
 ) -> tuple[Tuned, str]:
   """Searches around `plan`, which is for the whole state, with a sample of it.
 
@@ -71,6 +78,7 @@ def tune(
     budget_s: seconds to measure for.
     limit: bytes that the sample may have.
     progress: called with each result.
+    on_progress: called with the seconds of the budget that are spent.
 
   Returns:
     The best settings for the whole state, and the YAML file that explains them.
@@ -79,7 +87,11 @@ def tune(
   affordable = int(plan.state.nbytes * budget_s * _TRIAL_SHARE / max(predicted, 1e-9))
   sample = bounded(task.state, max(_LEAST_NBYTES, min(limit, affordable)))
   sample_plan = make_plan(sample, plan.storage, plan.host, task.user)
-  with trials(task.path, sample) as measure:
+  began = time.monotonic()
+  with (
+    trials(task.path, sample) as measure,
+    reported(on_progress, "tuning", budget_s, lambda: time.monotonic() - began, "s"),
+  ):
     tuned = search(sample_plan, task.user, measure, budget_s, pack=task.pack, progress=progress)
   now = datetime.datetime.now(datetime.timezone.utc)
   header = [

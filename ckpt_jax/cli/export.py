@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Annotated
 
 import typer
@@ -52,25 +51,21 @@ def export(
   as_json: Json = False,
 ) -> None:
   """Write the parameters of a step for inference: cast or quantised, for Orbax or as safetensors; resumable."""
-  from rich.console import Console
-  from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
   from ckpt_jax.inference.export import WORTH_SAYING
   from ckpt_jax.inference.export import export as write
+  from ckpt_jax.job.progress import reported
+  from ckpt_jax.observe.progress import Bar
 
-  with Progress(
-    BarColumn(),
-    DownloadColumn(),
-    TransferSpeedColumn(),
-    console=Console(stderr=True),
-    transient=True,
-    disable=not sys.stderr.isatty(),
-  ) as bar:
-    task = bar.add_task("", total=None)
-    options = vars(form) | vars(source) | {"memory": memory, "evaluate": evaluate}
-    given = {name: value for name, value in options.items() if value is not None}
-    given |= {"dtype": None if form.dtype == "same" else form.dtype, "overflow": overflow, "overwrite": overwrite}
-    report = write(run, step, out, progress=lambda done, total: bar.update(task, completed=done, total=total), **given)
+  options = vars(form) | vars(source) | {"memory": memory, "evaluate": evaluate}
+  given = {name: value for name, value in options.items() if value is not None}
+  given |= {"dtype": None if form.dtype == "same" else form.dtype, "overflow": overflow, "overwrite": overwrite}
+  far = [0.0, 0.0]  # bytes read, and in all
+
+  def read(*bytes_: float) -> None:
+    far[:] = bytes_
+
+  with reported(Bar(), f"exporting step {step}", lambda: far[1] or None, lambda: far[0]):
+    report = write(run, step, out, progress=read, **given)
   if as_json:
     print_json(dataclasses.asdict(report) | {"by_group": {g: vars(loss) for g, loss in report.by_group().items()}})
     return

@@ -25,6 +25,7 @@ def prune(
   as_json: Annotated[bool, typer.Option("--json", help="Print JSON; deletes only with --yes.")] = False,
 ) -> None:
   """Delete the steps that no rule keeps: a step stays if any rule keeps it, as in restic's forget."""
+  from ckpt_jax.observe.progress import Bar
   from ckpt_jax.rewrite.pruning import plan_pruning
   from ckpt_jax.rewrite.swap import finish_rewrites
   from ckpt_jax.run.steps import DELETING, noted_steps, run_directory
@@ -48,7 +49,7 @@ def prune(
   what = [f"delete {len(plan.removed)}"] * bool(plan.removed) + [f"thin {len(plan.thinned)}"] * bool(plan.thinned)
   if not confirmed(f"{' and '.join(what).capitalize()} of {count(len(plan.steps))}?", yes=yes):
     fail("nothing deleted")
-  thinned, failed = plan.carry_out()
+  thinned, failed = plan.carry_out(Bar())
   removed = [step for step in plan.removed if step not in failed]
   freed = plan.freed_nbytes(without={*plan.removed, *plan.thinned} - {*removed, *thinned})
   if as_json:

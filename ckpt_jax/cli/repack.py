@@ -23,10 +23,11 @@ def repack(
   pack: Annotated[Pack, typer.Option(help="off: an ordinary Orbax checkpoint; on: small arrays side by side.")],
 ) -> None:
   """Rewrite a step as an ordinary Orbax checkpoint, or packed: a new copy, compared bit by bit, then swapped."""
+  from ckpt_jax.observe.progress import Bar
   from ckpt_jax.rewrite.repack import repack_step
   from ckpt_jax.run.steps import run_directory
 
-  moved = repack_step(run_directory(run), step, pack=pack is Pack.ON)
+  moved = repack_step(run_directory(run), step, pack=pack is Pack.ON, on_progress=Bar())
   if moved:
     place = "into slabs" if pack is Pack.ON else "out of slabs"
     typer.echo(f"step {step}: moved {moved} arrays {place}, compared bit by bit")

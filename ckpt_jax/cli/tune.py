@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from ckpt_jax.cli.common import Json, duration, grouped, named_function, print_json, run_at_step, size
 from ckpt_jax.config import Config, load_config
+from ckpt_jax.config.units import duration_text
 from ckpt_jax.errors import CheckpointError, ConfigError
 
 
@@ -58,6 +58,7 @@ def tune(
   """Find the settings that save and restore a state fastest on a storage; write them with the measurements."""
   from ckpt_jax.bench.tune import Task
   from ckpt_jax.bench.tune import tune as search
+  from ckpt_jax.observe.progress import Bar
   from ckpt_jax.tuning.plan import make_plan
   from ckpt_jax.tuning.search import table
 
@@ -71,9 +72,9 @@ def tune(
   if explain:
     print_json(plan.to_dict()) if as_json else typer.echo(plan.explain())
     return
-  quiet = as_json or not sys.stderr.isatty()
-  progress = (lambda line: None) if quiet else functools.partial(typer.echo, err=True)
-  tuned, text = search(Task(path, state, what, user, pack), plan, budget, options.max_bytes, progress)
+  progress = functools.partial(typer.echo, err=True)
+  progress(f"tuning for {what}, for {duration_text(budget)} (--budget)")
+  tuned, text = search(Task(path, state, what, user, pack), plan, budget, options.max_bytes, progress, Bar())
   if output:
     with open(output, "w", encoding="utf-8") as file:
       file.write(text)

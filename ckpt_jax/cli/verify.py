@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,23 +20,12 @@ def verify(
   as_json: Json = False,
 ) -> None:
   """Read steps, or an export, and compare every bit with what was written; exit 1 if anything is wrong."""
-  from rich.console import Console
-  from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
+  from ckpt_jax.observe.progress import Bar
   from ckpt_jax.restore.verify import verdicts
   from ckpt_jax.run.quarantine import listed
   from ckpt_jax.run.steps import run_directory
 
-  columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-  with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-    tasks: dict[int, Any] = {}
-
-    def show(number: int, done: int, total: int) -> None:
-      if number not in tasks:
-        tasks[number] = bar.add_task(f"step {number}", total=total)
-      bar.update(tasks[number], completed=done)
-
-    found = list(verdicts(run, step, show))
+  found = list(verdicts(run, step, Bar()))
   findings = [finding for verdict in found for finding in verdict.findings]
   aside = listed(run_directory(run)) if step is None else []
   if as_json:

@@ -1,5 +1,7 @@
 """What people see of a run: its records, metrics, goodput."""
 
+from ckpt_jax.job.progress import OnProgress, Progress
+from ckpt_jax.observe.progress import Bar
 from ckpt_jax.observe.sinks import scalars
 from ckpt_jax.run.events import (
   Attempt,
@@ -20,13 +22,16 @@ from ckpt_jax.run.journal import Records, read_records
 
 __all__ = [
   "Attempt",
+  "Bar",
   "Deletion",
   "End",
   "Event",
   "Failure",
   "Fallback",
+  "OnProgress",
   "PlanMade",
   "ProcessCost",
+  "Progress",
   "Quarantine",
   "Records",
   "Restore",

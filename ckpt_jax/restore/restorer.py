@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from ckpt_jax.errors import (
 from ckpt_jax.integrity.comparison import Verifier
 from ckpt_jax.integrity.record import Record, read_record
 from ckpt_jax.job.garbage import paused
+from ckpt_jax.job.progress import Counter, OnProgress, reported
 from ckpt_jax.job.rendezvous import Rendezvous
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.job.waits import Together
@@ -46,6 +48,7 @@ from ckpt_jax.storage.traffic import Traffic, traffic
 from ckpt_jax.tuning.planner import Planner
 
 _log = logging.getLogger(__name__)
+Check = Callable[[str, Any], None]
 
 
 class Restorer:
@@ -63,13 +66,22 @@ class Restorer:
   All errors are raised on all processes, through `Together.meet`.
   """
 
-  def __init__(self, directory: epath.Path, config: Config, planner: Planner, restoring: set[int], journal: Journal):
+  def __init__(
+    self,
+    directory: epath.Path,
+    config: Config,
+    planner: Planner,
+    restoring: set[int],
+    journal: Journal,
+    on_progress: OnProgress | None = None,
+  ):
     """Reads nothing. `restoring` holds the steps of the run that are being read, which must not be deleted."""
     self._directory = directory
     self._config = config
     self._planner = planner
     self._restoring = restoring
     self._journal = journal
+    self._on_progress = on_progress
     self._rendezvous = Rendezvous(f"restore {directory}")
 
   def is_empty(self) -> bool:
@@ -171,7 +183,11 @@ class Restorer:
         except Exception as e:
           error = e
         together.meet("all processes to compare like= with the step", error)
-        state, choice = fetch_state(step, reading, settings, together, strategy, verifier)
+        counter = Counter()
+        check = verifier if self._on_progress is None else _counting(reading, counter, verifier)
+        total = sum(plan.nbytes for plan in reading.plans)
+        with reported(self._on_progress, f"restoring step {number}", total, counter):
+          state, choice = fetch_state(step, reading, settings, together, strategy, check)
       jax.block_until_ready(state)
       verified = verifier.finish(str(step_dir), together) if verifier is not None else 0
     finally:
@@ -215,6 +231,18 @@ class Restorer:
     if not isinstance(metrics, dict):
       metrics = step_info(self._directory, number).metrics
     return step, metrics, record, plan_reading(step, request)
+
+
+def _counting(reading: Reading, counter: Counter, check: Check | None) -> Check:
+  """`check`, which also counts the bytes of each leaf, once."""
+  left = {plan.name: plan.nbytes for plan in reading.plans}
+
+  def counting(path: str, value: Any) -> None:
+    if check is not None:
+      check(path, value)
+    counter.add(left.pop(path, 0))
+
+  return counting
 
 
 def _events(restored: Restored, spent: Traffic) -> list[Event]:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -18,6 +18,7 @@ from ckpt_jax.config.units import count
 from ckpt_jax.errors import ConfigError, CorruptCheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.integrity import databases, exported, fingerprint, record, sums
+from ckpt_jax.job.progress import Counter, OnProgress, reported
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents
 from ckpt_jax.orbax.format import COMMIT_MARKER, ITEM_HANDLERS, ITEM_METADATA, METRICS_ITEM
@@ -47,7 +48,6 @@ _UNREAD = "could not be read"
 _METADATA_DAMAGED = "nothing but the metadata, which are damaged"
 UNREADABLE = "unreadable"  # a kind of finding
 DELETED = "deleted while it was read"  # how far a step was checked
-Progress = Callable[[int, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,9 @@ class _Checked(NamedTuple):
   fingerprints: int = 0
 
 
-def verify(run: str | os.PathLike[str], step: int | None = None) -> list[Finding]:
+def verify(
+  run: str | os.PathLike[str], step: int | None = None, *, on_progress: OnProgress | None = None
+) -> list[Finding]:
   """Reads a step, or all of a run, or an export, and compares it with what was written. Changes nothing.
 
   All items, leaf by leaf, in bounded memory. Steps of plain Orbax have no fingerprints: of these it checks that the
@@ -110,6 +112,7 @@ def verify(run: str | os.PathLike[str], step: int | None = None) -> list[Finding
   Args:
     run: the run, or what `export` wrote.
     step: default: all committed steps, and directories that were one.
+    on_progress: called with how far each step is read.
 
   Returns:
     What is wrong; empty if nothing is.
@@ -119,21 +122,20 @@ def verify(run: str | os.PathLike[str], step: int | None = None) -> list[Finding
     NotARunError: if there are checkpoints that are no steps of a run.
     StorageError: if the run cannot be listed.
   """
-  return [finding for verdict in verdicts(run, step) for finding in verdict.findings]
+  return [finding for verdict in verdicts(run, step, on_progress) for finding in verdict.findings]
 
 
 def verdicts(
-  run: str | os.PathLike[str], step: int | None = None, progress: Progress = lambda step, done, total: None
+  run: str | os.PathLike[str], step: int | None = None, on_progress: OnProgress | None = None
 ) -> Iterator[Verdict]:
   """`verify`, step by step.
 
   Args:
-    run, step: as for `verify`.
-    progress: called with step, bytes read, bytes in all.
+    run, step, on_progress: as for `verify`.
   """
   directory = run_directory(run)
   if (export := exported.read_export(directory)) is not None:
-    yield _exported(directory, export, step, progress)
+    yield _exported(directory, export, step, on_progress)
     return
   damaged = quarantine.damaged_steps(directory)
   if step is not None:
@@ -153,7 +155,7 @@ def verdicts(
       verdict = Verdict(number, how_far="nothing could be read", findings=(finding,))
     else:
       with snapshot(step_path(directory, number)):
-        verdict = _Check(directory, number, progress).verdict()
+        verdict = _Check(directory, number, on_progress).verdict()
     if verdict.findings and is_gone(directory, number):
       if step is not None:
         raise NoCheckpointError(f"{directory}: step {step} was deleted while it was read")
@@ -161,19 +163,16 @@ def verdicts(
     yield verdict
 
 
-def _exported(directory: epath.Path, export: exported.ExportRecord, step: int | None, progress: Progress) -> Verdict:
+def _exported(
+  directory: epath.Path, export: exported.ExportRecord, step: int | None, on_progress: OnProgress | None
+) -> Verdict:
   """Checks what `ckpt_jax.export` wrote."""
   made_from = int(export.about["step"])
   if step not in (None, made_from):
     raise NoCheckpointError(f"{directory}: is an export of step {made_from}, not of step {step}")
-  done = 0
-
-  def advance(nbytes: int) -> None:
-    nonlocal done
-    done += nbytes
-    progress(made_from, done, export.nbytes)
-
-  wrong = exported.wrong_files(directory, export.files, advance)
+  counter = Counter()
+  with reported(on_progress, f"verifying the export of step {made_from}", export.nbytes, counter):
+    wrong = exported.wrong_files(directory, export.files, counter.add)
   findings = tuple(Finding(made_from, "data", leaf, file, message) for file, leaf, message in wrong)
   how_far = f"all bits compared with what was exported ({export.about['format']})"
   return Verdict(made_from, len(export.leaves), export.nbytes, len(export.leaves), how_far, findings)
@@ -182,14 +181,13 @@ def _exported(directory: epath.Path, export: exported.ExportRecord, step: int | 
 class _Check:
   """Checks one step, and collects what is wrong with it."""
 
-  def __init__(self, directory: epath.Path, number: int, progress: Progress):
+  def __init__(self, directory: epath.Path, number: int, on_progress: OnProgress | None):
     self._directory = step_path(directory, number)
     self._number = number
-    self._progress = progress
+    self._on_progress = on_progress
     self._findings: list[Finding] = []
     self._checked: dict[str, _Checked] = {}
     self._done = 0
-    self._total = 0
 
   @transfers_asked_for()
   def verdict(self) -> Verdict:
@@ -229,10 +227,11 @@ class _Check:
         else:
           self._checked[part.name] = self._other(part)
     plans = {name: [step.plan(leaf) for leaf in step.meta] for name, step in steps.items()}
-    self._total = sum(plan.nbytes for of_item in plans.values() for plan in of_item)
-    for name, step in steps.items():
-      with self._item(name):
-        self._checked[name] = self._tree(step, plans[name], ours if name == state else {})
+    total = sum(plan.nbytes for of_item in plans.values() for plan in of_item)
+    with reported(self._on_progress, f"verifying step {self._number}", total, lambda: self._done):
+      for name, step in steps.items():
+        with self._item(name):
+          self._checked[name] = self._tree(step, plans[name], ours if name == state else {})
 
   @contextlib.contextmanager
   def _item(self, name: str) -> Iterator[None]:
@@ -372,7 +371,6 @@ class _Check:
 
   def _advance(self, nbytes: int) -> None:
     self._done += nbytes
-    self._progress(self._number, self._done, self._total)
 
   def _unread_leaf(self, step: Step, path: str, error: Exception) -> None:
     if is_unreachable(error):

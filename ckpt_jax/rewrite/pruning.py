@@ -9,6 +9,7 @@ from etils import epath
 
 from ckpt_jax.config import ThinConfig
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.job.progress import OnProgress, reported
 from ckpt_jax.policies.retention import Retention
 from ckpt_jax.rewrite.thin import thin_step, thinned_nbytes
 from ckpt_jax.run.deletion import StepDeleter
@@ -56,7 +57,7 @@ class Pruning:
     after = dict.fromkeys(self.removed, 0) | self.thinned
     return sum(s.nbytes - after[s.step] for s in self.steps if s.step in after and s.step not in without)
 
-  def carry_out(self) -> tuple[list[int], dict[int, str]]:
+  def carry_out(self, on_progress: OnProgress | None = None) -> tuple[list[int], dict[int, str]]:
     """Deletes and thins; finishes what an earlier prune was stopped at.
 
     Returns:
@@ -67,16 +68,20 @@ class Pruning:
       self.directory, timeout=_TIMEOUT_S, removed=lambda step, why: gone.append(Deletion(step=step, why=why))
     )
     resumed = set(deleter.resume())
-    deleter.delete_steps(self.removed, {step: self.rules.why_removed(step, self.over_budget) for step in self.removed})
-    thinned, failed = [], {}
+    thinned: list[int] = []
+    failed: dict[int, str] = {}
     keep = self.rules.thin.keep if isinstance(self.rules.thin, ThinConfig) else ()
-    for step in sorted(self.thinned):
-      try:
-        if thin_step(self.directory, step, keep, swapping=deleter.moving()):
-          thinned.append(step)
-      except (CheckpointError, OSError) as e:
-        failed[step] = str(e)
-    deleter.finish()
+    total = len(resumed) + len(self.removed) + len(self.thinned)
+    with reported(on_progress, "pruning", total, lambda: len(gone) + len(thinned) + len(failed), "steps"):
+      why = {step: self.rules.why_removed(step, self.over_budget) for step in self.removed}
+      deleter.delete_steps(self.removed, why)
+      for step in sorted(self.thinned):
+        try:
+          if thin_step(self.directory, step, keep, swapping=deleter.moving()):
+            thinned.append(step)
+        except (CheckpointError, OSError) as e:
+          failed[step] = str(e)
+      deleter.finish()
     record(self.directory, *gone)
     left = {step for step in self.removed if step_path(self.directory, step).exists()}
     left |= resumed & noted_steps(self.directory, DELETING)

@@ -6,7 +6,7 @@ bounded size.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from etils import epath
 from ckpt_jax.config import Config, LimitsConfig
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
+from ckpt_jax.job.progress import Counter, OnProgress, reported
 from ckpt_jax.layout import contents, packing
 from ckpt_jax.layout.description import ItemDescription, describe_item, item_info, prng_keys
 from ckpt_jax.layout.ring import Values
@@ -30,7 +31,7 @@ from ckpt_jax.run.steps import our_metadata, step_directory, step_info
 _BATCH_NBYTES = 256 * 2**20  # of values in memory at a time
 
 
-def repack_step(directory: epath.Path, step: int, *, pack: bool) -> int:
+def repack_step(directory: epath.Path, step: int, *, pack: bool, on_progress: OnProgress | None = None) -> int:
   """Rewrites a committed step with its small arrays packed, or as an ordinary Orbax checkpoint.
 
   Returns:
@@ -48,12 +49,13 @@ def repack_step(directory: epath.Path, step: int, *, pack: bool) -> int:
     return 0
   if pack and packing.read_index(item):
     raise CheckpointError(f"{item}: packed already")
+  counter, total = Counter(), 2 * sum(moving.values())  # each array is written, and read back
 
   def write(old: epath.Path, new: epath.Path) -> dict[str, Any]:
     everything = leaf_names(item)
     staying = [name for name in everything if ".".join(name) not in moving]
     copy_leaves(item, new / item.name, everything, pause=lambda: None, chunks_of=staying)
-    _move(item, new / item.name, moving, pack=pack)
+    _move(item, new / item.name, moving, pack=pack, moved=counter.add)
     leaves = contents.saved_leaves(old)
     known = {"nbytes": sum(leaf.nbytes for leaf in leaves), "leaves": len(leaves)}
     return {"metrics": step_info(directory, step).metrics} | known | our_metadata(old)
@@ -63,12 +65,15 @@ def repack_step(directory: epath.Path, step: int, *, pack: bool) -> int:
     before, after = describe_item(item), describe_item(new / item.name)
     for batch in _batches(moving):
       copied = _values(after, batch)
+      counter.add(sum(moving[name] for name in batch))
       for name, value in _values(before, batch).items():
         other = copied[name]
         if (value.dtype, value.shape) != (other.dtype, other.shape) or value.tobytes() != other.tobytes():
           raise CorruptCheckpointError(f"{new / item.name}: {name} reads back differently from what was copied")
 
-  if not rewrite_step(directory, step, write, check):
+  with reported(on_progress, f"repacking step {step}", total, counter):
+    rewritten = rewrite_step(directory, step, write, check)
+  if not rewritten:
     raise CheckpointError(f"{directory}: step {step} was deleted or saved again meanwhile")
   return len(moving)
 
@@ -92,7 +97,14 @@ def carry_packed(source: epath.Path, target: epath.Path, names: Collection[str])
   _move(source, target, {name: packed.nbytes for name, packed in index.items() if name in names}, pack=True)
 
 
-def _move(source: epath.Path, target: epath.Path, moving: dict[str, int], *, pack: bool) -> None:
+def _move(
+  source: epath.Path,
+  target: epath.Path,
+  moving: dict[str, int],
+  *,
+  pack: bool,
+  moved: Callable[[int], None] = lambda nbytes: None,
+) -> None:
   index: packing.Index = {}
   old = describe_item(source)
   info = item_info(target, LimitsConfig(), ocdbt=True, zarr3=bool(item_metadata(target).get(USE_ZARR3)))
@@ -110,6 +122,7 @@ def _move(source: epath.Path, target: epath.Path, moving: dict[str, int], *, pac
       writer.write([], slab, [Values(v) for v in values.values()], number)
     else:
       writer.write(arrays)
+    moved(sum(moving[name] for name in batch))
   if index:
     packing.write_index(target, index)
 

@@ -23,6 +23,7 @@ from ckpt_jax.integrity.record import RecordedSave, Recording, RecordingHandler,
 from ckpt_jax.job import garbage
 from ckpt_jax.job.agreement import decided_by_process_zero
 from ckpt_jax.job.errand import Errand, wait_for
+from ckpt_jax.job.progress import OnProgress, reported
 from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_size
@@ -97,11 +98,13 @@ class Saver:
 
   Attributes:
     records: a SaveRecord for each save, oldest first.
+    on_progress: called, in a thread of its own, while a caller waits for a write.
   """
 
   def __init__(self, run: OpenRun):
     """Opens Orbax's manager."""
     self.records: list[SaveRecord] = []
+    self.on_progress: OnProgress | None = None
     self._run = run
     self._directory = run.directory
     self._config = run.planner.unplanned
@@ -162,7 +165,11 @@ class Saver:
     """
     self._finish()
     while (write := self._write) is not None:
-      if not wait_for(write.ended, write.left):
+      plan = self._run.planner.plan
+      total = None if plan is None else plan.state.local_nbytes
+      with reported(self.on_progress, f"writing step {write.record.step}", total, write.nbytes_written):
+        ended = wait_for(write.ended, write.left)
+      if not ended:
         raise self._hangs(write)
       if self._write is not write:
         continue  # a signal handler has saved, or waited, meanwhile

@@ -101,6 +101,10 @@ class Write:
     """Seconds until it counts as hanging."""
     return max(0.0, self.deadline - time.monotonic())
 
+  def nbytes_written(self) -> int:
+    """What this process has written since it began, whatever for."""
+    return traffic().since(self._before).nbytes_written
+
   def begin_commit(self) -> bool:
     """Whether the commit may start: False if the write was given up."""
     with self._lock:
