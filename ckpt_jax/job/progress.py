@@ -59,7 +59,8 @@ def reported(
 ) -> Iterator[None]:
   """Reports five times a second what `done` returns, in a thread of its own, until the block ends.
 
-  `total` may be a function, of work that finds out. Work that ends sooner is not reported at all. An error of `on_progress` is logged, and ends the reports.
+  `total` may be a function, of work that finds out. Work that ends sooner is not reported at all. An error of
+  `on_progress` is logged, and ends the reports.
   """
   if on_progress is None:
     yield
