@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from ckpt_jax.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
   from ckpt_jax.planning.estimate import SizeEstimate
+  from ckpt_jax.planning.spread import Spread
 
 _GIB = 2**30
 
@@ -25,7 +27,13 @@ class StateOptions:
 
   state: Annotated[
     str | None,
-    typer.Option(metavar="MODULE:FUNCTION", help="The state that this function makes, by jax.eval_shape."),
+    typer.Option(
+      metavar="MODULE:FUNCTION",
+      help="The state that this function makes, by jax.eval_shape; or of --mesh, its jax.ShapeDtypeStructs.",
+    ),
+  ] = None
+  mesh: Annotated[
+    str | None, typer.Option(metavar="AXIS=SIZE,...", help="A mesh that need not be there, given to the function.")
   ] = None
   optimizer: Annotated[str, typer.Option(help="sgd, momentum, lion, muon, adam, adamw, adafactor, adam8bit.")] = "adam"
   param_dtype: Annotated[str, typer.Option(help="Of the parameters.")] = "float32"
@@ -36,8 +44,8 @@ class StateOptions:
   ema: Annotated[int, typer.Option(min=0, help="Number of averaged copies of the parameters.")] = 0
   inference_dtype: Annotated[str, typer.Option(help="Of the weights for inference.")] = "bfloat16"
 
-  def estimate(self, params: int | None) -> SizeEstimate:
-    """The sizes.
+  def make(self, params: int | None, mesh: Any = None) -> tuple[SizeEstimate, Any]:
+    """The sizes, and the state if it comes from a function, which is given the mesh if it takes an argument.
 
     Raises:
       ConfigError: if it is not clear of what.
@@ -48,16 +56,36 @@ class StateOptions:
     if (params is None) == (self.state is None):
       raise ConfigError("give either --params or --state")
     if self.state is None:
-      recipe = {k: v for k, v in vars(self).items() if k != "state"}
-      return estimate(params, **recipe)
+      recipe = {k: v for k, v in vars(self).items() if k not in ("state", "mesh")}
+      return estimate(params, **recipe), None
+    function = named_function("--state", self.state)
+    takes_mesh = bool(inspect.signature(function).parameters)
+    if takes_mesh and mesh is None:
+      raise ConfigError(f"--state {self.state}: {function.__name__} takes a mesh: give --mesh, e.g. data=8,model=4")
     import jax
 
-    function = named_function("--state", self.state)
     try:
-      state = jax.eval_shape(function)
+      state = function(mesh) if takes_mesh else jax.eval_shape(function)
     except Exception as e:
-      raise CheckpointError(f"--state {self.state}: it cannot be traced: {type(e).__name__}: {e}") from None
-    return estimate(state=state, inference_dtype=self.inference_dtype)
+      raise CheckpointError(f"--state {self.state}: {function.__name__} failed: {type(e).__name__}: {e}") from None
+    return estimate(state=state, inference_dtype=self.inference_dtype), state
+
+  def abstract_mesh(self) -> Any:
+    """The mesh of `--mesh`; None without it.
+
+    Raises:
+      ConfigError: if the text describes none.
+    """
+    if self.mesh is None:
+      return None
+    axes = dict(axis.partition("=")[::2] for axis in self.mesh.split(","))
+    if not all(name.isidentifier() and size.isdecimal() and int(size) for name, size in axes.items()):
+      raise ConfigError(f"--mesh {self.mesh}: expected AXIS=SIZE,..., e.g. data=8,model=4")
+    if self.state is None:
+      raise ConfigError("--mesh needs --state: how a state is spread depends on the shapes and specs of its arrays")
+    from jax.sharding import AbstractMesh
+
+    return AbstractMesh(tuple(map(int, axes.values())), tuple(axes))
 
 
 @grouped
@@ -71,20 +99,29 @@ def estimate(
   as_json: Json = False,
 ) -> None:
   """Estimate bytes of a training state and of inference weights, and what saves and restores take."""
-  sizes = of.estimate(hosts.params)
-  job = _job(sizes, hosts, devices)
+  mesh = of.abstract_mesh()
+  sizes, state = of.make(hosts.params, mesh)
+  job = _job(sizes, hosts, devices if mesh is None else _spread(state, mesh, devices))
   stored = _stored(sizes, retention, every, days)
   if as_json:
     print_json(sizes.to_dict() | {"job": job} | ({"stored": stored} if stored else {}))
     return
   _print_sizes(sizes)
-  _print_job(job, devices)
+  _print_job(job)
   if stored:
     money = "" if stored["cost_per_month"] is None else f", {stored['cost_per_month']:,.2f} a month"
     mean, most = size_text(stored["mean_nbytes"]), size_text(stored["peak_nbytes"])
     typer.echo(
       f"storage over {days:g} days: {count(stored['steps'])} at the end, {mean} on average, {most} at most{money}"
     )
+
+
+def _spread(state: Any, mesh: Any, devices: int) -> Spread:
+  from ckpt_jax.planning.spread import spread
+
+  if mesh.size % devices:
+    raise ConfigError(f"--mesh has {count(mesh.size, 'device')}, not a multiple of --devices-per-host {devices}")
+  return spread(state, mesh, [i // devices for i in range(mesh.size)])
 
 
 def _print_sizes(sizes: SizeEstimate) -> None:
@@ -97,17 +134,22 @@ def _print_sizes(sizes: SizeEstimate) -> None:
   typer.echo(line)
 
 
-def _print_job(job: dict[str, Any], devices: int) -> None:
-  each = "each hold" if job["hosts"] > 1 else "holds"
-  device, host, memory = (size_text(job[f"{name}_nbytes"]) for name in ("device", "held", "save_host"))
-  typer.echo(
-    f"{count(job['hosts'], 'host')} with {count(devices, 'device')} {each}, together "
-    f"{count(job['copies'], 'copy', 'copies')} of the state: {device} a device, {host} a host"
-  )
+def _print_job(job: dict[str, Any]) -> None:
+  each = " each" if job["hosts"] > 1 else ""
+  copies = f"{job['copies']:.3g} {'copy' if job['copies'] == 1 else 'copies'} of the state"
+  device, host = size_text(job["device_nbytes"]), size_text(job["held_nbytes"])
+  devices = count(job["devices_per_host"], "device")
+  typer.echo(f"{count(job['hosts'], 'host')} with {devices}{each}, {copies}: a device holds {device}, a host {host}")
   took = ""
   if job["save_s"] is not None:
     took = f", blocks training for {duration_text(job['blocking_s'])}, and commits {duration_text(job['save_s'])} later"
-  typer.echo(f"a save takes {memory} of memory on each host{took}")
+  written, memory = size_text(job["written_nbytes"]), size_text(job["save_host_nbytes"])
+  typer.echo(f"a save writes {written} from each host, with {memory} of its memory{took}")
+  if spread := job["spread"]:
+    held, wrote = (
+      [size_text(spread[name][which]) for which in ("least", "mean", "most")] for name in ("held", "written")
+    )
+    print_table(("of a host", "least", "mean", "most"), [("holds", *held), ("writes", *wrote)])
   moved = {(r["read_nbytes"], r["exchanged_nbytes"]): name for name, r in reversed(job["restore"].items())}
   rows = [
     (
@@ -122,26 +164,39 @@ def _print_job(job: dict[str, Any], devices: int) -> None:
   print_table(("restore", "read from storage", "sent between hosts", "time"), rows)
 
 
-def _job(sizes: SizeEstimate, hosts: HostOptions, devices: int) -> dict[str, Any]:
-  """What saves and restores take; seconds are None without a bandwidth."""
+def _job(sizes: SizeEstimate, hosts: HostOptions, of: int | Spread) -> dict[str, Any]:
+  """What saves and restores take, by the number of devices of a host or by how the state is spread over a mesh.
+
+  Bytes are those of the host that has most. Seconds are None without a bandwidth.
+  """
   from ckpt_jax.planning.estimate import STRATEGIES, copy_seconds, host_nbytes, traffic
 
-  nbytes, held = sizes.training_nbytes, sizes.training_nbytes * hosts.copies / hosts.hosts
+  nbytes = sizes.training_nbytes
   storage = hosts.storage() if hosts.bandwidth or hosts.bandwidth_per_host else None
+  if isinstance(of, int):
+    number, devices, copies = hosts.hosts, of, float(hosts.copies)
+    held, written = nbytes * copies / number, nbytes / number
+    device_nbytes = held / devices
+  else:
+    number, devices, copies = of.processes, of.devices // of.processes, of.copies
+    held, written, device_nbytes = of.held.most, of.written.most, of.device_nbytes
   restore = {}
   for name in STRATEGIES:
-    moved = traffic(nbytes, hosts.hosts, name, hosts.copies)
-    seconds = storage and storage.restore_seconds(nbytes, hosts.hosts, name, hosts.copies)
+    moved = traffic(nbytes, number, name, copies)
+    seconds = storage and storage.restore_seconds(nbytes, number, name, copies)
     restore[name] = {"read_nbytes": moved.read, "exchanged_nbytes": moved.exchanged, "s": seconds}
   return {
-    "hosts": hosts.hosts,
-    "copies": hosts.copies,
-    "device_nbytes": held / devices,
+    "hosts": number,
+    "devices_per_host": devices,
+    "copies": copies,
+    "device_nbytes": device_nbytes,
     "held_nbytes": held,
-    "save_host_nbytes": host_nbytes(held),
-    "blocking_s": copy_seconds(held),
-    "save_s": storage and storage.seconds(sizes.step_nbytes, hosts.hosts),
+    "written_nbytes": written,
+    "save_host_nbytes": host_nbytes(written),
+    "blocking_s": copy_seconds(written),
+    "save_s": storage and storage.seconds(sizes.step_nbytes, number),
     "restore": restore,
+    "spread": None if isinstance(of, int) else dataclasses.asdict(of),
   }
 
 

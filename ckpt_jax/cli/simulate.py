@@ -46,7 +46,7 @@ class JobOptions:
     storage = of.storage()
     job = model.Job(
       self.node_mtti / of.hosts,
-      self.blocking or copy_seconds(nbytes * of.copies / of.hosts),
+      self.blocking or copy_seconds(nbytes / of.hosts),
       self.background or storage.seconds(nbytes, of.hosts),
       self.restart,
       storage.restore_seconds(nbytes, of.hosts, self.strategy, of.copies),

@@ -232,12 +232,12 @@ class _Recipe:
     """The state of given parameters, leaf by leaf."""
     own = _cast(params, self.param_dtype)
     updated = _cast(own, self.master_dtype)
-    trees: dict[str, list[Any]] = {"params": _arrays(own)}
+    trees: dict[str, list[Any]] = {"params": arrays_of(own)}
     if self.master_dtype:
-      trees["master"] = _arrays(updated)
+      trees["master"] = arrays_of(updated)
     trees["optimizer"] = self._optimizer_arrays(_cast(updated, self.moments_dtype))
     if self.ema:
-      trees["ema"] = _arrays(updated) * self.ema
+      trees["ema"] = arrays_of(updated) * self.ema
     dtypes = sorted({str(leaf.dtype) for leaf in trees["params"]})
     return SizeEstimate(
       {name: sum(map(_nbytes, leaves)) for name, leaves in trees.items()},
@@ -252,12 +252,12 @@ class _Recipe:
     import jax
 
     if self.optimizer == _ADAM_8BIT:
-      moments = [jax.ShapeDtypeStruct(leaf.shape, np.int8) for leaf in _arrays(params)]
+      moments = [jax.ShapeDtypeStruct(leaf.shape, np.int8) for leaf in arrays_of(params)]
       scales = [jax.ShapeDtypeStruct((-(-math.prod(m.shape) // _BLOCK),), np.float32) for m in moments]
       return [*moments, *scales] * 2
     optimizer = _optax(self.optimizer) if isinstance(self.optimizer, str) else self.optimizer
     try:
-      return _arrays(jax.eval_shape(optimizer.init, params))
+      return arrays_of(jax.eval_shape(optimizer.init, params))
     except Exception as e:
       raise ConfigError(f"estimate: {self.optimizer!r} cannot be initialized with these parameters: {e}") from e
 
@@ -271,7 +271,7 @@ def _of_state(state: PyTree, inference_dtype: str) -> SizeEstimate:
   sizes: collections.Counter[str] = collections.Counter()
   leaves = 0
   for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-    if arrays := _arrays(leaf):
+    if arrays := arrays_of(leaf):
       top = path_name(path[:1]) or "state"
       groups[top] += _nbytes(arrays[0])
       sizes[top] += math.prod(arrays[0].shape)
@@ -304,7 +304,7 @@ def _cast(tree: PyTree, dtype: str | None) -> PyTree:
   return jax.tree.map(described, tree)
 
 
-def _arrays(tree: PyTree) -> list[Any]:
+def arrays_of(tree: PyTree) -> list[Any]:
   """The arrays of a tree, described; typed PRNG keys as their words."""
   import jax
 
@@ -349,12 +349,12 @@ class Storage:
     together = nbytes_total / (self.bandwidth or math.inf)
     return max(together, nbytes_total / (busy_hosts or hosts) / (self.per_host or math.inf))
 
-  def restore_seconds(self, nbytes: float, hosts: int, strategy: str = "direct", copies: int = 1) -> float:
+  def restore_seconds(self, nbytes: float, hosts: int, strategy: str = "direct", copies: float = 1) -> float:
     """Seconds to restore a state; see `traffic` for the arguments."""
     moved = traffic(nbytes, hosts, strategy, copies)
     # Ring all-gather or pipelined broadcast: each host receives its part once, while it sends.
     exchange = nbytes * copies / hosts / self.interconnect if moved.exchanged else 0.0
-    return self.seconds(moved.read, hosts, max(1, hosts // copies) if strategy == "broadcast" else None) + exchange
+    return self.seconds(moved.read, hosts, max(1, int(hosts / copies)) if strategy == "broadcast" else None) + exchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,7 +365,7 @@ class Traffic:
   exchanged: float
 
 
-def traffic(nbytes: float, hosts: int, strategy: str = "direct", copies: int = 1) -> Traffic:
+def traffic(nbytes: float, hosts: int, strategy: str = "direct", copies: float = 1) -> Traffic:
   """What a restore moves.
 
   Args:

@@ -11,9 +11,12 @@ import pytest
 from commands import cli
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
 from ckpt_jax.planning.estimate import OPTIMIZERS, Storage, bits_of, host_nbytes, traffic
+from ckpt_jax.planning.spread import spread
 from ckpt_jax.storage.space import tree_nbytes
 
 GIB = 2**30
@@ -239,3 +242,62 @@ def test_estimate_takes_a_state_from_a_function_without_building_it(tmp_path, mo
 def test_wrong_usage_exits_with_2(arguments):
   done = cli("estimate", *arguments)
   assert done.returncode == 2 and done.stderr
+
+
+# -- a mesh that is not there
+
+STATE = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+def sharded(mesh):
+  def array(shape, *spec):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+
+  layer = {"kernel": array((8192, 28672), "fsdp", "model"), "bias": array((28672,), "model"), "scale": array((8192,))}
+  return {"params": {f"layer_{i}": layer for i in range(10)}, "step": jax.ShapeDtypeStruct((), jnp.int32)}
+"""
+
+
+def test_704_processes_that_are_not_there(tmp_path, monkeypatch):
+  (tmp_path / "of_mesh.py").write_text(STATE)
+  monkeypatch.chdir(tmp_path)
+  run = "estimate --state of_mesh:sharded --mesh data=88,fsdp=8,model=8 --bandwidth 1TB"
+  job = json.loads(cli(*run.split(), "--json").stdout)["job"]
+  kernel = 8192 * 28672 * 4
+  assert job["hosts"] == 704 and job["devices_per_host"] == 8 and job["copies"] > 88
+  assert job["device_nbytes"] == 10 * (kernel // 64 + 28672 * 4 // 8 + 8192 * 4) + 4
+  written = job["spread"]["written"]
+  assert written["mean"] * 704 == pytest.approx(10 * (kernel + 28672 * 4 + 8192 * 4) + 4)
+  assert written["most"] < 1.05 * written["mean"] and job["blocking_s"] == pytest.approx(written["most"] / 5e9)
+  assert "704 hosts with 8 devices" in cli(*run.split()).stdout
+
+
+def test_a_job_writes_what_its_estimate_says(tmp_path):
+  """Two hosts of one device each stand for the two devices of this process, which write alone."""
+  mesh = jax.make_mesh((2,), ("data",))
+  specs = {"a": P("data"), "b": P(), "c": P(None, "data")}
+  state = {
+    name: jax.device_put(np.ones((64, 32), np.float32), NamedSharding(mesh, spec)) for name, spec in specs.items()
+  }
+  alone, two = spread(state, mesh, [0, 0]), spread(state, mesh, [0, 1])
+  assert alone.written.most == alone.held.most == 3 * 8192 and alone.copies == 1
+  assert two.held.most == 4096 * 2 + 8192 and two.device_nbytes == two.held.most and two.copies == 4 / 3
+  assert two.written.most == two.written.least == 3 * 8192 / 2
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ("--params 7b --mesh data=8", "--mesh needs --state"),
+    ("--state of_mesh:sharded", "takes a mesh"),
+    ("--state of_mesh:sharded --mesh data", "expected AXIS=SIZE"),
+    ("--state of_mesh:sharded --mesh fsdp=8,model=3", "cannot be sharded"),
+    ("--state of_mesh:sharded --mesh fsdp=2,model=2", "not a multiple of --devices-per-host 8"),
+  ],
+)
+def test_meshes_that_make_no_sense(tmp_path, monkeypatch, arguments, message):
+  (tmp_path / "of_mesh.py").write_text(STATE)
+  monkeypatch.chdir(tmp_path)
+  done = cli("estimate", *arguments.split())
+  assert done.returncode == 2 and message in done.stderr
