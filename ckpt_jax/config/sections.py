@@ -210,7 +210,8 @@ class LimitsConfig(_Section):
   """What saving and restoring may take from the host, per process.
 
   Attributes:
-    host_memory: bytes of RAM for copies of the state that wait to be written; auto: what the host or cgroup has free.
+    host_memory: bytes of RAM for copies of the state that wait to be written, and for what a restore has on its way to
+      the devices; auto: what the host or cgroup has free.
     save_concurrency: bytes in flight while writing.
     restore_concurrency: bytes in flight while reading.
     file_io_concurrency: file reads in flight while restoring (TensorStore's `file_io_concurrency`).

@@ -76,7 +76,7 @@ class Verifier:
 
   def _make_room(self, nbytes: int) -> None:
     while self._waiting and nbytes + sum(n for _, n in self._waiting) > self._most_waiting:
-      concurrent.futures.wait([self._waiting.popleft()[0]])
+      self._waiting.popleft()[0].exception()  # waits; raises CancelledError after `stop`
 
   def _begin(self, leaves: dict[str, Any], nbytes: int) -> _Found | concurrent.futures.Future[_Found]:
     """Sums leaves in the pool; in this thread where that is faster: sums of small leaves, which are mostly Python."""

@@ -1,7 +1,10 @@
 """Restores to accelerators, on CPU devices that count as such: batched transfers, sums in host memory, no programs."""
 
 import collections
+import concurrent.futures
 import math
+import threading
+import time
 import weakref
 
 import jax
@@ -211,6 +214,27 @@ def test_threads_that_sum_hold_no_more_than_their_share(monkeypatch):
     verifier(path, leaf)
   verifier._pool.shutdown()
   assert max(most) <= 4 and len(most) == 50, "three wait, and one is handed over"
+
+
+def test_a_reader_that_waits_for_room_ends_when_the_restore_is_given_up(monkeypatch):
+  monkeypatch.setattr(comparison, "usable_cores", lambda: 8)
+  monkeypatch.setattr(comparison, "_BUNCH_NBYTES", 1)
+  verifier = Verifier(Record({}, {}, {}), host_memory=8)
+  verifier._pool._max_workers = 1
+  begun, over = threading.Event(), threading.Event()
+  verifier._sums = lambda taken, hashed: begun.set() or over.wait() or {}
+  for _ in range(2):
+    verifier._waiting.append((verifier._pool.submit(verifier._sums, None, None), 1))
+  begun.wait()
+  verifier._waiting.popleft()  # which runs; the other is still to begin
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    reading = pool.submit(verifier, "w", np.zeros(8, np.int8))
+    while verifier._waiting:  # until the reader waits
+      time.sleep(0.001)
+    verifier.stop()
+    over.set()
+    with pytest.raises(concurrent.futures.CancelledError):
+      reading.result(timeout=60)
 
 
 def test_a_batch_is_filled_while_the_one_before_is_sent(monkeypatch):
