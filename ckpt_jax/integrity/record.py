@@ -41,6 +41,7 @@ from ckpt_jax.run.checksums import FILE_KEY, is_intact_file, with_file_digest
 from ckpt_jax.run.steps import RECORD, our_item, our_metadata
 from ckpt_jax.storage import look
 from ckpt_jax.tuning.profile import usable_cores
+from ckpt_jax.storage.objects import BACKEND, snapshot
 
 _log = logging.getLogger(__name__)
 FILE = RECORD
@@ -263,8 +264,10 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     recording.check_own(others)
     recording.complete(others)
     writers = [process for process, part in enumerate([recording.part, *others]) if part["writes"]]
-    databases.check_written(directory, writers)
-    self._inner.finalize(directory)
+    BACKEND.end_claim(directory)
+    with snapshot(directory):  # all processes have written their parts; the merged database is looked for afterwards
+      databases.check_written(directory, writers)
+      self._inner.finalize(directory)
     if writers:
       databases.check_merged(directory)
     recording.write(directory)

@@ -142,6 +142,7 @@ class Lease:
     self._lost: Holder | None = None
     self._seen: tuple[str, int, float] | None = None  # owner, beat, and when that pair was first seen
     self._written_at = 0.0
+    self._written = b""  # the generation of the file as this object wrote it last
     self._lock = threading.RLock()
     self._stop = threading.Event()
     _here[self._me.owner] = self
@@ -197,7 +198,7 @@ class Lease:
   def check(self) -> None:
     """Makes sure, before a commit, that the lease is still ours; reads it only if the last heartbeat is late."""
     with self._lock:
-      if self._lost is not None or time.monotonic() - self._written_at > 2 * self._me.interval:
+      if self._lost is not None or self._late:
         self.renew()
 
   def ensure_ours(self) -> None:
@@ -209,15 +210,17 @@ class Lease:
     """Writes a heartbeat; `create`: even if the file is gone."""
     with self._lock:
       self.ensure_ours()
+      self._me = dataclasses.replace(self._me, beat=self._me.beat + 1)
+      # So soon after the last heartbeat nobody can have taken it, even where writes are not conditional.
+      if create and self._written and not self._late and self._write(self._written):
+        return
       holder, generation = self._file.read()
       if holder is not None and holder.owner != self._me.owner and holder.place == self._me.place:
         self.held, self._lost = False, holder
         self.ensure_ours()
       if holder is None and not create:
         return  # the run was deleted; a heartbeat must not bring its directory back
-      self._me = dataclasses.replace(self._me, beat=self._me.beat + 1)
-      if self._file.swap(self._record(), generation):
-        self._written_at = time.monotonic()
+      self._write(generation)
 
   def release(self) -> None:
     """Gives the lease back; it can be acquired again."""
@@ -264,6 +267,17 @@ class Lease:
   def _record(self, released: bool = False) -> Holder:
     return dataclasses.replace(self._me, saving=tuple(sorted(self._saving)), released=released)
 
+  @property
+  def _late(self) -> bool:
+    return time.monotonic() - self._written_at > 2 * self._me.interval
+
+  def _write(self, generation: bytes) -> bool:
+    """Replaces the file if it is still of this generation."""
+    self._written = self._file.swap(self._record(), generation)
+    if self._written:
+      self._written_at = time.monotonic()
+    return bool(self._written)
+
   def _take(self, holder: Holder | None, generation: bytes) -> bool:
     if not is_object_store(self._directory):
       with storage_errors(f"{self._directory / NOTES}"):
@@ -271,12 +285,12 @@ class Lease:
     with self._lock:
       self._me = dataclasses.replace(self._me, inode=_inode(self._directory), since=time.time(), beat=1)
       self._saving |= set(holder.saving if holder else ())
-      if not self._file.swap(self._record(), generation):
+      if not self._write(generation):
         return False
       written, _ = self._file.read()
       if written is None or written.owner != self._me.owner:
         return False  # a store without conditional writes, and another process was faster
-      self.held, self._written_at = True, time.monotonic()
+      self.held = True
       _here[self._me.owner] = self
       if holder is not None and not holder.released:
         _log.info("%s: took over from process %d on %s, which is gone", self._directory, holder.pid, holder.host)
@@ -329,9 +343,10 @@ class _File:
     found = self._call(lambda store: store.read(LEASE), timeout)
     return parse(found.value) if found.state == "value" else None, found.stamp.generation
 
-  def swap(self, holder: Holder, generation: bytes, timeout: float = _REQUEST_S) -> bool:
+  def swap(self, holder: Holder, generation: bytes, timeout: float = _REQUEST_S) -> bytes:
+    """The new generation; empty if the file was no longer of the given one, and stays."""
     data = json.dumps(dataclasses.asdict(holder)).encode()
-    written = self._call(lambda store: store.write(LEASE, data, if_equal=generation), timeout).generation != b""
+    written = self._call(lambda store: store.write(LEASE, data, if_equal=generation), timeout).generation
     if written and not is_object_store(self._path):
       with contextlib.suppress(OSError):  # each write makes a new file
         restrict(os.path.join(self._path, LEASE), self.mode)

@@ -98,6 +98,9 @@ def vacate(directory: epath.Path, step: int) -> None:
   with storage_errors(f"{path}: what is stored there cannot be moved away"):
     if not is_object_store(directory):
       _rename_away(path)
+    # Asked of the bucket itself: what this process wrote there a moment ago may have been removed by hand.
+    elif not BACKEND.tree(path):
+      return
     elif step in noted_steps(directory, ASIDE):
       mark = note_of(directory, ASIDE, step)
       note = read_note(mark)
@@ -105,8 +108,7 @@ def vacate(directory: epath.Path, step: int) -> None:
       move_step(path, place)
       write_note(_note_beside(place), note)
       mark.unlink(missing_ok=True)
-    # Asked of the bucket itself: what this process wrote there a moment ago may have been removed by hand.
-    elif not is_step(path) and BACKEND.tree(path):
+    elif not is_step(path):
       raise CheckpointError(
         f"{path}: there are objects that are no committed step, and saving would delete them. If they are a copy that "
         "was cut off, finish it; else remove them, or save another step"

@@ -41,6 +41,7 @@ from ckpt_jax.save.commit import Hooks, StepNames, step_path_class, sync_own_fil
 from ckpt_jax.save.retention import LiveRetention
 from ckpt_jax.storage.durable import Sealing, restrict
 from ckpt_jax.storage.kinds import StorageKind
+from ckpt_jax.storage.objects import BACKEND
 from ckpt_jax.storage.space import Room, free_bytes, tree_nbytes
 from ckpt_jax.storage.urls import is_object_store
 
@@ -71,6 +72,7 @@ class Admission:
     self._failed: set[int] = set()
     self._first = jax.process_index() == 0
     self.unclaimed = False
+    self._claim = contextlib.ExitStack()  # to the names in the step that is being created in a bucket
 
   def opened(self) -> None:
     """Clears the leftovers of a dead writer, before Orbax lists the run; nothing if the writer may be alive."""
@@ -117,6 +119,7 @@ class Admission:
 
     In a job of many this happens at the next save: until then another process may still be writing its part.
     """
+    self._claim.close()
     if step is None:
       return
     if hangs:
@@ -256,6 +259,9 @@ class Admission:
     self._clear_failed()
     if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
       raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
+    if is_object_store(self._directory):
+      self._claim.close()
+      self._claim.enter_context(BACKEND.claim(step_path(self._directory, step)))
     quarantine.vacate(self._directory, step)
     dropped = self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
     if not is_object_store(

@@ -1,10 +1,11 @@
 """epath on object stores with few requests: the file system calls of Orbax on a map from keys to objects.
 
 A bucket has no directories: one listing with the name as prefix answers `exists` and `is_dir`, where fsspec sends two
-or three requests. Small files are written and read whole, one request each. Two things need no request at all:
+or three requests. Small files are written and read whole, one request each. Some things need no request at all:
 
 - what this process itself wrote in the last seconds exists, and
-- a committed step never changes, so within `snapshot(step)` one recursive listing answers everything beneath it.
+- a committed step never changes, so within `snapshot(step)` one recursive listing answers everything beneath it; while
+  a process creates a step, `claim(step)` does the same and knows what the process adds.
 """
 
 from __future__ import annotations
@@ -52,12 +53,24 @@ class Entry:
 
 
 class _Snapshot:
-  """All objects under one URL, as listed once."""
+  """All objects under one URL, as listed once.
 
-  def __init__(self, entries: dict[str, Entry]):
+  Attributes:
+    entries: by key.
+    claimed: whether this process alone writes there, so that its own writes are added.
+    users: blocks that rely on it.
+  """
+
+  def __init__(self, entries: dict[str, Entry], claimed: bool):
     self.entries = entries
+    self.claimed = claimed
     self.users = 0
     self._keys = sorted(entries)
+
+  def add(self, key: str) -> None:
+    if key not in self.entries:
+      self.entries[key] = Entry(0, time.time())
+      bisect.insort(self._keys, key)
 
   def under(self, key: str) -> list[str]:
     if not key:  # the bucket itself
@@ -194,6 +207,9 @@ class ObjectBackend(epath_backend.Backend):
 
   def remove(self, path: Path) -> None:
     url = os.fspath(path)
+    snapshot = self._snapshot_of(path)
+    if snapshot is not None and snapshot.claimed and split_url(path)[2] not in snapshot.entries:
+      raise FileNotFoundError(f"{url}: no such object")
     self._forget(url)
     # A key that is not there is no error to S3; GCS says so.
     self._delete(url, [url])
@@ -255,10 +271,28 @@ class ObjectBackend(epath_backend.Backend):
   def snapshot(self, path: Path) -> Iterator[None]:
     """Within the block, one listing answers for everything beneath `path`, unless it is longer than 8,000 objects.
 
-    For a path that does not change meanwhile (a committed step), or a run that is looked at once.
+    For a path that does not change meanwhile (a committed step), or a run that is looked at once. The first write of
+    this process beneath it ends it.
     """
+    with self._listed(os.fspath(path).rstrip("/"), claimed=False):
+      yield
+
+  @contextlib.contextmanager
+  def claim(self, path: Path) -> Iterator[None]:
+    """As `snapshot`, for a path where only this process writes, and through this back end; its writes are added."""
+    with self._listed(os.fspath(path).rstrip("/"), claimed=True):
+      yield
+
+  def end_claim(self, path: Path) -> None:
+    """Ends claims to what is around `path`: from here on files count that TensorStore or other processes wrote."""
     url = os.fspath(path).rstrip("/")
-    held = self._snapshots.get(url) or self._list_all(url)
+    with self._lock:
+      for root in [r for r, s in self._snapshots.items() if s.claimed and (url == r or url.startswith(r + "/"))]:
+        del self._snapshots[root]
+
+  @contextlib.contextmanager
+  def _listed(self, url: str, *, claimed: bool) -> Iterator[None]:
+    held = self._snapshots.get(url) or self._list_all(url, claimed)
     if held is None:
       yield
       return
@@ -273,14 +307,14 @@ class ObjectBackend(epath_backend.Backend):
         if not held.users and self._snapshots.get(url) is held:
           del self._snapshots[url]
 
-  def _list_all(self, url: str) -> _Snapshot | None:
+  def _list_all(self, url: str, claimed: bool) -> _Snapshot | None:
     _, _, key = split_url(url)
     entries: dict[str, Entry] = {}
     for count, (page, _) in enumerate(self._pages(url, key + "/" if key else "")):
       if count == _MAX_SNAPSHOT_PAGES:
         return None
       entries.update(page)
-    return _Snapshot(entries)
+    return _Snapshot(entries, claimed)
 
   def _snapshot_of(self, path: Path) -> _Snapshot | None:
     if not self._snapshots:
@@ -294,15 +328,18 @@ class ObjectBackend(epath_backend.Backend):
 
   def _note_own(self, path: Path, *, is_object: bool) -> None:
     scheme, bucket, key = split_url(path)
+    url, own_key = os.fspath(path), key
     now = time.monotonic()
     with self._lock:
       self._own = {p: made for p, made in self._own.items() if made[0] > now - _OWN_WRITES_S}
       while key:
-        self._own[f"{scheme}://{bucket}/{key}"] = now, is_object
-        key, is_object = key.rpartition("/")[0], False  # its parents are directories
-      url = os.fspath(path)
-      for root in [r for r in self._snapshots if url.startswith(r + "/")]:
-        del self._snapshots[root]  # it does change, after all
+        self._own[f"{scheme}://{bucket}/{key}"] = now, is_object and key == own_key  # its parents are directories
+        key = key.rpartition("/")[0]
+      for root in [r for r in self._snapshots if url.startswith(r + "/")] if is_object else []:
+        if self._snapshots[root].claimed:
+          self._snapshots[root].add(own_key)
+        else:
+          del self._snapshots[root]  # it does change, after all
 
   def _forget(self, url: str) -> None:
     with self._lock:
@@ -321,11 +358,11 @@ class ObjectBackend(epath_backend.Backend):
     """The object at `path`, and whether there are objects beneath it."""
     _, _, key = split_url(path)
     snapshot = self._snapshot_of(path)
-    if snapshot is not None:
-      return snapshot.entries.get(key), bool(snapshot.under(key))
-    is_object = self._own_kind(path) if own_writes else None
+    is_object = self._own_kind(path) if own_writes and (snapshot is None or snapshot.claimed) else None
     if is_object is not None:
       return (Entry(0, 0.0), False) if is_object else (None, True)
+    if snapshot is not None:
+      return snapshot.entries.get(key), bool(snapshot.under(key))
     if not key:
       next(self._pages(path, ""))  # raises if there is no such bucket
       return None, True
