@@ -40,8 +40,8 @@ from ckpt_jax.run import untrusted
 from ckpt_jax.run.checksums import FILE_KEY, is_intact_file, with_file_digest
 from ckpt_jax.run.steps import RECORD, our_item, our_metadata
 from ckpt_jax.storage import look
-from ckpt_jax.tuning.profile import usable_cores
 from ckpt_jax.storage.objects import BACKEND, snapshot
+from ckpt_jax.tuning.profile import usable_cores
 
 _log = logging.getLogger(__name__)
 FILE = RECORD
@@ -255,6 +255,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
 
   def finalize(self, directory: epath.Path) -> None:
     """See Orbax's; on process 0, checks what all processes wrote and writes the record."""
+    BACKEND.end_claim(directory)
     recording, self._recording = self._recording, None
     if recording is None:
       self._inner.finalize(directory)
@@ -264,7 +265,6 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     recording.check_own(others)
     recording.complete(others)
     writers = [process for process, part in enumerate([recording.part, *others]) if part["writes"]]
-    BACKEND.end_claim(directory)
     with snapshot(directory):  # all processes have written their parts; the merged database is looked for afterwards
       databases.check_written(directory, writers)
       self._inner.finalize(directory)

@@ -145,6 +145,7 @@ class Admission:
 
   def close(self) -> None:
     """Releases the lease."""
+    self._claim.close()
     self._restrict_notes()
     self.lease.release()
 

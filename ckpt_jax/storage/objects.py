@@ -280,6 +280,7 @@ class ObjectBackend(epath_backend.Backend):
   @contextlib.contextmanager
   def claim(self, path: Path) -> Iterator[None]:
     """As `snapshot`, for a path where only this process writes, and through this back end; its writes are added."""
+    self._forget(os.fspath(path).rstrip("/"))  # an earlier claim, or what was written there before it was removed
     with self._listed(os.fspath(path).rstrip("/"), claimed=True):
       yield
 
