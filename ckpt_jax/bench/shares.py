@@ -21,7 +21,7 @@ from ckpt_jax.bench.worker import drop_cache
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.multihost import launch, who_wrote
 
-OURS, UNCUT, ORBAX = "ckpt_jax", "ckpt_jax, whole shards", "orbax"
+OURS, UNCUT, ORBAX = "ckpt_jax", "ckpt_jax, reshard off", "orbax"
 # No axis of most of these divides by 3, 5, 6 or 7.
 MIXED = [*[(1024, 512)] * 8, (17,), (3, 5, 7), (333, 77), (4096, 33), (128,), (50257, 16), (2, 3, 257), (1000, 64)]
 # One block of a transformer, three times, and what is beside it in embeddings.
@@ -144,7 +144,7 @@ def _sides(directory: str, what: str) -> dict[str, tuple[Callable[[int, Any], No
 
   found = {OURS: ours(OURS, {}), ORBAX: (save, restore)}
   if what == "reshard":
-    found[UNCUT] = ours(UNCUT, {"min_slice_for_replica_parallel": "1GiB"})
+    found[UNCUT] = ours(UNCUT, {"reshard": "off"})
   return found
 
 

@@ -335,11 +335,38 @@ def hosts(
   from ckpt_jax.bench.hosts import plot as draw
   from ckpt_jax.bench.hosts import run
 
-  try:
-    numbers = [int(n) for n in counts.split(",")]
-  except ValueError:
-    raise ConfigError(f"--hosts: expected numbers with commas between, got {counts!r}") from None
-  found = run(numbers, mbit, megabytes, repeats, _progress)
+  found = run(_numbers("--hosts", counts), mbit, megabytes, repeats, _progress)
   _emit(found, output)
   if plot:
     draw(found, plot)
+
+
+@bench.command("shares")
+def shares(
+  counts: Annotated[str, typer.Option("--processes", help="Numbers of processes, commas between.")] = "3,5,6,7",
+  rounds: Annotated[int, typer.Option(min=1, help="Saves that count, after one that does not.")] = 5,
+  output: Output = None,
+) -> None:
+  """Save replicated leaves of mixed shapes from several numbers of processes: who writes how much."""
+  from ckpt_jax.bench.shares import shares
+
+  _emit(shares(_numbers("--processes", counts), rounds, _progress), output)
+
+
+@bench.command("reshard")
+def reshard(
+  processes: Annotated[int, typer.Option(min=2, help="Processes with one device each.")] = 4,
+  rounds: Annotated[int, typer.Option(min=1, help="Saves and restores that count, after one that does not.")] = 9,
+  output: Output = None,
+) -> None:
+  """Save rows spread over processes, restore columns: how much is read, and what cutting the chunks for it costs."""
+  from ckpt_jax.bench.shares import reshard
+
+  _emit(reshard(processes, rounds, _progress), output)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+  try:
+    return [int(n) for n in text.split(",")]
+  except ValueError:
+    raise ConfigError(f"{option}: expected numbers with commas between, got {text!r}") from None

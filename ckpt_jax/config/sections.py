@@ -196,6 +196,8 @@ class LayoutConfig(_Section):
       64 MiB of memory for packing.
     replica_parallel: lets each replica of a leaf write a part of it, instead of one replica all of it.
     min_slice_for_replica_parallel: bytes below which such a part is not worth a request of its own.
+    reshard: cuts what a process writes across its rows too, so that a restore onto an orthogonal mesh (rows ->
+      columns) reads little more than it needs.
   """
 
   compression: Switch = "auto"
@@ -204,6 +206,7 @@ class LayoutConfig(_Section):
   pack: Switch = "off"
   replica_parallel: Switch = "auto"
   min_slice_for_replica_parallel: AutoOrBytes = "auto"
+  reshard: Switch = "auto"
 
 
 class LimitsConfig(_Section):

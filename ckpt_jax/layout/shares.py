@@ -146,16 +146,19 @@ class Limits:
   Attributes:
     divide: whether replicas write a part of a shard each.
     slice_nbytes: parts are not made smaller than this, unless the shares would be uneven; chunks not than twice this.
+    across: whether chunks are cut across the rows of a process too.
   """
 
   divide: bool = True
   slice_nbytes: int = SLICE_NBYTES
+  across: bool = True
 
   @classmethod
   def of(cls, layout: LayoutConfig) -> Limits:
     """Those of a configuration."""
     nbytes = layout.min_slice_for_replica_parallel
-    return cls(layout.replica_parallel != "off", SLICE_NBYTES if nbytes == "auto" else nbytes)
+    nbytes = SLICE_NBYTES if nbytes == "auto" else nbytes
+    return cls(layout.replica_parallel != "off", nbytes, layout.reshard != "off")
 
 
 WHOLE = Limits(divide=False)  # of arrays that go into slabs
@@ -311,6 +314,17 @@ def nbytes_by_process(arrays: Sequence[Held], shares: Sequence[Share]) -> dict[i
   return nbytes
 
 
+def resharding(array: Held, chunks: tuple[int, ...]) -> float:
+  """Bytes that all processes read of an array, over its own, if each wants a part of its longest axis not sharded yet.
+
+  1 if they cannot divide that axis.
+  """
+  parts = len(array.processes)
+  axes = [i for i, n in enumerate(array.shape) if n == array.piece[i] and n % parts == 0]
+  axis = max(axes, key=lambda i: array.shape[i], default=None)
+  return 1.0 if axis is None else max(1.0, min(chunks[axis], array.shape[axis]) * parts / array.shape[axis])
+
+
 # -- the shape of chunks
 
 
@@ -323,7 +337,7 @@ def _cut(array: Held, limits: Limits, coarse: float) -> _Cut:
   chunks = list(run)
   # Jax divides axes evenly, so that a chunk that divides an axis is within one shard of any mesh with as few shards.
   room = math.prod(chunks) * array.itemsize // (_ACROSS * max(1, limits.slice_nbytes))
-  for i in sorted(range(len(chunks)), key=lambda i: -chunks[i]):
+  for i in sorted(range(len(chunks)), key=lambda i: -chunks[i]) if limits.across else ():
     if chunks[i] == array.shape[i] and room > 1:
       pieces = max(d for d in _divisors(chunks[i]) if d <= min(room, len(array.processes)))
       chunks[i] //= pieces

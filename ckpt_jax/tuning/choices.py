@@ -31,6 +31,8 @@ _MEMORY_SHARE = 8
 _ORBAX_FILE_IO = 128
 # Orbax's own targets (tensorstore_utils.py of 0.12.8).
 _ORBAX_FILE_NBYTES = {True: 400 * MIB, False: 2048 * MIB}
+# The most that chunks which other meshes can use may add to a commit.
+_RESHARD_COST = 0.05
 _TIMEOUT_FACTOR = 20
 
 
@@ -233,6 +235,21 @@ def _min_slice(f: Facts) -> Choice:
   return f.choice("layout.min_slice_for_replica_parallel", value, reason, default)
 
 
+def _reshard(f: Facts) -> Choice:
+  s, off = f.state, f.predict(reshard=False).commit_s
+  cost = f.predict(reshard=True).commit_s / off - 1
+  reads = f"a restore onto an orthogonal mesh (rows -> columns) reads {s.resharding:.2f} times what it needs"
+  more = f"{count(s.across_chunks, 'chunk')} more"
+  value: Any = "on"
+  if not s.across_chunks:
+    value, reason = "auto", "no array is large enough, on several processes, to be cut across the rows of each"
+  elif cost <= _RESHARD_COST:
+    reason = f"{reads} instead of {s.resharding_whole:.2f}: {more} add {cost:.1%} to the commit"
+  else:
+    value, reason = "off", f"{more} would add {cost:.1%} to the commit, and at most {_RESHARD_COST:.0%} are worth it"
+  return f.choice("layout.reshard", value, reason, f"whole shards: {max(s.resharding_whole, 1):.2f} times")
+
+
 def _concurrency(saving: bool, f: Facts) -> Choice:
   held = f.state.local_nbytes or f.state.nbytes
   # All that a process holds of an array must be in flight together.
@@ -301,6 +318,7 @@ CHOICES: tuple[Callable[[Facts], Choice], ...] = (
   _chunk_size,
   _replica_parallel,
   _min_slice,
+  _reshard,
   functools.partial(_concurrency, True),
   functools.partial(_concurrency, False),
   _strategy,

@@ -50,6 +50,10 @@ class StateProfile:
     local_leaves: leaves of which this process holds a piece.
     read_nbytes: bytes that all processes together read if each reads what its devices need.
     written_nbytes: bytes that the process which writes most writes, see `layout.shares`.
+    across_nbytes, across_chunks: bytes of the arrays whose chunks `layout.reshard` cuts across the rows of a process,
+      and how many more chunks that makes.
+    resharding, resharding_whole: bytes that a restore onto an orthogonal mesh reads over what it needs, with such cuts
+      and without.
     copies: number of devices that hold an average byte.
     largest_leaf_nbytes, largest_shard_nbytes: of one array, and of one piece.
     largest_local_nbytes: of all that this process holds of one array.
@@ -67,6 +71,10 @@ class StateProfile:
   local_leaves: int = 0
   read_nbytes: int = 0
   written_nbytes: int = 0
+  across_nbytes: int = 0
+  across_chunks: int = 0
+  resharding: float = 1.0
+  resharding_whole: float = 1.0
   copies: float = 1.0
   largest_leaf_nbytes: int = 0
   largest_shard_nbytes: int = 0
@@ -135,7 +143,7 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
     local_nbytes=sum(n * cut.local * cut.piece_nbytes for n, cut in kinds),
     local_leaves=sum(n for n, cut in kinds if cut.local),
     read_nbytes=sum(n * cut.read * cut.piece_nbytes for n, cut in kinds),
-    written_nbytes=_most_written(arrays),
+    **_shares(arrays),
     copies=sum(n * cut.held * cut.piece_nbytes for n, cut in kinds) / total if total else 1.0,
     largest_leaf_nbytes=max((cut.nbytes for _, cut in kinds), default=0),
     largest_shard_nbytes=max((cut.piece_nbytes for _, cut in kinds if cut.local), default=0),
@@ -186,9 +194,9 @@ def _cut(shape: tuple[int, ...], itemsize: int, sharding: Any) -> _Cut:
   return _Cut(nbytes, -(-nbytes // pieces), pieces, local, read, len(devices))
 
 
-def _most_written(arrays: Sequence[Any]) -> int:
-  """Bytes of the process that writes most; process 0 writes what is not placed."""
-  from ckpt_jax.layout.shares import Limits, held, nbytes_by_process, share_out
+def _shares(arrays: Sequence[Any]) -> dict[str, Any]:
+  """What follows from the write plan; process 0 writes what is not placed."""
+  from ckpt_jax.layout.shares import Limits, held, nbytes_by_process, resharding, share_out
 
   placed, first = [], 0
   for x in arrays:
@@ -196,8 +204,22 @@ def _most_written(arrays: Sequence[Any]) -> int:
       placed.append(held(tuple(x.shape), x.dtype.itemsize, x.sharding))
     except (AttributeError, ValueError):  # numpy, or on an abstract mesh, or what the sharding does not divide
       first += math.prod(x.shape) * x.dtype.itemsize
-  written = nbytes_by_process(placed, share_out(placed, Limits(), {0: first}))
-  return max([*written.values(), written.get(0, 0) + first])
+  cut, whole = (share_out(placed, Limits(across=across), {0: first}) for across in (True, False))
+  written = nbytes_by_process(placed, cut)
+  found = {"written_nbytes": max([*written.values(), written.get(0, 0) + first])}
+  pairs = [*zip(placed, cut, whole, strict=True)]
+  across = [(array, a.chunks, b.chunks) for array, a, b in pairs if a.chunks != b.chunks]
+  total = max(1, sum(array.nbytes for array in placed))
+  return found | {
+    "across_nbytes": sum(array.nbytes for array, _, _ in across),
+    "across_chunks": sum(_chunks(array.shape, a) - _chunks(array.shape, b) for array, a, b in across),
+    "resharding": sum(array.nbytes * resharding(array, a.chunks) for array, a, _ in pairs) / total,
+    "resharding_whole": sum(array.nbytes * resharding(array, b.chunks) for array, _, b in pairs) / total,
+  }
+
+
+def _chunks(shape: Sequence[int], chunk: Sequence[int]) -> int:
+  return math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
 
 
 def _arrays(state: PyTree) -> list[Any]:

@@ -145,6 +145,16 @@ def test_replicas_write_a_part_each_but_no_crumbs():
   assert "16.0 copies" in plan.explain()
 
 
+def test_chunks_are_cut_for_other_meshes_while_that_costs_little():
+  cut = big(across_nbytes=10 * GB, across_chunks=40_000, resharding=1.0, resharding_whole=16.0)
+  plan = ckpt.make_plan(cut, "lustre", MANY_HOSTS)
+  assert value(plan, "layout.reshard") == "on"
+  assert "reads 1.00 times what it needs instead of 16.00" in plan.explain()
+  crumbs = dataclasses.replace(cut, across_chunks=10**8)
+  assert value(ckpt.make_plan(crumbs, "lustre", MANY_HOSTS), "layout.reshard") == "off"
+  assert value(ckpt.make_plan(big(), "lustre", HOST), "layout.reshard") == "auto"
+
+
 def test_commit_is_by_rename_on_disks_and_by_marker_on_buckets():
   def commit(kind):
     return next(c.value for c in ckpt.make_plan(big(), kind, HOST).choices if c.key == "commit")
