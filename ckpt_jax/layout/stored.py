@@ -85,7 +85,7 @@ def stored_leaves(item: epath.Path) -> dict[str, Stored] | None:
     return None
   try:
     return _leaves(item, data, entries, _packed(item))
-  except (ValueError, KeyError, TypeError, AttributeError):
+  except (ValueError, LookupError, TypeError, AttributeError):
     return None
 
 

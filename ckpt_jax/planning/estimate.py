@@ -53,19 +53,19 @@ def room_nbytes(nbytes: float, leaves: int, stored_share: float = 1.0) -> int:
   return step_nbytes(nbytes, leaves * 6, stored_share) + (1 << 20)
 
 
-def host_nbytes(held: float, in_flight: float | None = None) -> int:
-  """Host memory of a process that saves, besides the state: a copy of what it holds, and what is being encoded.
+def host_nbytes(written: float, in_flight: float | None = None) -> int:
+  """Host memory of a process that saves, besides the state: a copy of what it writes, and what is being encoded.
 
   Args:
-    held: bytes that the process holds.
+    written: bytes that the process writes: of replicas its part.
     in_flight: bytes that are encoded at a time; None for an uncompressed write, which streams out of the copy.
   """
-  return int(held + min(held, held / 8 if in_flight is None else in_flight))
+  return int(written + min(written, written / 8 if in_flight is None else in_flight))
 
 
-def copy_seconds(held: float) -> float:
-  """Seconds for which a save blocks a process that holds so many bytes: a copy to host memory at 5 GB/s."""
-  return max(held / _COPY_SPEED, 1e-3)
+def copy_seconds(nbytes: float) -> float:
+  """Seconds of a copy from devices to host memory at 5 GB/s, for which a save blocks training."""
+  return max(nbytes / _COPY_SPEED, 1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,10 +287,14 @@ def _in_blocks(values: int) -> int:
 
 def _optax(name: str) -> Any:
   import optax
-  import optax.contrib
 
-  made = {"momentum": lambda rate: optax.sgd(rate, momentum=0.9), "muon": optax.contrib.muon}
-  return (made.get(name) or getattr(optax, name))(1e-3)
+  if name == "momentum":
+    return optax.sgd(1e-3, momentum=0.9)
+  if name == "muon":
+    from optax.contrib import muon
+
+    return muon(1e-3)
+  return getattr(optax, name)(1e-3)
 
 
 def _cast(tree: PyTree, dtype: str | None) -> PyTree:
@@ -298,6 +302,8 @@ def _cast(tree: PyTree, dtype: str | None) -> PyTree:
   import jax
 
   def described(leaf: Any) -> Any:
+    if not hasattr(leaf, "dtype"):
+      return leaf
     floating = jax.numpy.issubdtype(leaf.dtype, np.floating)
     return jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype) if dtype and floating else leaf.dtype)
 

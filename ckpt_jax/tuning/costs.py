@@ -205,7 +205,7 @@ def _in_host_memory(
   # Python queues reads while others are under way.
   cpu = python_s(model.restore) + bytes_s(model.restore, read, read, zstd.decompress_bytes_per_s)
   io = _read_s(storage, read * ratio, pieces, sharing)
-  in_flight = layout.save_concurrency or (held if layout.compression else None)
+  in_flight = layout.save_concurrency or (written if layout.compression else None)
   return Prediction(
     blocking_s=blocking,
     commit_s=blocking + commit,
@@ -213,7 +213,7 @@ def _in_host_memory(
     nbytes=int(state.nbytes * ratio),
     files=_STEP_FILES + host.processes * (_PROCESS_FILES + files),
     requests=pieces * host.processes,
-    peak_host_bytes=int(max(host_nbytes(held, in_flight), min(read, layout.restore_concurrency or read))),
+    peak_host_bytes=int(max(host_nbytes(written, in_flight), min(read, layout.restore_concurrency or read))),
     snapshot_s=0.0,
     pinned_bytes=0,
   )

@@ -179,6 +179,11 @@ def test_what_makes_no_sense_is_a_config_error(wrong):
     ckpt.estimate(**wrong)
 
 
+def test_parameters_that_are_no_float_arrays():
+  params = {"w": jnp.ones((4, 4)), "table": jnp.arange(8), "key": jax.random.key(0), "rate": 0.5}
+  assert ckpt.estimate(params, "sgd", param_dtype="bfloat16").groups == {"params": 32 + 32 + 8, "optimizer": 0}
+
+
 def test_keys_scalars_and_names_at_the_top_of_a_state():
   state = {"params": {"w": jnp.ones((3, 4))}, "key": jax.random.key(0), "step": jnp.int32(3), "epoch": 2, "name": "x"}
   found = ckpt.estimate(state=state)
@@ -273,8 +278,8 @@ def test_704_processes_that_are_not_there(tmp_path, monkeypatch):
   assert "704 hosts with 8 devices" in cli(*run.split()).stdout
 
 
-def test_a_job_writes_what_its_estimate_says(tmp_path):
-  """Two hosts of one device each stand for the two devices of this process, which write alone."""
+def test_replicas_on_two_hosts_are_written_in_even_shares():
+  """The two devices of this process, as one host and as two."""
   mesh = jax.make_mesh((2,), ("data",))
   specs = {"a": P("data"), "b": P(), "c": P(None, "data")}
   state = {
