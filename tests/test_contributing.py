@@ -21,7 +21,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROOMS = {room for layer in LAYERS for room in re.split(r"[\s|]+", layer)}
 FILES = ("ini", "ipynb", "json", "md", "png", "py", "sh", "toml", "txt", "xz", "yaml")
 WRITTEN_LATER = {"ckpt_jax.json", "run.yaml", "health.meant"}  # in a step, and by the reader
-FOREIGN = {"TrainState", "eqx", "flax", "gc", "jax", "logging", "multiprocessing", "nnx", "ocp", "os", "v1"}
+WRITTEN_LATER |= {"ckpt_jax_export.json", "model.safetensors", "model.safetensors.index.json"}  # in an export
+FOREIGN = {"TrainState", "eqx", "flax", "gc", "jax", "logging", "multiprocessing", "nnx", "numpy"}
+FOREIGN |= {"ocp", "os", "safetensors", "v1"}
 OBJECTS = {"c": ckpt.Checkpointer} | {name: getattr(ckpt, name) for name in ckpt.__all__}
 
 

@@ -144,6 +144,22 @@ def object_stores(
   _emit(run(repeats, megabytes, _progress), output)
 
 
+@bench.command("export")
+def export(
+  rounds: Annotated[int, typer.Option(min=1, help="Rounds that count; one more comes before them.")] = 5,
+  directory: Directory = None,
+  output: Output = None,
+) -> None:
+  """Export and load 340 MB of parameters, beside plain Orbax with the safetensors library and Orbax's own reader."""
+  from ckpt_jax.bench.export import run, table
+  from ckpt_jax.cli.common import print_table
+
+  found = run(rounds, directory, _progress)
+  if output:
+    files.write(output, found)
+  print_table(("", "side", "seconds", "CPU s", "extra MB", "MB/s"), table(found))
+
+
 @bench.command()
 def goodput(
   output: Annotated[str, typer.Option("-o", "--output", help="JSON file that the round is added to.")],

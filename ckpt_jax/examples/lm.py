@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
 from ckpt_jax import multihost
+from ckpt_jax.layout.structure import path_name
 
 PyTree = Any
 
@@ -92,9 +93,9 @@ class Batches:
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 
-def stdlib_text(limit: int = 4_000_000) -> np.ndarray:
-  """uint8[<= limit]: the top-level sources of the standard library in alphabetical order."""
-  files = sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+def stdlib_text(limit: int = 4_000_000, pattern: str = "*.py") -> np.ndarray:
+  """uint8[<= limit]: sources of the standard library, by default those at its top, in alphabetical order."""
+  files = sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob(pattern))
   return np.frombuffer(b"\n".join(f.read_bytes() for f in files)[:limit], np.uint8)
 
 
@@ -106,6 +107,30 @@ def shard(leaf: Any, mesh: Mesh) -> NamedSharding:
     if leaf.shape[axis] % mesh.shape["fsdp"] == 0:
       return NamedSharding(mesh, P(*[None] * axis, "fsdp"))
   return NamedSharding(mesh, P())
+
+
+def evaluate(params: PyTree, batches: int = 4, batch: int = 16) -> float:
+  """The loss, in nats a byte, on sources that training does not see; `ckpt-jax export --eval` calls it.
+
+  Args:
+    params: of a `ByteGPT` of any size, in nested containers with the same paths.
+    batches, batch: how much text.
+  """
+  leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  context, width = leaves["positions/embedding/value"].shape
+  heads = leaves["blocks/0/attention/query/kernel/value"].shape[1]
+  layers = sum(path.endswith("/norm1/bias/value") for path in leaves)
+  graph, shapes = nnx.split(nnx.eval_shape(lambda: ByteGPT(width, layers, heads, context, 0.0, rngs=nnx.Rngs(0))))
+  state = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], shapes)
+
+  @jax.jit
+  def loss(state, tokens):
+    logits = nnx.merge(graph, state)(tokens[:, :-1], nnx.Rngs(dropout=0))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+  unseen = Batches(stdlib_text(pattern="email/*.py"), batch, context, seed=0)
+  here = NamedSharding(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]), P())
+  return float(np.mean([loss(state, unseen.next(here)) for _ in range(batches)]))
 
 
 def digests(state: PyTree, batches: Batches) -> dict[str, str]:
