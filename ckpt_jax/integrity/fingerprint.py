@@ -134,7 +134,7 @@ class Taken:
       for found in _run(tasks, threads):
         add(found)
       del tasks  # views of the pieces
-      if last:
+      if last and self.copies.by_piece:
         for values, _ in itertools.chain.from_iterable(pieces.values()):
           values.done()
     return out

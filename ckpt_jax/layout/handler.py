@@ -165,6 +165,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     pieces = writing.small_on_host(shares.slices(packed, shares.WHOLE), copies) if small else []
     copies.settled()
     self.writes = any(array.pieces for array in written) or bool(small and small.slab.nbytes)
+    if copies.in_turn:
+      written.sort(key=lambda array: array.turn)
     bounds = [n for n in (getattr(first.byte_limiter, "max_bytes", None), copies.ring.limit) if n is not None]
     self.writer = writing.Writer(
       first.ts_context,  # two contexts would be two databases that do not know of each other

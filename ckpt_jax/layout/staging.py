@@ -97,6 +97,8 @@ class HostCopies:
 
   Attributes:
     ring: what brings the copies.
+    in_turn: whether they have to be read wave by wave, see `ring`.
+    by_piece: whether what is written is what should be summed, since other values would be copied for the sums alone.
   """
 
   def __init__(self, limits: Limits | None = None, limit: int | None = None):
@@ -109,25 +111,17 @@ class HostCopies:
     self._limits = limits
     self._on_cpu = not has_accelerators()
     self.ring = Ring(_send_views if self._on_cpu else _send, limit)
+    self.in_turn = limit is not None
+    self.by_piece = self.in_turn or not self._on_cpu
     self._plans: dict[int, tuple[jax.Array, Slices]] = {}
     self._pieces: dict[int, tuple[jax.Array, Pieces]] = {}
     self._whole: dict[int, tuple[jax.Array, Values]] = {}  # of single-device arrays
     self._devices_take_turns = itertools.count()
 
   @property
-  def in_turn(self) -> bool:
-    """Whether they have to be read wave by wave, see `ring`."""
-    return self.ring.limit is not None
-
-  @property
   def views_in_turn(self) -> bool:
     """Whether a ring holds views: the arrays themselves then take the memory that is short."""
     return self.in_turn and self._on_cpu
-
-  @property
-  def by_piece(self) -> bool:
-    """Whether what is written is what should be summed, since other values would be copied for the sums alone."""
-    return self.in_turn or not self._on_cpu
 
   def again(self, limit: int | None) -> HostCopies:
     """Copies of the same arrays, for one more pass over them or under another limit."""
@@ -173,19 +167,22 @@ class HostCopies:
       for _, values in found.pieces:
         values.begin()
       return found
+    if one_device(array.sharding) == "here":
+      return Pieces(array.shape, True, ((whole_box(array.shape), self.of(array)),))
     chunks, whole, parts = self._planned([array])[0]
     pieces = [(box, self.of(shard) if cut is None else Values(self.of(shard)()[cut])) for box, shard, cut in parts]
     return Pieces(chunks, whole, tuple(pieces))
 
   def of(self, array: jax.Array) -> Values:
     """The values of a single-device array, for one more reader."""
-    if id(array) not in self._whole:
+    known = self._whole.get(id(array))
+    if known is None:
       if self.by_piece and array.size and (self._on_cpu or belongs_to_accelerators(array.sharding)):
         return self.pieces(array).pieces[0][1]
-      self._whole[id(array)] = array, Values(_view(array))
-    values = self._whole[id(array)][1]
-    values.begin()
-    return values
+      known = self._whole[id(array)] = array, Values(_view(array))
+    if self.by_piece:
+      known[1].begin()
+    return known[1]
 
   def settled(self) -> None:
     """Forgets the arrays: all readers have their pieces."""

@@ -201,7 +201,7 @@ class Writer:
         )
         for array, spec in zip(arrays, specs, strict=True)
       ]
-      for array, future in sorted(zip(arrays, opened, strict=True), key=lambda entry: entry[0].turn):
+      for array, future in zip(arrays, opened, strict=True):
         self._write_array(array, result_of(future, array.info.name))
       if slab is not None and slab.nbytes:
         name = packing.slab_name(number)
