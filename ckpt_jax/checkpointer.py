@@ -34,6 +34,7 @@ from ckpt_jax.run import pins
 from ckpt_jax.run.attempts import PREEMPTED
 from ckpt_jax.run.events import Event
 from ckpt_jax.run.steps import StepInfo, committed_steps, list_steps
+from ckpt_jax.save.host_memory import warmup
 from ckpt_jax.save.opening import open_run, start
 from ckpt_jax.save.session import Session, check_not_forked
 from ckpt_jax.save.write import SaveRecord
@@ -198,7 +199,7 @@ class Checkpointer:
       preempted = self._preempted(step)
       if preempted:
         self._before_the_last_save(step)
-      elif not self._is_wanted(step, force=force, final=final):
+      elif not self._is_wanted(step, state, force=force, final=final):
         return False
       self._session.order.begins(step)  # before the save: an interrupt may end this call, and the save goes on
       self._saver.save(step, state, metrics, extras, started)
@@ -211,11 +212,12 @@ class Checkpointer:
           self._exit_preempted()
     return True
 
-  def _is_wanted(self, step: int, *, force: bool, final: bool) -> bool:
+  def _is_wanted(self, step: int, state: PyTree, *, force: bool, final: bool) -> bool:
     self._session.raise_outcome()
     self._saver.raise_background_error()
     if not (force or final or self._session.order.is_due(step)):
       self._session.order.skipped(step)
+      warmup.offer(state, self.config)
       return False
     return self._session.order.admits(step, force=force)
 
@@ -407,6 +409,7 @@ class Checkpointer:
       if restored.report is not None and restored.report.quarantined:
         self._saver.reload()
       self._session.order.restored(restored.step)
+    warmup.offer(restored.state, self.config)
     return restored
 
   def _preempted(self, step: int) -> bool:

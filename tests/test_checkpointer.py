@@ -355,7 +355,7 @@ def test_failed_background_save_is_raised_once_and_its_step_is_not_listed(tmp_pa
 
 
 def test_too_little_memory_saves_in_chunks_and_says_so(tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr("ckpt_jax.save.snapshot.available_memory", lambda: 1_000_000)
+  monkeypatch.setattr("ckpt_jax.save.host_memory.available_memory", lambda: 1_000_000)
   state = {"x": jnp.ones((1 << 20,))}
   with ckpt.Checkpointer(tmp_path) as c, caplog.at_level(logging.WARNING, "ckpt_jax"):
     c.save(0, state)

@@ -141,7 +141,9 @@ class Ring:
     self._send = send
     self._queue: collections.deque[_Wave] = collections.deque()
     self._turns = 0
+    self._new: list[Copy] = []  # since the last call of `settled`
     self._held = 0
+    self._sending = 0  # waves that leave the queue
     self._changed = threading.Condition()  # held for bookkeeping only, never while something is sent
 
   def add(self, source: jax.Array, cut: Cut | None, nbytes: int) -> Copy:
@@ -153,6 +155,7 @@ class Ring:
       self._turns += 1
       self._queue.append(wave)
     copy = Copy(self, wave, source, cut)
+    self._new.append(copy)
     wave.copies.append(copy)
     wave.unread += 1
     wave.nbytes += nbytes
@@ -164,13 +167,23 @@ class Ring:
       try:
         with transfers_asked_for():
           wave.send()
+        for copy in wave.copies:
+          copy.source = None
       except BaseException as e:
-        wave.sent.set()
         self.close(e)
         raise
-      for copy in wave.copies:
-        copy.source = None
-      wave.sent.set()
+      finally:
+        wave.sent.set()
+        with self._changed:
+          self._sending -= 1
+          self._changed.notify_all()
+
+  def settled(self) -> None:
+    """Releases what has no reader; all who will read have said so."""
+    for copy in self._new:
+      if copy.readers == 0:
+        copy.done()
+    self._new = []
 
   def release(self, copy: Copy, wave: _Wave) -> None:
     """Notes that one reader of a piece is done."""
@@ -188,7 +201,7 @@ class Ring:
   def wait_until_sent(self, timeout: float) -> bool:
     """Waits until all pieces are here or on their way; False if that takes longer than `timeout` seconds."""
     with self._changed:
-      return self._changed.wait_for(lambda: not self._queue, timeout)
+      return self._changed.wait_for(lambda: not self._queue and not self._sending, timeout)
 
   def close(self, error: BaseException | None = None) -> None:
     """Sends nothing more; whoever waits for what was not sent gets an error, caused by `error`."""
@@ -202,11 +215,11 @@ class Ring:
 
   def _next(self) -> _Wave | None:
     with self._changed:
-      self._changed.notify_all()
       if not self._queue:
         return None
       nbytes = self._queue[0].nbytes
       if self.limit is not None and self._held and self._held + nbytes > self.limit:
         return None
       self._held += nbytes
+      self._sending += 1
       return self._queue.popleft()

@@ -185,7 +185,8 @@ class HostCopies:
     return known[1]
 
   def settled(self) -> None:
-    """Forgets the arrays: all readers have their pieces."""
+    """Forgets the arrays: all readers have their pieces, and what nobody will read makes room."""
+    self.ring.settled()
     for known in (self._plans, self._pieces, self._whole):
       known.clear()
 
@@ -299,7 +300,7 @@ def _send_views(copies: Sequence[Copy]) -> None:
 
 
 def _send(copies: Sequence[Copy]) -> None:
-  """Starts to copy from accelerators: to pinned memory, where it is there and not known to be slower."""
+  """Starts to copy from accelerators."""
   kinds = [(copy, copy.source, copy.source.sharding.memory_kind) for copy in copies if copy.source is not None]
   offloaded = [(copy, source) for copy, source, kind in kinds if kind in _HOST_KINDS]
   resident = [(copy, source) for copy, source, kind in kinds if kind not in _HOST_KINDS]
@@ -310,8 +311,7 @@ def _send(copies: Sequence[Copy]) -> None:
         copy.found = values
   if not resident:
     return
-  known = None if as_accelerators else known_link()
-  pinned = all(map(has_pinned, resident[0][1].devices())) and (known is None or known.prefers_pinned)
+  pinned = uses_pinned(resident[0][1])
   parts = [source if copy.cut is None else _sliced(source, copy.cut, pinned=pinned) for copy, source in resident]
   if pinned:
     whole = [i for i, (copy, _) in enumerate(resident) if copy.cut is None]
@@ -322,6 +322,12 @@ def _send(copies: Sequence[Copy]) -> None:
     parts = pageable(parts)
   for (copy, _), part in zip(resident, parts, strict=True):
     copy.found = part
+
+
+def uses_pinned(array: jax.Array) -> bool:
+  """Whether copies of an array go to pinned memory: where there is such, unless it was measured to be slower."""
+  known = None if as_accelerators else known_link()
+  return all(map(has_pinned, array.sharding.addressable_devices)) and (known is None or known.prefers_pinned)
 
 
 def _sliced(array: jax.Array, cut: Cut, *, pinned: bool) -> jax.Array:

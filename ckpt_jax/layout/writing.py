@@ -58,13 +58,14 @@ class Written:
     """When its first piece arrives, see `Values`."""
     return min((values.turn for _, values in self.pieces), default=0)
 
-  def chunks(self) -> tuple[tuple[Box, Values], ...]:
-    """The pieces as they are stored; waits for the values of one that is made of several."""
+  def chunks(self, make_room: Callable[[Values], None]) -> tuple[tuple[Box, Values], ...]:
+    """The pieces as they are stored; waits, after `make_room`, for the values of one that is made of several."""
     if self.write_shape != self.shape or len(self.pieces) < 2:
       return self.pieces
     whole = whole_box(self.shape)
     out = unaligned_empty(self.shape, self.dtype)
     for box, values in self.pieces:
+      make_room(values)
       out[within(box, whole)] = values()
       values.done()
     return ((whole, Values(out)),)
@@ -82,19 +83,21 @@ def on_host(
     arrays, infos, args: as Orbax gives them.
     copies: of the arrays, as far as they were started before.
   """
+  # Keys that each process has for itself are the same on all, and the first one's are saved.
+  others = [jax.process_index() > 0 and one_device(array.sharding) == "here" for array in arrays]
   copies.plan(arrays)
-  copies.stage(arrays)
+  copies.stage([array for array, is_others in zip(arrays, others, strict=True) if not is_others])
+
+  def pieces(array: jax.Array, is_others: bool) -> tuple[tuple[int, ...], tuple[tuple[Box, Values], ...]]:
+    if is_others:
+      return array.shape, ()
+    found = copies.pieces(array)
+    return found.chunks, found.pieces
+
   return [
-    Written(info, arg, array.shape, np.dtype(array.dtype), *_saved(array, copies))
-    for array, info, arg in zip(arrays, infos, args, strict=True)
+    Written(info, arg, array.shape, np.dtype(array.dtype), *pieces(array, is_others))
+    for array, info, arg, is_others in zip(arrays, infos, args, others, strict=True)
   ]
-
-
-def _saved(array: jax.Array, copies: HostCopies) -> tuple[tuple[int, ...], tuple[tuple[Box, Values], ...]]:
-  found = copies.pieces(array)
-  # A key that each process has for itself: all have the same, and the first one's is saved.
-  is_others = one_device(array.sharding) == "here" and jax.process_index() > 0
-  return found.chunks, () if is_others else found.pieces
 
 
 def small_on_host(slices: Sequence[Slices], copies: HostCopies) -> list[Values]:
@@ -219,14 +222,18 @@ class Writer:
       transaction.commit_async().result()
 
   def _write_array(self, array: Written, store: ts.TensorStore) -> None:
-    for box, values in array.chunks():
+    for box, values in array.chunks(self._make_room):
       target = store if shape_of(box) == array.shape else store[tuple(slice(a, b) for a, b in box)].translate_to[0]
-      while self._flying and not values.is_sent:  # the pieces before it have to make room in host memory
-        self.land()
+      self._make_room(values)
       data = values()
       if not box:
         target, data = store[ts.newaxis], data.reshape(1)
       self._start(target, data, array.info.name, values.done)
+
+  def _make_room(self, values: Values) -> None:
+    """Waits for writes that have begun, as long as what they write is in the way of a piece in a ring."""
+    while self._flying and not values.is_sent:
+      self.land()
 
   def _write_slab(self, slab: packing.Slab, pieces: Sequence[Values], store: ts.TensorStore, name: str) -> None:
     again = self._window is not None  # a transaction keeps every chunk until the commit

@@ -42,9 +42,10 @@ from ckpt_jax.restore.step import count_nonfinite
 from ckpt_jax.run.checksums import with_digest
 from ckpt_jax.run.steps import OURS, committed_steps, is_step, step_path
 from ckpt_jax.save.after_commit import AfterCommit
+from ckpt_jax.save.host_memory import copies_for, warmup
 from ckpt_jax.save.manager import Hooks, open_manager
 from ckpt_jax.save.opening import OpenRun
-from ckpt_jax.save.snapshot import checked_json, copies_for, encoded, run_metadata
+from ckpt_jax.save.snapshot import checked_json, encoded, run_metadata
 from ckpt_jax.save.write import SaveRecord, Write, left_hanging, not_saved
 
 _log = logging.getLogger(__name__)
@@ -233,6 +234,7 @@ class Saver:
     self.wait()
     record.waited_s = time.perf_counter() - waited
     where = f"{self._directory}: step {step}"
+    warmup.stop()
     copies = copies_for(self._directory, flat, config)
     recording = record_of(flat, record.nbytes, config.health.nonfinite, where, self._meant, copies)
     metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._run.item}

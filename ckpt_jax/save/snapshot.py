@@ -13,23 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
-from jax.experimental import multihost_utils
 
 from ckpt_jax.config import Config
-from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout.encoding import encode, refuse_unusable
-from ckpt_jax.layout.sharding import is_weak, local_nbytes
-from ckpt_jax.layout.shares import Limits
-from ckpt_jax.layout.staging import PINNED_LIMIT, HostCopies, has_accelerators, pinned_limit
+from ckpt_jax.layout.sharding import is_weak
 from ckpt_jax.layout.structure import Flat, Structure, flatten
-from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
-_HEADROOM = 1.1  # what Orbax and TensorStore need beside the copy itself
-_PINNED_HEADROOM = 2.0  # XLA takes pinned memory in regions that double
-_LEAST_RING_NBYTES = 1 << 20
 PyTree = Any
 
 
@@ -56,48 +47,6 @@ def encoded(
     refuse_unusable(state)
     plain_metrics(metrics)
     raise
-
-
-def copies_for(directory: epath.Path, state: Flat, config: Config) -> HostCopies:
-  """Copies of a state that take no more host memory than there is; nothing is copied yet.
-
-  All processes call it alike, and all get a ring or none does, of the same size: large leaves are stored in its slices.
-
-  Args:
-    directory: the run, for messages.
-    state: what is to be saved.
-    config: `limits.host_memory` bounds the copies.
-  """
-  limit = config.limits.host_memory
-  free, why = available_memory() if limit == "auto" else min(available_memory(), limit), "free"
-  copies = HostCopies(Limits.of(config.layout))
-  beside = sum(x.nbytes for x in state.leaves if isinstance(x, (np.ndarray, np.generic)))  # which Orbax copies
-  copies.plan(state.leaves, beside)
-  if has_accelerators():
-    needed = int((copies.nbytes(state.leaves) + beside) * _PINNED_HEADROOM)
-    most = pinned_limit()
-    if most is not None and most < free:
-      free, why = most, f"allowed by {PINNED_LIMIT}, which would have to be larger"
-  else:
-    needed = int(local_nbytes(state) * _HEADROOM)
-  mine = np.array([needed, free], np.int64)
-  everyone = mine[None]
-  if jax.process_count() > 1:
-    # As bytes: jax without x64 would cut 64-bit numbers to 32.
-    everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8).view(np.int64)
-  if np.all(everyone[:, 0] <= everyone[:, 1]):
-    return copies
-  _log.log(
-    logging.WARNING if needed > free else logging.INFO,  # a process that lacks memory warns itself
-    "%s: copies of what this process writes need %s of host memory and %s are %s: saving in chunks, and training "
-    "waits for what memory cannot hold. More memory, or more processes, bring asynchronous saving back.",
-    directory,
-    size_text(needed),
-    size_text(free),
-    why,
-  )
-  # Half of it: XLA takes pinned memory in regions that double, and compressed chunks are beside the copies.
-  return copies.again(max(int(everyone[:, 1].min()) // 2 - beside, _LEAST_RING_NBYTES))
 
 
 FORMAT = 1

@@ -171,6 +171,28 @@ def test_pieces_cover_an_array_once_and_fit_into_the_ring(shape, limit, dtype):
   assert copies.ring.wait_until_sent(0)
 
 
+def test_a_wave_counts_as_sent_once_its_transfer_is_dispatched(monkeypatch):
+  dispatching, dispatched = threading.Event(), threading.Event()
+
+  def slowly(copies):
+    if copies[0].turn > 0:
+      dispatching.set()
+      assert dispatched.wait(60)
+    for copy in copies:
+      copy.found = np.asarray(copy.source)
+
+  ring = Ring(slowly, 10)
+  first, second = (ring.add(jnp.ones(2), None, 8) for _ in range(2))
+  first.begin()
+  ring.start()
+  other = threading.Thread(target=first.done)
+  other.start()
+  assert dispatching.wait(60) and not ring.wait_until_sent(0), "an update that donates the array must wait"
+  dispatched.set()
+  other.join()
+  assert ring.wait_until_sent(0) and second().tolist() == [1, 1]
+
+
 def test_readers_of_a_ring_wait_for_each_other_and_no_longer_than_it_is_open():
   copies = HostCopies(limit=400)
   arrays = [jnp.full(10, i) for i in range(30)]

@@ -126,6 +126,44 @@ def test_devices_take_turns_to_send_what_several_hold(accelerators):
   assert accelerators == [4], "nothing is sent twice"
 
 
+@pytest.fixture
+def pinned_by_user():
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+  return {f"o{i}": jax.device_put(np.full((64, 64), float(i), np.float32), sharding) for i in range(4)}
+
+
+@pytest.mark.parametrize("accelerators_too", [False, True])
+@pytest.mark.parametrize("limit", ["auto", "64KiB"])
+def test_an_update_that_donates_offloaded_leaves_does_not_reach_what_is_saved(
+  tmp_path, monkeypatch, assert_same, pinned_by_user, accelerators_too, limit
+):
+  monkeypatch.setattr(staging, "as_accelerators", accelerators_too)
+  want = {name: np.array(leaf) for name, leaf in pinned_by_user.items()}
+  sharding = pinned_by_user["o0"].sharding
+  update = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 2 + 1, x), donate_argnums=0, out_shardings=sharding)
+  jax.block_until_ready(update({name: jax.device_put(x + 1, sharding) for name, x in want.items()}))
+  with ckpt.Checkpointer(tmp_path, {"limits": {"host_memory": limit}}) as c:
+    c.save(0, pinned_by_user)
+    after = jax.block_until_ready(update(pinned_by_user))
+    c.wait()
+    assert_same(c.restore(0).state, want)
+  assert float(after["o3"][0, 0]) == 7
+
+
+def test_where_there_is_no_pinned_memory_copies_are_in_ordinary_memory(
+  tmp_path, accelerators, monkeypatch, assert_same
+):
+  monkeypatch.setattr(staging, "has_pinned", lambda device: False)
+  for step, limits in enumerate(({}, {"host_memory": "1MB"})):
+    held = state(step) | {"large": jnp.ones((1024, 1024))}
+    with ckpt.Checkpointer(tmp_path, {"limits": limits}) as c:
+      c.save(step, held)
+      assert all(getattr(leaf, "_npy_value", None) is None for leaf in held.values()), "no copy in the user's arrays"
+      c.wait()
+      assert_same(c.restore(step, like=held).state, held)
+  assert accelerators == []
+
+
 def test_a_view_of_an_array_on_a_cpu_is_made_once():
   copies = HostCopies()
   arrays = [jnp.arange(5.0), jnp.ones(3, jnp.bfloat16)]
