@@ -15,11 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StructureMismatchError
 from ckpt_jax.layout.encoding import decode_leaf, is_prng_key
+from ckpt_jax.layout.link import PINNED
 from ckpt_jax.layout.placing import Unplaced, place
 from ckpt_jax.layout.sharding import is_weak
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import is_number, is_text
 from ckpt_jax.restore.like import is_held_by_jax, target_sharding
+from ckpt_jax.restore.meshes import default_memory_kind
 
 Note = dict[str, Any]
 
@@ -103,7 +105,10 @@ def plan_leaf(
     return LeafPlan(name, shape, dtype, scalar=scalar, like=like, cast=cast, weak=weak)
   chunk = getattr(getattr(meta, "storage", None), "chunk_shape", None)
   sharding = _stored_sharding(shape, dtype, note, like)
-  loose = sharding is None and note is None and cast is None and _is_array(like) and not is_prng_key(like)
+  is_changed = note is not None or cast is not None
+  if is_changed and sharding is not None and sharding.memory_kind == PINNED:
+    sharding = sharding.with_memory_kind(default_memory_kind())  # accelerators do not compute in pinned memory
+  loose = sharding is None and not is_changed and _is_array(like) and not is_prng_key(like)
   return LeafPlan(
     name,
     shape,

@@ -114,6 +114,23 @@ def test_pinned_leaves_go_to_pinned_memory_alone(tmp_path, transfers, monkeypatc
   assert {where.memory_kind, also.memory_kind} == {"pinned_host"}
 
 
+def test_a_pinned_leaf_that_changes_its_type_is_computed_in_device_memory_and_comes_back_pinned(tmp_path, transfers):
+  pinned = NamedSharding(jax.make_mesh((2,), ("a",)), P("a"), memory_kind="pinned_host")
+  x = np.arange(8)
+  saved = {n: jax.device_put(x.astype(n), pinned) for n in ("float32", "bfloat16", "uint4")}
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(0, saved)
+    c.wait()
+    transfers.clear()
+    like = abstract(saved) | {"float32": jax.ShapeDtypeStruct((8,), jnp.float16, sharding=pinned)}
+    restored = c.restore(like=like, cast=True)
+  ((*places,),) = transfers
+  assert sorted(where.memory_kind for where in places) == ["device", "device", "pinned_host"]
+  assert all(leaf.sharding == pinned for leaf in restored.state.values()) and restored.report.verified == 3
+  assert {n: str(leaf.dtype) for n, leaf in restored.state.items()} == {n: n for n in saved} | {"float32": "float16"}
+  assert all(np.array_equal(np.asarray(leaf).astype(int), x) for leaf in restored.state.values())
+
+
 def test_leaves_wanted_nowhere_in_particular_are_sent_with_the_others_and_not_committed(tmp_path, transfers):
   saved = state()
   with ckpt.Checkpointer(tmp_path) as c:
