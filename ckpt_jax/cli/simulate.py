@@ -16,6 +16,7 @@ from ckpt_jax.errors import ConfigError
 if TYPE_CHECKING:
   from ckpt_jax.planning import simulate as model
 
+_TICKS = (0.1, 1, 10, 60, 300, 1800, 7200, 6 * 3600, 2 * 86400, 10 * 86400)  # seconds between saves
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -29,7 +30,7 @@ class JobOptions:
   blocking: Annotated[float | None, duration(help="Pause of training for a save (default: a copy at 5 GB/s).")] = None
   background: Annotated[float | None, duration(help="The write behind training (default: by the bandwidth).")] = None
   restart: Annotated[float, duration(help="From an interruption to the restore (default: 5m).")] = 300
-  calibrate: Annotated[str | None, typer.Option(help="Take size, costs and MTTI from this run.")] = None
+  calibrate: Annotated[str | None, typer.Option(help="Take size, costs, MTTI and retention from this run.")] = None
 
   def job(self, of: HostOptions) -> tuple[model.Job, int, str]:
     """The job, the bytes of its state, and where the figures come from."""
@@ -76,7 +77,9 @@ def simulate(
     length: dataclasses.asdict(model.simulate(job, length, seed=seed)) | {"closed_form": model.closed_form(job, length)}
     for length in lengths
   }
-  use = model.storage_use(retention.rules(), (interval or best) + job.blocking_s, nbytes, days, thin_share=thin_share)
+  own = of.calibrate is not None and retention == RetentionOptions()
+  rules = model.retention_of(of.calibrate) if own else retention.rules()
+  use = model.storage_use(rules, (interval or best) + job.blocking_s, nbytes, days, thin_share=thin_share)
   cost = retention.monthly_cost(use.mean_nbytes)
   if as_json:
     print_json(
@@ -142,10 +145,14 @@ def _draw(file: str, job: model.Job, best: float, interval: float | None, use: m
   left.axvline(best, color="k", lw=1, label=f"best: {duration_text(best)}")
   if interval:
     left.axvline(interval, color="r", lw=1, ls=":", label="asked")
-  left.set(xscale="log", xlabel="seconds of work between saves", ylabel="goodput", ylim=(0, 1.05))
+  left.set(xscale="log", xlabel="work between saves", ylabel="goodput", ylim=(None, 1))
+  ticks = [t for t in _TICKS if lengths[0] <= t <= lengths[-1]]
+  left.set_xticks(ticks, labels=map(duration_text, ticks))
+  left.minorticks_off()
   left.legend()
-  right.plot(use.days, [n / 2**30 for n in use.nbytes])
-  right.set(xlabel="days", ylabel="GiB stored", ylim=(0, None))
+  unit, size = ("TiB", 2**40) if use.peak_nbytes > 2**40 else ("GiB", 2**30)
+  right.plot(use.days, [n / size for n in use.nbytes])
+  right.set(xlabel="days", ylabel=f"{unit} stored", ylim=(0, None))
   try:
     figure.savefig(file)
   except (OSError, ValueError) as e:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_jax.config import Config
 from ckpt_jax.config.units import count
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.policies.retention import Retention
@@ -23,7 +24,7 @@ from ckpt_jax.policies.youngdaly import learned_mtti
 from ckpt_jax.run.attempts import exposure, recorded
 from ckpt_jax.run.events import Restore
 from ckpt_jax.run.journal import read_records
-from ckpt_jax.run.steps import StepInfo, run_directory
+from ckpt_jax.run.steps import StepInfo, newest_step, our_metadata, run_directory, step_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +213,14 @@ def storage_use(
     use.nbytes.append(sum(s.nbytes for s in steps))
     use.steps.append(len(steps))
   return use
+
+
+def retention_of(path: Any) -> Retention:
+  """The retention that a run's newest step was saved with; all steps stay if it has none."""
+  directory = run_directory(path)
+  newest = newest_step(directory)
+  saved = {} if newest is None else our_metadata(step_path(directory, newest)).get("config", {})
+  return Retention.from_config(Config(retention=saved.get("retention") or {}).retention)
 
 
 def calibrated(path: Any, restart_s: float = 60.0) -> tuple[Job, int, str]:

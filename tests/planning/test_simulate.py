@@ -176,11 +176,13 @@ def test_simulate_assumes_one_copy_sharded_over_the_hosts():
 
 
 def test_simulate_takes_its_costs_from_a_run(tmp_path):
-  with ckpt.Checkpointer(tmp_path) as c:
+  with ckpt.Checkpointer(tmp_path, {"retention": {"last": 2}}) as c:
     for step in range(3):
       c.save(step, {"x": jnp.ones(1000)})
   found = json.loads(cli("--calibrate", tmp_path, "--json").stdout)
   assert found["nbytes"] == 4000 and 0 < found["blocking_s"] < 5 and "3 saves in 1 attempt," in found["source"]
+  assert found["storage"]["steps"] == [2], "the run's own retention"
+  assert json.loads(cli("--calibrate", tmp_path, "--keep-last", 5, "--json").stdout)["storage"]["steps"] == [5]
   assert cli("--calibrate", tmp_path / "none").returncode == 1
 
 
