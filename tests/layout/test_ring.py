@@ -1,5 +1,9 @@
 """Saves of states that do not fit into host memory, from CPU devices that count as accelerators and from CPUs."""
 
+import pathlib
+import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -129,6 +133,18 @@ def test_a_failure_ends_a_save_that_waits_for_the_ring(tmp_path, held, monkeypat
     assert c.latest_step() == 0
     c.save(2, state())
   assert [s.step for s in ckpt.Checkpointer(tmp_path).steps()] == [0, 2]
+
+
+def test_a_process_killed_between_two_waves_leaves_no_step(tmp_path, assert_same):
+  program = pathlib.Path(__file__).parents[1] / "programs" / "killed_in_ring.py"
+  done = subprocess.run([sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, timeout=120)
+  assert done.returncode == -signal.SIGKILL, done.stderr
+  with ckpt.Checkpointer(tmp_path) as c:
+    assert [s.step for s in c.steps()] == [0]
+    state = c.restore().state
+    assert float(state["x7"][3, 3]) == 7
+    c.save(1, state)
+  assert ckpt.verify(tmp_path) == []
 
 
 def test_an_unhealthy_state_is_found_wave_by_wave(tmp_path, held):

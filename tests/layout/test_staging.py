@@ -73,6 +73,23 @@ def test_a_save_is_one_transfer_whatever_the_number_of_leaves(tmp_path, accelera
       )
 
 
+def test_no_value_is_fetched_from_a_device_but_in_the_transfer(tmp_path, accelerators, monkeypatch):
+  fetched, asarray = [], np.asarray
+
+  def noted(values, *args, **options):
+    if isinstance(values, jax.Array) and values.sharding.memory_kind == "device":
+      fetched.append(values.shape)
+    return asarray(values, *args, **options)
+
+  held = state(n=50)
+  monkeypatch.setattr(np, "asarray", noted)
+  for limits in ({}, {"host_memory": "20KB"}):
+    with ckpt.Checkpointer(tmp_path / str(limits), {"limits": limits}) as c:
+      c.save(0, held, metrics={"loss": jnp.float32(1)})
+      c.wait()
+  assert fetched == [()] * 2, "the metric of each"
+
+
 def test_training_may_donate_the_state_right_after_a_save(tmp_path, accelerators, assert_same):
   update = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 2, x), donate_argnums=0)
   held = {f"w{i}": jnp.full((64, 64), float(i)) for i in range(10)}
