@@ -29,7 +29,7 @@ def cli(*arguments: object, answer: str = "") -> Done:
     contextlib.redirect_stderr(err),
     mock.patch.object(sys, "stdin", io.StringIO(answer)),
     mock.patch.object(sys, "argv", ["ckpt-jax", *map(str, arguments)]),
-    mock.patch.dict("os.environ", {"COLUMNS": "80", "CKPT_JAX_TRACEBACK": "1"}),
+    mock.patch.dict("os.environ", {"COLUMNS": "160", "CKPT_JAX_TRACEBACK": "1"}),
     mock.patch.object(signal, "signal"),  # commands must not replace the test process's handlers
   ):
     try:

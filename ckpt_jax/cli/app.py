@@ -27,14 +27,14 @@ from ckpt_jax.cli import (
   tune,
   verify,
 )
-from ckpt_jax.cli.common import NearestName, error
+from ckpt_jax.cli.common import NearestName, PlainCommand, error
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.version import __version__
 
 app = typer.Typer(
   cls=NearestName,
   no_args_is_help=True,
-  add_completion=False,
+  context_settings={"help_option_names": ["-h", "--help"]},
   pretty_exceptions_enable=False,
   help="Checkpoints of JAX and Flax trainers: look at them, check them, prune, tune, measure.",
 )
@@ -55,7 +55,7 @@ def _options(
   pass
 
 
-app.command("ls")(show.list_steps)
+app.command("ls", cls=PlainCommand)(show.list_steps)
 for command in (
   tree.show,
   show.who,
@@ -73,8 +73,8 @@ for command in (
   convert.convert,
   export.export,
 ):
-  app.command()(command)
-app.command("restore-quarantined")(quarantine.restore_quarantined)
+  app.command(cls=PlainCommand)(command)
+app.command("restore-quarantined", cls=PlainCommand)(quarantine.restore_quarantined)
 app.add_typer(bench.bench, name="bench")
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ckpt_jax.bench import files
-from ckpt_jax.cli.common import Json, NearestName, console, print_json, size
+from ckpt_jax.cli.common import Json, NearestName, PlainCommand, console, print_json, size
 from ckpt_jax.errors import ConfigError
 
 _MAIN = ["w1", "w2", "w3", "small", "moe", "multi", "bucket", "compressible"]
@@ -61,7 +61,7 @@ def _emit(found: Any, output: str | None) -> None:
     typer.echo(json.dumps(found, indent=1))
 
 
-@bench.command("suites")
+@bench.command("suites", cls=PlainCommand)
 def suites(
   names: Annotated[
     list[str] | None, typer.Argument(metavar="[SUITE]...", help=f"Of {', '.join(_MAIN)}; default: all of them.")
@@ -92,7 +92,7 @@ def suites(
   _draw(results.load(output) if output else data, plot, fill)
 
 
-@bench.command("tables")
+@bench.command("tables", cls=PlainCommand)
 def tables(
   file: Annotated[str, typer.Argument(help="JSON that `bench suites -o` wrote.", show_default=False)],
   plot: Plot = None,
@@ -132,7 +132,7 @@ def _draw(data: dict[str, Any], plot: str | None, fill: list[str] | None) -> Non
     report.fill_file(file, found)
 
 
-@bench.command("object-stores")
+@bench.command("object-stores", cls=PlainCommand)
 def object_stores(
   output: Output = None,
   repeats: Annotated[int, typer.Option(min=1, help="Saves while requests fail.")] = 10,
@@ -144,7 +144,7 @@ def object_stores(
   _emit(run(repeats, megabytes, _progress), output)
 
 
-@bench.command("export")
+@bench.command("export", cls=PlainCommand)
 def export(
   rounds: Annotated[int, typer.Option(min=1, help="Rounds that count; one more comes before them.")] = 5,
   directory: Directory = None,
@@ -160,7 +160,7 @@ def export(
   print_table(("", "side", "seconds", "CPU s", "extra MB", "MB/s"), table(found))
 
 
-@bench.command()
+@bench.command(cls=PlainCommand)
 def goodput(
   output: Annotated[str, typer.Option("-o", "--output", help="JSON file that the round is added to.")],
   kills: Annotated[int, typer.Option(min=1, help="Interruptions in this round.")] = 30,
@@ -175,7 +175,7 @@ def goodput(
   _emit(summary(rounds), None)
 
 
-@bench.command("faults")
+@bench.command("faults", cls=PlainCommand)
 def faults(
   names: Annotated[list[str] | None, typer.Argument(metavar="[FAULT]...", help="Default: all of them.")] = None,
   seeds: Annotated[int, typer.Option(min=1, help="Tries of each fault.")] = 3,
@@ -201,7 +201,7 @@ def faults(
   _show_campaign(campaign, results, pages, output, as_json)
 
 
-@bench.command("people")
+@bench.command("people", cls=PlainCommand)
 def people(
   names: Annotated[
     list[str] | None, typer.Argument(metavar="[NAME]...", help="Tried again; default: those that the file lacks.")
@@ -233,7 +233,7 @@ def _show_campaign(campaign: Any, results: dict[str, Any], pages: list[str], out
     typer.echo(campaign.table(results))
 
 
-@bench.command()
+@bench.command(cls=PlainCommand)
 def predictions(
   states: Annotated[list[str] | None, typer.Argument(metavar="[STATE]...", help="Default: all.")] = None,
   output: Merged = None,
@@ -258,7 +258,7 @@ def predictions(
     typer.echo(line)
 
 
-@bench.command("policies")
+@bench.command("policies", cls=PlainCommand)
 def policies(
   output: Output = None,
   steps: Annotated[int, typer.Option(min=10, help="Steps in the run.")] = 5000,
@@ -270,7 +270,7 @@ def policies(
   _emit(measure(steps, repeats, _progress), output)
 
 
-@bench.command("flips")
+@bench.command("flips", cls=PlainCommand)
 def flips(
   output: Output = None,
   count: Annotated[int, typer.Option("--flips", min=1, help="Bits to flip, in all.")] = 200,
@@ -289,7 +289,7 @@ def flips(
     raise typer.Exit(1)
 
 
-@bench.command("integrity")
+@bench.command("integrity", cls=PlainCommand)
 def integrity(
   output: Output = None,
   rounds: Annotated[int, typer.Option(min=1, help="Rounds of each variant.")] = 5,
@@ -301,7 +301,7 @@ def integrity(
   _emit(run(rounds, directory, _progress), output)
 
 
-@bench.command("accelerator")
+@bench.command("accelerator", cls=PlainCommand)
 def accelerator(
   output: Output = None,
   state_size: Annotated[float, size("--size", help="Size of the state.")] = 2.95e9,
@@ -338,7 +338,7 @@ def accelerator(
     raise typer.Exit(1)
 
 
-@bench.command("hosts")
+@bench.command("hosts", cls=PlainCommand)
 def hosts(
   counts: Annotated[str, typer.Option("--hosts", help="Numbers of hosts, commas between.")] = "2,4,8",
   mbit: Annotated[float, typer.Option(min=1, help="Bandwidth of the storage's link, 10**6 bits per second.")] = 400,

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ckpt_jax.config import parse_bytes, parse_duration
 from ckpt_jax.config.explain import did_you_mean
@@ -58,8 +58,26 @@ size = functools.partial(_parsed, parse_bytes, "SIZE")  # options such as 512MiB
 number = functools.partial(_parsed, parse_count, "COUNT")  # options such as 7b
 
 
+def _bare_flags(parameters: list[Any]) -> list[Any]:
+  """Has the help show a flag without the type that typer gives it, `<bool>`."""
+  for parameter in parameters:
+    if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+      parameter.metavar = ""
+  return parameters
+
+
+class PlainCommand(TyperCommand):
+  """A command whose flags are shown as flags."""
+
+  def get_params(self, ctx: Any) -> list[Any]:
+    return _bare_flags(super().get_params(ctx))
+
+
 class NearestName(TyperGroup):
   """A group of commands that suggests the nearest one when a name is mistyped."""
+
+  def get_params(self, ctx: Any) -> list[Any]:
+    return _bare_flags(super().get_params(ctx))
 
   def names(self) -> list[str]:
     """The names to choose from."""
@@ -126,9 +144,14 @@ def fail(message: object) -> NoReturn:
   raise typer.Exit(1)
 
 
+class _Console(Console):
+  def on_broken_pipe(self) -> None:
+    raise BrokenPipeError  # `main` ends well; rich would end with 1
+
+
 def console() -> Console:
-  """A console for tables: as wide as the terminal, and 160 columns where the output is a pipe or a file."""
-  return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+  """A console for tables: as wide as the terminal or COLUMNS, and 160 columns in a pipe or file without."""
+  return _Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 160)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:

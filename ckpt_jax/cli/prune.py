@@ -28,7 +28,7 @@ def prune(
   from ckpt_jax.observe.progress import Bar
   from ckpt_jax.rewrite.pruning import plan_pruning
   from ckpt_jax.rewrite.swap import finish_rewrites
-  from ckpt_jax.run.steps import DELETING, noted_steps, run_directory
+  from ckpt_jax.run.steps import DELETING, noted_steps, run_directory, why_no_step
 
   rules = options.rules(keep_best)
   if rules.keeps_all and rules.thin is None:
@@ -39,7 +39,7 @@ def prune(
     finish_rewrites(directory)
   plan = plan_pruning(directory, rules)
   if not plan.steps and not noted_steps(directory, DELETING):
-    fail(f"{directory}: no committed checkpoint; check the path")
+    fail(why_no_step(directory))
   if not as_json and plan.steps:
     _print_plan(plan, options, dry_run)
   if not changes or not (yes or plan.removed or plan.thinned):

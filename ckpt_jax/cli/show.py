@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from ckpt_jax.cli import quarantine
 from ckpt_jax.cli.common import Json, Run, Step, error, fail, pairs, print_json, print_table
 from ckpt_jax.config.units import count, duration_text, size_text
 from ckpt_jax.errors import CorruptCheckpointError
+
+if TYPE_CHECKING:
+  from ckpt_jax.run.steps import StepInfo
 
 
 def list_steps(
@@ -23,12 +26,12 @@ def list_steps(
   ] = False,
   as_json: Json = False,
 ) -> None:
-  """List the committed steps of a run: when, how large, with which metrics."""
+  """List the committed steps of a run: when, how large, with which metrics, pinned, unhealthy or thinned."""
   if goodput:
     _show_goodput(run, as_json)
     return
   from ckpt_jax.run.quarantine import listed
-  from ckpt_jax.run.steps import list_readable_steps, run_directory
+  from ckpt_jax.run.steps import list_readable_steps, run_directory, why_no_step
 
   directory = run_directory(run)
   steps, damaged = list_readable_steps(run)
@@ -46,12 +49,12 @@ def list_steps(
         s.time.strftime("%Y-%m-%d %H:%M:%S") if s.time else "?",
         size_text(s.nbytes),
         pairs(s.metrics),
-        "yes" if s.resumable else "no, thinned",
+        _remarks(s),
       ]
       for s in steps
     ]
-    headers = ["step", "committed (UTC)", "size", "metrics", "training can resume from it"]
-    shown = len(headers) - all(s.resumable for s in steps)
+    headers = ["step", "committed (UTC)", "size", "metrics", ""]
+    shown = len(headers) - (not any(row[-1] for row in rows))
     print_table(headers[:shown], [row[:shown] for row in rows], title=str(directory))
   if not (as_json and everything):
     quarantine.show(run, aside, in_full=everything, err=as_json)
@@ -60,7 +63,16 @@ def list_steps(
   if damaged:
     raise typer.Exit(1)
   if not steps:
-    fail(f"{directory}: no committed checkpoint; check the path")
+    fail(why_no_step(directory))
+
+
+def _remarks(step: StepInfo) -> str:
+  remarks = {
+    "pinned": step.pinned,
+    "unhealthy": step.healthy is False,
+    "thinned, training cannot resume from it": not step.resumable,
+  }
+  return ", ".join(remark for remark, holds in remarks.items() if holds)
 
 
 def _show_goodput(run: str, as_json: bool) -> None:

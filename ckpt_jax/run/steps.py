@@ -147,8 +147,18 @@ def latest_committed(run: epath.Path) -> int:
   """The newest committed step; raises NoCheckpointError if there is none."""
   step = newest_step(run)
   if step is None:
-    raise NoCheckpointError(f"{run}: no committed checkpoint; save one first, or check the path")
+    raise NoCheckpointError(why_no_step(run))
   return step
+
+
+def why_no_step(run: epath.Path) -> str:
+  """The message for a run without a committed step."""
+  if not look.exists(run):
+    why = "nothing is stored there" if is_object_store(run) else "there is no such directory"
+    return f"{run}: no committed checkpoint: {why}; check the path"
+  if not look.names(run):
+    return f"{run}: no committed checkpoint: the directory is empty; save one first, or check the path"
+  return f"{run}: no committed checkpoint; save one first, or check the path"
 
 
 def newest_to_restore(run: epath.Path) -> int | None:
@@ -200,6 +210,8 @@ def step_directory(run: epath.Path, step: int) -> epath.Path:
   directory = step_path(run, step)
   if not is_step(directory) or step in uncounted_steps(run):
     steps = [str(s) for s in committed_steps(run)]
+    if not steps and not look.exists(run):
+      raise NoCheckpointError(why_no_step(run))
     shown = ", ".join(steps if len(steps) <= 10 else [*steps[:3], "...", *steps[-5:]])
     there = f"; committed steps: {shown}" if steps else "; no step is committed there"
     raise NoCheckpointError(f"{run}: no committed step {step}{there}{_aside_hint(run, step)}")

@@ -149,12 +149,23 @@ def _gcs_filesystem(options: StorageConfig, endpoint: str | None) -> Any:
   except ImportError as e:
     raise StorageError("gs:// needs gcsfs: pip install gcsfs") from e
   return GCSFileSystem(
-    token="anon" if endpoint or options.anonymous else None,
+    token="anon" if endpoint or options.anonymous else _gcs_token(),
     endpoint_url=endpoint,
     use_listings_cache=False,
     skip_instance_cache=True,
     session_kwargs={"middlewares": (gcs_middleware(options.retry),)},
   )
+
+
+def _gcs_token() -> str:
+  """The method of gcsfs that will find credentials. Left alone it asks the metadata server once more, for 15 s."""
+  import google.auth
+
+  try:
+    google.auth.default()
+    return "google_default"
+  except google.auth.exceptions.DefaultCredentialsError:
+    return "anon"
 
 
 @functools.cache

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
+import urllib.parse
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,6 +20,10 @@ from ckpt_jax.storage.traffic import count_request
 
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _NAMES = {429: "429 Too Many Requests", 503: "503 Service Unavailable"}
+
+
+_UNRESOLVED_S = 5.0  # for a host that never answered and whose name is not known: it will not be in a minute either
+_answered: set[str] = set()  # hosts
 
 
 class GaveUpError(Exception):
@@ -66,11 +72,13 @@ async def send(
     GaveUpError: when the deadline has passed, with the last failure.
   """
   started = time.monotonic()
-  tries = 0
+  deadline, tries = retry.deadline, 0
+  host = urllib.parse.urlsplit(what.split(" ", 1)[-1]).hostname or ""
   while True:
     count_request(again=tries > 0)
     try:
       status, answer = await attempt()
+      _answered.add(host)
       if status not in RETRIED_STATUS:
         return answer
       failure = _NAMES.get(status, f"status {status}")
@@ -79,15 +87,24 @@ async def send(
         await released
     except transient as e:
       failure = f"{type(e).__name__}: {e}"
+      if host not in _answered and _is_unresolved(e):
+        deadline = min(deadline, _UNRESOLVED_S)
+        failure = f"the name of its host, {host}, is not known here; check the URL and the endpoint ({failure})"
     wait = delay(retry, tries)
     tries += 1
     spent = time.monotonic() - started
-    if spent + wait > retry.deadline:
+    if spent + wait > deadline:
       raise GaveUpError(
         f"{what}: gave up after {tries} tries in {spent:.1f} s: {failure}. The store is overloaded or cannot be "
         "reached; storage.retry.deadline sets how long to go on"
       )
     await asyncio.sleep(wait)
+
+
+def _is_unresolved(error: BaseException | None) -> bool:
+  while error is not None and not isinstance(error, socket.gaierror):
+    error = error.__cause__ or error.__context__
+  return error is not None
 
 
 def gcs_middleware(retry: RetryConfig) -> Any:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import threading
 from typing import NamedTuple
 
-import tensorstore as ts
-
 _BUCKETS = ("gcs", "gcs_grpc", "s3")
 _REQUESTS = ("read", "batch_read", "write", "list", "delete_range")
 _metadata = {False: 0, True: 0}  # requests that gcsfs and s3fs sent, and those that they sent again
@@ -37,6 +35,8 @@ class Traffic(NamedTuple):
 
 def traffic() -> Traffic:
   """The totals so far; takes some 50 microseconds."""
+  import tensorstore as ts  # which takes a tenth of a second, and commands that read metadata do without
+
   found: dict[str, int] = {}
   for metric in ts.experimental_collect_matching_metrics("/tensorstore/kvstore/"):
     found[metric["name"]] = sum(int(v["value"]) for v in metric["values"] if isinstance(v.get("value"), int))
