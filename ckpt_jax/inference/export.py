@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from ckpt_jax.errors import ConfigError
+from ckpt_jax.errors import CheckpointError, ConfigError, NoCheckpointError
 from ckpt_jax.inference import rename as renaming
 from ckpt_jax.inference.cast import Loss
 from ckpt_jax.inference.files import Layout, Leaf, orbax_layout, safetensors_layout
@@ -35,7 +35,7 @@ from ckpt_jax.layout.structure import path_name
 from ckpt_jax.orbax.format import COMMITTED_AT
 from ckpt_jax.restore.patterns import as_patterns, matches, selected
 from ckpt_jax.restore.step import Step
-from ckpt_jax.run.steps import run_directory, step_metadata
+from ckpt_jax.run.steps import is_gone, run_directory, step_metadata
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -97,7 +97,7 @@ def export(
   format: str = "orbax",
   **more: Any,
 ) -> ExportReport:
-  """Writes the parameters of a step, and nothing else, for inference.
+  """Writes the parameters of a step, and nothing else, for inference. One process calls it.
 
   What is read is compared with the fingerprints of the save. An export that was interrupted goes on when it is called
   again in the same way.
@@ -108,6 +108,7 @@ def export(
     dtype, quantize, format, more: see `Options`.
 
   Raises:
+    NoCheckpointError: if there is no such step, or it is deleted meanwhile.
     ConfigError: for arguments that make no sense, or if it is not clear what the parameters are.
     CorruptCheckpointError: if the step is damaged.
     CheckpointError: if `out` exists, or a number does not fit into `dtype`.
@@ -126,10 +127,15 @@ def export(
   about |= {"dtype": options.dtype, "quantize": options.quantize}
   nbytes = sum(leaf.nbytes for leaf in leaves)
   losses: dict[str, Loss] = {}
-  with output.open(_plan(source, layout), nbytes):
-    files = _write(source, layout, output, options, losses)
-    output.hashed(files, layout.closing)
-    output.commit(ExportRecord(about, _names(source, node, leaves), _described(leaves), files).to_bytes())
+  try:
+    with output.open(_plan(source, layout), nbytes):
+      files = _write(source, layout, output, options, losses)
+      output.close_files(files, layout.closing)
+      output.commit(ExportRecord(about, _names(source, node, leaves), _described(leaves), files).to_bytes())
+  except CheckpointError as e:
+    if is_gone(source.directory.parent, number):
+      raise NoCheckpointError(f"{source}: was deleted while it was exported; pin the step first: ckpt-jax pin") from e
+    raise
   report = ExportReport(
     path=output.target,
     step=number,

@@ -146,8 +146,15 @@ class Layout:
 
 
 def orbax_layout(leaves: Sequence[Leaf], most: int, at_ns: int) -> Layout:
-  """An export that plain Orbax restores, in units of at most `most` bytes; see `orbax.plain` for `at_ns`."""
+  """An export that plain Orbax restores, in units of at most `most` bytes; see `orbax.plain` for `at_ns`.
+
+  Raises:
+    ConfigError: naming the leaf whose dtype the format lacks.
+  """
   units = []
+  for leaf in leaves:
+    if not plain.is_storable(leaf.dtype):
+      raise ConfigError(f"{leaf.path}: Orbax cannot store {leaf.dtype} without a note; name another subtree")
   for group in _groups(leaves, min(most, _UNIT_NBYTES)):
     pieces = []
     for tensor in [tensor for leaf in group for tensor in leaf.tensors]:

@@ -102,12 +102,13 @@ def load_quantized(path: str | os.PathLike[str]) -> PyTree:
   known = read_export(directory)
   if known is None:
     raise NoCheckpointError(f"{directory}: no export; ckpt_jax.load_safetensors loads files of other programs")
-  source = _SafetensorsFiles(directory, []) if known.about["format"] == "safetensors" else Step(directory, Config())
+  is_orbax = known.about["format"] == "orbax"
+  source = Step(directory, Config()) if is_orbax else _SafetensorsFiles(directory, [])
 
   def load(name: str) -> Any:
     leaf = known.leaves[name]
-    wanted = [f"{name}.{VALUES}", f"{name}.{SCALE}"] if "bits" in leaf else [name]
-    plans = [source.plan(one.replace(".", "/")) for one in wanted]
+    path = leaf["path"] if is_orbax else name.replace(".", "/")
+    plans = [source.plan(one) for one in ([f"{path}/{VALUES}", f"{path}/{SCALE}"] if "bits" in leaf else [path])]
     found = source.read([(plan, None) for plan in plans])
     values = [found[plan.name] for plan in plans]
     if "bits" not in leaf:

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import xxhash
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError, OutOfSpaceError, StorageError
@@ -127,10 +128,8 @@ class Output:
     sync_directory(os.fspath(self.target.parent))
     shutil.rmtree(old, ignore_errors=True)
 
-  def hashed(self, files: dict[str, list[Hashed]], closing: dict[str, bytes]) -> None:
+  def close_files(self, files: dict[str, list[Hashed]], closing: dict[str, bytes]) -> None:
     """Writes the files that close an export, after all others, and adds their pieces to `files`."""
-    import xxhash
-
     for name, content in closing.items():
       self.write(name, content)
       files[name] = [(len(content), xxhash.xxh3_64_hexdigest(content), "")]

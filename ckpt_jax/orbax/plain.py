@@ -92,6 +92,14 @@ def array_files(name: str, shape: Sequence[int], dtype: np.dtype) -> tuple[tuple
   return (f"{name}/.zarray", json.dumps(data).encode()), files
 
 
+def is_storable(dtype: np.dtype) -> bool:
+  """Whether zarr 2 has a name for a dtype."""
+  try:
+    return bool(_zarr_name(dtype))
+  except (ValueError, TypeError):
+    return False
+
+
 def _zarr_name(dtype: np.dtype) -> str:
   """The name of a dtype in zarr 2; TensorStore has names of its own for those of ml_dtypes."""
   return dtype.str.replace("=", "<") if dtype.kind in "biufc" else ts.dtype(dtype).name

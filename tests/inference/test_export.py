@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +169,17 @@ def test_large_leaves_go_through_in_boxes_whatever_their_chunks(tmp_path, assert
     assert contents(tmp_path / f"{quantize}-small") == contents(tmp_path / f"{quantize}-large")
 
 
+@pytest.mark.parametrize("format", ["orbax", "safetensors"])
+def test_keys_with_dots_and_single_arrays_load_again(tmp_path, format):
+  run = save(tmp_path / "run", {"params": {"layer.0": {"w.x": jnp.ones((32, 32))}}, "step": jnp.int32(7)})
+  for quantize in (None, "int8"):
+    ckpt.export(run, 5, tmp_path / f"{quantize}", quantize=quantize, format=format)
+    got = ckpt.dequantize(ckpt.load_quantized(tmp_path / f"{quantize}"))
+    assert np.allclose(got["layer.0"]["w.x"].astype(jnp.float32), 1)
+  ckpt.export(run, 5, tmp_path / "one", subtree="step", format=format)
+  assert ckpt.load_quantized(tmp_path / "one") == 7
+
+
 # -- where the parameters are
 
 
@@ -238,6 +250,12 @@ def test_damaged_step_is_not_exported(tmp_path, trained):
   with pytest.raises(ckpt.CorruptCheckpointError, match="params/layers/1/kernel is not what was saved"):
     ckpt.export(run, 5, tmp_path / "out")
   assert not (tmp_path / "out").exists()
+
+
+def test_step_that_is_deleted_meanwhile_is_said_to_be_gone(tmp_path, trained):
+  run, _ = trained
+  with pytest.raises(ckpt.NoCheckpointError, match="was deleted while it was exported; pin"):
+    ckpt.export(run, 5, tmp_path / "out", memory=1 << 12, progress=lambda done, total: shutil.rmtree(run / "5", True))
 
 
 def test_non_finite_matrix_is_not_quantised(tmp_path):
