@@ -214,26 +214,26 @@ class _Deal:
     counts = [-(-size // length) if size else 1 for size, length in zip(array.piece, run, strict=True)]
     runs = math.prod(counts)
     for box, holders in array.shards:
-      at = 0
-      for process, n in sorted(self._dealt(holders, runs, nbytes).items()):
+      heap = self._heaps.setdefault(holders, [])
+      if not heap:
+        heap += sorted((self._loads[p], p) for p in holders)
+      if runs == 1:
+        yield self._least(heap, nbytes), box
+        continue
+      dealt, at = collections.Counter(self._least(heap, nbytes) for _ in range(runs)), 0
+      for process, n in sorted(dealt.items()):
         part = _interval(box, run, counts, at, at + n)
         self._loads[process] += sum(math.prod(shape_of(b)) for b in part) * array.itemsize - n * nbytes
         yield from ((process, b) for b in part)
         at += n
 
-  def _dealt(self, holders: tuple[int, ...], runs: int, nbytes: int) -> dict[int, int]:
-    """How many runs each of the holders gets."""
-    counts: dict[int, int] = {}
-    heap = self._heaps.setdefault(holders, [])
-    if not heap:
-      heap += sorted((self._loads[p], p) for p in holders)
-    for _ in range(runs):
-      while heap[0][0] != self._loads[process := heap[0][1]]:
-        heapq.heapreplace(heap, (self._loads[process], process))
-      self._loads[process] += nbytes
-      counts[process] = counts.get(process, 0) + 1
+  def _least(self, heap: list[tuple[int, int]], nbytes: int) -> int:
+    """The process of a heap that has least; it gets `nbytes` more."""
+    while heap[0][0] != self._loads[process := heap[0][1]]:
       heapq.heapreplace(heap, (self._loads[process], process))
-    return counts
+    self._loads[process] += nbytes
+    heapq.heapreplace(heap, (self._loads[process], process))
+    return process
 
 
 def _interval(box: Box, run: tuple[int, ...], counts: Sequence[int], start: int, stop: int) -> tuple[Box, ...]:

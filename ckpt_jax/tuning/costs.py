@@ -139,8 +139,7 @@ def predict(
 
 def _on_accelerators(found: Prediction, state: StateProfile, host: HostProfile, model: CostModel) -> Prediction:
   """What a prediction becomes by the way between host and accelerators."""
-  # As in `_in_host_memory`, replicas divide what they write.
-  share = state.nbytes / max(state.read_nbytes, state.nbytes, 1)
+  share = min(1.0, _written(state) / max(state.local_nbytes or state.nbytes, 1))
   sent, link = int(state.accelerator_nbytes * share), host.link
   pinned = link is not None and link.prefers_pinned and not model.waits_for_snapshot  # Orbax uses ordinary memory
   if link is None:
@@ -176,10 +175,8 @@ def _in_host_memory(
     shards = max(leaves, shards - packed * shards // max(state.local_shards, 1)) + len(state.dtypes)
   zstd = state.compressibility or host.zstd
   ratio = zstd.ratio if layout.compression else 1.0
-  # All replicas together write a byte once; the step is committed when the process with the most bytes is done.
-  held = state.local_nbytes or state.nbytes
-  each = held * state.nbytes / max(state.read_nbytes, state.nbytes, 1)
-  written, read = state.written_nbytes or each, each if layout.gather else float(held)
+  held, written = state.local_nbytes or state.nbytes, _written(state)
+  read = held * _once(state) if layout.gather else float(held)
   sharing = 1 if storage.kind.traits.shared else max(1, host.processes)
 
   def python_s(phase: Phase) -> float:
@@ -217,6 +214,16 @@ def _in_host_memory(
     snapshot_s=0.0,
     pinned_bytes=0,
   )
+
+
+def _written(state: StateProfile) -> float:
+  """Bytes of the process that writes most: training waits for its snapshot, and the commit for its writes."""
+  return state.written_nbytes or (state.local_nbytes or state.nbytes) * _once(state)
+
+
+def _once(state: StateProfile) -> float:
+  """The share of what a process holds, if all together write or read each byte once."""
+  return state.nbytes / max(state.read_nbytes, state.nbytes, 1)
 
 
 def _rate(storage: StorageProfile, bytes_per_s: float, sharing: int) -> float:

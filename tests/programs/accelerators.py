@@ -46,6 +46,7 @@ state = {}
 for i, spec in enumerate([P("fsdp"), P(), P("data"), P(None, "fsdp"), P("data", "fsdp")] * 3):
   state[f"w{i}"] = put(rng.standard_normal((32, 64), dtype=np.float32), spec)
 state["w15"] = put(rng.standard_normal((1024, 1024), dtype=np.float32), P())
+state["w16"] = put(rng.standard_normal((1023, 257), dtype=np.float32), P())  # in parts of different sizes
 state |= {"odd": put(np.full(7, -0.0, np.float32), P()), "step": 3}
 update = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)
 layout = {"pack": pack, "replica_parallel": replica_parallel, "min_slice_for_replica_parallel": 1}
