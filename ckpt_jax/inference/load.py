@@ -16,19 +16,29 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ckpt_jax.config import Config, LimitsConfig
-from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError, NoCheckpointError
+from ckpt_jax.errors import (
+  CheckpointError,
+  ConfigError,
+  CorruptCheckpointError,
+  NoCheckpointError,
+  StructureMismatchError,
+)
 from ckpt_jax.inference import rename as renaming
 from ckpt_jax.inference.files import DTYPES, INDEX, SCALE, VALUES
-from ckpt_jax.inference.quantize import QuantizedArray, unpacked
+from ckpt_jax.inference.quantize import QuantizedArray, unpacked_int4
 from ckpt_jax.integrity.exported import read_export
 from ckpt_jax.job.rendezvous import Rendezvous
 from ckpt_jax.job.waits import Together
 from ckpt_jax.layout.contents import leaf_infos
 from ckpt_jax.layout.description import ItemDescription, item_info
 from ckpt_jax.layout.structure import path_name
-from ckpt_jax.restore.read import RestoreRequest, fetch_state, plan_reading
+from ckpt_jax.restore.leaf import AS_SAVED
+from ckpt_jax.restore.like import is_held_by_jax
+from ckpt_jax.restore.meshes import axes_by_dim
+from ckpt_jax.restore.read import Reading, RestoreRequest, fetch_state, plan_reading
 from ckpt_jax.restore.step import Step
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.steps import run_directory
@@ -85,40 +95,81 @@ def load_safetensors(
   return fetch_state(source, reading, config, together, strategy)[0]
 
 
-def load_quantized(path: str | os.PathLike[str]) -> PyTree:
+def load_quantized(path: str | os.PathLike[str], like: PyTree | None = None, *, strategy: str = "gather") -> PyTree:
   """An export as jax arrays, in the containers of the step it was made from.
 
   A quantised matrix comes as a `QuantizedArray`: integers and scales, ready for `x @ w`. `dequantize` turns all of them
-  into plain arrays. Exports that are not quantised load as well.
+  into plain arrays. Exports that are not quantised load as well. All processes of a job call it alike.
 
   Args:
     path: what `export` wrote, in either format.
+    like: the parameters as they were trained, arrays or `jax.ShapeDtypeStruct`s: integers and scales are sharded as
+      these are, as far as their axes can be divided so; dtypes do not matter. Default: all on the default device.
+    strategy: as for `load_safetensors`.
 
   Raises:
     NoCheckpointError: if there is no export.
     CorruptCheckpointError: if it is damaged.
+    StructureMismatchError: if `like` has other leaves, or other shapes.
   """
   directory = run_directory(path)
   known = read_export(directory)
   if known is None:
     raise NoCheckpointError(f"{directory}: no export; ckpt_jax.load_safetensors loads files of other programs")
   is_orbax = known.about["format"] == "orbax"
-  source = Step(directory, Config()) if is_orbax else _SafetensorsFiles(directory, [])
+  turned = [renaming.Rule(n.replace(".", "/"), n, True) for n, leaf in known.leaves.items() if leaf.get("transposed")]
+  source = Step(directory, Config()) if is_orbax else _SafetensorsFiles(directory, turned)
+  shardings = _shardings(known.leaves, like, str(directory))
+  stored = {name: leaf["path"] if is_orbax else name.replace(".", "/") for name, leaf in known.leaves.items()}
+  plans = []
+  for name, leaf in known.leaves.items():
+    for one in [f"{stored[name]}/{part}" for part in (VALUES, SCALE)] if "bits" in leaf else [stored[name]]:
+      wanted = _wanted(tuple(source.meta[one].shape), source.meta[one].dtype, shardings.get(name))
+      plans.append(source.plan(one, wanted))
+  config = Config()
+  together = Together(Rendezvous(f"load {directory}"), config.timeouts.restore_s)
+  found = fetch_state(source, Reading(plans, {}, {}, dict), config, together, strategy)[0]
 
-  def load(name: str) -> Any:
-    leaf = known.leaves[name]
-    path = leaf["path"] if is_orbax else name.replace(".", "/")
-    plans = [source.plan(one) for one in ([f"{path}/{VALUES}", f"{path}/{SCALE}"] if "bits" in leaf else [path])]
-    found = source.read([(plan, None) for plan in plans])
-    values = [found[plan.name] for plan in plans]
+  def loaded(name: str) -> Any:
+    leaf, place = known.leaves[name], stored[name]
     if "bits" not in leaf:
-      return jnp.asarray(values[0].T if leaf.get("transposed") else values[0])
-    integers, scale = values
+      return jnp.asarray(found[place])
+    integers, scale = found[f"{place}/{VALUES}"], found[f"{place}/{SCALE}"]
     if leaf["bits"] == 4:
-      integers = jnp.asarray(unpacked(integers, leaf["shape"][-1])).astype(jnp.int4)
-    return QuantizedArray(jnp.asarray(integers), jnp.asarray(scale), leaf["axis"])
+      shape = tuple(leaf["shape"])
+      target = _wanted(shape, np.dtype(np.int8), shardings.get(name)).sharding
+      integers = jax.jit(unpacked_int4, static_argnums=1, out_shardings=target)(integers, shape[-1])
+    return QuantizedArray(integers, scale, leaf["axis"])
 
-  return jax.tree.map(load, known.tree)
+  return jax.tree.map(loaded, known.tree)
+
+
+def _shardings(leaves: dict[str, dict[str, Any]], like: PyTree | None, where: str) -> dict[str, Any]:
+  """The sharding that `like` asks for, by the name of the leaf."""
+  if like is None:
+    return {}
+  wanted = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
+  there = {leaf["path"]: tuple(leaf["shape"]) for leaf in leaves.values()}
+  differing = [
+    f"{path}: exported {there.get(path, 'not at all')}, asked for {getattr(wanted.get(path), 'shape', 'not at all')}"
+    for path in sorted(there.keys() | wanted.keys())
+    if path not in wanted or path not in there or tuple(wanted[path].shape) != there[path]
+  ]
+  if differing:
+    raise StructureMismatchError(f"{where} does not fit like=; nothing was read:\n  " + "\n  ".join(differing[:20]))
+  return {name: wanted[leaf["path"]].sharding for name, leaf in leaves.items()}
+
+
+def _wanted(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+  """An array as it is to be read: sharded by `sharding`, which may be meant for another shape of as many axes."""
+  if not is_held_by_jax(dtype):
+    return AS_SAVED
+  if isinstance(sharding, NamedSharding):
+    axes = axes_by_dim(sharding.spec, len(shape))
+    fits = [n % math.prod(sharding.mesh.shape[a] for a in names) == 0 for n, names in zip(shape, axes, strict=True)]
+    spec = [names or None if fit else None for names, fit in zip(axes, fits, strict=True)]
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 class _SafetensorsFiles(Step):

@@ -157,10 +157,10 @@ def packed(integers: np.ndarray) -> np.ndarray:
   return (halves[..., ::2] & 0xF) | (halves[..., 1::2] << 4)
 
 
-def unpacked(stored: np.ndarray, length: int) -> np.ndarray:
-  """`packed` undone, as int8; `length` of the last axis."""
-  both = np.stack([stored << 4, stored & 0xF0], axis=-1).reshape(*stored.shape[:-1], -1)[..., :length]
-  return both.view(np.int8) >> 4
+def unpacked_int4(stored: jax.Array, length: int) -> jax.Array:
+  """`packed` undone, as int4[..., length]."""
+  both = jnp.stack([stored << jnp.uint8(4), stored], axis=-1).reshape(*stored.shape[:-1], -1)[..., :length]
+  return (jax.lax.bitcast_convert_type(both, jnp.int8) >> jnp.int8(4)).astype(jnp.int4)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scale"), meta_fields=("axis",))

@@ -180,6 +180,27 @@ def test_keys_with_dots_and_single_arrays_load_again(tmp_path, format):
   assert ckpt.load_quantized(tmp_path / "one") == 7
 
 
+@pytest.mark.parametrize("format", ["orbax", "safetensors"])
+def test_quantised_matrices_load_onto_a_mesh(tmp_path, trained, assert_same, format):
+  run, params = trained
+  ckpt.export(run, 5, tmp_path / "out", quantize="int4", group=32, format=format)
+  mesh = jax.make_mesh((2,), ("x",))
+
+  def place(leaf):
+    spec = jax.sharding.PartitionSpec(*[None] * (leaf.ndim - 1), "x")
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+  like = jax.tree.map(place, params)
+  got = ckpt.load_quantized(tmp_path / "out", like)
+  assert_same(jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, ckpt.load_quantized(tmp_path / "out")))
+  weight = got["layers"][0]["kernel"]
+  assert weight.values.sharding == like["layers"][0]["kernel"].sharding
+  assert weight.scale.sharding.shard_shape(weight.scale.shape) == (2, 48)
+  del like["head"]
+  with pytest.raises(ckpt.StructureMismatchError, match=r"head: exported \(64, 50\), asked for not at all"):
+    ckpt.load_quantized(tmp_path / "out", like)
+
+
 # -- where the parameters are
 
 

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 import ckpt_jax as ckpt
 from ckpt_jax.inference.cast import cast
-from ckpt_jax.inference.quantize import Magnitudes, QuantizedArray, Scheme, packed, quantized, scheme_of, unpacked
+from ckpt_jax.inference.quantize import Magnitudes, QuantizedArray, Scheme, packed, quantized, scheme_of, unpacked_int4
 from ckpt_jax.layout.sharding import whole_box, within
 
 finite = (
@@ -77,9 +77,12 @@ def test_each_element_is_within_half_a_step_however_the_matrix_arrives(case):
   np.testing.assert_allclose(array.dequantize(), (integers * steps).astype(np.float32), rtol=1e-6, atol=1e-37)
 
 
-@given(arrays.arrays(np.int8, arrays.array_shapes(min_dims=2, max_dims=3), elements=st.integers(-8, 7)))
-def test_packing_of_int4_is_undone(integers):
-  assert unpacked(packed(integers), integers.shape[-1]).tobytes() == integers.tobytes()
+@pytest.mark.parametrize("shape", [(4, 8), (3, 7), (2, 3, 5), (1, 1)])
+def test_packing_of_int4_is_undone(shape):
+  integers = np.resize(np.arange(-8, 8, dtype=np.int8), shape)
+  assert (
+    np.asarray(unpacked_int4(jnp.asarray(packed(integers)), shape[-1])).astype(np.int8).tolist() == integers.tolist()
+  )
 
 
 @pytest.mark.parametrize(
