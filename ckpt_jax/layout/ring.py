@@ -198,6 +198,11 @@ class Ring:
       self._held -= wave.nbytes
     self.start()
 
+  @property
+  def held(self) -> int:
+    """Bytes that are on their way or unread."""
+    return self._held
+
   def wait_until_sent(self, timeout: float) -> bool:
     """Waits until all pieces are here or on their way; False if that takes longer than `timeout` seconds."""
     with self._changed:

@@ -21,7 +21,8 @@ import jax
 import numpy as np
 from jax import lax
 
-from ckpt_jax.errors import ConfigError
+from ckpt_jax.config.units import size_text
+from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.link import PINNED, has_pinned, known_link, pageable
 from ckpt_jax.layout.ring import Copy, Cut, Part, Ring, Values
@@ -315,13 +316,27 @@ def _send(copies: Sequence[Copy]) -> None:
   parts = [source if copy.cut is None else _sliced(source, copy.cut, pinned=pinned) for copy, source in resident]
   if pinned:
     whole = [i for i, (copy, _) in enumerate(resident) if copy.cut is None]
-    there = jax.device_put([parts[i] for i in whole], [parts[i].sharding.with_memory_kind(PINNED) for i in whole])
+    there = _put([parts[i] for i in whole], [parts[i].sharding.with_memory_kind(PINNED) for i in whole])
     for i, part in zip(whole, there, strict=True):
       parts[i] = part
   else:
     parts = pageable(parts)
   for (copy, _), part in zip(resident, parts, strict=True):
     copy.found = part
+
+
+def _put(arrays: Sequence[jax.Array], places: Sequence[jax.sharding.Sharding]) -> list[jax.Array]:
+  try:
+    return jax.device_put(arrays, places)
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    needed, most = size_text(sum(x.nbytes for x in arrays)), pinned_limit()
+    raise CheckpointError(
+      f"XLA has no pinned host memory left for {needed} of copies"
+      + (f"; {PINNED_LIMIT} allows it {size_text(most)} in all" if most is not None else "")
+      + f". Raise it, or set limits.host_memory below it, and the state is saved in turns: {e}"
+    ) from e
 
 
 def uses_pinned(array: jax.Array) -> bool:

@@ -81,7 +81,6 @@ def copies_for(directory: epath.Path, state: Flat, config: Config) -> HostCopies
     state: what is to be saved.
     config: `limits.host_memory` bounds the copies.
   """
-  global _arena_nbytes
   copies, need = _planned(state, config)
   mine = np.array([need.needed <= need.free, need.ring], np.int64)
   everyone = mine[None]
@@ -89,7 +88,7 @@ def copies_for(directory: epath.Path, state: Flat, config: Config) -> HostCopies
     # As bytes: jax without x64 would cut 64-bit numbers to 32.
     everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8).view(np.int64)
   if np.all(everyone[:, 0]):
-    _arena_nbytes = max(_arena_nbytes, int(need.needed / _PINNED_HEADROOM))
+    _note_arena(int(need.needed / _PINNED_HEADROOM))
     return copies
   _log.log(
     logging.WARNING if need.needed > need.free else logging.INFO,  # a process that lacks memory warns itself
@@ -101,8 +100,13 @@ def copies_for(directory: epath.Path, state: Flat, config: Config) -> HostCopies
     need.why,
   )
   ring = int(everyone[:, 1].min())
-  _arena_nbytes = max(_arena_nbytes, ring)
+  _note_arena(ring)
   return copies.again(ring)
+
+
+def _note_arena(nbytes: int) -> None:
+  global _arena_nbytes
+  _arena_nbytes = max(_arena_nbytes, nbytes)
 
 
 class Warmup:
@@ -162,6 +166,7 @@ class Warmup:
         return
       finally:
         copies.settled()
+      _note_arena(copies.ring.held)
       self._done += 1
       full = not copies.ring.wait_until_sent(0)
       del array

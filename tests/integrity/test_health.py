@@ -204,6 +204,7 @@ def test_a_job_agrees_on_what_is_meant_to_be_there(tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_all_processes_refuse_what_one_of_them_holds(tmp_path):
-  results = together("unhealthy.py", tmp_path, processes=2)
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_all_processes_refuse_what_one_of_them_holds(tmp_path, when):
+  results = together("unhealthy.py", tmp_path, when, processes=2)
   assert all("refused w: 1" in r.log for r in results)

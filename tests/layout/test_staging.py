@@ -90,6 +90,24 @@ def test_no_value_is_fetched_from_a_device_but_in_the_transfer(tmp_path, acceler
   assert fetched == [()] * 2, "the metric of each"
 
 
+def test_without_pinned_memory_left_the_error_names_the_variable_and_the_way_out(tmp_path, accelerators, monkeypatch):
+  put = jax.device_put
+
+  def full(x, device=None, **options):
+    if isinstance(device, list):
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory")
+    return put(x, device, **options)
+
+  held = state()
+  with ckpt.Checkpointer(tmp_path) as c:
+    with monkeypatch.context() as m:
+      m.setattr(jax, "device_put", full)
+      with pytest.raises(ckpt.CheckpointError, match=f"{staging.PINNED_LIMIT} allows it 64.0 GiB.*limits.host_memory"):
+        c.save(0, held)
+    c.save(0, held)
+  assert ckpt.verify(tmp_path) == []
+
+
 def test_training_may_donate_the_state_right_after_a_save(tmp_path, accelerators, assert_same):
   update = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf * 2, x), donate_argnums=0)
   held = {f"w{i}": jnp.full((64, 64), float(i)) for i in range(10)}
