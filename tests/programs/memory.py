@@ -1,4 +1,4 @@
-"""memory.py RUN LIMIT COMPRESSION: prints what a save and a restore took of host memory beside the state, in bytes."""
+"""memory.py RUN LIMIT COMPRESSION DEVICES: prints what a save and a restore took of host memory beside the state."""
 
 import json
 import pathlib
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 import ckpt_jax as ckpt
+from ckpt_jax.layout import staging
 
 
 def peak():
@@ -18,6 +19,7 @@ def peak():
   return found
 
 
+staging.as_accelerators = sys.argv[4] == "accelerators"
 limits = {} if sys.argv[2] == "none" else {"host_memory": sys.argv[2]}
 rng = np.random.default_rng(0)
 state = {f"x{i}": jax.device_put(rng.standard_normal((1024, 1024), np.float32), jax.devices()[0]) for i in range(40)}
