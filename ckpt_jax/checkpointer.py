@@ -313,8 +313,12 @@ class Checkpointer:
       self._run.journal.begin()
     with self._restoring:
       if self._restorer.is_empty():
-        return Restored(init_fn(), None, 0, {}, None, None)
-      return self._restored(None, RestoreRequest(abstract_state(init_fn), initial=True), self.config.restore.strategy)
+        restored = Restored(init_fn(), None, 0, {}, None, None)
+      else:
+        request = RestoreRequest(abstract_state(init_fn), initial=True)
+        restored = self._restored(None, request, self.config.restore.strategy)
+    warmup.offer(restored.state, self.config)  # what is only restored may never be saved
+    return restored
 
   def restore(
     self,
@@ -409,7 +413,6 @@ class Checkpointer:
       if restored.report is not None and restored.report.quarantined:
         self._saver.reload()
       self._session.order.restored(restored.step)
-    warmup.offer(restored.state, self.config)
     return restored
 
   def _preempted(self, step: int) -> bool:

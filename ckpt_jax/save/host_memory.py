@@ -113,7 +113,7 @@ class Warmup:
   """Takes the pinned memory that a save will need from XLA, while nothing waits for it.
 
   Pinning is slow: the first 2.95 GB took 2 s on an H200, and later saves, for which XLA keeps the memory, 0.1 s. So
-  what a job has just restored, or offers to a save that is not due, is copied as a save would copy it and forgotten.
+  what training begins with, or offers to a save that is not due, is copied as a save would copy it and forgotten.
   Only weak references are held: training may go on, and donate the arrays, at any time.
   """
 

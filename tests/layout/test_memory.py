@@ -50,5 +50,7 @@ def test_host_memory_bounds_what_saving_and_restoring_take_beside_the_state(tmp_
   bounded = measured(tmp_path / "a", "32MB", "on", devices)
   assert bounded["state"] > 4 * limit
   assert max(bounded["saving"], bounded["restoring"]) < limit + slack, bounded
+  if devices == "accelerators":
+    return
   free = measured(tmp_path / "b", "none", "on", devices)
   assert free["saving"] > 2 * limit, free  # else the measurement sees nothing

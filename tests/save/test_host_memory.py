@@ -42,7 +42,7 @@ def ended(warmup):
   warmup._work.result(timeout=60)
 
 
-def test_what_is_restored_warms_the_arena_once(tmp_path, warmup):
+def test_the_state_that_training_begins_with_warms_the_arena_once(tmp_path, warmup):
   held = arrays()
   with ckpt.Checkpointer(tmp_path) as c:
     warmup._over, over = True, warmup._over
@@ -50,11 +50,20 @@ def test_what_is_restored_warms_the_arena_once(tmp_path, warmup):
     c.wait()
     warmup._over = over
     warmup.sent.clear()
-    restored = c.restore(0, like=held)
+    c.restore(0, like=held)
+    assert warmup._work is None, "it may never be saved"
+    restored = c.restore_or_init(arrays)
     ended(warmup)
     assert warmup.sent == [64 * 64 * 4] * 8 and warmup._held == []
-    c.restore(0, like=held)
+    c.restore_or_init(arrays)
     assert len(warmup.sent) == 8 and all(leaf._npy_value is None for leaf in restored.state.values())
+
+
+def test_so_does_the_state_of_a_new_run(tmp_path, warmup):
+  with ckpt.Checkpointer(tmp_path) as c:
+    held = c.restore_or_init(arrays).state
+    ended(warmup)
+  assert len(warmup.sent) == len(held)
 
 
 def test_a_save_that_is_not_due_warms_it_and_goes_on_with_the_next_state(tmp_path, warmup):
