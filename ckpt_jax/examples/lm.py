@@ -86,7 +86,7 @@ class Batches:
     starts = rng.integers(len(self._text) - self._context - 1, size=self._batch)
     return self._text[starts[:, None] + np.arange(self._context + 1)].astype(np.int32)
 
-  def next(self, sharding: NamedSharding) -> jax.Array:
+  def next(self, sharding: jax.sharding.Sharding) -> jax.Array:
     """The next batch, int32[batch, context + 1], on the mesh; each process holds only its own rows."""
     rows = self.peek()
     self.state["next"] += 1
@@ -129,7 +129,7 @@ def evaluate(params: PyTree, batches: int = 4, batch: int = 16) -> float:
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
   unseen = Batches(stdlib_text(pattern="email/*.py"), batch, context, seed=0)
-  here = NamedSharding(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]), P())
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return float(np.mean([loss(state, unseen.next(here)) for _ in range(batches)]))
 
 

@@ -272,7 +272,8 @@ def _store(ranges: Ranges, entry: _Entry, directory: epath.Path, *, transposed: 
 
   def read(domain: ts.IndexDomain, array: np.ndarray, _: Any) -> ts.Future:
     # Not in TensorStore's thread, which may be the one that the read of a bucket waits for.
-    promise, future = ts.Promise[Any].new()
+    pair: Any = ts.Promise.new()
+    promise, future = pair
     _readers.submit(fill, domain, array, promise)
     return future
 
