@@ -35,19 +35,21 @@ def open_step(run: str | os.PathLike[str], step: int | str, item: str | None = N
   directory = run_directory(run)
   if newest_step(directory) is None:
     foreign.refuse(directory)
-  if step == "latest":
+  if not isinstance(step, str):
+    number = step_number(step)
+  elif step == "latest":
     number = latest_committed(directory)
-  elif isinstance(step, str) and step.split(":")[0] == "best":
+  elif step.split(":")[0] == "best":
     _, metric, mode = [*step.split(":"), "", ""][:3]
     wanted = BestConfig(metric=metric or "loss", mode=mode or "min")  # type: ignore[arg-type]
     found = best_steps(list_steps(directory), wanted)
     if not found:
       raise NoCheckpointError(f"{directory}: no step has a metric {wanted.metric!r}; name another: best:METRIC")
     number = found[0]
-  elif isinstance(step, str) and not step.isdecimal():
-    raise ConfigError(f"step: {step!r:.40}: expected a number, 'latest' or 'best:METRIC'")
+  elif step.isdecimal():
+    number = int(step)
   else:
-    number = step_number(int(step) if isinstance(step, str) else step)
+    raise ConfigError(f"step: {step!r:.40}: expected a number, 'latest' or 'best:METRIC'")
   return number, Step(step_directory(directory, number), Config(), item)
 
 

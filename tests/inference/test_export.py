@@ -234,6 +234,16 @@ def test_unclear_parameters_are_an_error_that_names_what_there_is():
   assert parameters(["a/w", "b/w"], ".", ema=False, where="here") == ""
 
 
+def test_best_and_latest_steps_are_found(tmp_path):
+  with ckpt.Checkpointer(tmp_path / "run") as c:
+    for step, loss in enumerate([3.0, 1.0, 2.0]):
+      c.save(step, {"params": jnp.full((2,), loss)}, metrics={"loss": loss}, force=True)
+  for number, (step, want) in enumerate([("best", 1), ("best:loss:max", 0), ("latest", 2), ("1", 1), (np.int64(2), 2)]):
+    assert ckpt.export(tmp_path / "run", step, tmp_path / f"{number}").step == want
+  with pytest.raises(ckpt.NoCheckpointError, match="no step has a metric 'accuracy'"):
+    ckpt.export(tmp_path / "run", "best:accuracy", tmp_path / "out")
+
+
 # -- what is refused
 
 
