@@ -21,6 +21,7 @@ from ckpt_jax.cli import (
   prune,
   quarantine,
   repack,
+  report,
   show,
   simulate,
   tree,
@@ -72,6 +73,7 @@ for command in (
   repack.repack,
   convert.convert,
   export.export,
+  report.report,
 ):
   app.command(cls=PlainCommand)(command)
 app.command("restore-quarantined", cls=PlainCommand)(quarantine.restore_quarantined)

@@ -4,6 +4,8 @@
 2. 2 processes x 2 devices take over from the newest committed step and train to the end.
 3. An uninterrupted 4 x 2 job with the same seed trains to that step: its parameters, optimizer state, step, random key
    and next batch must have the same bits as those that the second job had in memory after its restore.
+
+It ends with `ckpt-jax report` of the run.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ckpt_jax.multihost import Job, Result, who_wrote
+from ckpt_jax.observe.report import gather, page
 from ckpt_jax.run.steps import committed_steps, run_directory
 
 _TIMEOUT = 240.0
@@ -38,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--every", type=int, default=10)
   parser.add_argument("--kill-after", type=int, default=25, help="kill in the first write of a step above this")
   parser.add_argument("--keep", action="store_true", help="keep the run directory, and print where it is")
+  parser.add_argument("--report", metavar="DIRECTORY", help="where the report goes; default: for temporary files")
   args = parser.parse_args(argv)
   console = Console(width=100, highlight=False)
   started = time.monotonic()
@@ -82,6 +86,9 @@ def _acts(work: pathlib.Path, args: argparse.Namespace, console: Console) -> int
     f"killed while step {victim_step} was being written; resumed from step {resumed_at}: "
     f"{lost} step{'s' * (lost != 1)} of work lost and trained again."
   )
+  report = pathlib.Path(args.report or tempfile.gettempdir()) / "ckpt-jax-report.html"
+  report.write_text(page(gather(run)), encoding="utf-8")
+  console.print(f"what happened to the run, as a page: {report}")
   if different:
     console.print(f"[red]not the same: {', '.join(different[:5])}[/red]")
     return 1
