@@ -7,14 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from typing import TYPE_CHECKING, Any
 
 from ckpt_jax.config.units import duration_text, size_text
 from ckpt_jax.job.progress import Progress
+
+if TYPE_CHECKING:  # a trainer that shows no bar does without rich
+  from rich.console import Console
+  from rich.progress import Progress as RichProgress
 
 _LINE_S = 10.0
 
@@ -32,6 +32,8 @@ class Bar:
       line_s: seconds between two lines where there is no terminal; work that ends sooner prints none.
       clock: for tests.
     """
+    from rich.console import Console
+
     self._console = console or Console(file=sys.stderr)
     self._line_s, self._clock = line_s, clock
     self._lock = threading.Lock()
@@ -56,6 +58,9 @@ class Bar:
         self._last.pop(progress.what, None)
 
   def _draw(self, progress: Progress, speed: float, now: float) -> None:
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
     if self._shown is None:
       columns = (
         TextColumn("{task.description}"),
