@@ -163,7 +163,8 @@ class HostCopies:
   def pieces(self, array: jax.Array) -> Pieces:
     """What this process saves of an array, for one more reader, who says `Values.done` of each piece."""
     if self.by_piece and array.size and (self._on_cpu or belongs_to_accelerators(array.sharding)):
-      self.stage([array])
+      if id(array) not in self._pieces:
+        self.stage([array])
       found = self._pieces[id(array)][1]
       for _, values in found.pieces:
         values.begin()
