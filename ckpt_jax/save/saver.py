@@ -279,7 +279,9 @@ class Saver:
     self.records.append(record)
 
   def _wait_for_copies(self, write: Write, copies: HostCopies) -> None:
-    """Waits until training may overwrite the arrays, which takes long only if their copies do not fit into memory."""
+    """Waits until training may overwrite the arrays, if their copies do not fit into memory."""
+    if not copies.in_turn:
+      return
     until_written = copies.views_in_turn
     if not write.ring.wait_until_sent(write.left) or (until_written and not wait_for(write.ended, write.left)):
       raise TimeoutError("training waited for arrays to be written, since their copies do not fit into host memory")
