@@ -84,7 +84,8 @@ class Saver:
     `save`, in the training thread, which it blocks:
       _snapshot       encode the state, plan its layout, measure it, check its health; wait for the previous save
       admission.admit process 0 takes the lease, clears leftovers and makes room; all get the same answer
-      manager.save    Orbax copies this process's shards to host memory and starts its threads
+      manager.save    Orbax calls the handlers and starts its threads
+      _wait_for_copies  if host memory holds only a part of the copies at a time
     in Orbax's threads, behind training:
       handlers        each process writes its own shards (layout.handler) and its part of the record (integrity.record)
       _on_committing  process 0: the lease is still ours, and the write was not given up
