@@ -137,7 +137,8 @@ class HostCopies:
       leaves: of the state.
       beside: bytes that the first process saves besides.
     """
-    self._planned([x for x in leaves if isinstance(x, jax.Array) and x.size > 0 and not is_prng_key(x)], beside)
+    several = [x for x in leaves if isinstance(x, jax.Array) and one_device(x.sharding) is None]
+    self._divide([x for x in several if x.size > 0 and not is_prng_key(x)], beside)
 
   def nbytes(self, leaves: Sequence[Any]) -> int:
     """Bytes of what this process saves of jax arrays."""
@@ -192,11 +193,14 @@ class HostCopies:
     for known in (self._plans, self._pieces, self._whole):
       known.clear()
 
-  def _planned(self, arrays: Sequence[jax.Array], beside: int = 0) -> list[Slices]:
-    several = [x for x in arrays if id(x) not in self._plans and one_device(x.sharding) is None]
-    if several:
-      found = [_held(x) for x in several] if self._limits is None else slices(several, self._limits, beside)
-      self._plans |= {id(x): (x, plan) for x, plan in zip(several, found, strict=True)}
+  def _divide(self, several: Sequence[jax.Array], beside: int = 0) -> None:
+    new = [x for x in several if id(x) not in self._plans]
+    if new:
+      found = [_held(x) for x in new] if self._limits is None else slices(new, self._limits, beside)
+      self._plans |= {id(x): (x, plan) for x, plan in zip(new, found, strict=True)}
+
+  def _planned(self, arrays: Sequence[jax.Array]) -> list[Slices]:
+    self._divide([x for x in arrays if one_device(x.sharding) is None])
     return [
       self._plans[id(x)][1] if id(x) in self._plans else Slices(x.shape, True, [(whole_box(x.shape), x, None)])
       for x in arrays

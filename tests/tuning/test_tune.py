@@ -202,7 +202,7 @@ def test_tune_writes_a_file_that_a_checkpointer_loads_and_cleans_up(command, tmp
     (["--state", "mytrain:nothing"], 2, "returned no arrays"),
     (["--state", "mytrain:fails"], 1, "fails() failed: ValueError: no mesh here"),
     (["--like", "run"], 2, "expected RUN@STEP"),
-    (["--like", "run@1"], 1, "no committed step 1"),
+    (["--like", "run@1"], 1, "there is no such directory"),
     (["--budget", "soon"], 2, "is no duration"),
     (["-o", "not/there/x.yaml"], 2, "cannot be written"),
   ],
