@@ -18,6 +18,7 @@ def write(run, written):
   """Emits one record after the other, and counts those that the file holds."""
   journal = Journal(run_directory(run))
   journal.begin()
+  journal.flush(60)  # the record of the start: it must not be taken for the first save
   place, size = os.path.join(run, ".ckpt_jax", "events"), 0
   started = now = sum(e.stat().st_size for e in os.scandir(place)) if os.path.isdir(place) else 0
   for step in range(10**6):
