@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -17,14 +16,8 @@ from etils import epath
 
 import ckpt_jax as ckpt
 from ckpt_jax.bench.export import data_files
+from ckpt_jax.bench.worker import peak_rss, reset_peak, resident
 from ckpt_jax.storage.durable import sync_file
-
-
-def memory() -> tuple[int, int]:
-  """The most resident memory since the last call, and what is resident now."""
-  lines = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
-  pathlib.Path("/proc/self/clear_refs").write_text("5")
-  return int(lines["VmHWM"].split()[0]) * 1024, int(lines["VmRSS"].split()[0]) * 1024
 
 
 def export(side: str, source: str, out: str) -> None:
@@ -91,11 +84,14 @@ def main(kind: str, side: str, source: str, out: str) -> None:
   jax.devices()
   if side.startswith("ckpt_jax"):
     _ = (ckpt.export, ckpt.load_safetensors)  # imported before the clock starts, as Orbax is
-  before = memory()[1]
+  before = resident()
+  reset_peak()
   started, cpu = time.perf_counter(), time.process_time()
   work(side, source, out)
   found = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
-  print(json.dumps(found | {"memory": memory()[0] - before}))
+  peak = peak_rss()
+  assert before is not None and peak is not None, "the kernel does not report resident memory"
+  print(json.dumps(found | {"memory": peak - before}))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
   from ckpt_jax.planning.estimate import SizeEstimate
   from ckpt_jax.planning.spread import Spread
 
-_GIB = 2**30
-
 
 @dataclasses.dataclass(frozen=True)
 class StateOptions:

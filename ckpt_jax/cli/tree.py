@@ -48,9 +48,9 @@ def show(
   found = describe(run, step, options.item)
   if options.only:
     found = dataclasses.replace(found, leaves=_selected(found, options.only))
-  writers = _writers(run, found) if options.stored else {}
+  writers = _writers(run, found) if options.stored else None
   if as_json:
-    print_json(dataclasses.asdict(found) | ({"writers": writers} if options.stored else {}))
+    print_json(dataclasses.asdict(found) | ({} if writers is None else {"writers": writers}))
     return
   print_table((), list(_facts(found).items()), title=f"step {found.step}")
   if options.config:
@@ -64,7 +64,7 @@ def show(
   if found.content is not None:
     console().print_json(json.dumps(found.content))
   if found.leaves:
-    _print_tree(found, options.depth, writers if options.stored else None)
+    _print_tree(found, options.depth, writers)
 
 
 def _selected(found: StepDescription, only: list[str]) -> list[LeafInfo]:

@@ -177,7 +177,7 @@ def _leaves(source: Step, node: str, options: Options) -> tuple[list[Leaf], dict
       kept = any(matches(pattern, path) for pattern in keep)
       scheme = scheme_of(path, info.shape, options.quantize, options.group) if options.quantize and not kept else None
       dtype = dtype if options.dtype is None else jnp.dtype(options.dtype)
-    named = renaming.named(path, rules) if options.format == "safetensors" else renaming.Named(path.replace("/", "."))
+    named = renaming.named(path, rules)
     if named.transposed and len(info.shape) != 2:
       raise ConfigError(f"rename: {path} has shape {list(info.shape)}; `:T` is for matrices")
     if named.transposed and scheme:

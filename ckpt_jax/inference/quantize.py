@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -205,8 +204,3 @@ def dequantize(tree: PyTree, dtype: Any = jnp.float32) -> PyTree:
   """A tree with plain arrays of `dtype` in place of the `QuantizedArray`s; other leaves stay as they are."""
   is_quantized = lambda leaf: isinstance(leaf, QuantizedArray)  # noqa: E731
   return jax.tree.map(lambda leaf: leaf.dequantize(dtype) if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized)
-
-
-def quantized_nbytes(scheme: Scheme, shape: Sequence[int]) -> int:
-  """Bytes of the integers and scales of an array."""
-  return math.prod(scheme.stored_shape(shape)) + 4 * math.prod(scheme.scale_shape(shape))

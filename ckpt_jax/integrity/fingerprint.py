@@ -22,10 +22,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ckpt_jax.integrity import sums
 from ckpt_jax.integrity.sums import Tally
+from ckpt_jax.job.agreement import from_all_processes
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key
 from ckpt_jax.layout.placing import Unplaced
 from ckpt_jax.layout.ring import Values
@@ -400,8 +400,4 @@ def _run(tasks: Sequence[_Task], threads: int) -> list[dict[str, Tally]]:
 
 def sum_over_processes(mine: np.ndarray) -> np.ndarray:
   """Adds up 64-bit numbers of this process, one row for each leaf, over all processes, which call it alike."""
-  if jax.process_count() == 1:
-    return mine
-  # As bytes: jax without x64 would cut 64-bit numbers to 32.
-  everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8).reshape(-1)
-  return everyone.view(mine.dtype).reshape(jax.process_count(), *mine.shape).sum(axis=0, dtype=mine.dtype)
+  return from_all_processes(mine).sum(axis=0, dtype=mine.dtype)

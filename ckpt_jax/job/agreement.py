@@ -1,4 +1,4 @@
-"""One answer for all processes: process 0 looks at storage or the clock, and the others get its result."""
+"""One answer for all processes: process 0 looks at storage or the clock, or all give their numbers to all."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def from_process_zero(steps: Sequence[int]) -> list[int]:
   # As bytes: jax without x64 would cut 64-bit numbers to 32.
   sent = multihost_utils.broadcast_one_to_all(np.array(mine, np.int64).view(np.uint8))
   return [int(s) for s in np.asarray(sent, np.uint8).view(np.int64)]
+
+
+def from_all_processes(mine: np.ndarray) -> np.ndarray:
+  """64-bit numbers of every process, [processes, *shape], on every process. All call it alike; one process: no cost."""
+  if jax.process_count() == 1:
+    return mine[None]
+  # As bytes: jax without x64 would cut 64-bit numbers to 32.
+  everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8).reshape(-1)
+  return everyone.view(mine.dtype).reshape(jax.process_count(), *mine.shape)
 
 
 def decided_by_process_zero(decide: Callable[[], Sequence[int]], rendezvous: Rendezvous, timeout: float) -> list[int]:

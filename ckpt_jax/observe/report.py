@@ -119,7 +119,7 @@ def _tiles(facts: Facts) -> list[tuple[str, str]]:
     ]
   if facts.steps:
     tiles += [("newest committed step", f"{facts.steps[-1].step:,}")]
-  tiles += [("in storage", f"{count(len(facts.steps))}"), ("together", size_text(sum(s.nbytes for s in facts.steps)))]
+  tiles += [("in storage", count(len(facts.steps))), ("together", size_text(sum(s.nbytes for s in facts.steps)))]
   lives = [a for a in facts.records.attempts if a.saves]
   return [*tiles, ("starts that saved", str(len(lives))), ("of them killed", str(sum(a.end is None for a in lives)))]
 
@@ -239,7 +239,7 @@ def _storage(facts: Facts) -> str:
     name: [(float(t.streams), t.bytes_per_s) for t in found]
     for name, found in (("write, durable", profile.write), ("read", profile.read))
   }
-  drawn = chart(curves, lambda n: f"{n / 1e6:,.0f} MB/s", lambda n: f"{count(int(n), 'stream')}")
+  drawn = chart(curves, lambda n: f"{n / 1e6:,.0f} MB/s", lambda n: count(int(n), "stream"))
   rows: _Rows = [[name, Cell(f"{s * 1e3:.2f} ms", s)] for name, s in profile.latency.items()]
   note = f"{profile.kind}, measured on {profile.host} at {profile.measured_at[:16]}."
   return section("Storage", drawn + table(("operation", "takes"), rows), note)

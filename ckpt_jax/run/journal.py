@@ -302,9 +302,9 @@ def roll_up(place: epath.Path) -> None:
   The new file is complete before those that it replaces go, and names them: a crash in between counts nothing twice.
   """
   sizes = _sizes(place)
-  if sum(sizes.values()) <= _MOST_NBYTES and len(sizes) <= _MOST_FILES:
-    return
   left_nbytes, left = sum(sizes.values()), len(sizes)
+  if left_nbytes <= _MOST_NBYTES and left <= _MOST_FILES:
+    return
   oldest = []
   for name in sorted(sizes):
     if left_nbytes <= _MOST_NBYTES // 2 and left <= _MOST_FILES // 2:

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from ckpt_jax.config import Config
 from ckpt_jax.config.units import size_text
+from ckpt_jax.job.agreement import from_all_processes
 from ckpt_jax.job.threads import Worker
 from ckpt_jax.layout.sharding import local_nbytes
 from ckpt_jax.layout.shares import Limits
@@ -82,11 +82,7 @@ def copies_for(directory: epath.Path, state: Flat, config: Config) -> HostCopies
     config: `limits.host_memory` bounds the copies.
   """
   copies, need = _planned(state, config)
-  mine = np.array([need.needed <= need.free, need.ring], np.int64)
-  everyone = mine[None]
-  if jax.process_count() > 1:
-    # As bytes: jax without x64 would cut 64-bit numbers to 32.
-    everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8).view(np.int64)
+  everyone = from_all_processes(np.array([need.needed <= need.free, need.ring], np.int64))
   if np.all(everyone[:, 0]):
     _note_arena(int(need.needed / _PINNED_HEADROOM))
     return copies

@@ -31,7 +31,7 @@ class SaveRecord:
     blocking_s: seconds that `save` blocked training, without the wait for the state to be computed: jax dispatches
       steps ahead of the device, and whatever reads the state first waits for it.
     waited_s: the part of `blocking_s` spent waiting for the background write of the previous save.
-    snapshot_s: the part of `blocking_s` in which Orbax copied this process's shards to host memory.
+    snapshot_s: the part of `blocking_s` from the call of Orbax until training may overwrite the arrays.
     background_s: seconds from the return of `save` to the commit; None while it runs, and for a save that failed.
     commit_s: the part of `background_s` after all processes had written; on process 0.
     processes: what each process spent, on process 0 once it is committed; of more than 64 the slowest.
