@@ -13,7 +13,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint types unit test-latest fuzz bench clean
+.PHONY: help setup run test lint types docs unit test-latest fuzz bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+docs: setup ## the documentation as a site in build/site; make unit builds it too
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 unit: setup ## the tests alone, on WORKERS processes (2)
 	$(BIN)/python $(PYTEST)

@@ -244,7 +244,7 @@ def table(results: dict[str, Any]) -> str:
 def _cell(tried: dict[str, Any] | None) -> str:
   if tried is None:
     return "-"
-  text = tried["seen"].replace("|", "\\|").replace("<", "&lt;")
+  text = tried["seen"].replace("|", "\\|").replace("<", "&lt;").replace("][", "]\\[")
   return text if tried["good"] else f"**{text}**"
 
 

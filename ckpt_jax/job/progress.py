@@ -31,6 +31,7 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+"""Called with the `Progress` of what is going on."""
 
 
 class Counter:
