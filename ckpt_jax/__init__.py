@@ -1,5 +1,42 @@
-"""ckpt_jax: checkpoints for JAX and Flax trainers, a thin layer over Orbax.
+"""Checkpoints for JAX and Flax trainers: a thin layer over Orbax that decides, checks and explains.
 
+A worked example. The same lines start a run, and continue it after a crash, on one host or on hundreds:
+
+    import jax.numpy as jnp
+    import ckpt_jax as ckpt
+
+    def init_fn():  # the state to begin with, in its shardings; run only if there is nothing to restore
+      return {"params": {"w": jnp.zeros((4, 4))}, "step": jnp.int32(0)}
+
+    with ckpt.Checkpointer("~/runs/a", ckpt.Config(schedule={"every_steps": 10}, retention={"last": 3})) as c:
+      restored = c.restore_or_init(init_fn)
+      state = restored.state
+      for step in range(restored.next_step, 100):
+        state = {"params": {"w": state["params"]["w"] + 1}, "step": state["step"] + 1}  # your train_step
+        c.save(step, state, metrics={"loss": 1.0 / (step + 1)}, final=step == 99)
+    # leaving the block has waited for the last write, and raised what went wrong
+
+    c.steps()  # [StepInfo(70: ...), StepInfo(80: ...), ...]
+    print(c.plan.explain())  # the settings that were left to `auto`, and why
+
+`save` returns once the arrays may be overwritten; the write goes on behind training. What it accepts, `restore` gives
+back bit for bit, on any mesh. Settings may also be a YAML file: `Checkpointer(run, "config.yaml")`.
+
+By topic:
+
+    save and restore     Checkpointer (save, restore, restore_or_init, wait, steps, pin, rollback), Restored, StepInfo
+    configure            Config, load_config; policies: schedules and retention as objects
+    know the storage     detect, probe -> StorageKind, StorageProfile; make_plan -> Plan
+    before there is one  estimate -> SizeEstimate
+    check and compare    verify -> Finding; diff -> Diff
+    inference            export; load_quantized, load_safetensors, dequantize, QuantizedArray
+    what happened        observe: records of a run, progress, goodput
+    many processes       multihost: start a job of several processes on one host
+    errors               CheckpointError, the base of all: ConfigError, StorageError <- OutOfSpaceError,
+                         NoCheckpointError, NotARunError, StructureMismatchError, CorruptCheckpointError,
+                         SaveFailedError, UnhealthyStateError, RestoreTimeoutError
+
+`help(ckpt_jax.Checkpointer)` has all of its methods, `help(ckpt_jax.Config)` every key, `ckpt-jax --help` the commands.
 Names are loaded on first use, so that `import ckpt_jax` costs next to nothing.
 """
 

@@ -17,6 +17,7 @@ from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax.config import BestConfig, Config, as_config
 from ckpt_jax.config.arguments import check_schedule, step_number
+from ckpt_jax.config.html import html_table
 from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.job.progress import OnProgress
@@ -24,22 +25,23 @@ from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout.sharding import abstract_state
 from ckpt_jax.observe.progress import Bar
 from ckpt_jax.observe.sinks import make_sinks
-from ckpt_jax.policies.retention import best_steps
+from ckpt_jax.policies.retention import Retention, best_steps
+from ckpt_jax.policies.schedule import Schedule
 from ckpt_jax.restore.like import Initialise
 from ckpt_jax.restore.read import RestoreRequest
 from ckpt_jax.restore.restorer import Restorer
 from ckpt_jax.restore.result import Restored
 from ckpt_jax.restore.strategies import STRATEGIES
 from ckpt_jax.run import pins
-from ckpt_jax.run.attempts import PREEMPTED
 from ckpt_jax.run.events import Event
 from ckpt_jax.run.steps import StepInfo, committed_steps, list_steps
 from ckpt_jax.save.host_memory import warmup
+from ckpt_jax.save.last import LastSave
 from ckpt_jax.save.opening import open_run, start
 from ckpt_jax.save.session import Session, check_not_forked
 from ckpt_jax.save.write import SaveRecord
 from ckpt_jax.storage.kinds import StorageKind
-from ckpt_jax.tuning.plan import Plan
+from ckpt_jax.tuning.plan import NoPlan, Plan
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -116,8 +118,32 @@ class Checkpointer:
     self._session = Session(run, others=self._restorer)
     self._saver = self._session.saver
     self._saver.on_progress = on_progress
+    self._last = LastSave(self._session)
     self.saves: list[SaveRecord] = self._saver.records
     weakref.finalize(self, self._session.abandon).atexit = False  # type: ignore[misc]
+
+  def __repr__(self) -> str:
+    return f"Checkpointer({self.directory}: {'; '.join(f'{name} {text}' for name, text in self._described())})"
+
+  def _repr_html_(self) -> str:
+    return html_table(("", str(self.directory)), self._described())
+
+  def _described(self) -> list[tuple[str, str]]:
+    """What this object knows without asking the storage."""
+    retention = Retention.from_config(self.config.retention)
+    saves = f"{len(self.saves)} by this object"
+    if self.saves:
+      last = self.saves[-1]
+      waits = "" if self._saver.under_way is None else ", being written"
+      saves += f", the last of step {last.step} with {size_text(last.nbytes)}{waits}"
+    schedule = self.schedule.explain() if isinstance(self.schedule, Schedule) else repr(self.schedule)
+    return [
+      ("storage", str(self.storage)),
+      ("schedule", schedule),
+      ("retention", retention.explain() or "all steps stay"),
+      ("saves", saves),
+      ("plan", self.plan.summary()),
+    ]
 
   def __enter__(self) -> Checkpointer:
     return self
@@ -196,20 +222,16 @@ class Checkpointer:
       self._session.check_open()
       self._run.check_writable()
       self._session.claim()
-      preempted = self._preempted(step)
-      if preempted:
-        self._before_the_last_save(step)
+      last = self._last.is_asked_for(step)
+      if last:
+        self._last.clear_the_way(step)
       elif not self._is_wanted(step, state, force=force, final=final):
         return False
       self._session.order.begins(step)  # before the save: an interrupt may end this call, and the save goes on
       self._saver.save(step, state, metrics, extras, started)
-      if preempted:
-        _log.warning("preempted: waiting for step %d to commit, then exiting", step)
-        self._saver.wait()
-      if self._run.notice is not None:
-        self._run.notice.saved(step)
-        if preempted and self._run.notice.is_complete:
-          self._exit_preempted()
+      if last:
+        self._last.wait(step)
+      self._last.saved(step, last=last)
     return True
 
   def _is_wanted(self, step: int, state: PyTree, *, force: bool, final: bool) -> bool:
@@ -253,9 +275,12 @@ class Checkpointer:
   # -- steps
 
   @property
-  def plan(self) -> Plan | None:
-    """Decides the settings that are `auto`; `plan.explain()` gives reasons. None before the first save or restore."""
-    return self._run.planner.plan
+  def plan(self) -> Plan | NoPlan:
+    """Decides the settings that are `auto`; `plan.explain()` gives the reasons.
+
+    Before the first save or restore it is a NoPlan, which counts as false and explains what will be decided.
+    """
+    return self._run.planner.plan or self._run.planner.no_plan
 
   def steps(self) -> list[StepInfo]:
     """All committed steps, oldest first; without those still being written, or whose write failed."""
@@ -309,8 +334,7 @@ class Checkpointer:
       raise ConfigError(f"init_fn: expected a function that makes the state, without arguments, got {init_fn!r:.80}")
     self._session.wait_for_predecessors()
     self.wait()
-    if self._run.admission.unclaimed:
-      self._run.journal.begin()
+    self._session.record_start()
     with self._restoring:
       if self._restorer.is_empty():
         restored = Restored(init_fn(), None, 0, {}, None, None)
@@ -414,34 +438,3 @@ class Checkpointer:
         self._saver.reload()
       self._session.order.restored(restored.step)
     return restored
-
-  def _preempted(self, step: int) -> bool:
-    if self._run.notice is None:
-      return False
-    if self._saver.manager.reached_preemption(step):
-      self._run.notice.note()
-    return self._run.notice.received
-
-  def _before_the_last_save(self, step: int) -> None:
-    """Clears the way for the save that a preemption notice asks for: nothing may keep it from being made."""
-    try:
-      self._saver.wait()
-    except CheckpointError as e:  # an earlier save; this one may succeed
-      _log.error("preempted: %s", e)
-    if self._run.notice is not None and self._run.notice.is_alone:
-      self._exit_preempted()
-    if step in self._saver.manager.all_steps():
-      _log.warning("preempted: %s: step %d is there already, and steps are never overwritten", self.directory, step)
-      self._exit_preempted()
-
-  def _exit_preempted(self) -> None:
-    self._saver.wait()  # a failure here is raised, and retried by a trainer that goes on
-    if self._run.notice is not None:
-      self._run.notice.answered()
-    self._session.close(PREEMPTED)
-    if self._run.notice is not None:
-      self._run.notice.run_users_handler()
-    saved = self.saves[-1].step if self.saves else None
-    what = "no step was saved by this process" if saved is None else f"the last step saved is {saved}"
-    _log.warning("preempted: %s: %s; exiting", self.directory, what)
-    raise SystemExit(self.config.preemption.exit_code)

@@ -35,6 +35,10 @@ class StructureMismatchError(CheckpointError, ValueError):
   """`like` and the checkpoint differ. The message lists every difference by leaf path."""
 
 
+class UnknownLeafError(StructureMismatchError, ConfigError):
+  """An argument such as `only` names no leaf: both a StructureMismatchError and a ConfigError."""
+
+
 class CorruptCheckpointError(CheckpointError):
   """A committed step cannot be read back as it was written."""
 

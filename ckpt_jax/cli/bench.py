@@ -357,7 +357,7 @@ def hosts(
     draw(found, plot)
 
 
-@bench.command("shares")
+@bench.command("shares", cls=PlainCommand)
 def shares(
   counts: Annotated[str, typer.Option("--processes", help="Numbers of processes, commas between.")] = "3,5,6,7",
   rounds: Annotated[int, typer.Option(min=1, help="Saves that count, after one that does not.")] = 5,
@@ -369,7 +369,7 @@ def shares(
   _emit(shares(_numbers("--processes", counts), rounds, _progress), output)
 
 
-@bench.command("reshard")
+@bench.command("reshard", cls=PlainCommand)
 def reshard(
   processes: Annotated[int, typer.Option(min=2, help="Processes with one device each.")] = 4,
   rounds: Annotated[int, typer.Option(min=1, help="Saves and restores that count, after one that does not.")] = 9,

@@ -43,14 +43,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _RICH_ROWS = 300
 
 
-def _parsed(parse: Callable[[Any], float], unit: str, *names: str, **settings: Any) -> Any:
+def _parsed(parse: Callable[[Any], float], unit: str, *names: str, make: Any = typer.Option, **settings: Any) -> Any:
   def convert(value: Any) -> float:
     try:
       return parse(value)
     except ValueError as e:
       raise typer.BadParameter(str(e)) from None
 
-  return typer.Option(*names, parser=convert, metavar=unit, show_default=False, **settings)
+  return make(*names, parser=convert, **({"metavar": unit, "show_default": False} | settings))
 
 
 duration = functools.partial(_parsed, parse_duration, "DURATION")  # options such as 90s or 2d6h, in seconds
@@ -180,11 +180,6 @@ def print_json(value: Any) -> None:
     return x.isoformat() if isinstance(x, datetime.datetime) else str(x)
 
   typer.echo(json.dumps(value, default=plain, indent=2))
-
-
-def pairs(values: dict[str, Any]) -> str:
-  """Names and values on one line: `loss=0.5  step=3`."""
-  return "  ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
 
 
 def run_at_step(text: str) -> tuple[str, int]:

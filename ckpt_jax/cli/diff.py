@@ -21,20 +21,24 @@ def diff(
   as_json: Json = False,
 ) -> None:
   """Compare two steps leaf by leaf: shapes, dtypes, bits, largest differences, norms; exit 1 if they differ."""
+  from ckpt_jax.observe.progress import Bar
   from ckpt_jax.restore.diff import HEADERS
   from ckpt_jax.restore.diff import diff as compare
 
   (run_a, step_a), (run_b, step_b) = run_at_step(a), run_at_step(b if not b.startswith("@") else run_at_step(a)[0] + b)
-  found = compare(run_a, step_a, run_b, step_b, only=only or None, item=item)
+  found = compare(run_a, step_a, run_b, step_b, only=only or None, item=item, on_progress=Bar())
   if as_json:
     every = [dataclasses.asdict(leaf) | {"change": leaf.change} for leaf in found.leaves]
-    print_json({"a": found.a, "b": found.b, "same": not found.differing, "leaves": every})
+    print_json({"a": found.a, "b": found.b, "same": found.same, "leaves": every, "beside": found.beside})
   else:
     leaves = found.leaves if everything else found.differing[:_ROWS]
     if leaves:
       print_table(HEADERS, [leaf.cells() for leaf in leaves], title=f"A: {found.a}  B: {found.b}")
-    if not everything and len(found.differing) > _ROWS:
-      typer.echo(f"{len(found.differing) - _ROWS:,} more that differ: --all")
+    more = max(len(found.differing) - _ROWS, 0) + max(len(found.beside) - _ROWS, 0)
+    if more and not everything:
+      typer.echo(f"{more:,} more that differ: --all")
+    for other in found.beside if everything else found.beside[:_ROWS]:
+      typer.echo(str(other))
     typer.echo(found.summary())
-  if found.differing:
+  if not found.same:
     raise typer.Exit(1)

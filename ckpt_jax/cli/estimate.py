@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ckpt_jax.cli.common import Json, duration, grouped, named_function, print_json, print_table
+from ckpt_jax.cli.common import Json, duration, grouped, named_function, number, print_json, print_table
 from ckpt_jax.cli.hosts import HostOptions
 from ckpt_jax.cli.retention import RetentionOptions
 from ckpt_jax.config.units import count, decimal_text, duration_text, size_text
@@ -52,7 +52,7 @@ class StateOptions:
     from ckpt_jax.planning.estimate import estimate
 
     if (params is None) == (self.state is None):
-      raise ConfigError("give either --params or --state")
+      raise ConfigError("give either a number of parameters, e.g. 7b, or --state")
     if self.state is None:
       recipe = {k: v for k, v in vars(self).items() if k not in ("state", "mesh")}
       return estimate(params, **recipe), None
@@ -91,6 +91,9 @@ def estimate(
   of: StateOptions,
   hosts: HostOptions,
   retention: RetentionOptions,
+  size: Annotated[
+    int | None, number(make=typer.Argument, metavar="[PARAMS]", help="Number of parameters, as --params.")
+  ] = None,
   devices: Annotated[int, typer.Option("--devices-per-host", min=1, help="Devices of a host.")] = 8,
   every: Annotated[float | None, duration(help="A save every so often: what the --keep options then store.")] = None,
   days: Annotated[float, typer.Option(help="How long storage is followed.")] = 30.0,
@@ -98,7 +101,9 @@ def estimate(
 ) -> None:
   """Estimate bytes of a training state and of inference weights, and what saves and restores take."""
   mesh = of.abstract_mesh()
-  sizes, state = of.make(hosts.params, mesh)
+  if size is not None and hosts.params is not None:
+    raise ConfigError("give the number of parameters once")
+  sizes, state = of.make(hosts.params if size is None else size, mesh)
   job = _job(sizes, hosts, devices if mesh is None else _spread(state, mesh, devices))
   stored = _stored(sizes, retention, every, days)
   if as_json:
@@ -107,7 +112,7 @@ def estimate(
   _print_sizes(sizes)
   _print_job(job)
   if stored:
-    money = "" if stored["cost_per_month"] is None else f", {stored['cost_per_month']:,.2f} a month"
+    money = "" if stored["cost_per_month"] is None else f", {retention.money(stored['cost_per_month'])} a month"
     mean, most = size_text(stored["mean_nbytes"]), size_text(stored["peak_nbytes"])
     typer.echo(
       f"storage over {days:g} days: {count(stored['steps'])} at the end, {mean} on average, {most} at most{money}"
@@ -170,7 +175,7 @@ def _job(sizes: SizeEstimate, hosts: HostOptions, of: int | Spread) -> dict[str,
   from ckpt_jax.planning.estimate import STRATEGIES, copy_seconds, host_nbytes, traffic
 
   nbytes = sizes.training_nbytes
-  storage = hosts.storage() if hosts.bandwidth or hosts.bandwidth_per_host else None
+  storage = hosts.storage() if hosts.is_measured else None
   if isinstance(of, int):
     number, devices, copies = hosts.hosts, of, float(hosts.copies)
     held, written = nbytes * copies / number, nbytes / number

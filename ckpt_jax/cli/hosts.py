@@ -12,6 +12,8 @@ from ckpt_jax.cli.common import number, size
 if TYPE_CHECKING:
   from ckpt_jax.planning.estimate import Storage
 
+ASSUMED_PER_HOST = 10**9  # bytes per second: what `tuning.assumed` has for Cloud Storage and S3
+
 
 @dataclasses.dataclass(frozen=True)
 class HostOptions:
@@ -23,15 +25,17 @@ class HostOptions:
     int, typer.Option(min=1, help="Replicas of the state over all hosts; 1: it is sharded over them.")
   ] = 1
   bandwidth: Annotated[int | None, size(help="Of the storage, all hosts together, per second.")] = None
-  bandwidth_per_host: Annotated[int | None, size(help="Of one host to the storage, per second.")] = None
+  bandwidth_per_host: Annotated[int | None, size(help="Of one host to the storage, per second (default: 1GB).")] = None
   interconnect: Annotated[float, size(help="Between hosts, per second (default: 12.5GB).")] = 12.5e9
 
   def storage(self) -> Storage:
-    """How fast the storage is.
-
-    Raises:
-      ConfigError: if no bandwidth was given.
-    """
+    """How fast the storage is; a bucket's usual speed if no bandwidth was given."""
     from ckpt_jax.planning.estimate import Storage
 
-    return Storage(self.bandwidth, self.bandwidth_per_host, self.interconnect)
+    per_host = self.bandwidth_per_host if self.is_measured else ASSUMED_PER_HOST
+    return Storage(self.bandwidth, per_host, self.interconnect)
+
+  @property
+  def is_measured(self) -> bool:
+    """Whether a bandwidth was given."""
+    return self.bandwidth is not None or self.bandwidth_per_host is not None

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ckpt_jax.cli.common import Run, Step, Yes, confirmed, fail, grouped, pairs, print_json, print_table
+from ckpt_jax.cli.common import Run, Step, Yes, confirmed, fail, grouped, print_json, print_table
 from ckpt_jax.cli.retention import RetentionOptions
-from ckpt_jax.config.units import count, duration_text, size_text
+from ckpt_jax.config.units import count, duration_text, pairs_text, size_text
 from ckpt_jax.errors import ConfigError
 
 
@@ -95,7 +95,7 @@ def _print_plan(plan: Any, options: RetentionOptions, dry_run: bool) -> None:
       size += " (thinned)"
     if s.step in plan.thinned:
       what, size = "thin", f"{size} -> {size_text(plan.thinned[s.step])}"
-    rows.append([str(s.step), age, size, pairs(s.metrics), health, what, reason])
+    rows.append([str(s.step), age, size, pairs_text(s.metrics), health, what, reason])
   print_table(["step", "age", "size", "metrics", "health", "", "why"], rows, title=str(plan.directory))
   for note in plan.notes:
     typer.echo(f"note: {note}")
@@ -106,7 +106,8 @@ def _print_plan(plan: Any, options: RetentionOptions, dry_run: bool) -> None:
     f"{size_text(freed)} freed, {size_text(kept)} stay"
   )
   if (cost := options.monthly_cost(kept)) is not None:
-    typer.echo(f"a month: {cost:,.2f} for what stays, {options.monthly_cost(freed):,.2f} less than now")
+    less = options.money(options.monthly_cost(freed) or 0.0)
+    typer.echo(f"a month: {options.money(cost)} for what stays, {less} less than now")
 
 
 def pin(run: Run, step: Step) -> None:

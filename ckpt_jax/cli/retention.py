@@ -40,6 +40,7 @@ class RetentionOptions:
     str | None, typer.Option(help="A YAML file whose rules and price apply where no option is given.")
   ] = None
   price: Annotated[float | None, typer.Option(help="Price of a GiB-month of storage, in your currency.")] = None
+  currency: Annotated[str, typer.Option(help="Printed behind prices, e.g. EUR.")] = ""
 
   @property
   def _settings(self) -> Config:
@@ -53,7 +54,9 @@ class RetentionOptions:
     """
     from ckpt_jax.policies.retention import Retention
 
-    given: dict[str, Any] = {name: getattr(self, name) for name in vars(self) if name not in ("config", "price")}
+    given: dict[str, Any] = {
+      name: getattr(self, name) for name in vars(self) if name not in ("config", "price", "currency")
+    }
     if best is not None:
       match = re.fullmatch(r"(.*?)(?::(min|max))?(?::(\d+))?", best, re.DOTALL)
       assert match is not None
@@ -68,3 +71,7 @@ class RetentionOptions:
     """The price of storing bytes for a month; None if no price is known."""
     price = self._settings.storage.price_per_gib_month if self.price is None else self.price
     return None if price is None else nbytes / _GIB * price
+
+  def money(self, amount: float) -> str:
+    """`12.50 EUR`."""
+    return f"{amount:,.2f} {self.currency}".rstrip()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckpt_jax.cli import quarantine
-from ckpt_jax.cli.common import Json, Run, Step, error, fail, pairs, print_json, print_table
-from ckpt_jax.config.units import count, duration_text, size_text
+from ckpt_jax.cli.common import Json, Run, Step, error, fail, print_json, print_table
+from ckpt_jax.config.units import count, duration_text, pairs_text, size_text
 from ckpt_jax.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def list_steps(
         str(s.step),
         s.time.strftime("%Y-%m-%d %H:%M:%S") if s.time else "?",
         size_text(s.nbytes),
-        pairs(s.metrics),
+        pairs_text(s.metrics),
         _remarks(s),
       ]
       for s in steps

@@ -10,13 +10,14 @@ import typer
 from ckpt_jax.cli.common import Json, console, duration, grouped, print_json, size
 from ckpt_jax.cli.hosts import HostOptions
 from ckpt_jax.cli.retention import RetentionOptions
-from ckpt_jax.config.units import duration_text, size_text
+from ckpt_jax.config.units import count, duration_text, size_text
 from ckpt_jax.errors import ConfigError
 
 if TYPE_CHECKING:
   from ckpt_jax.planning import simulate as model
 
 _TICKS = (0.1, 1, 10, 60, 300, 1800, 7200, 6 * 3600, 2 * 86400, 10 * 86400)  # seconds between saves
+_UNITS = (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
 _FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -52,7 +53,11 @@ class JobOptions:
       self.restart,
       storage.restore_seconds(nbytes, of.hosts, self.strategy, of.copies),
     )
-    return job, nbytes, "given"
+    return (
+      job,
+      nbytes,
+      "given" if of.is_measured else "assumed: 1 GB/s a host; give --bandwidth or --bandwidth-per-host",
+    )
 
 
 @grouped
@@ -99,13 +104,13 @@ def simulate(
     )
     _print_rows(rows, {best: " best", interval: " asked"})
     if use.steps:
-      money = "" if cost is None else f", {cost:,.2f} a month"
+      money = "" if cost is None else f", {retention.money(cost)} a month"
       typer.echo(
-        f"storage over {days:g} days: {use.steps[-1]} steps at the end, {size_text(use.mean_nbytes)} on average, "
+        f"storage over {days:g} days: {count(use.steps[-1])} at the end, {size_text(use.mean_nbytes)} on average, "
         f"{size_text(use.peak_nbytes)} at most{money}"
       )
   if plot is not None:
-    _draw(plot, job, best, interval, use, seed)
+    _draw(plot, job, best, interval, use, retention, seed)
 
 
 def _print_rows(rows: dict[float, dict[str, Any]], marks: dict[float | None, str]) -> None:
@@ -126,34 +131,55 @@ def _print_rows(rows: dict[float, dict[str, Any]], marks: dict[float | None, str
   console().print(table)
 
 
-def _draw(file: str, job: model.Job, best: float, interval: float | None, use: model.StorageUse, seed: int) -> None:
+def _draw(
+  file: str,
+  job: model.Job,
+  best: float,
+  interval: float | None,
+  use: model.StorageUse,
+  retention: RetentionOptions,
+  seed: int,
+) -> None:
   try:
     from matplotlib.figure import Figure
   except ImportError:
     raise ConfigError("--plot needs matplotlib: pip install 'ckpt-jax[plots]'") from None
+  figure = Figure(figsize=(11, 4), layout="constrained")
+  left, right = figure.subplots(1, 2)
+  _draw_goodput(left, job, best, interval, seed)
+  _draw_storage(right, use, retention)
+  try:
+    figure.savefig(file)
+  except (OSError, ValueError) as e:
+    raise ConfigError(f"{file}: the plot cannot be written: {e}") from None
+
+
+def _draw_goodput(axes: Any, job: model.Job, best: float, interval: float | None, seed: int) -> None:
   import numpy as np
 
   from ckpt_jax.planning import simulate as model
 
   lengths = np.geomspace(best / 20, best * 20, 60).tolist()
   found = [model.simulate(job, length, seed=seed, trials=60) for length in lengths]
-  figure = Figure(figsize=(11, 4), layout="constrained")
-  left, right = figure.subplots(1, 2)
-  left.fill_between(lengths, [f.low for f in found], [f.high for f in found], alpha=0.2, label="90% of runs")
-  left.plot(lengths, [f.goodput for f in found], label="Monte Carlo")
-  left.plot(lengths, [model.closed_form(job, length) for length in lengths], "--", label="closed form (Daly)")
-  left.axvline(best, color="k", lw=1, label=f"best: {duration_text(best)}")
+  axes.fill_between(lengths, [f.low for f in found], [f.high for f in found], alpha=0.2, label="90% of runs")
+  axes.plot(lengths, [f.goodput for f in found], label="Monte Carlo")
+  axes.plot(lengths, [model.closed_form(job, length) for length in lengths], "--", label="closed form (Daly)")
+  axes.axvline(best, color="k", lw=1, label=f"best: {duration_text(best)}")
   if interval:
-    left.axvline(interval, color="r", lw=1, ls=":", label="asked")
-  left.set(xscale="log", xlabel="work between saves", ylabel="goodput", ylim=(None, 1))
+    axes.axvline(interval, color="r", lw=1, ls=":", label=f"asked: {duration_text(interval)}")
+  axes.set(xscale="log", xlabel="work between saves", ylabel="goodput", ylim=(None, 1))
   ticks = [t for t in _TICKS if lengths[0] <= t <= lengths[-1]]
-  left.set_xticks(ticks, labels=map(duration_text, ticks))
-  left.minorticks_off()
-  left.legend()
-  unit, size = ("TiB", 2**40) if use.peak_nbytes > 2**40 else ("GiB", 2**30)
-  right.plot(use.days, [n / size for n in use.nbytes])
-  right.set(xlabel="days", ylabel=f"{unit} stored", ylim=(0, None))
-  try:
-    figure.savefig(file)
-  except (OSError, ValueError) as e:
-    raise ConfigError(f"{file}: the plot cannot be written: {e}") from None
+  axes.set_xticks(ticks, labels=map(duration_text, ticks))
+  axes.minorticks_off()
+  axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
+  axes.legend()
+
+
+def _draw_storage(axes: Any, use: model.StorageUse, retention: RetentionOptions) -> None:
+  """Bytes over days; on the right what they cost, if a price is known."""
+  unit, size = next((u for u in _UNITS if use.peak_nbytes >= u[1]), _UNITS[-1])
+  axes.plot(use.days, [n / size for n in use.nbytes])
+  axes.set(xlabel="days", ylabel=f"{unit} stored", ylim=(0, None))
+  if (price := retention.monthly_cost(size)) is not None:
+    prices = axes.secondary_yaxis("right", functions=(lambda stored: stored * price, lambda money: money / price))
+    prices.set_ylabel(f"{retention.currency} a month".strip())

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ckpt_jax.cli.common import Json, Run, console, fail, grouped, pairs, print_json, print_table
-from ckpt_jax.config.units import count, size_text
+from ckpt_jax.cli.common import Json, Run, console, fail, grouped, print_json, print_table
+from ckpt_jax.config.units import count, pairs_text, size_text
 
 if TYPE_CHECKING:
   from ckpt_jax.layout.contents import LeafInfo, StepDescription
@@ -86,7 +86,7 @@ def _facts(found: StepDescription) -> dict[str, str]:
   facts["versions"] = "  ".join(f"{name} {version}" for name, version in ours.get("versions", {}).items())
   facts["health"] = "" if (health := ours.get("health", {})) == {"healthy": True} else _text(health)
   facts["thinned to"] = ", ".join((ours.get("thinned") or {}).get("keep", []))
-  facts["metrics"] = pairs(found.metrics)
+  facts["metrics"] = pairs_text(found.metrics)
   facts["extras"] = _text(found.extras)
   return {name: value for name, value in facts.items() if value not in ("", "{}", "null")} or {"metadata": "none"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, StrictStr
@@ -115,6 +115,11 @@ def duration_text(seconds: float) -> str:
     if seconds >= 2 * length:
       return f"{seconds / length:.3g} {unit}"
   return f"{seconds:.3g} s"
+
+
+def pairs_text(values: Mapping[str, Any]) -> str:
+  """Names and values on one line: `loss=0.5  step=3`."""
+  return "  ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
 
 
 # -- what the settings take

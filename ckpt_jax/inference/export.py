@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from ckpt_jax.config.units import count, size_text
 from ckpt_jax.errors import CheckpointError, ConfigError, NoCheckpointError
 from ckpt_jax.inference import rename as renaming
 from ckpt_jax.inference.cast import Loss
@@ -70,6 +71,14 @@ class ExportReport:
   left_out: dict[str, str] = dataclasses.field(default_factory=dict)
   loss_before: float | None = None
   loss_after: float | None = None
+
+  def __repr__(self) -> str:
+    worst = max(self.losses.values(), key=lambda loss: loss.relative, default=None)
+    lost = "" if worst is None else f", at most {worst.relative:.2%} lost of a leaf"
+    return (
+      f"ExportReport({self.path}: {self.node or 'all'} of step {self.step}, {count(self.leaves, 'leaf', 'leaves')}, "
+      f"{size_text(self.source_nbytes)} -> {size_text(self.nbytes)}, {len(self.quantized):,} quantised{lost})"
+    )
 
   @property
   def change(self) -> float | None:
@@ -122,13 +131,13 @@ def export(
   leaves, left_out = _leaves(source, node, options)
   if not leaves:
     raise ConfigError(f"{source}: there are no numbers below {node!r}")
-  layout = _layout(source, leaves, options)
+  layout = _layout(leaves, options, committed := step_metadata(source.directory).get(COMMITTED_AT) or 0)
   about = {"run": os.fspath(run_directory(run)), "step": number, "node": node, "format": options.format}
   about |= {"dtype": options.dtype, "quantize": options.quantize}
   nbytes = sum(leaf.nbytes for leaf in leaves)
   losses: dict[str, Loss] = {}
   try:
-    with output.open(_plan(source, layout), nbytes):
+    with output.open(_plan(source, layout, committed), nbytes):
       files = _write(source, layout, output, options, losses)
       output.close_files(files, layout.closing)
       output.commit(ExportRecord(about, _names(source, node, leaves), _described(leaves), files).to_bytes())
@@ -187,15 +196,15 @@ def _leaves(source: Step, node: str, options: Options) -> tuple[list[Leaf], dict
   return leaves, left_out
 
 
-def _layout(source: Step, leaves: Sequence[Leaf], options: Options) -> Layout:
+def _layout(leaves: Sequence[Leaf], options: Options, committed: int) -> Layout:
   if options.format == "safetensors":
     return safetensors_layout(leaves, options.shard_size, dict(options.metadata))
-  return orbax_layout(leaves, options.shard_size, step_metadata(source.directory).get(COMMITTED_AT) or 0)
+  return orbax_layout(leaves, options.shard_size, committed)
 
 
-def _plan(source: Step, layout: Layout) -> str:
-  """A digest of everything that decides the bytes of an export."""
-  made = [str(source.directory), step_metadata(source.directory).get(COMMITTED_AT), dataclasses.astuple(layout)]
+def _plan(source: Step, layout: Layout, committed: int) -> str:
+  """A digest of everything that decides the bytes of an export; `committed` is when the step was."""
+  made = [str(source.directory), committed, dataclasses.astuple(layout)]
   return hashlib.blake2b(repr(made).encode(), digest_size=16).hexdigest()
 
 

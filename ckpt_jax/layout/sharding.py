@@ -28,39 +28,31 @@ def local_nbytes(state: PyTree | Flat) -> int:
   return _sizes_of(state)[1]
 
 
-def largest_shard_nbytes(state: PyTree | Flat) -> int:
-  """Bytes of the largest piece of one array that this process holds; 0 without arrays."""
-  return _sizes_of(state)[2]
-
-
 def global_nbytes(state: PyTree | Flat) -> int:
   """Bytes of all array leaves, each counted once however it is sharded."""
   return _sizes_of(state)[0]
 
 
-def _sizes_of(state: PyTree | Flat) -> tuple[int, int, int]:
+def _sizes_of(state: PyTree | Flat) -> tuple[int, int]:
   structure = flatten(state).structure
   return structure.once(_sizes, structure.abstract)
 
 
-def _sizes(leaves: Sequence[Any]) -> tuple[int, int, int]:
-  """Bytes of all arrays, of the distinct pieces that this process holds, and of the largest of those."""
+def _sizes(leaves: Sequence[Any]) -> tuple[int, int]:
+  """Bytes of all arrays, and of the distinct pieces that this process holds."""
   kinds: collections.Counter[Any] = collections.Counter()
-  whole = local = largest = 0
+  whole = local = 0
   for leaf in leaves:
     if leaf is not None:
       whole += math.prod(leaf.shape) * leaf.dtype.itemsize
     if isinstance(leaf, np.ndarray):
       local += leaf.nbytes
-      largest = max(largest, leaf.nbytes)
     elif leaf is not None and leaf.sharding is not None:
       kinds[leaf.shape, leaf.dtype, leaf.sharding] += 1  # thousands of leaves are of few kinds
   for (shape, dtype, sharding), count in kinds.items():
     boxes = {box_of(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()}
-    pieces = [math.prod(shape_of(box)) * dtype.itemsize for box in boxes]
-    local += count * sum(pieces)
-    largest = max(largest, *pieces, 0)
-  return whole, local, largest
+    local += count * sum(math.prod(shape_of(box)) * dtype.itemsize for box in boxes)
+  return whole, local
 
 
 def context_mesh() -> Mesh | None:

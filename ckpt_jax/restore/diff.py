@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from ckpt_jax.config import Config
 from ckpt_jax.config.html import html_table
 from ckpt_jax.config.units import count
 from ckpt_jax.integrity.fingerprint import bits_of
+from ckpt_jax.job.progress import Counter, OnProgress, reported
 from ckpt_jax.layout.contents import LeafInfo
 from ckpt_jax.restore import stream
 from ckpt_jax.restore.patterns import as_patterns, selected
 from ckpt_jax.restore.step import Step
-from ckpt_jax.run.steps import run_directory, step_directory
+from ckpt_jax.run.steps import StepInfo, run_directory, step_directory, step_info
 from ckpt_jax.storage.objects import snapshot
 
 _GROUP_NBYTES = 32 << 20  # of each step; two groups of each are in memory
@@ -87,29 +89,62 @@ HEADERS = ("leaf", "differs in", "shape", "dtype", "elements", "max abs", "max r
 
 
 @dataclasses.dataclass(frozen=True)
+class BesideDiff:
+  """What differs in two steps beside the values of leaves.
+
+  Attributes:
+    path: below `metrics`, `extras`, or `containers` (the type of a node of the tree).
+    what: `values`, `only in A` or `only in B`.
+    a, b: the number, text or type in either step; None where it is not there.
+  """
+
+  path: str
+  what: str
+  a: Any
+  b: Any
+
+  def __str__(self) -> str:
+    a, b = (f"{json.dumps(value):.60}" for value in (self.a, self.b))
+    return (
+      f"{self.path}: {a} -> {b}"
+      if self.what == VALUES
+      else f"{self.path}: {b if self.what == ONLY_B else a} {self.what}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Diff:
   """What differs between two steps.
 
   Attributes:
     a, b: the steps, as RUN@STEP.
     leaves: of both; those of one step only first, then those that changed most, at last those that are the same.
+    beside: what differs in metrics, extras and the types of containers (a list, a dict), which hold no bits of a state.
   """
 
   a: str
   b: str
   leaves: tuple[LeafDiff, ...]
+  beside: tuple[BesideDiff, ...] = ()
 
   @property
   def differing(self) -> tuple[LeafDiff, ...]:
     """The leaves that are not the same, bit for bit."""
     return tuple(leaf for leaf in self.leaves if leaf.what != SAME)
 
+  @property
+  def same(self) -> bool:
+    """Whether nothing differs."""
+    return not self.differing and not self.beside
+
   def summary(self) -> str:
-    """How many leaves differ in what."""
+    """How many leaves differ in what, and what else does."""
     kinds = collections.Counter(leaf.what for leaf in self.leaves)
     prefix = {VALUES: "differ in ", DTYPE: "differ in ", SHAPE: "differ in "}
     named = [f"{kinds[what]:,} {prefix.get(what, '')}{what}" for what in _ORDER if kinds[what]]
-    return f"{count(len(self.leaves), 'leaf', 'leaves')}: {', '.join(named)}" if named else "no leaves"
+    leaves = f"{count(len(self.leaves), 'leaf', 'leaves')}: {', '.join(named)}" if named else "no leaves"
+    kinds = collections.Counter(found.path.split("/")[0] for found in self.beside)
+    return "; ".join([leaves, *(f"{n:,} of the {what} differ" for what, n in kinds.items())])
 
   def __repr__(self) -> str:
     return f"Diff({self.a}, {self.b}: {self.summary()})"
@@ -128,26 +163,32 @@ def diff(
   *,
   only: str | Iterable[str] | None = None,
   item: str | None = None,
+  on_progress: OnProgress | None = None,
 ) -> Diff:
   """Compares two steps leaf by leaf. Needs no devices, and some 300 MB of memory however large the steps
   are, or four of their chunks if those are larger.
 
   Args:
     run_a, step_a, run_b, step_b: the steps A and B, of one run or of two, local or in buckets.
-    only: path or glob of the leaves to compare, or several, as for `restore`.
+    only: path or glob of the leaves to compare, or several, as for `restore`; then nothing but leaves is compared.
     item: of steps with several items. Default: the training state.
+    on_progress: called with the bytes that are read.
 
   Raises:
     NoCheckpointError: if there is no such step.
     ConfigError: if there is no such item.
-    StructureMismatchError: if `only` names a leaf of neither step.
+    UnknownLeafError: if `only` names a leaf of neither step.
     CorruptCheckpointError, StorageError: if one cannot be read.
   """
   place_a, place_b = step_directory(run_directory(run_a), step_a), step_directory(run_directory(run_b), step_b)
   with snapshot(place_a), snapshot(place_b):
-    comparison = _Comparison(Step(place_a, Config(), item), Step(place_b, Config(), item))
-    leaves = comparison.leaves(None if only is None else as_patterns(only, "only"))
-  return Diff(f"{os.fspath(run_a)}@{step_a}", f"{os.fspath(run_b)}@{step_b}", tuple(leaves))
+    a, b = Step(place_a, Config(), item), Step(place_b, Config(), item)
+    comparison = _Comparison(a, b)
+    leaves = comparison.leaves(None if only is None else as_patterns(only, "only"), on_progress)
+    beside: list[BesideDiff] = []
+    if only is None:
+      beside = _differing(*(_beside(s, step_info(s.directory.parent, n)) for s, n in ((a, step_a), (b, step_b))))
+  return Diff(f"{os.fspath(run_a)}@{step_a}", f"{os.fspath(run_b)}@{step_b}", tuple(leaves), tuple(beside))
 
 
 class _Comparison:
@@ -156,13 +197,13 @@ class _Comparison:
   def __init__(self, a: Step, b: Step):
     self._a, self._b = a, b
 
-  def leaves(self, only: Sequence[str] | None) -> list[LeafDiff]:
+  def leaves(self, only: Sequence[str] | None, on_progress: OnProgress | None) -> list[LeafDiff]:
     """The leaves of both, sorted, or those that the patterns `only` name; reads what both have."""
     names = list(dict.fromkeys([*self._a.infos, *self._b.infos]))
     if only is not None:
       wanted = selected(only, names, "only", f"{self._a} or {self._b}")
       names = [name for name in names if name in wanted]
-    figures = dict(self._figures([name for name in names if self._is_compared(name)]))
+    figures = dict(self._figures([name for name in names if self._is_compared(name)], on_progress))
     found = [self._leaf(name, figures.get(name)) for name in names]
     ranks = {what: min(i, _ORDER.index(DTYPE)) for i, what in enumerate(_ORDER)} | {SAME: len(_ORDER)}
     return sorted(found, key=lambda leaf: (ranks[leaf.what], -leaf.change, -leaf.max_abs))
@@ -175,19 +216,22 @@ class _Comparison:
     texts = [info.dtype == "str" or info.dtype.startswith("key<") for info in (a, b)]
     return a.dtype == b.dtype or not any(texts)
 
-  def _figures(self, names: Sequence[str]) -> Iterator[tuple[str, _Tally]]:
+  def _figures(self, names: Sequence[str], on_progress: OnProgress | None) -> Iterator[tuple[str, _Tally]]:
     groups = stream.parts(self._a, names, _GROUP_NBYTES, chunks_of=self._b)
     same_of_b = [[dataclasses.replace(part, plan=self._b.plan(part.plan.name)) for part in group] for group in groups]
-    tally = _Tally()
+    tally, read = _Tally(), Counter()
     name = None
+    nbytes = [sum(part.nbytes for part in (*one, *other)) for one, other in zip(groups, same_of_b, strict=True)]
     streams = stream.stream(self._a, groups), stream.stream(self._b, same_of_b)
-    for (group, of_a), (_, of_b) in zip(*streams, strict=True):
-      for part, a, b in zip(group, of_a, of_b, strict=True):
-        if part.plan.name != name:  # parts of a leaf follow each other
-          if name is not None:
-            yield name, tally
-          name, tally = part.plan.name, _Tally()
-        tally.add(a, b)
+    with reported(on_progress, f"comparing {self._a} and {self._b}", sum(nbytes), read):
+      for (group, of_a), (_, of_b), size in zip(*streams, nbytes, strict=True):
+        for part, a, b in zip(group, of_a, of_b, strict=True):
+          if part.plan.name != name:  # parts of a leaf follow each other
+            if name is not None:
+              yield name, tally
+            name, tally = part.plan.name, _Tally()
+          tally.add(a, b)
+        read.add(size)
     if name is not None:
       yield name, tally
 
@@ -200,6 +244,42 @@ class _Comparison:
     else:
       what = VALUES if tally is not None and tally.differing else SAME
     return LeafDiff(name, what, a, b, **({} if tally is None else tally.figures()))
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[BesideDiff]:
+  found = []
+  for path in dict.fromkeys([*a, *b]):
+    what = ONLY_B if path not in a else ONLY_A if path not in b else VALUES
+    if what != VALUES or json.dumps(a[path]) != json.dumps(b[path]):  # as text 1 and 1.0 differ, and two NaNs do not
+      found.append(BesideDiff(path, what, a.get(path), b.get(path)))
+  return found
+
+
+def _beside(step: Step, info: StepInfo) -> dict[str, Any]:
+  """Numbers and text of a step's metrics and extras, and the types of its containers, by path."""
+  found = dict(_entries("metrics", info.metrics)) | dict(_entries("extras", step.ours.get("extras")))
+  return found | dict(_containers("containers", step.item.tree))
+
+
+def _entries(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+  """The numbers and texts in JSON; containers only if they are empty."""
+  if value and isinstance(value, (Mapping, list)):
+    for key, below in value.items() if isinstance(value, Mapping) else enumerate(value):
+      yield from _entries(f"{path}/{key}", below)
+  elif path not in ("metrics", "extras"):
+    yield path, value
+
+
+def _containers(path: str, node: Any) -> Iterator[tuple[str, str]]:
+  """The type of each container of a tree; `None` for one that Orbax stored as empty."""
+  if node is None or isinstance(node, (Mapping, list, tuple)):
+    yield path, "None" if node is None else "dict" if isinstance(node, Mapping) else type(node).__name__
+  if isinstance(node, Mapping):
+    for key, below in node.items():
+      yield from _containers(f"{path}/{key}", below)
+  elif isinstance(node, (list, tuple)):
+    for i, below in enumerate(node):
+      yield from _containers(f"{path}/{i}", below)
 
 
 class _Tally:

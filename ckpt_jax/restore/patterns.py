@@ -8,7 +8,7 @@ import functools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from ckpt_jax.errors import ConfigError, StructureMismatchError
+from ckpt_jax.errors import ConfigError, UnknownLeafError
 
 PyTree = Any
 
@@ -57,7 +57,7 @@ def selected(patterns: Sequence[str], paths: Collection[str], argument: str, whe
   """The paths that any pattern names.
 
   Raises:
-    StructureMismatchError: naming the patterns that name none of `paths`, each with the nearest there is.
+    UnknownLeafError: naming the patterns that name none of `paths`, each with the nearest there is.
   """
   found: set[str] = set()
   useless = []
@@ -67,7 +67,7 @@ def selected(patterns: Sequence[str], paths: Collection[str], argument: str, whe
     if not hits:
       useless.append(f"{argument}={pattern!r}: names no leaf of {where}{_nearest_node(pattern, paths)}")
   if useless:
-    raise StructureMismatchError("\n".join(useless))
+    raise UnknownLeafError("\n".join(useless))
   return found
 
 

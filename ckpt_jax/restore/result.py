@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
+from ckpt_jax.config.html import html_table
+from ckpt_jax.config.units import count, duration_text, size_text
+
 PyTree = Any
 
 
@@ -59,3 +64,24 @@ class Restored:
   metrics: dict[str, Any]
   extras: Any
   report: RestoreReport | None
+
+  def __repr__(self) -> str:
+    return f"Restored({'; '.join(f'{name} {text}' for name, text in self._rows())})"
+
+  def _repr_html_(self) -> str:
+    return html_table(("", "restored"), self._rows())
+
+  def _rows(self) -> list[tuple[str, str]]:
+    leaves = jax.tree.leaves(self.state)
+    nbytes = sum(getattr(leaf, "nbytes", 0) for leaf in leaves)
+    rows = [
+      ("step", "none, initialised afresh" if self.step is None else str(self.step)),
+      ("next step", str(self.next_step)),
+      ("state", f"{size_text(nbytes)} in {count(len(leaves), 'leaf', 'leaves')}"),
+    ]
+    if (report := self.report) is not None:
+      checked = f"not verified: {report.unverified}" if report.unverified else f"{report.verified:,} verified"
+      rows.append(("read", f"by {report.strategy} in {duration_text(report.seconds)}, {checked}"))
+      rows += [(f"step {step}", f"quarantined: {why}") for step, why in report.quarantined.items()]
+    rows += [(n, f"{text!s:.200}") for n, text in (("metrics", self.metrics), ("extras", self.extras)) if text]
+    return rows

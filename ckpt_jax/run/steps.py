@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax.config.arguments import step_number
+from ckpt_jax.config.units import pairs_text, size_text
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.orbax.format import (
   AGGREGATE,
@@ -66,6 +67,12 @@ class StepInfo:
   healthy: bool | None = None
   pinned: bool = False
   resumable: bool = True
+
+  def __repr__(self) -> str:
+    when = "" if self.time is None else f", {self.time:%Y-%m-%d %H:%M} UTC"
+    tags = [(self.pinned, "pinned"), (self.healthy is False, "unhealthy"), (not self.resumable, "thinned")]
+    more = "".join(f", {text}" for text in (pairs_text(self.metrics), *(word for true, word in tags if true)) if text)
+    return f"StepInfo({self.step}: {size_text(self.nbytes)}{when}{more})"
 
 
 def run_directory(path: str | os.PathLike[str]) -> epath.Path:

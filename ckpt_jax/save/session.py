@@ -132,9 +132,15 @@ class Session:
     # Process 0 decides: the old Checkpointer may have been garbage-collected earlier on one process than on another.
     if decided_by_process_zero(is_stale, self._rendezvous, self._patience) == [1]:
       self.saver.reload()
+    self.record_start()
     self._claimed = True
     if error is not None:
       raise error
+
+  def record_start(self) -> None:
+    """Has this life of the job recorded from now on, since it trains; unless another job may be writing the run."""
+    if self.run.admission.unclaimed:
+      self.run.journal.begin()
 
   def wait_for_predecessors(self, *, dropped: bool = False) -> None:
     """Waits for the writes of earlier Checkpointers of this process into this run, so that their steps count.

@@ -20,6 +20,8 @@ from typing import Any
 import pydantic
 
 from ckpt_jax.config import parse_bytes, parse_duration
+from ckpt_jax.config.html import html_table
+from ckpt_jax.config.units import decimal_text, size_text
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.storage.cache import recall, remember
 from ckpt_jax.storage.kinds import StorageKind, detect, storage_identity
@@ -102,6 +104,20 @@ class StorageProfile:
     """Seconds since it was measured."""
     then = datetime.datetime.fromisoformat(self.measured_at)
     return (datetime.datetime.now(datetime.timezone.utc) - then).total_seconds()
+
+  def __repr__(self) -> str:
+    when = f"measured {self.measured_at:.16} UTC in {self.seconds:.1f} s" if self.seconds else "assumed, not measured"
+    return (
+      f"StorageProfile({self.kind} at {self.path}: writes {decimal_text(self.write_bytes_per_s)}/s, reads "
+      f"{decimal_text(self.read_bytes_per_s)}/s, a request is efficient from {decimal_text(self.knee_nbytes)}; {when})"
+    )
+
+  def _repr_html_(self) -> str:
+    rates = [(f"write, {t.streams} at a time", f"{decimal_text(t.bytes_per_s)}/s") for t in self.write]
+    rates += [(f"read, {t.streams} at a time", f"{decimal_text(t.bytes_per_s)}/s") for t in self.read]
+    each = [(f"read of {size_text(r.nbytes)}", f"{1e3 * r.seconds:.3g} ms") for r in self.ranges]
+    each += [(name, f"{1e3 * seconds:.3g} ms") for name, seconds in self.latency.items()]
+    return html_table(("", "bytes a second"), rates, repr(self)) + html_table(("one request", "median"), each)
 
   def to_dict(self) -> dict[str, Any]:
     """JSON-able data, derived figures included."""

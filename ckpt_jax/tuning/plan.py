@@ -13,6 +13,7 @@ from typing import Any
 import pydantic
 
 from ckpt_jax.config import Config
+from ckpt_jax.config.html import html_table
 from ckpt_jax.config.units import count, decimal_text
 from ckpt_jax.layout.staging import PINNED_LIMIT
 from ckpt_jax.storage.connect import connect
@@ -20,7 +21,7 @@ from ckpt_jax.storage.kinds import StorageKind, detect
 from ckpt_jax.storage.paths import given
 from ckpt_jax.storage.probe import StorageProfile, cached_profile, quick_probe
 from ckpt_jax.tuning.assumed import assumed_profile, is_assumed
-from ckpt_jax.tuning.choices import CHOICES, Choice, Facts, rate_text, seconds_text
+from ckpt_jax.tuning.choices import CHOICES, Choice, Facts, rate_text, seconds_text, value_text
 from ckpt_jax.tuning.costs import ORBAX, Layout, Prediction, predict
 from ckpt_jax.tuning.profile import HostProfile, StateProfile, profile_host, profile_state
 
@@ -60,6 +61,22 @@ class Plan(Prediction):
         sections.setdefault(section, {})[key] = value
     updates = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
     return config.model_copy(update=updates)
+
+  def summary(self) -> str:
+    """State, storage, the settings that were decided and what to expect, in one line."""
+    decided = (f"{c.key.split('.')[-1]} {c.text}" for c in self.choices if c.is_setting and c.value != "auto")
+    return (
+      f"for {decimal_text(self.state.nbytes)} in {count(self.state.leaves, 'array')} on {self.storage.kind}: "
+      f"{', '.join(decided)}; expected: save blocks {seconds_text(self.blocking_s)}, commits in "
+      f"{seconds_text(self.commit_s)}, restore {seconds_text(self.restore_s)}"
+    )
+
+  def __repr__(self) -> str:
+    return f"Plan({self.summary()}; explain() gives the reasons)"
+
+  def _repr_html_(self) -> str:
+    rows = [(c.key, c.text, f"{'set by you; ' if c.by_user else ''}{c.reason}", c.default) for c in self.choices]
+    return html_table(("setting", "value", "why", "Orbax by default"), rows, f"Plan {self.summary()}")
 
   def explain(self) -> str:
     """What was measured, what to expect, and a line for each choice: value, reason, Orbax's default and its cost."""
@@ -110,6 +127,48 @@ class Plan(Prediction):
   def from_dict(cls, data: Mapping[str, Any]) -> Plan:
     """The inverse of `to_dict`."""
     return pydantic.TypeAdapter(cls).validate_python(data)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPlan:
+  """Stands for a plan that there is not, and counts as false.
+
+  Attributes:
+    config: the user's settings.
+    why: the reason that there is none.
+  """
+
+  config: Config
+  why: str = "no plan yet: it is made from the first state that is saved, or restored with like="
+
+  def __bool__(self) -> bool:
+    return False
+
+  @property
+  def values(self) -> dict[str, Any]:
+    """Nothing is decided."""
+    return {}
+
+  def summary(self) -> str:
+    """The reason."""
+    return self.why
+
+  def explain(self) -> str:
+    """Why there is no plan, the settings that one will decide, and those that are set already."""
+    open_, given = [], []
+    for section in ("layout", "limits", "restore", "timeouts"):
+      values = getattr(self.config, section)
+      for key in type(values).model_fields:
+        path, value = f"{section}.{key}", getattr(values, key)
+        if value == "auto":
+          open_.append(path)
+        elif key in values.model_fields_set:
+          given.append(f"{path}: {value_text(path, value)}")
+    lines = [self.why, f"it will decide {', '.join(open_)}, by the state's shapes, this storage and this host"]
+    return "\n".join(lines + [f"set by you: {', '.join(given)}"] * bool(given))
+
+  def __repr__(self) -> str:
+    return f"NoPlan({self.why}; explain() lists what it will decide)"
 
 
 def make_plan(

@@ -14,13 +14,12 @@ from typing import Any
 import jax
 
 from ckpt_jax.config import Config
-from ckpt_jax.config.units import count, decimal_text
 from ckpt_jax.layout.structure import Flat, flatten
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import StorageProfile, quick_probe
 from ckpt_jax.tuning.assumed import is_assumed
-from ckpt_jax.tuning.choices import Facts, seconds_text
-from ckpt_jax.tuning.plan import Plan, decide, known_profile
+from ckpt_jax.tuning.choices import Facts
+from ckpt_jax.tuning.plan import NoPlan, Plan, decide, known_profile
 from ckpt_jax.tuning.profile import profile_host, profile_state, sample_state
 
 _log = logging.getLogger(__name__)
@@ -42,6 +41,7 @@ class Planner:
 
   Attributes:
     plan: the one in force; None before the first save or restore.
+    no_plan: what is known while there is none.
   """
 
   def __init__(
@@ -60,6 +60,7 @@ class Planner:
       agree: gives process 0's numbers to all processes.
     """
     self.plan: Plan | None = None
+    self.no_plan = NoPlan(config)
     self._directory = directory
     self._user = config
     self._kind = kind
@@ -126,14 +127,10 @@ class Planner:
 
   def _report(self, plan: Plan, seconds: float) -> None:
     _log.info(
-      "%s: plan for %s in %s, made in %.2f s: %s; expected: save blocks %s, commits in %s, restore %s "
-      "(Checkpointer.plan.explain() gives the reasons)",
+      "%s: plan %s; made in %.2f s (Checkpointer.plan.explain() gives the reasons)",
       self._directory,
-      decimal_text(plan.state.nbytes),
-      count(plan.state.leaves, "array"),
+      plan.summary(),
       seconds,
-      ", ".join(f"{c.key.split('.')[-1]} {c.text}" for c in plan.choices if c.is_setting and c.value != "auto"),
-      *map(seconds_text, (plan.blocking_s, plan.commit_s, plan.restore_s)),
     )
 
   def _decide(self, state: Flat, again: Plan | None, nbytes: int, sample: bool) -> Plan | None:
@@ -145,6 +142,7 @@ class Planner:
     except Exception as e:  # the checkpoint that waits for it is worth more than a plan
       reason = f"{type(e).__name__}: {e}"
       _log.warning("%s: no plan could be made (%s); `auto` means Orbax's defaults", self._directory, reason)
+      self.no_plan = NoPlan(self._user, f"no plan could be made ({reason}); `auto` means Orbax's defaults")
       return None
 
   def _storage(self, nbytes: int) -> StorageProfile:

@@ -52,7 +52,7 @@ def test_only_some_leaves(model):
   out = cli("show", model, "--only", "params/layer_3", "--only", "step").stdout
   assert "3 leaves" in out and "kernel" in out and "─ opt" not in out
   done = cli("show", model, "--only", "parms")
-  assert done.returncode == 1 and "did you mean 'params'" in done.stderr
+  assert done.returncode == 2 and "did you mean 'params'" in done.stderr
 
 
 def test_config_is_printed_when_asked_for_and_without_nulls(model):

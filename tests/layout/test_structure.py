@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.layout.sharding import global_nbytes, largest_shard_nbytes, local_nbytes
+from ckpt_jax.layout.sharding import global_nbytes, local_nbytes
 from ckpt_jax.layout.structure import flatten
 
 
@@ -83,4 +83,3 @@ def test_sizes_are_those_of_the_state_at_hand():
     twice = jax.device_put(jnp.zeros(n), NamedSharding(mesh, P()))
     held = {"x": x, "twice": twice, "host": np.zeros(n), "step": 1}
     assert global_nbytes(held) == local_nbytes(held) == 12 * n + 4 * n + 8 * n
-    assert largest_shard_nbytes(held) == 8 * n

@@ -121,7 +121,7 @@ def cli(*arguments):
 
 
 def test_simulate_prints_the_best_interval_and_draws_it(tmp_path):
-  picture = tmp_path / "curve.png"
+  picture = tmp_path / "curve.svg"  # its texts are in comments
   pytest.importorskip("matplotlib")
   done = cli(
     "--params",
@@ -136,11 +136,18 @@ def test_simulate_prints_the_best_interval_and_draws_it(tmp_path):
     3,
     "--keep-daily",
     7,
+    "--price",
+    0.02,
+    "--currency",
+    "EUR",
     "--plot",
     picture,
   )
   assert done.returncode == 0, done.stderr
-  assert "best" in done.stdout and picture.stat().st_size > 10_000
+  assert "best" in done.stdout and " EUR a month" in done.stdout
+  text = picture.read_text()
+  for label in ("work between saves", "min", "99.", "%", "days", "GB stored", "EUR a month"):
+    assert f"<!-- {label}" in text or label in text, label
 
 
 def test_simulate_gives_json():
@@ -175,6 +182,12 @@ def test_simulate_assumes_one_copy_sharded_over_the_hosts():
   assert found["restore_s"] == found["background_s"] == pytest.approx(84)
 
 
+def test_simulate_without_a_bandwidth_says_what_it_assumes():
+  done = cli("--params", "70e9", "--hosts", 32)
+  assert done.returncode == 0 and "a save takes 5.25 s from training and commits 26.2 s later" in done.stdout
+  assert "assumed: 1 GB/s a host" in done.stdout
+
+
 def test_simulate_takes_its_costs_from_a_run(tmp_path):
   with ckpt.Checkpointer(tmp_path, {"retention": {"last": 2}}) as c:
     for step in range(3):
@@ -186,7 +199,9 @@ def test_simulate_takes_its_costs_from_a_run(tmp_path):
   assert cli("--calibrate", tmp_path / "none").returncode == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["--bytes", "1GB"], ["--bytes", "x", "--bandwidth", "1GB"]])
+@pytest.mark.parametrize(
+  "arguments", [[], ["--bytes", "1GB", "--params", "7x"], ["--bytes", "x", "--bandwidth", "1GB"]]
+)
 def test_simulate_without_what_it_needs_is_wrong_usage(arguments):
   done = cli(*arguments)
   assert done.returncode == 2 and done.stderr.startswith(("error: ", "Usage: "))

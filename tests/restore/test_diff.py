@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import hypothesis
 import jax
@@ -189,6 +190,51 @@ def test_only_some_leaves(tmp_path):
   assert [x.path for x in ckpt.diff(tmp_path, 0, tmp_path, 0, only="params").leaves] == ["params/a", "params/b"]
   with pytest.raises(ckpt.StructureMismatchError, match="did you mean 'params'"):
     ckpt.diff(tmp_path, 0, tmp_path, 0, only="param")
+  done = cli("diff", f"{tmp_path}@0", "@0", "--only", "param")
+  assert done.returncode == 2 and "did you mean 'params'" in done.stderr
+
+
+def test_metrics_extras_and_containers_are_compared_too(tmp_path):
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(0, {"x": (jnp.ones(2), {}), "y": {}}, metrics={"loss": 1, "old": 2.0}, extras={"data": {"at": [1, 2]}})
+    c.save(
+      1, {"x": [jnp.ones(2), {}], "y": {}}, metrics={"loss": 1.0, "nan": 0}, extras={"data": {"at": [1, 3]}, "n": None}
+    )
+  found = ckpt.diff(tmp_path, 0, tmp_path, 1)
+  assert not found.differing and not found.same and ckpt.diff(tmp_path, 1, tmp_path, 1).same
+  assert [str(other) for other in found.beside][:5] == [
+    "metrics/loss: 1 -> 1.0",
+    "metrics/old: 2.0 only in A",
+    "extras/data/at/1: 2 -> 3",
+    "metrics/nan: 0 only in B",
+    "extras/n: null only in B",
+  ]
+  assert ckpt.diff(tmp_path, 0, tmp_path, 1, only="x").same
+  done = cli("diff", f"{tmp_path}@0", "@1")
+  assert done.returncode == 1 and "1 leaf: 1 same; 3 of the metrics differ; 2 of the extras differ" in done.stdout
+  assert "extras/data/at/1: 2 -> 3" in done.stdout
+
+
+def test_types_of_containers_are_compared(tmp_path):
+  save(tmp_path, {"a": [jnp.ones(2)], "b": {}}, {"a": {"0": jnp.ones(2)}, "b": {}, "c": {}})
+  beside = {other.path: (other.what, other.a, other.b) for other in ckpt.diff(tmp_path, 0, tmp_path, 1).beside}
+  assert beside == {
+    "containers/a": ("values", "list", "dict"),
+    "containers/c": ("only in B", None, "dict"),
+  }
+
+
+def test_progress_counts_the_bytes_of_both_steps(tmp_path, monkeypatch):
+  save(tmp_path, {"x": jnp.ones(100_000)}, {"x": jnp.zeros(100_000)})
+  seen, reported = [], threading.Event()
+
+  def on_progress(progress):
+    seen.append(progress)
+    reported.set()
+
+  monkeypatch.setattr(differ._Tally, "add", lambda *_: reported.wait(60))  # long enough to be worth a report
+  ckpt.diff(tmp_path, 0, tmp_path, 1, on_progress=on_progress)
+  assert seen[-1].finished and seen[-1].done == seen[-1].total == 800_000
 
 
 def test_what_cannot_be_compared_is_an_error(tmp_path):

@@ -237,3 +237,21 @@ def test_processes_of_a_job_are_all_in_the_record_of_a_save(gcs):
   for save in found:
     assert [cost.process for cost in save.processes] == [0, 1, 2, 3]
     assert all(cost.nbytes_written > 0 and cost.requests > 0 and cost.blocking_s > 0 for cost in save.processes)
+
+
+def test_a_job_that_restores_by_itself_and_is_killed_before_its_first_save_is_recorded(tmp_path):
+  with ckpt.Checkpointer(tmp_path, {"schedule": {"every_steps": 10}}) as c:
+    c.save(10, STATE)
+  killed = """
+import os, sys
+import ckpt_jax as ckpt
+
+c = ckpt.Checkpointer(sys.argv[1], {"schedule": {"every_steps": 10}})
+state = c.restore().state
+assert not c.save(11, state)
+c._run.journal.flush()
+os._exit(9)
+"""
+  subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False)
+  starts = [e for e in read_records(tmp_path).events if isinstance(e, Start)]
+  assert len(starts) == 2 and starts[0].attempt != starts[1].attempt
