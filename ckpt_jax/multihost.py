@@ -64,7 +64,9 @@ def initialize(timeout: float = 120.0) -> None:
     jax.distributed.initialize(initialization_timeout=int(timeout), **explicit)
   except Exception as e:
     where = explicit.get("coordinator_address", "the launcher's coordinator")
-    raise CheckpointError(f"waited {timeout:.0f} s at {where} for {count} processes to start: {e}") from e
+    raise CheckpointError(
+      f"waited {timeout:.0f} s at {where} for {count} processes to start: {e}", topic="starting-processes"
+    ) from e
   _leave_at_once_after_an_exception()
 
 
@@ -263,7 +265,7 @@ def free_port() -> int:
     with socket.socket() as s, contextlib.suppress(OSError):
       s.bind(("127.0.0.1", port))
       return s.getsockname()[1]
-  raise CheckpointError("no TCP port is free on 127.0.0.1")
+  raise CheckpointError("no TCP port is free on 127.0.0.1", topic="starting-processes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +323,8 @@ def who_wrote(run: str | os.PathLike[str], step: int) -> WriteReport:
       writers[key].append(process)
   if not writes:
     raise NoCheckpointError(
-      f"{item}: no ocdbt.process_* in it: the step was saved without OCDBT, or was rewritten (repack, thinning)"
+      f"{item}: no ocdbt.process_* in it: the step was saved without OCDBT, or was rewritten (repack, thinning)",
+      topic="no-records",
     )
   return WriteReport(writes, {key: processes for key, processes in writers.items() if len(processes) > 1})
 

@@ -23,7 +23,7 @@ FILES = ("ini", "ipynb", "json", "md", "png", "py", "sh", "toml", "txt", "xz", "
 WRITTEN_LATER = {"ckpt_jax.json", "run.yaml", "health.meant"}  # in a step, and by the reader
 WRITTEN_LATER |= {"ckpt_jax_export.json", "model.safetensors", "model.safetensors.index.json"}  # in an export
 FOREIGN = {"TrainState", "eqx", "flax", "gc", "jax", "logging", "multiprocessing", "nnx", "numpy"}
-FOREIGN |= {"ocp", "os", "safetensors", "v1"}
+FOREIGN |= {"error", "jnp", "ocp", "os", "restored", "safetensors", "v1"}
 OBJECTS = {"c": ckpt.Checkpointer} | {name: getattr(ckpt, name) for name in ckpt.__all__}
 
 

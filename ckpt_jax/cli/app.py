@@ -16,6 +16,7 @@ from ckpt_jax.cli import (
   convert,
   diff,
   estimate,
+  explain,
   export,
   probe,
   prune,
@@ -29,7 +30,7 @@ from ckpt_jax.cli import (
   verify,
 )
 from ckpt_jax.cli.common import NearestName, PlainCommand, error
-from ckpt_jax.errors import CheckpointError, ConfigError
+from ckpt_jax.errors import CheckpointError, ConfigError, StorageError
 from ckpt_jax.version import __version__
 
 app = typer.Typer(
@@ -74,6 +75,7 @@ for command in (
   convert.convert,
   export.export,
   report.report,
+  explain.explain,
 ):
   app.command(cls=PlainCommand)(command)
 app.command("restore-quarantined", cls=PlainCommand)(quarantine.restore_quarantined)
@@ -94,9 +96,9 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
   except OSError as e:
-    error(f"{e.filename or ''}: {e.strerror or e}")
+    error(StorageError(f"{e.filename or ''}: {e.strerror or e}"))
   except Exception as e:  # a bug: CKPT_JAX_TRACEBACK=1 shows where
     if os.environ.get("CKPT_JAX_TRACEBACK"):
       raise
-    error(f"{type(e).__name__}: {' '.join(str(e).split())[:500]}")
+    error(CheckpointError(f"{type(e).__name__}: {' '.join(str(e).split())[:500]}"))
   sys.exit(1)

@@ -134,8 +134,8 @@ def confirmed(question: str, *, yes: bool, stderr: bool = False) -> bool:
 
 
 def error(message: object) -> None:
-  """Prints an error message on stderr."""
-  typer.echo(f"error: {message}", err=True)
+  """Prints an error message on stderr, and below it the notes of an exception."""
+  typer.echo("\n  ".join([f"error: {message}", *getattr(message, "__notes__", ())]), err=True)
 
 
 def fail(message: object) -> NoReturn:

@@ -8,6 +8,7 @@ import typer
 
 from ckpt_jax.cli.common import fail
 from ckpt_jax.config.units import count
+from ckpt_jax.errors import NoCheckpointError
 
 
 def convert(
@@ -32,5 +33,5 @@ def convert(
     typer.echo(f"{made.path} -> step {made.step}")
     steps += 1
   if not steps:
-    fail(f"{source}: nothing to convert")
+    fail(NoCheckpointError(f"{source}: nothing to convert", topic="convert"))
   typer.echo(f"{count(steps)} in {run_directory(run)}")

@@ -65,7 +65,9 @@ class StateOptions:
     try:
       state = function(mesh) if takes_mesh else jax.eval_shape(function)
     except Exception as e:
-      raise CheckpointError(f"--state {self.state}: {function.__name__} failed: {type(e).__name__}: {e}") from None
+      raise CheckpointError(
+        f"--state {self.state}: {function.__name__} failed: {type(e).__name__}: {e}", topic="configuration"
+      ) from None
     return estimate(state=state, inference_dtype=self.inference_dtype), state
 
   def abstract_mesh(self) -> Any:

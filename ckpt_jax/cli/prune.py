@@ -10,7 +10,7 @@ import typer
 from ckpt_jax.cli.common import Run, Step, Yes, confirmed, fail, grouped, print_json, print_table
 from ckpt_jax.cli.retention import RetentionOptions
 from ckpt_jax.config.units import count, duration_text, pairs_text, size_text
-from ckpt_jax.errors import ConfigError
+from ckpt_jax.errors import ConfigError, NoCheckpointError
 
 
 @grouped
@@ -39,7 +39,7 @@ def prune(
     finish_rewrites(directory)
   plan = plan_pruning(directory, rules)
   if not plan.steps and not noted_steps(directory, DELETING):
-    fail(why_no_step(directory))
+    fail(NoCheckpointError(why_no_step(directory)))
   if not as_json and plan.steps:
     _print_plan(plan, options, dry_run)
   if not changes or not (yes or plan.removed or plan.thinned):

@@ -10,7 +10,7 @@ import typer
 from ckpt_jax.cli import quarantine
 from ckpt_jax.cli.common import Json, Run, Step, error, fail, print_json, print_table
 from ckpt_jax.config.units import count, duration_text, pairs_text, size_text
-from ckpt_jax.errors import CorruptCheckpointError
+from ckpt_jax.errors import CorruptCheckpointError, NoCheckpointError
 
 if TYPE_CHECKING:
   from ckpt_jax.run.steps import StepInfo
@@ -63,7 +63,7 @@ def list_steps(
   if damaged:
     raise typer.Exit(1)
   if not steps:
-    fail(why_no_step(directory))
+    fail(NoCheckpointError(why_no_step(directory)))
 
 
 def _remarks(step: StepInfo) -> str:

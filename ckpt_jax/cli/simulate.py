@@ -143,7 +143,7 @@ def _draw(
   try:
     from matplotlib.figure import Figure
   except ImportError:
-    raise ConfigError("--plot needs matplotlib: pip install 'ckpt-jax[plots]'") from None
+    raise ConfigError("--plot needs matplotlib: pip install 'ckpt-jax[plots]'", topic="missing-package") from None
   figure = Figure(figsize=(11, 4), layout="constrained")
   left, right = figure.subplots(1, 2)
   _draw_goodput(left, job, best, interval, seed)

@@ -113,7 +113,9 @@ def _called(text: str) -> Any:
   try:
     state = function()
   except Exception as e:
-    raise CheckpointError(f"--state {text}: {function.__name__}() failed: {type(e).__name__}: {e}") from None
+    raise CheckpointError(
+      f"--state {text}: {function.__name__}() failed: {type(e).__name__}: {e}", topic="configuration"
+    ) from None
   if not any(hasattr(x, "nbytes") for x in jax.tree.leaves(state)):
     raise ConfigError(f"--state {text}: {function.__name__}() returned no arrays; it must return the state to save")
   return state

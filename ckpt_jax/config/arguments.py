@@ -36,9 +36,11 @@ def step_number(value: Any, argument: str = "step") -> int:
   number = whole_number(value)
   if number is None:
     kind = type(value).__name__
-    raise CheckpointError(f"{argument}: expected a whole number such as 100, got {value!r:.80} ({kind})")
+    raise CheckpointError(
+      f"{argument}: expected a whole number such as 100, got {value!r:.80} ({kind})", topic="configuration"
+    )
   if number < 0:
-    raise CheckpointError(f"{argument}: {number} must not be negative")
+    raise CheckpointError(f"{argument}: {number} must not be negative", topic="configuration")
   return number
 
 

@@ -67,7 +67,7 @@ def convert(
   with Checkpointer(target, config) as c:
     taken = sorted({s.step for s in found} & {s.step for s in c.steps()})
     if taken:
-      raise CheckpointError(f"{c.directory}: has steps {taken} already; convert into a new directory")
+      raise CheckpointError(f"{c.directory}: has steps {taken} already; convert into a new directory", topic="convert")
     for one in found:
       state, metrics, extras = one.read()
       c.save(one.step, state, metrics=metrics, extras=extras, force=True)
@@ -78,7 +78,7 @@ def convert(
 def sources(directory: epath.Path, step: int | None, item: str | None) -> list[Source]:
   """The checkpoints to convert, oldest first; see `convert` for arguments and errors."""
   if not directory.exists():
-    raise NoCheckpointError(f"{directory}: does not exist")
+    raise NoCheckpointError(f"{directory}: does not exist", topic="convert")
   if not directory.is_dir():
     number = _needed(directory, _trailing(directory.name), step)
     return [Source(number, directory, functools.partial(_flax, directory))]
@@ -93,22 +93,26 @@ def sources(directory: epath.Path, step: int | None, item: str | None) -> list[S
   files = foreign.flax_files(directory)
   if not files:
     foreign.refuse(directory)
-    raise NoCheckpointError(f"{directory}: no checkpoint to convert")
+    raise NoCheckpointError(f"{directory}: no checkpoint to convert", topic="convert")
   for path in files:
     if _trailing(path.name) is None:
       raise ConfigError(
-        f"{path}: has no whole step number; convert such files one by one: ckpt-jax convert {path} RUN --step N"
+        f"{path}: has no whole step number; convert such files one by one: ckpt-jax convert {path} RUN --step N",
+        topic="convert",
       )
   kinds = sorted({path.name.rstrip("0123456789") for path in files})
   if len(kinds) > 1:
     raise CheckpointError(
       f"{directory}: holds files of several kinds ({', '.join(f'{k}*' for k in kinds[:5])}); convert one file, or move "
-      "those of one kind into a directory of their own"
+      "those of one kind into a directory of their own",
+      topic="convert",
     )
   found = sorted((n, path) for path in files if (n := _trailing(path.name)) is not None)
   chosen = [Source(n, path, functools.partial(_flax, path)) for n, path in found if step in (None, n)]
   if not chosen:
-    raise NoCheckpointError(f"{directory}: no checkpoint {step} to convert; there are {[n for n, _ in found]}")
+    raise NoCheckpointError(
+      f"{directory}: no checkpoint {step} to convert; there are {[n for n, _ in found]}", topic="convert"
+    )
   return chosen
 
 
@@ -120,7 +124,7 @@ def _trailing(name: str) -> int | None:
 def _needed(path: epath.Path, found: int | None, given: int | None) -> int:
   number = found if given is None else given
   if number is None:
-    raise ConfigError(f"{path}: has no step number; give the step that it becomes: --step N")
+    raise ConfigError(f"{path}: has no step number; give the step that it becomes: --step N", topic="convert")
   return number
 
 
@@ -152,13 +156,19 @@ def read_flax(path: epath.Path) -> PyTree:
   except MemoryError:
     raise
   except Exception as e:
-    raise CorruptCheckpointError(f"{path}: cannot be read as a file of flax ({type(e).__name__}: {e})") from e
+    raise CorruptCheckpointError(
+      f"{path}: cannot be read as a file of flax ({type(e).__name__}: {e})", topic="convert"
+    ) from e
   if not isinstance(state, dict):
-    raise CorruptCheckpointError(f"{path}: holds a {type(state).__name__} rather than the tree that flax writes")
+    raise CorruptCheckpointError(
+      f"{path}: holds a {type(state).__name__} rather than the tree that flax writes", topic="convert"
+    )
   for name, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
     if isinstance(leaf, str) and leaf.startswith(_ELSEWHERE):
       raise CheckpointError(
         f"{path}: {path_name(name)} is in {path.name}_gda, which only flax reads: restore it with "
-        "flax.training.checkpoints.restore_checkpoint(..., target=) in a job like the one that saved it, then save that"
+        "flax.training.checkpoints.restore_checkpoint(..., target=) in a job like the one that saved it, and save "
+        "that",
+        topic="convert",
       )
   return state

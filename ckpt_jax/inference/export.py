@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from ckpt_jax.config.units import count, size_text
-from ckpt_jax.errors import CheckpointError, ConfigError, NoCheckpointError
+from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.inference import rename as renaming
 from ckpt_jax.inference.cast import Loss
 from ckpt_jax.inference.files import Layout, Leaf, orbax_layout, safetensors_layout
@@ -34,6 +34,7 @@ from ckpt_jax.inference.writing import Files
 from ckpt_jax.integrity.exported import ExportRecord, Hashed
 from ckpt_jax.layout.structure import path_name
 from ckpt_jax.orbax.format import COMMITTED_AT
+from ckpt_jax.restore.fallback import StepGoneError
 from ckpt_jax.restore.patterns import as_patterns, matches, selected
 from ckpt_jax.restore.step import Step
 from ckpt_jax.run.steps import is_gone, run_directory, step_metadata
@@ -143,7 +144,7 @@ def export(
       output.commit(ExportRecord(about, _names(source, node, leaves), _described(leaves), files).to_bytes())
   except CheckpointError as e:
     if is_gone(source.directory.parent, number):
-      raise NoCheckpointError(f"{source}: was deleted while it was exported; pin the step first: ckpt-jax pin") from e
+      raise StepGoneError(f"{source}: was deleted while it was exported; pin the step first: ckpt-jax pin") from e
     raise
   report = ExportReport(
     path=output.target,

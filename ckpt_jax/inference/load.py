@@ -115,7 +115,9 @@ def load_quantized(path: str | os.PathLike[str], like: PyTree | None = None, *, 
   directory = run_directory(path)
   known = read_export(directory)
   if known is None:
-    raise NoCheckpointError(f"{directory}: no export; ckpt_jax.load_safetensors loads files of other programs")
+    raise NoCheckpointError(
+      f"{directory}: no export; ckpt_jax.load_safetensors loads files of other programs", topic="export-and-safetensors"
+    )
   is_orbax = known.about["format"] == "orbax"
   turned = [renaming.Rule(n.replace(".", "/"), n, True) for n, leaf in known.leaves.items() if leaf.get("transposed")]
   source = Step(directory, Config()) if is_orbax else _SafetensorsFiles(directory, turned)
@@ -217,10 +219,12 @@ def _files(path: epath.Path) -> list[str]:
     there = [name for name in look.names(path) if name.endswith(".safetensors")]
     if len(there) == 1:
       return there
-    raise NoCheckpointError(f"{path}: neither {INDEX} nor one file of safetensors") from None
+    raise NoCheckpointError(
+      f"{path}: neither {INDEX} nor one file of safetensors", topic="export-and-safetensors"
+    ) from None
   files = data.get("weight_map") if isinstance(data, dict) else None
   if not isinstance(files, dict) or not all(isinstance(f, str) and os.path.basename(f) == f for f in files.values()):
-    raise CorruptCheckpointError(f"{index}: has no weight_map of names and files")
+    raise CorruptCheckpointError(f"{index}: has no weight_map of names and files", topic="export-and-safetensors")
   return sorted(set(files.values()))
 
 
@@ -244,11 +248,13 @@ def _entries(directory: epath.Path, ranges: Ranges, file: str) -> dict[str, _Ent
     ranges.read(file, max(0, end - 1), min(1, end))  # the last byte: the file is whole
     return entries
   except FileNotFoundError as e:
-    raise NoCheckpointError(str(e)) from e
+    raise NoCheckpointError(str(e), topic="export-and-safetensors") from e
   except CheckpointError:
     raise
   except (EOFError, ValueError, KeyError, TypeError, AttributeError) as e:
-    raise CorruptCheckpointError(f"{where}: not a file of safetensors ({type(e).__name__}: {e})") from e
+    raise CorruptCheckpointError(
+      f"{where}: not a file of safetensors ({type(e).__name__}: {e})", topic="export-and-safetensors"
+    ) from e
 
 
 def _store(ranges: Ranges, entry: _Entry, directory: epath.Path, *, transposed: bool) -> ts.TensorStore:

@@ -55,10 +55,11 @@ class Output:
     unfinished = self._in_bucket and EXPORT not in there and look.exists(self._notes / _PLAN)
     self._replaces = bool(there) and not unfinished
     if look.exists(target) and not look.is_dir(target):
-      raise CheckpointError(f"{target}: is a file; export to a new directory")
+      raise CheckpointError(f"{target}: is a file; export to a new directory", topic="export-and-safetensors")
     if self._replaces and not overwrite:
       raise CheckpointError(
-        f"{target}: exists and is not empty; export elsewhere, or pass overwrite=True (--overwrite)"
+        f"{target}: exists and is not empty; export elsewhere, or pass overwrite=True (--overwrite)",
+        topic="export-and-safetensors",
       )
 
   @contextlib.contextmanager
@@ -154,7 +155,9 @@ class Output:
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
-        raise CheckpointError(f"{self.target}: another process is exporting to it; wait for its end") from None
+        raise CheckpointError(
+          f"{self.target}: another process is exporting to it; wait for its end", topic="export-and-safetensors"
+        ) from None
       except OSError:  # a file system without locks
         _log.debug("%s: no locks there", lock)
       try:

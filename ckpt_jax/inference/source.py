@@ -44,7 +44,10 @@ def open_step(run: str | os.PathLike[str], step: int | str, item: str | None = N
     wanted = BestConfig(metric=metric or "loss", mode=mode or "min")  # type: ignore[arg-type]
     found = best_steps(list_steps(directory), wanted)
     if not found:
-      raise NoCheckpointError(f"{directory}: no step has a metric {wanted.metric!r}; name another: best:METRIC")
+      raise NoCheckpointError(
+        f"{directory}: no step has a metric {wanted.metric!r}; name another: best:METRIC",
+        topic="export-and-safetensors",
+      )
     number = found[0]
   elif step.isdecimal():
     number = int(step)

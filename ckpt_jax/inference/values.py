@@ -78,7 +78,7 @@ class Values:
     for box, values in self._of(leaf):
       if not np.isfinite(values).all():
         problem = "has numbers that are not finite, which integers cannot hold"
-        raise CheckpointError(f"{leaf.path}: {problem}; pass keep={leaf.path!r}")
+        raise CheckpointError(f"{leaf.path}: {problem}; pass keep={leaf.path!r}", topic="export-and-safetensors")
       seen.see(values, box)
       only = [] if leaf.source in self._twice else [(box, values)]
     scales = seen.scales()
@@ -97,7 +97,8 @@ class Values:
     if lost.overflowed and not self._options.overflow:
       raise CheckpointError(
         f"{leaf.path}: {lost.overflowed} numbers up to {lost.magnitude:.4g} are too large for {leaf.dtype.name} and "
-        "would become infinite; export to bfloat16, or pass overflow=True (--overflow)"
+        "would become infinite; export to bfloat16, or pass overflow=True (--overflow)",
+        topic="export-and-safetensors",
       )
     return converted, lost
 

@@ -168,7 +168,8 @@ class Recording:
       raise CheckpointError(
         "leaves that are not arrays of the whole job are saved once and must be the same on all processes; different "
         f"from process 0 are {', '.join(named)}. Make one array of what each process has "
-        "(jax.make_array_from_process_local_data), or leave it out"
+        "(jax.make_array_from_process_local_data), or leave it out",
+        topic="processes-differ",
       )
 
 

@@ -58,7 +58,9 @@ def decided_by_process_zero(decide: Callable[[], Sequence[int]], rendezvous: Ren
       answer = error_to_json(e)
     except Exception as e:
       bug = e
-      answer = error_to_json(CheckpointError(f"process 0 failed: {type(e).__name__}: {e}"))
+      answer = error_to_json(
+        CheckpointError(f"process 0 failed: {type(e).__name__}: {e}", topic="another-process-failed")
+      )
   answer = json.loads(rendezvous.exchange("what process 0 decides", json.dumps(answer), timeout + 60)[0])
   if bug is not None:
     raise bug
@@ -69,7 +71,8 @@ def decided_by_process_zero(decide: Callable[[], Sequence[int]], rendezvous: Ren
 
 def error_to_json(error: BaseException) -> dict[str, Any]:
   """An error, for the other processes."""
-  return {"error": type(error).__name__, "message": str(error), "step": getattr(error, "step", None)}
+  said = {name: getattr(error, name, None) for name in ("step", "topic")}
+  return {"error": type(error).__name__, "message": str(error), **said}
 
 
 def error_from_json(data: dict[str, Any]) -> CheckpointError:
@@ -77,4 +80,5 @@ def error_from_json(data: dict[str, Any]) -> CheckpointError:
   kind = getattr(errors, data["error"], CheckpointError)
   if not (isinstance(kind, type) and issubclass(kind, CheckpointError)):
     kind = CheckpointError
-  return kind(data["message"], data["step"]) if issubclass(kind, errors.SaveFailedError) else kind(data["message"])
+  step = [data["step"]] if issubclass(kind, errors.SaveFailedError) else []
+  return kind(data["message"], *step, topic=data["topic"])

@@ -29,6 +29,8 @@ _making = threading.Lock()
 class PeerFailedError(CheckpointError):
   """Another process of the job failed on its way to where this one waits. The message names both."""
 
+  topic = "another-process-failed"
+
 
 class Rendezvous:
   """A barrier of all processes of the job. All must make and use it alike, from one thread at a time.

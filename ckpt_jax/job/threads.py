@@ -26,7 +26,7 @@ def check() -> None:
   """Raises CheckpointError if the work of this thread was given up."""
   stop = _stop.get()
   if stop is not None and stop.is_set():
-    raise CheckpointError("given up")
+    raise CheckpointError("given up", topic="save-failed")
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ class Together:
     except TimeoutError as e:
       raise RestoreTimeoutError(f"restore: {e} (timeouts.restore is {self._limit:.0f} s)") from None
     except PeerFailedError as e:
-      raise CheckpointError(f"restore: {e}") from None
+      raise CheckpointError(f"restore: {e}", topic="another-process-failed") from None
     failed = {process: answer for process, answer in enumerate(answers) if "error" in answer}
     if failed:
       raise _common(failed, len(answers)) from error

@@ -139,6 +139,8 @@ class SeveralItemsError(CheckpointError):
     names: names of the trees.
   """
 
+  topic = "several-items"
+
   def __init__(self, message: str, names: Sequence[str]):
     super().__init__(message)
     self.names = names
@@ -179,11 +181,13 @@ def item_name(step_dir: epath.Path, name: str | None = None, ours: dict[str, Any
         if kinds[name] == "json"
         else "its handler reads it"
       )
-      raise ConfigError(f"{step_dir}: its item {name} ({kinds[name]}) is no tree of arrays; {how}")
+      raise ConfigError(
+        f"{step_dir}: its item {name} ({kinds[name]}) is no tree of arrays; {how}", topic="several-items"
+      )
     there = ", ".join(f"{n} ({kind})" for n, kind in kinds.items()) if trees != [""] else "one tree without a name"
     near = difflib.get_close_matches(name, kinds, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{step_dir}: no item {name!r}; the step has {there}{hint}")
+    raise ConfigError(f"{step_dir}: no item {name!r}; the step has {there}{hint}", topic="several-items")
   if len(trees) == 1:
     return trees[0]
   if not trees:

@@ -63,7 +63,8 @@ def form_of(structure: Structure, tree: PyTree) -> Form | None:
   if not structure.paths and len(rows) == 1 and not rows[0][0]:
     raise CheckpointError(
       f"cannot save this state; nothing was written: it is {tree!r:.60}, without a leaf. Save at least one number, "
-      "such as {'step': 0}; extras= and metrics= go beside it"
+      "such as {'step': 0}; extras= and metrics= go beside it",
+      topic="state-cannot-be-saved",
     )
   names = [[segment(key) for key in path] for path, _ in rows]
   _refuse(
@@ -100,7 +101,9 @@ def refusal(problems: Sequence[str]) -> CheckpointError:
   lines = list(problems[:_MAX_SHOWN])
   if len(problems) > len(lines):
     lines.append(f"... and {len(problems) - len(lines)} more")
-  return CheckpointError("cannot save this state; nothing was written:\n  " + "\n  ".join(lines))
+  return CheckpointError(
+    "cannot save this state; nothing was written:\n  " + "\n  ".join(lines), topic="state-cannot-be-saved"
+  )
 
 
 def shown(name: str) -> str:

@@ -234,7 +234,9 @@ def read_index(item: epath.Path) -> Index:
   try:
     data = json.loads(look.read_bytes(file))
     if data["format"] > _FORMAT:
-      raise CheckpointError(f"{file}: of format {data['format']}, which a later ckpt_jax wrote; install that")
+      raise CheckpointError(
+        f"{file}: of format {data['format']}, which a later ckpt_jax wrote; install that", topic="newer-format"
+      )
     return {
       name: Packed(dtype, tuple(shape), tuple(_piece(p) for p in pieces))
       for name, (dtype, shape, pieces) in data["leaves"].items()

@@ -79,7 +79,7 @@ class Copy(Values):
     self._wave.sent.wait()  # until Ring.close at the latest
     found = self.found
     if found is None:
-      raise CheckpointError("the save was given up") from self._ring.error
+      raise CheckpointError("the save was given up", topic="save-failed") from self._ring.error
     return np.asarray(found)  # a view of pinned memory
 
   def begin(self) -> None:

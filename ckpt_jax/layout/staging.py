@@ -52,7 +52,7 @@ def pinned_limit() -> int | None:
   try:
     return int(text) * 2**30
   except ValueError:
-    raise ConfigError(f"{PINNED_LIMIT}={text!r}: XLA takes a whole number of GiB") from None
+    raise ConfigError(f"{PINNED_LIMIT}={text!r}: XLA takes a whole number of GiB", topic="pinned-memory") from None
 
 
 def is_on_accelerator(array: Any) -> bool:
@@ -340,7 +340,8 @@ def _put(arrays: Sequence[jax.Array], places: Sequence[jax.sharding.Sharding]) -
     raise CheckpointError(
       f"XLA has no pinned host memory left for {needed} of copies"
       + (f"; {PINNED_LIMIT} allows it {size_text(most)} in all" if most is not None else "")
-      + f". Raise it, or set limits.host_memory below it, and the state is saved in turns: {e}"
+      + f". Raise it, or set limits.host_memory below it, and the state is saved in turns: {e}",
+      topic="pinned-memory",
     ) from e
 
 

@@ -249,7 +249,7 @@ class Writer:
     while self._window is not None and self._flying and self._nbytes + data.nbytes > self._window:
       self.land()
     if self.stop.is_set():
-      raise CheckpointError("the save was given up")
+      raise CheckpointError("the save was given up", topic="save-failed")
     # The memory is jax's, which does not change, or our own: TensorStore need not copy it.
     future = target.write(data, can_reference_source_data_indefinitely=True)
     self._flying.append((data.nbytes, future, name, landed))

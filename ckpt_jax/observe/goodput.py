@@ -69,7 +69,7 @@ def goodput(directory: epath.Path, records: Records) -> Goodput:
   work_steps = sum(a.work_steps for a in attempts)
   if not work_steps:
     raise NoCheckpointError(
-      f"{directory}: no job has recorded two steps yet, from which the time of a step would follow"
+      f"{directory}: no job has recorded two steps yet, from which the time of a step would follow", topic="no-records"
     )
   step_s = sum(a.work_s for a in attempts) / work_steps
   first, last = attempts[0], attempts[-1]

@@ -151,4 +151,6 @@ def _import(module: str, key: str, extra: str) -> Any:
     return importlib.import_module(module)
   except ModuleNotFoundError as e:
     package = module.split(".")[0]
-    raise ConfigError(f"{key} needs {package}, which is not installed: pip install 'ckpt-jax[{extra}]'") from e
+    raise ConfigError(
+      f"{key} needs {package}, which is not installed: pip install 'ckpt-jax[{extra}]'", topic="missing-package"
+    ) from e

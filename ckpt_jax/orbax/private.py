@@ -38,7 +38,9 @@ def coordination_service() -> Any:
   """
   client = distributed.global_state.client
   if client is None:
-    raise CheckpointError("jax.distributed is not initialized; call ckpt_jax.multihost.initialize() first")
+    raise CheckpointError(
+      "jax.distributed is not initialized; call ckpt_jax.multihost.initialize() first", topic="starting-processes"
+    )
   return client
 
 

@@ -98,7 +98,7 @@ def newest_sound(
     except NoCheckpointError as e:  # a StepGoneError, or it went before it was begun
       gone.append(step)
       if len(gone) >= _MOST_GONE:
-        raise NoCheckpointError(
+        raise StepGoneError(
           f"{directory}: steps {gone} were deleted one after the other while this process read them; keep more "
           "(retention.last), or save less often than a restore takes"
         ) from e
@@ -125,6 +125,8 @@ def newest_sound(
 
 class StepGoneError(NoCheckpointError):
   """A step was deleted while it was read."""
+
+  topic = "deleted-while-read"
 
 
 def unless_gone(directory: epath.Path, step: int, attempt: Attempt, together: Together) -> Restored:
@@ -185,7 +187,8 @@ def refuse_to_start_afresh(directory: epath.Path, together: Together) -> None:
       raise CorruptCheckpointError(
         f"{directory}: no step is left, and steps {quarantined} are in quarantine ({NOTES}/{QUARANTINE}): "
         f"`ckpt-jax ls {directory} --all` says why, `ckpt-jax restore-quarantined {directory} STEP` puts one back. "
-        "Start in another directory, or remove them to begin afresh"
+        "Start in another directory, or remove them to begin afresh",
+        topic="quarantine",
       )
 
   together.decided("process 0 to see whether the run is new", refuse)

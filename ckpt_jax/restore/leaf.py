@@ -247,7 +247,8 @@ def _cast(name: str, value: Any, dtype: Any) -> Any:
     lost = bool(numpy.any(numpy.isfinite(value) & ~numpy.isfinite(out))) if value.size else False
   if lost:
     raise CheckpointError(
-      f"{name}: holds values that {dtype.name} cannot; cast it to a wider dtype, or restore it as saved"
+      f"{name}: holds values that {dtype.name} cannot; cast it to a wider dtype, or restore it as saved",
+      topic="structure-mismatch",
     )
   return out
 

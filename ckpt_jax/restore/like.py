@@ -53,7 +53,8 @@ def on_real_devices(like: PyTree) -> PyTree:
       raise StructureMismatchError(
         f"{path_name(path)}: like has a sharding {e}, and {there}; nothing was read. Restore within `with "
         "jax.set_mesh(mesh):`, or put shardings of real devices into like: jax.ShapeDtypeStruct(..., "
-        "sharding=NamedSharding(mesh, spec))"
+        "sharding=NamedSharding(mesh, spec))",
+        topic="shardings-of-like",
       ) from None
     if sharding is not None and (problem := _why_misplaced(tuple(leaf.shape), sharding, rank_alone=True)):
       raise StructureMismatchError(f"{path_name(path)}: {problem}; nothing was read")

@@ -183,7 +183,8 @@ def _refuse_thinned(step: Step, missing: set[str]) -> None:
   raise StructureMismatchError(
     f"{directory}: this step was thinned (retention.thin): it holds {kept} alone, and training cannot go on from it; "
     f'{resume}. To read what is there pass only="{step.thinned[0]}", or a like= of {kept} alone; init_missing= makes '
-    "the rest anew"
+    "the rest anew",
+    topic="thinned-step",
   )
 
 

@@ -165,7 +165,9 @@ class Restorer:
     answers = [json.loads(text) for text in said]
     if any(asked != answers[0][0] for asked, _ in answers):
       who = ", ".join(f"process {process}: {asked}" for process, (asked, _) in enumerate(answers[:20]))
-      raise CheckpointError(f"{self._directory}: the processes ask for different steps ({who})")
+      raise CheckpointError(
+        f"{self._directory}: the processes ask for different steps ({who})", topic="processes-differ"
+      )
     return answers[0][1]
 
   def _read(self, number: int, request: RestoreRequest, strategy: str, together: Together) -> Restored:

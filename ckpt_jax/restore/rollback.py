@@ -23,7 +23,10 @@ def roll_back(directory: epath.Path, step: int, *, delete: bool = False) -> list
   newer = sorted(_newer(directory, step))
   pinned = noted_steps(directory, PINS) & set(newer)
   if delete and pinned:
-    raise CheckpointError(f"{directory}: steps {sorted(pinned)} are pinned; unpin them, or roll back without delete")
+    raise CheckpointError(
+      f"{directory}: steps {sorted(pinned)} are pinned; unpin them, or roll back without delete",
+      topic="steps-in-the-way",
+    )
   put_aside(directory, newer, SET_ASIDE, dict.fromkeys(newer, f"rolled back to step {step}"))
   if delete:
     newer = sorted(set(newer) | set(remove_aside(directory, SET_ASIDE, _set_aside(directory, step))))

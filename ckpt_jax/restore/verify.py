@@ -158,7 +158,7 @@ def verdicts(
         verdict = _Check(directory, number, on_progress).verdict()
     if verdict.findings and is_gone(directory, number):
       if step is not None:
-        raise NoCheckpointError(f"{directory}: step {step} was deleted while it was read")
+        raise NoCheckpointError(f"{directory}: step {step} was deleted while it was read", topic="deleted-while-read")
       verdict = Verdict(number, how_far=DELETED)
     yield verdict
 

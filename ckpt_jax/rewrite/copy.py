@@ -66,7 +66,9 @@ def copy_leaves(
     CorruptCheckpointError: if a chunk read back differs from what was copied.
   """
   if not (source / MANIFEST).exists():
-    raise CheckpointError(f"{source}: not saved through OCDBT; only such steps can be copied in part")
+    raise CheckpointError(
+      f"{source}: not saved through OCDBT; only such steps can be copied in part", topic="rewriting-steps"
+    )
   target.mkdir(parents=True)
   stored = {".".join(name) for name in names}
   _copy_descriptions(source, target, set(names), stored)

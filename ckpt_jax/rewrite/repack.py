@@ -48,7 +48,7 @@ def repack_step(directory: epath.Path, step: int, *, pack: bool, on_progress: On
   if not moving:
     return 0
   if pack and packing.read_index(item):
-    raise CheckpointError(f"{item}: packed already")
+    raise CheckpointError(f"{item}: packed already", topic="rewriting-steps")
   counter, total = Counter(), 2 * sum(moving.values())  # each array is written, and read back
 
   def write(old: epath.Path, new: epath.Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def repack_step(directory: epath.Path, step: int, *, pack: bool, on_progress: On
   with reported(on_progress, f"repacking step {step}", total, counter):
     rewritten = rewrite_step(directory, step, write, check)
   if not rewritten:
-    raise CheckpointError(f"{directory}: step {step} was deleted or saved again meanwhile")
+    raise CheckpointError(f"{directory}: step {step} was deleted or saved again meanwhile", topic="rewriting-steps")
   return len(moving)
 
 

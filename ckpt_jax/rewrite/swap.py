@@ -175,7 +175,9 @@ def _copy_tree(source: epath.Path, target: epath.Path) -> None:
 def _write_metadata(old: epath.Path, new: epath.Path, ours: dict[str, Any]) -> None:
   data = step_metadata(old)
   if not data:
-    raise NoCheckpointError(f"{old}: has no {STEP_METADATA}; steps of an old Orbax are not rewritten")
+    raise NoCheckpointError(
+      f"{old}: has no {STEP_METADATA}; steps of an old Orbax are not rewritten", topic="rewriting-steps"
+    )
   data[CUSTOM] = (data.get(CUSTOM) or {}) | {OURS: with_digest(ours)}
   (new / STEP_METADATA).write_text(json.dumps(data))
 

@@ -78,7 +78,8 @@ def thin_step(
     paths = {"/".join(name) for name in want}
     if after != {path: leaf for path, leaf in before.items() if path in paths}:
       raise CheckpointError(
-        f"{old}: its leaves under {', '.join(keep)} do not make a tree of their own; it stays whole"
+        f"{old}: its leaves under {', '.join(keep)} do not make a tree of their own; it stays whole",
+        topic="rewriting-steps",
       )
 
   return rewrite_step(directory, step, write, check, swapping=swapping)
@@ -97,7 +98,9 @@ def kept_names(item: epath.Path, keep: Sequence[str]) -> list[tuple[str, ...]]:
     found = {name for name in names if f"{'/'.join(name)}/".startswith(prefix)}
     if not found:
       top = ", ".join(sorted({"".join(name[:1]) for name in names})[:20])
-      raise CheckpointError(f"{item}: thin.keep: no leaf is under {path!r}; at the top there are {top}")
+      raise CheckpointError(
+        f"{item}: thin.keep: no leaf is under {path!r}; at the top there are {top}", topic="rewriting-steps"
+      )
     kept |= found
   return [name for name in names if name in kept]
 

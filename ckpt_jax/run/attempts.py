@@ -28,7 +28,8 @@ def recorded(directory: epath.Path, records: Records) -> list[Attempt]:
   if not attempts:
     raise NoCheckpointError(
       f"{directory}: no recorded saves. A Checkpointer records them unless observe.events is false; other programs, "
-      "and ckpt_jax before it had records, do not"
+      "and ckpt_jax before it had records, do not",
+      topic="no-records",
     )
   return attempts
 

@@ -308,7 +308,8 @@ class Lease:
       f"{self._directory}: another job {what}: {who}, owner {holder.owner[:8]}, since {when:%Y-%m-%d %H:%M:%S} UTC "
       f"({age} ago), heartbeat {holder.beat}. Nothing was written. End that job (or close "
       f"that Checkpointer), or give this one a directory of its own. A job that is gone for good loses its lease by "
-      f"itself: on this host at once, on another one after {self._patience:.0f} s without a heartbeat (timeouts.lease)"
+      f"itself: on this host at once, on another one after {self._patience:.0f} s without a heartbeat (timeouts.lease)",
+      topic="another-job",
     )
 
 

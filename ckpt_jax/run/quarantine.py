@@ -111,7 +111,8 @@ def vacate(directory: epath.Path, step: int) -> None:
     elif not is_step(path):
       raise CheckpointError(
         f"{path}: there are objects that are no committed step, and saving would delete them. If they are a copy that "
-        "was cut off, finish it; else remove them, or save another step"
+        "was cut off, finish it; else remove them, or save another step",
+        topic="steps-in-the-way",
       )
 
 
@@ -125,7 +126,9 @@ def _rename_away(path: epath.Path) -> None:
   try:
     os.rename(path, path.parent / aside)
   except OSError as e:
-    raise CheckpointError(f"{path}: is no committed step and cannot be moved out of the way: {e.strerror}") from e
+    raise CheckpointError(
+      f"{path}: is no committed step and cannot be moved out of the way: {e.strerror}", topic="steps-in-the-way"
+    ) from e
   _log.warning("%s: is no committed step; moved to %s to make room for one", path, aside)
 
 
@@ -165,13 +168,16 @@ def put_back(directory: epath.Path, step: int) -> AsideStep:
   found = [a for a in all_steps if a.step == step]
   if not found:
     there = ", ".join(f"{a.step} ({a.where})" for a in all_steps)
-    raise NoCheckpointError(f"{directory}: no step {step} was put aside; there are {there or 'none'}")
+    raise NoCheckpointError(
+      f"{directory}: no step {step} was put aside; there are {there or 'none'}", topic="quarantine"
+    )
   chosen = found[-1]
   source, target = literal(chosen.path), step_path(directory, step)
   if source != target and target.exists():
     raise CheckpointError(
       f"{directory}: there is a step {step} already; roll back behind it first, which sets it aside, or look at the "
-      f"other one where it is: {source}"
+      f"other one where it is: {source}",
+      topic="steps-in-the-way",
     )
   try:
     if source != target:

@@ -87,7 +87,7 @@ def run_directory(path: str | os.PathLike[str]) -> epath.Path:
   if scheme in SCHEMES:
     connect(path)
   elif scheme:
-    raise StorageError(f"{os.fspath(path)}: only local paths, gs:// and s3:// are known")
+    raise StorageError(f"{os.fspath(path)}: only local paths, gs:// and s3:// are known", topic="run-directory")
   return literal(path)
 
 

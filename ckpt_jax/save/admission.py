@@ -250,7 +250,9 @@ class Admission:
 
   def _admit(self, step: int, nbytes: int, leaves: int, compressed: bool) -> list[int]:
     if step in self._abandoned:
-      raise CheckpointError(f"{self._directory}: an earlier write of step {step} still hangs; save another step")
+      raise CheckpointError(
+        f"{self._directory}: an earlier write of step {step} still hangs; save another step", topic="steps-in-the-way"
+      )
     if not self.lease.held:
       self.lease.acquire()
       with storage_errors(f"{self._directory}: leftovers cannot be cleared"):
@@ -259,7 +261,9 @@ class Admission:
     self.lease.ensure_ours()
     self._clear_failed()
     if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
-      raise CheckpointError(f"{self._directory}: an older step {step} is still being deleted (timeouts.save)")
+      raise CheckpointError(
+        f"{self._directory}: an older step {step} is still being deleted (timeouts.save)", topic="steps-in-the-way"
+      )
     if is_object_store(self._directory):
       self._claim.close()
       self._claim.enter_context(BACKEND.claim(step_path(self._directory, step)))

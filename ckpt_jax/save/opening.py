@@ -91,7 +91,8 @@ class OpenRun:
       raise CheckpointError(
         f"{self.directory}: its checkpoints have no items (flax.training.checkpoints writes such), and neither program "
         "could read a mix of both; save into another directory: Checkpointer(NEW), with what restore() returned. "
-        "Nothing was written"
+        "Nothing was written",
+        topic="not-a-run",
       )
 
 

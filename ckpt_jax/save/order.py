@@ -65,13 +65,15 @@ class StepOrder:
         return False
       raise CheckpointError(
         f"{self._directory}: step {step} is saved already; steps are never overwritten, with force=True neither. "
-        f"{self._ways_out(step, there)}"
+        f"{self._ways_out(step, there)}",
+        topic="steps-ascend",
       )
     if force:
       return True
     raise CheckpointError(
       f"{self._directory}: step {step} was not saved, since step {there[-1]} is committed and steps ascend. "
-      f"{self._ways_out(step, there)}. To save step {step} beside the newer ones, save it with force=True"
+      f"{self._ways_out(step, there)}. To save step {step} beside the newer ones, save it with force=True",
+      topic="steps-ascend",
     )
 
   def warn_of_lost_end(self) -> None:

@@ -90,10 +90,11 @@ class Session:
     if self._superseded:
       raise CheckpointError(
         f"{self._directory}: a newer Checkpointer of this process saves into this run and has taken it over; use that "
-        "one, or make a new one"
+        "one, or make a new one",
+        topic="closed-or-forked",
       )
     if self.closed:
-      raise CheckpointError(f"{self._directory}: this Checkpointer is closed; make a new one")
+      raise CheckpointError(f"{self._directory}: this Checkpointer is closed; make a new one", topic="closed-or-forked")
 
   def claim(self) -> None:
     """Makes this session the only one of this process that writes into the run. All processes call it before each save.
@@ -216,7 +217,8 @@ class Session:
       raise CheckpointError(
         f"{self._directory}: this Checkpointer was opened in another process, {self._pid}, and this is process "
         f"{os.getpid()}, forked from it. Save and restore where it was opened. A worker that needs a Checkpointer "
-        "makes a new one after it was started by spawn or forkserver, since TensorStore does not survive a fork"
+        "makes a new one after it was started by spawn or forkserver, since TensorStore does not survive a fork",
+        topic="closed-or-forked",
       )
 
   def _settle(self) -> None:
@@ -260,7 +262,8 @@ class Session:
     if not self.lock.acquire(timeout=limit):
       raise CheckpointError(
         f"{self._directory}: another thread of this process is still using an earlier Checkpointer of this run, after "
-        f"{limit:.0f} s; close that one first"
+        f"{limit:.0f} s; close that one first",
+        topic="closed-or-forked",
       )
     try:
       yield
@@ -349,7 +352,8 @@ def check_not_forked() -> None:
     raise CheckpointError(
       f"process {os.getpid()} was forked from process {_parent[1]}, which has used a Checkpointer; TensorStore cannot "
       "work here any more. Start workers that need a Checkpointer by spawn or forkserver "
-      '(multiprocessing.get_context("spawn")), or fork before the first one is made'
+      '(multiprocessing.get_context("spawn")), or fork before the first one is made',
+      topic="closed-or-forked",
     )
 
 

@@ -99,7 +99,7 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | int]:
     CheckpointError: naming the metric that is not a number.
   """
   if not (metrics is None or isinstance(metrics, Mapping)):
-    raise CheckpointError(f"metrics: expected {{name: number}}, got {metrics!r:.80}")
+    raise CheckpointError(f"metrics: expected {{name: number}}, got {metrics!r:.80}", topic="metrics-and-extras")
   plain: dict[str, float | int] = {}
   for name, value in (metrics or {}).items():
     if isinstance(value, (jax.Array, np.ndarray, np.generic)) and np.size(value) == 1:
@@ -107,10 +107,11 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | int]:
         value = np.asarray(value).reshape(())[()].item()
       except Exception as e:  # donated, traced by jit, or a PRNG key
         raise CheckpointError(
-          f"metrics[{name!r}] has no value that can be read: {' '.join(str(e).split())[:300]}"
+          f"metrics[{name!r}] has no value that can be read: {' '.join(str(e).split())[:300]}",
+          topic="metrics-and-extras",
         ) from e
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-      raise CheckpointError(f"metrics[{name!r}] is {value!r:.80}; a metric is one number")
+      raise CheckpointError(f"metrics[{name!r}] is {value!r:.80}; a metric is one number", topic="metrics-and-extras")
     plain[str(name)] = value
   return plain
 
@@ -125,14 +126,18 @@ def checked_json(value: Any, where: str) -> Any:
     return value
   if isinstance(value, float) and not isinstance(value, np.generic):
     if not math.isfinite(value):
-      raise CheckpointError(f"{where} is {value}: JSON has no such number; store it as text")
+      raise CheckpointError(
+        f"{where} is {value}: JSON has no such number; store it as text", topic="metrics-and-extras"
+      )
     return value
   if isinstance(value, (list, tuple)):
     return [checked_json(v, f"{where}[{i}]") for i, v in enumerate(value)]
   if isinstance(value, Mapping):
     for key in value:
       if not isinstance(key, str):
-        raise CheckpointError(f"{where}: the key {key!r} would come back as text; use str keys")
+        raise CheckpointError(
+          f"{where}: the key {key!r} would come back as text; use str keys", topic="metrics-and-extras"
+        )
     return {k: checked_json(v, f"{where}[{k!r}]") for k, v in value.items()}
   hint = "; convert it with .item() or .tolist()" if isinstance(value, (np.generic, np.ndarray, jax.Array)) else ""
-  raise CheckpointError(f"{where}: JSON cannot hold a {type(value).__name__}{hint}")
+  raise CheckpointError(f"{where}: JSON cannot hold a {type(value).__name__}{hint}", topic="metrics-and-extras")

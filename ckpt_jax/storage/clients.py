@@ -121,7 +121,7 @@ def _found_by_botocore(options: StorageConfig, variables: frozenset[tuple[str, s
       config=botocore.config.Config(signature_version=botocore.UNSIGNED),
     )
   except botocore.exceptions.BotoCoreError as e:
-    raise ConfigError(f"s3: {e}; check AWS_PROFILE, AWS_REGION and storage.profile") from None
+    raise ConfigError(f"s3: {e}; check AWS_PROFILE, AWS_REGION and storage.profile", topic="credentials") from None
   found = client.meta.endpoint_url
   own = None if (urllib.parse.urlsplit(found).hostname or "").endswith(".amazonaws.com") else found
   name = client.meta.region_name
@@ -147,7 +147,7 @@ def _gcs_filesystem(options: StorageConfig, endpoint: str | None) -> Any:
   try:
     from gcsfs.core import GCSFileSystem
   except ImportError as e:
-    raise StorageError("gs:// needs gcsfs: pip install gcsfs") from e
+    raise StorageError("gs:// needs gcsfs: pip install gcsfs", topic="missing-package") from e
   return GCSFileSystem(
     token="anon" if endpoint or options.anonymous else _gcs_token(),
     endpoint_url=endpoint,
@@ -173,7 +173,7 @@ def _s3_filesystem(options: StorageConfig, endpoint: str | None, region: str | N
   try:
     import s3fs
   except ImportError as e:
-    raise StorageError('s3:// needs s3fs: pip install "ckpt_jax[s3]"') from e
+    raise StorageError('s3:// needs s3fs: pip install "ckpt_jax[s3]"', topic="missing-package") from e
   config: dict[str, Any] = {"http_session_cls": s3_session_class(options.retry), "retries": {"total_max_attempts": 1}}
   if endpoint or options.path_style is not None:
     config["s3"] = {"addressing_style": "path" if endpoint or options.path_style else "virtual"}

@@ -225,7 +225,7 @@ def _detect(path: str | os.PathLike[str], mounts: str | None) -> tuple[StorageKi
   if scheme in ("gs", "s3"):
     return (StorageKind.GCS if scheme == "gs" else StorageKind.S3), None
   if scheme not in ("", "file"):
-    raise StorageError(f"{text}: scheme {scheme}:// is not known; use a path, gs:// or s3://")
+    raise StorageError(f"{text}: scheme {scheme}:// is not known; use a path, gs:// or s3://", topic="run-directory")
   mount = _mount_of(text.removeprefix("file://"), mounts)
   if mount is None:
     return StorageKind.LOCAL, None
@@ -320,7 +320,8 @@ def check_suitable(
     raise StorageError(
       f"{os.fspath(path)}: is on {kind} storage, which only one host sees, and this job runs on several: each would "
       "write its shards where no other can read them. Use shared storage (gs://, s3://, NFS, Lustre ...); if it is "
-      "shared after all, set storage: nfs in the configuration"
+      "shared after all, set storage: nfs in the configuration",
+      topic="disk-of-one-host",
     )
   if kind is StorageKind.TMPFS:
     _warn_once(f"{os.fspath(path)}: is in memory (tmpfs): checkpoints are lost at reboot and take RAM from training")

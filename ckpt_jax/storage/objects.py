@@ -34,6 +34,7 @@ from ckpt_jax.errors import ConfigError, StorageError
 from ckpt_jax.failures import without_secrets
 from ckpt_jax.orbax.format import COMMIT_MARKER
 from ckpt_jax.storage.clients import filesystem
+from ckpt_jax.storage.retry import GaveUpError
 from ckpt_jax.storage.urls import is_object_store, split_url
 
 # Long enough for the checks that follow a write at once, short enough that another process's deletion is noticed.
@@ -87,12 +88,16 @@ def _client_errors(url: Path) -> Iterator[None]:
   except (FileNotFoundError, FileExistsError, NotImplementedError, StorageError, ConfigError):
     raise
   except PermissionError as e:
-    raise StorageError(f"{os.fspath(url)}: access refused ({without_secrets(str(e))}); check the credentials") from e
+    raise StorageError(
+      f"{os.fspath(url)}: access refused ({without_secrets(str(e))}); check the credentials", topic="credentials"
+    ) from e
   except Exception as e:
     text = without_secrets(" ".join(str(e).split()))
+    topic = "store-does-not-answer" if isinstance(e, GaveUpError) else None
     if type(e).__name__ in ("NoCredentialsError", "DefaultCredentialsError", "CredentialRetrievalError"):
       text = f"no credentials ({text}); set the standard variables, a profile, or storage.anonymous: true"
-    raise StorageError(f"{os.fspath(url)}: {text or type(e).__name__}") from e
+      topic = "credentials"
+    raise StorageError(f"{os.fspath(url)}: {text or type(e).__name__}", topic=topic) from e
 
 
 class ObjectBackend(epath_backend.Backend):
@@ -386,7 +391,7 @@ class ObjectBackend(epath_backend.Backend):
         try:
           entries, prefixes, token = list_page(fs, bucket, prefix, delimiter, token)
         except FileNotFoundError as e:
-          raise StorageError(f"{scheme}://{bucket}: no such bucket") from e
+          raise StorageError(f"{scheme}://{bucket}: no such bucket", topic="no-such-bucket") from e
       yield entries, prefixes
 
 

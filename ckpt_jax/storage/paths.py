@@ -69,11 +69,12 @@ def given(path: Any) -> str:
   except TypeError:
     text = ""
   if not isinstance(text, str):
-    raise StorageError(f"{text!r}: a path must be text, not bytes")
+    raise StorageError(f"{text!r}: a path must be text, not bytes", topic="run-directory")
   if not text.strip():
     raise ConfigError(
       f"the directory of a run is {path!r}; pass a path, gs://BUCKET/PATH or s3://BUCKET/PATH. Is the variable or the "
-      'argument that should hold it set? The working directory is "."'
+      'argument that should hold it set? The working directory is "."',
+      topic="run-directory",
     )
   names = [match[1] or match[2] for match in _VARIABLE.finditer(text)]
   if not names or (not url_scheme(text) and os.path.lexists(os.path.expanduser(text))):
@@ -81,7 +82,7 @@ def given(path: Any) -> str:
   for name in names:
     if not os.environ.get(name, "").strip():
       state = "is empty" if name in os.environ else "is not set"
-      raise ConfigError(f"{text}: ${name} {state}; set it, or write the directory out")
+      raise ConfigError(f"{text}: ${name} {state}; set it, or write the directory out", topic="run-directory")
   return _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], text)
 
 
@@ -93,7 +94,7 @@ def literal(path: str | os.PathLike[str]) -> epath.Path:
   """
   text = os.fspath(path)
   if isinstance(text, bytes):
-    raise StorageError(f"{text!r}: a path must be text, not bytes")
+    raise StorageError(f"{text!r}: a path must be text, not bytes", topic="run-directory")
   if url_scheme(text):
     check_url(text)
     return LiteralPath(text.rstrip("/"))
@@ -129,7 +130,10 @@ def check_local(text: str) -> None:
   }
   for problem, found in problems.items():
     if found:
-      raise StorageError(f"{text!r}: {problem}. Use another directory, or reach this one by a link with a plain name")
+      raise StorageError(
+        f"{text!r}: {problem}. Use another directory, or reach this one by a link with a plain name",
+        topic="run-directory",
+      )
   try:
     most = os.pathconf("/", "PC_PATH_MAX")
   except (OSError, ValueError, AttributeError):
@@ -137,7 +141,8 @@ def check_local(text: str) -> None:
   if 0 < most < len(text.encode()) + _BELOW:
     raise StorageError(
       f"{text[:80]}...: {len(text.encode())} bytes are too long for a run: the system takes paths of {most}, and the "
-      f"files of a step need {_BELOW} of them. Use a shorter path, or a link"
+      f"files of a step need {_BELOW} of them. Use a shorter path, or a link",
+      topic="run-directory",
     )
 
 
@@ -149,13 +154,19 @@ def check_url(text: str) -> None:
   """
   key = text.partition("://")[2]
   if {".", ".."} & set(key.split("/")):
-    raise StorageError(f"{text}: to a bucket . and .. are names, not directories; write the URL without them")
+    raise StorageError(
+      f"{text}: to a bucket . and .. are names, not directories; write the URL without them", topic="run-directory"
+    )
   if re.search(r"[\x00-\x1f\x7f]", key):
-    raise StorageError(f"{text!r}: control characters do not survive in the keys of a bucket; use another name")
+    raise StorageError(
+      f"{text!r}: control characters do not survive in the keys of a bucket; use another name", topic="run-directory"
+    )
   if text.startswith("s3:") and "?versionId=" in key:
-    raise StorageError(f"{text}: s3fs reads ?versionId= as the version of an object; use another name")
+    raise StorageError(
+      f"{text}: s3fs reads ?versionId= as the version of an object; use another name", topic="run-directory"
+    )
   if not _is_utf8(text):
-    raise StorageError(f"{text!r}: is no UTF-8, which is all that a bucket takes")
+    raise StorageError(f"{text!r}: is no UTF-8, which is all that a bucket takes", topic="run-directory")
 
 
 def _is_utf8(text: str) -> bool:

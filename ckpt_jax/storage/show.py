@@ -48,7 +48,7 @@ def plot_profile(profile: StorageProfile, file: str | os.PathLike[str] | None = 
   try:
     from matplotlib.figure import Figure
   except ImportError as e:
-    raise CheckpointError('plots need matplotlib: pip install "ckpt_jax[plots]"') from e
+    raise CheckpointError('plots need matplotlib: pip install "ckpt_jax[plots]"', topic="missing-package") from e
   figure = Figure(figsize=(10, 4), layout="constrained")
   left, right = figure.subplots(1, 2)
   for name, curve in (("write, durable", profile.write), ("read", profile.read)):
@@ -67,7 +67,7 @@ def plot_profile(profile: StorageProfile, file: str | os.PathLike[str] | None = 
   try:
     figure.savefig(file)
   except (ValueError, OSError) as e:
-    raise CheckpointError(f"{os.fspath(file)}: cannot be drawn: {e}") from e
+    raise CheckpointError(f"{os.fspath(file)}: cannot be drawn: {e}", topic="storage-failure") from e
   return None
 
 

@@ -166,7 +166,8 @@ def file_target(path: pathlib.Path, needed: int) -> Iterator[FileTarget]:
     free = shutil.disk_usage((missing or [path / "new"])[-1].parent).free
     if free < needed:
       raise StorageError(
-        f"{path}: the probe needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; free some space first"
+        f"{path}: the probe needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; free some space first",
+        topic="out-of-space",
       )
     directory = path / f".ckpt_jax-probe-{uuid.uuid4().hex[:12]}"
     try:

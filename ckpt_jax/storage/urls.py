@@ -24,5 +24,5 @@ def split_url(url: str | os.PathLike[str]) -> tuple[str, str, str]:
   scheme, _, rest = text.partition("://")
   bucket, _, key = rest.partition("/")
   if scheme not in SCHEMES or not bucket:
-    raise ConfigError(f"{text}: expected gs://BUCKET/PATH or s3://BUCKET/PATH")
+    raise ConfigError(f"{text}: expected gs://BUCKET/PATH or s3://BUCKET/PATH", topic="run-directory")
   return scheme, bucket, key.strip("/")

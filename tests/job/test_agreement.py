@@ -45,5 +45,5 @@ def test_an_error_is_the_same_on_another_process(error):
 
 @pytest.mark.parametrize("name", ["KeyError", "annotations", "Missing"])
 def test_an_error_of_an_unknown_class_is_a_checkpoint_error(name):
-  found = error_from_json({"error": name, "message": "a bug", "step": None})
+  found = error_from_json({"error": name, "message": "a bug", "step": None, "topic": None})
   assert type(found) is errors.CheckpointError and str(found) == "a bug"
