@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, StrictStr
+
+from ckpt_jax.config.explain import did_you_mean
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _BYTES = {"": 1, "b": 1} | {
@@ -166,6 +168,18 @@ def _switch(value: Any) -> Any:
   return value
 
 
+def _compression(value: Any) -> Any:
+  if not isinstance(value, Mapping):
+    return _one_of(_switch(value), ("auto", "on", *_CODECS))
+  return {str(kind): _one_of(_switch(codec), _CODECS) for kind, codec in value.items()}
+
+
+def _one_of(value: Any, allowed: Sequence[str]) -> str:
+  if value not in allowed:
+    raise ValueError(f"{value!r:.80} is not one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}")
+  return value
+
+
 def _file_mode(value: Any) -> str:
   if isinstance(value, int) and not isinstance(value, bool):
     # YAML 1.1 reads 0640 as 416 and 640 as 640; only text says which was meant.
@@ -215,3 +229,8 @@ AutoOrBytes = Annotated[int | Literal["auto"], _or("auto", parse_bytes)]
 AutoOrDuration = Annotated[float | Literal["auto"], _or("auto", parse_duration)]
 AutoOrCount = Annotated[int | Literal["auto"], _or("auto", _whole(1))]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+_CODECS = ("off", "zstd", "shuffled")
+Compression = Annotated[
+  Literal["auto", "on", "off", "zstd", "shuffled"] | dict[str, Literal["off", "zstd", "shuffled"]],
+  BeforeValidator(_compression),
+]

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from ckpt_jax.config import Config, LayoutConfig
-from ckpt_jax.layout import packing, shares, writing
+from ckpt_jax.layout import codec, packing, shares, writing
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.ring import Ring, Values
 from ckpt_jax.layout.splitting import Small, split
@@ -29,13 +30,16 @@ def pytree_handler(config: Config) -> PyTreeHandler:
   """The handler that writes the state of a step."""
   layout, limits = config.layout, config.limits
   types = ocp.type_handlers
-  ours: dict[Any, Any] = {jax.Array: ArrayHandler(layout), str: TextHandler()}
+  ours: dict[Any, Any] = {
+    jax.Array: ArrayHandler(layout),
+    np.ndarray: NumpyHandler(layout.compression),
+    str: TextHandler(),
+  }
   by_type = {kind: ours.get(kind) or types.get_type_handler(kind) for kind in types.supported_types()}
   return PyTreeHandler(
     ours[jax.Array],
     pack=layout.pack == "on",
-    # Trained weights shrink by 8% under zstd and the commit takes 2.3 times as long, so auto means off.
-    use_compression=layout.compression == "on",
+    use_compression=not codec.is_off(layout.compression),  # of what Orbax writes: Python's numbers, casts
     # The target size of data files is honoured by zarr3 only.
     use_zarr3=layout.target_file_size != "auto",
     # Unlimited, Orbax writes in one OCDBT transaction, which keeps every chunk until the commit.
@@ -115,6 +119,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       array_metadata_store=self._store,
     )
     self.limits = shares.Limits.of(layout)
+    self._compression = layout.compression
     self.writes = False
     self.writer: writing.Writer | None = None
     self._memory = writing.SlabMemory()
@@ -143,8 +148,9 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       3. All processes write as much, whatever the number of replicas (`shares`). Chunks are cut so that other meshes
          can read them, and the pieces of a small array that one process alone holds are stored as one.
       4. Arrays that `prepare` announced are written side by side into a slab (see `packing`).
-      5. The shardings and the array metadata are each written as one file in one go.
-      6. A failed write is waited for before the error is raised: nothing is written once a save counts as ended.
+      5. Each array has the codec of its kind (`codec`), where Orbax knows zstd or none, for all.
+      6. The shardings and the array metadata are each written as one file in one go.
+      7. A failed write is waited for before the error is raised: nothing is written once a save counts as ended.
     Items without OCDBT and casts go through Orbax's.
     """
     args = args or [ocp.SaveArgs()] * len(values)
@@ -161,7 +167,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       return await super().serialize(values, infos, args)  # type: ignore[arg-type]
     impls = {info.name: str(jax.random.key_impl(v)) for v, info in zip(values, infos, strict=True) if is_prng_key(v)}
     arrays = [jax.random.key_data(v) if is_prng_key(v) else v for v in values]
-    written = writing.on_host(arrays, infos, args, copies)
+    written = writing.on_host(arrays, infos, args, copies, self._compression)
     pieces = writing.small_on_host(shares.slices(packed, shares.WHOLE), copies) if small else []
     copies.settled()
     self.writes = any(array.pieces for array in written) or bool(small and small.slab.nbytes)
@@ -212,6 +218,22 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       await asyncio.wait([bulk])
       _ = bulk.cancelled() or bulk.exception()  # else asyncio would log it
       raise
+
+
+class NumpyHandler(ocp.type_handlers.NumpyHandler):
+  """Orbax's handler of numpy arrays, which knows one codec; here it depends on the array whether it is used."""
+
+  def __init__(self, compression: codec.Compression):
+    super().__init__()
+    self._compression = compression
+
+  async def serialize(
+    self, values: Sequence[np.ndarray], infos: _ParamInfos, args: Sequence[ocp.SaveArgs] | None = None
+  ) -> Sequence[ocp.future.Future]:
+    """See Orbax's."""
+    codecs = [codec.codec_of(self._compression, info.name, v.dtype) for v, info in zip(values, infos, strict=True)]
+    infos = [info.replace(use_compression=c != codec.OFF) for info, c in zip(infos, codecs, strict=True)]
+    return await super().serialize(values, infos, args)
 
 
 def _write_shardings(item: epath.Path, *objects: str) -> None:

@@ -45,7 +45,7 @@ class Stored:
     kind: `array`, `number` (a Python one) or `text`.
     shape, dtype: of its array; none for text.
     chunks: shape of the pieces that are compressed and read whole; None for text and packed leaves.
-    codec: `none`, `zstd`, `blosc` ...; `packed` for a leaf in a slab.
+    codec: `none`, `zstd`, `shuffled zstd` ...; `packed` for a leaf in a slab.
     slabs: the processes in whose slabs a packed leaf is.
     sharding: that which it was saved with, such as `P(data, None) on data=2, model=4`; empty if that is not known.
   """
@@ -130,10 +130,20 @@ def _stored(kind: str, name: str, own: dict[str, Any] | None, packed: Sequence[A
       grid = codecs[0]
       codecs = grid["configuration"]["codecs"]
     chunks = grid["configuration"]["chunk_shape"]
-    codec = next((c["name"] for c in codecs if c["name"] not in ("bytes", "transpose")), "none")
+    last: dict[str, Any] = {"name": "none"}
+    last = next((c for c in codecs if c["name"] not in ("bytes", "transpose")), last)
+    codec = {**last.get("configuration", {}), "id": last["name"]}
   else:
-    dtype, chunks, codec = own["dtype"], own["chunks"], (own["compressor"] or {"id": "none"})["id"]
-  return Stored(name, what, tuple(own["shape"]), np.dtype(dtype), tuple(chunks), codec, sharding)
+    dtype, chunks, codec = own["dtype"], own["chunks"], own["compressor"] or {"id": "none"}
+  return Stored(name, what, tuple(own["shape"]), np.dtype(dtype), tuple(chunks), _codec_name(codec), sharding)
+
+
+def _codec_name(codec: dict[str, Any]) -> str:
+  """A codec of zarr in words."""
+  if codec["id"] != "blosc":
+    return str(codec["id"])
+  shuffled = "" if codec.get("shuffle") in (0, "noshuffle") else "shuffled "
+  return shuffled + str(codec["cname"])
 
 
 def _array_metadata(item: epath.Path, data: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.layout import packing
+from ckpt_jax.layout import codec, packing
 from ckpt_jax.layout.keys import prefix
 from ckpt_jax.layout.memory import unaligned_empty
 from ckpt_jax.layout.reading import result_of
@@ -32,7 +32,6 @@ from ckpt_jax.orbax import private
 # Bytes in flight before other threads may have Python: they keep a disk of 1 GB/s busy for 50 ms.
 _AHEAD_NBYTES = 48 * 2**20
 _SLAB_NBYTES = 64 * 2**20  # of a slab in flight at a time, and kept for the next save
-_ZSTD = {"id": "zstd", "level": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Written:
     shape, dtype: of the whole array.
     write_shape: of its chunks, unless `args` asks for smaller ones; the same on all processes.
     pieces: box of each, and what returns its values once they are in host memory.
+    codec: that of its chunks, see `codec`.
   """
 
   info: ocp.type_handlers.ParamInfo
@@ -52,6 +52,7 @@ class Written:
   dtype: np.dtype
   write_shape: tuple[int, ...]
   pieces: tuple[tuple[Box, Values], ...]
+  codec: str = codec.OFF
 
   @property
   def turn(self) -> int:
@@ -76,12 +77,14 @@ def on_host(
   infos: Sequence[ocp.type_handlers.ParamInfo],
   args: Sequence[ocp.SaveArgs],
   copies: HostCopies,
+  compression: codec.Compression,
 ) -> list[Written]:
   """The pieces of each array that this process writes, in host memory or on their way there.
 
   Args:
     arrays, infos, args: as Orbax gives them.
     copies: of the arrays, as far as they were started before.
+    compression: the codec of each.
   """
   # Keys that each process has for itself are the same on all, and the first one's are saved.
   others = [jax.process_index() > 0 and one_device(array.sharding) == "here" for array in arrays]
@@ -95,7 +98,14 @@ def on_host(
     return found.chunks, found.pieces
 
   return [
-    Written(info, arg, array.shape, np.dtype(array.dtype), *pieces(array, is_others))
+    Written(
+      info,
+      arg,
+      array.shape,
+      dtype := np.dtype(array.dtype),
+      *pieces(array, is_others),
+      codec.codec_of(compression, info.name, dtype),
+    )
     for array, info, arg, is_others in zip(arrays, infos, args, others, strict=True)
   ]
 
@@ -131,7 +141,7 @@ class Writer:
       window: bytes in flight at a time; None hands over everything at once, in one transaction.
       process: the process whose database this is (0 writes the arrays' metadata); None for the item's own database,
         into which those of the processes are merged.
-      compressed: whether slabs are; the specs of other arrays come from Orbax.
+      compressed: whether slabs are, by zstd.
       memory: buffers for the chunks of slabs.
     """
     self.stop = threading.Event()
@@ -148,7 +158,8 @@ class Writer:
 
   def spec(self, array: Written) -> dict[str, Any]:
     """Orbax's TensorStore spec of an array, without its key-value store; arrays that differ in name only share it."""
-    key = (array.shape, array.write_shape, array.dtype, array.args.chunk_byte_size, tuple(array.args.shard_axes))
+    kind = (array.shape, array.write_shape, array.dtype, array.codec)
+    key = (*kind, array.args.chunk_byte_size, tuple(array.args.shard_axes))
     if (spec := self._specs.get(key)) is None:
       spec = private.tensorstore_write_spec(
         array.info,
@@ -159,6 +170,7 @@ class Writer:
         process_index=self._process,
         arg=array.args,
       )
+      codec.set_codec(spec["metadata"], array.codec, array.dtype.itemsize)
       kvstore = spec.pop("kvstore")
       kvstore.pop("path", None)
       self._kvstore = self._kvstore or kvstore
@@ -167,8 +179,7 @@ class Writer:
 
   def chunk_shape(self, array: Written) -> tuple[int, ...]:
     """The shape of the chunks in which an array is stored."""
-    metadata = self.spec(array)["metadata"]
-    return tuple(metadata["chunks"] if "chunks" in metadata else metadata["chunk_grid"]["configuration"]["chunk_shape"])
+    return codec.chunk_shape(self.spec(array)["metadata"])
 
   def write(
     self,
@@ -305,11 +316,13 @@ def fresh(nbytes: int) -> np.ndarray:
 
 
 def _slab_spec(slab: packing.Slab, compressed: bool) -> dict[str, Any]:
+  metadata = {"shape": [slab.nbytes], "chunks": [slab.chunk_nbytes], "compressor": None}
+  codec.set_codec(metadata, codec.ZSTD if compressed else codec.OFF, 1)
   return {
     "driver": "zarr",
     "dtype": "uint8",
     "recheck_cached_data": False,
     "recheck_cached_metadata": False,
     "store_data_equal_to_fill_value": True,
-    "metadata": {"shape": [slab.nbytes], "chunks": [slab.chunk_nbytes], "compressor": _ZSTD if compressed else None},
+    "metadata": metadata,
   }

@@ -26,6 +26,7 @@ from ckpt_jax.job.errand import Errand, wait_for
 from ckpt_jax.job.progress import OnProgress, reported
 from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
 from ckpt_jax.job.threads import transfers_asked_for
+from ckpt_jax.layout.codec import is_off
 from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_size
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.layout.staging import HostCopies
@@ -248,7 +249,7 @@ class Saver:
     if snapshot.config != self._config:
       self._config = snapshot.config
       self._replace_manager(pytree_handler(self._config))
-    compressed = self._config.layout.compression == "on"
+    compressed = not is_off(self._config.layout.compression)
     made_room = self._run.admission.admit(record.step, record.nbytes, metadata["leaves"], compressed=compressed)
     forget_steps(self.manager, made_room)
     self._run.journal.begin()

@@ -9,25 +9,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckpt_jax.config import TIMEOUT_FLOOR_S, Config
 from ckpt_jax.config.units import count, decimal_text
+from ckpt_jax.layout.codec import OFF, SHUFFLED, ZSTD, codec_of_kind, is_off
 from ckpt_jax.layout.shares import SLICE_NBYTES
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import StorageProfile
-from ckpt_jax.tuning.costs import MIB, Layout, Prediction, knee_of, predict, streams_of
+from ckpt_jax.tuning.costs import MIB, Layout, Prediction, coding, knee_of, predict, streams_of
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
+from ckpt_jax.tuning.sampling import Codecs, Kind
 
 # A change of the layout must reduce commit and restore together to this share ...
 _WORTH = 0.9
-# ... or, where it stores this share of the bytes, cost no more than that in time.
-_SMALL_ENOUGH, _NO_SLOWER = 0.6, 1.1
+# ... or, where it stores this share of the bytes, cost no time.
+_SMALL_ENOUGH = 0.6
+_ALIKE = 0.01  # of the bytes
+_NO_VALUES = "random numbers, since this state has no values to try"
 _PACK_LEAVES = 200
 # w1 with 1 GB in flight committed in 1.18 s, unlimited in 1.56 s.
 _IN_FLIGHT = 10**9
 _MEMORY_SHARE = 8
+# 16 of them are in flight.
+_CODED_CHUNK_NBYTES = 64 * MIB
 _ORBAX_FILE_IO = 128
 # Orbax's own targets (tensorstore_utils.py of 0.12.8).
 _ORBAX_FILE_NBYTES = {True: 400 * MIB, False: 2048 * MIB}
@@ -102,7 +108,9 @@ class Facts:
     name = choice.key.rpartition(".")[2]
     if not any(field.name == name for field in dataclasses.fields(Layout)):
       return self
-    value = {"on": True, "off": False, "auto": None}.get(choice.value, choice.value)
+    value: Any = choice.value
+    if name != "compression":
+      value = {"on": True, "off": False, "auto": None}.get(value, value)
     return dataclasses.replace(self, layout=dataclasses.replace(self.layout, **{name: value}))
 
   @property
@@ -129,20 +137,36 @@ def _file_io(f: Facts) -> Choice:
 
 
 def _compression(f: Facts) -> Choice:
-  off, on = f.predict(compression=False), f.predict(compression=True)
-  zstd = f.state.compressibility or f.host.zstd
-  of = f"{decimal_text(zstd.sampled_nbytes)} of its values"
-  if not f.state.compressibility:
-    of = "random numbers, since this state has no values to try,"
-  pays = _time(on) <= _WORTH * _time(off)
-  smaller = zstd.ratio <= _SMALL_ENOUGH and _time(on) <= _NO_SLOWER * _time(off)
+  """Compresses the kinds of leaves that save most bytes for a second of a thread, as many as make it fastest."""
+  kinds = f.state.kinds or (Kind(_NO_VALUES, f.state.nbytes, f.host.codecs),)
+  best = {kind.name: _best_codec(kind.codecs) for kind in kinds}
+  codecs = {kind.name: kind.codecs[best[kind.name]] for kind in kinds}
+  order = sorted(best, key=lambda kind: (codecs[kind].ratio - 1) * codecs[kind].compress_bytes_per_s)
+  settings: list[Any] = [{kind: best[kind] for kind in order[: n + 1]} for n in range(len(order))]
+  if all(best[kind.name] == (SHUFFLED if SHUFFLED in kind.codecs else ZSTD) for kind in kinds):
+    settings[-1] = SHUFFLED  # those leaves too that were not sampled
+  off, tried = f.predict(compression=OFF), [(f.predict(compression=setting), setting) for setting in settings]
+  on, setting = min(tried, key=lambda one: _time(one[0]))
+  smaller = coding(f.state, f.host, setting).ratio <= _SMALL_ENOUGH and _time(on) <= _time(off)
+  value = setting if smaller or _time(on) <= _WORTH * _time(off) else OFF
+  used = f.set_by_user("layout.compression") or value
+  said = [
+    f"{best[kind.name]} {'would leave' if codec_of_kind(used, kind.name) == OFF else 'leaves'} "
+    f"{codecs[kind.name].ratio:.0%} of {kind.name} ({decimal_text(kind.nbytes)}) at "
+    f"{rate_text(codecs[kind.name].compress_bytes_per_s)} a thread"
+    for kind in kinds
+  ]
   reason = (
-    f"zstd leaves {zstd.ratio:.0%} of {of} at {rate_text(zstd.compress_bytes_per_s)} a thread: commit "
-    f"{seconds_text(on.commit_s)} and restore {seconds_text(on.restore_s)} with it, {seconds_text(off.commit_s)} and "
-    f"{seconds_text(off.restore_s)} without"
+    f"{', '.join(said)}: commit {seconds_text(on.commit_s)} and restore {seconds_text(on.restore_s)} at best, "
+    f"{seconds_text(off.commit_s)} and {seconds_text(off.restore_s)} without"
   )
-  value = "on" if pays or smaller else "off"
-  return f.choice("layout.compression", value, reason, f"on: commit {seconds_text(on.commit_s)}")
+  orbax = f.predict(compression=ZSTD)
+  return f.choice("layout.compression", value, reason, f"zstd for all: commit {seconds_text(orbax.commit_s)}")
+
+
+def _best_codec(codecs: Codecs) -> str:
+  """Shuffled, unless zstd alone stores less, as it may where rows are repeated: moments are zeros only at first."""
+  return min(codecs, key=lambda name: codecs[name].ratio - (_ALIKE if name == SHUFFLED else 0))
 
 
 def _time(p: Prediction) -> float:
@@ -176,9 +200,6 @@ def _target_file_size(f: Facts) -> Choice:
     reason = f"{_times(stored, mine)} a process"
   elif f.storage.kind.traits.overwrite_in_place:
     reason = "a disk takes one file as well as many"
-  elif f.layout.compression:
-    # Only zarr3 keeps to the target, and it would compress at level 3 instead of 1.
-    reason = "compressed steps keep to Orbax's size"
   elif size >= orbax or stored <= 2 * size:
     reason = f"{decimal_text(stored)} a process need no other objects than Orbax's"
   else:
@@ -197,6 +218,9 @@ def _chunk_size(f: Facts) -> Choice:
   value: Any = "auto"
   if mine:
     reason = f"the largest piece, {decimal_text(shard)}, in {_times(shard, mine)}"
+  elif not is_off(f.layout.compression) and shard > 2 * _CODED_CHUNK_NBYTES:
+    value = _CODED_CHUNK_NBYTES
+    reason = f"a thread compresses a chunk: the largest piece, {decimal_text(shard)}, in {_times(shard, value)}"
   elif shard <= 2 * least:
     reason = f"the largest piece, {decimal_text(shard)}, is read in one request"
   elif enough and shard <= 256 * MIB:
@@ -342,6 +366,8 @@ def _times(whole: float, part: float) -> int:
 
 def value_text(key: str, value: Any) -> str:
   """A setting's value as written in a file."""
+  if isinstance(value, Mapping):
+    return f"{{{', '.join(f'{name}: {of}' for name, of in value.items())}}}"
   if value is None or isinstance(value, bool):
     return {None: "null", True: "true", False: "false"}[value]
   if isinstance(value, float) and key.startswith("timeouts."):

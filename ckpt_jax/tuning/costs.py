@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import NamedTuple
 
+from ckpt_jax.layout.codec import OFF, ZSTD, Compression, codec_of_kind, is_off
 from ckpt_jax.planning.estimate import copy_seconds, host_nbytes
 from ckpt_jax.storage.probe import StorageProfile, Throughput
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
+from ckpt_jax.tuning.sampling import Kind
 
 MIB = 1 << 20
 # Files of a step besides OCDBT's data files: of the step, and of each process.
@@ -38,8 +41,8 @@ class Phase:
     leaf: tasks for a leaf.
     shard: tasks for each piece that this process holds.
     packed: tasks, all in all, for a leaf in a slab.
-    copies: what a byte costs besides zstd, in copies of it into fresh memory; a commit pays for the stored bytes.
-    zstd_threads: threads' worth of zstd that run at a time, at most the cores.
+    copies: what a byte costs besides its codec, in copies of it into fresh memory; a commit pays for the stored bytes.
+    codec_share: share of the threads that are busy with codecs, at most one a piece.
     overlap: share of the shorter of CPU and storage time that is hidden behind the longer, 0 to 1. A commit's Python
       is not hidden, a restore's is part of its CPU time.
   """
@@ -49,7 +52,7 @@ class Phase:
   shard: float
   packed: float = 0.0
   copies: float = 0.0
-  zstd_threads: float = 1.0
+  codec_share: float = 1.0
   overlap: float = 0.0
 
 
@@ -73,8 +76,8 @@ class CostModel:
 # commit of w1 2.3 s where it is 1.1 s without.
 ORBAX = CostModel(
   block=Phase(0.007, leaf=30, shard=4),
-  commit=Phase(0.03, leaf=240, shard=30, copies=1.0, zstd_threads=0.7, overlap=0.7),
-  restore=Phase(0.03, leaf=120, shard=115, copies=1.5, zstd_threads=1.0, overlap=0.3),
+  commit=Phase(0.03, leaf=240, shard=30, copies=1.0, codec_share=0.35, overlap=0.7),
+  restore=Phase(0.03, leaf=120, shard=115, copies=1.5, codec_share=0.5, overlap=0.3),
   waits_for_snapshot=True,
 )
 # This package on the same host: reads and writes are queued with little Python an array, and each region of a process
@@ -82,8 +85,8 @@ ORBAX = CostModel(
 # 1.02 GB), w2 (5,000 arrays, 0.2 GB) and w3 (w1 in 4,832 pieces). docs/predictions.json compares it with measurements.
 OURS = CostModel(
   block=Phase(0.005, leaf=9, shard=6, packed=8),
-  commit=Phase(0.03, leaf=21, shard=2, packed=5, copies=0.75, zstd_threads=1.5, overlap=0.7),
-  restore=Phase(0.02, leaf=34, shard=12, packed=16, copies=0.75, zstd_threads=2.0, overlap=1.0),
+  commit=Phase(0.03, leaf=21, shard=2, packed=5, copies=0.75, codec_share=0.75, overlap=0.7),
+  restore=Phase(0.02, leaf=34, shard=12, packed=16, copies=0.75, codec_share=1.0, overlap=1.0),
 )
 
 
@@ -91,7 +94,7 @@ OURS = CostModel(
 class Layout:
   """The settings that costs depend on, under their names in a configuration; None where Orbax's own applies."""
 
-  compression: bool = True
+  compression: Compression = ZSTD
   pack: bool = False
   target_file_size: int | None = None
   chunk_size: int | None = None
@@ -173,8 +176,8 @@ def _in_host_memory(
     packed = state.small_leaves * leaves // max(state.leaves, 1)
     leaves -= packed
     shards = max(leaves, shards - packed * shards // max(state.local_shards, 1)) + len(state.dtypes)
-  zstd = state.compressibility or host.zstd
-  ratio = zstd.ratio if layout.compression else 1.0
+  coded = coding(state, host, layout.compression)
+  ratio = coded.ratio
   held, written = state.local_nbytes or state.nbytes, _written(state)
   read = held * _once(state) if layout.gather else float(held)
   sharing = 1 if storage.kind.traits.shared else max(1, host.processes)
@@ -182,16 +185,13 @@ def _in_host_memory(
   def python_s(phase: Phase) -> float:
     return (leaves * phase.leaf + shards * phase.shard + packed * phase.packed) * host.task_s
 
-  def bytes_s(phase: Phase, copied: float, coded: float, codec_bytes_per_s: float) -> float:
-    seconds = copied * phase.copies / host.copy_bytes_per_s
-    if layout.compression:
-      threads = min(phase.zstd_threads, layout.data_copy_concurrency or host.cores)
-      seconds += coded / (codec_bytes_per_s * threads)
-    return seconds
+  def bytes_s(phase: Phase, copied: float, codec_s: float) -> float:
+    threads = min(layout.data_copy_concurrency or host.cores, host.cores, max(1, shards))
+    return copied * phase.copies / host.copy_bytes_per_s + codec_s / (phase.codec_share * threads)
 
   blocking = model.block.fixed_s + python_s(model.block)
   files = _data_files(written * ratio, layout, host)
-  cpu = bytes_s(model.commit, written * ratio, written, zstd.compress_bytes_per_s)
+  cpu = bytes_s(model.commit, written * ratio, written * coded.encode_s)
   if layout.reshard:
     cpu += state.across_nbytes / host.processes * _ACROSS_COPIES / host.copy_bytes_per_s
     cpu += state.across_chunks / host.processes * _CHUNK_S
@@ -200,9 +200,9 @@ def _in_host_memory(
   commit = model.commit.fixed_s + python_s(model.commit) + _overlapped(cpu, io, model.commit.overlap)
   pieces = max(1, shards, math.ceil(held / (layout.chunk_size or math.inf)))  # one request a chunk
   # Python queues reads while others are under way.
-  cpu = python_s(model.restore) + bytes_s(model.restore, read, read, zstd.decompress_bytes_per_s)
+  cpu = python_s(model.restore) + bytes_s(model.restore, read, read * coded.decode_s)
   io = _read_s(storage, read * ratio, pieces, sharing)
-  in_flight = layout.save_concurrency or (written if layout.compression else None)
+  in_flight = layout.save_concurrency or (None if is_off(layout.compression) else written)
   return Prediction(
     blocking_s=blocking,
     commit_s=blocking + commit,
@@ -214,6 +214,29 @@ def _in_host_memory(
     snapshot_s=0.0,
     pinned_bytes=0,
   )
+
+
+class Coded(NamedTuple):
+  """What codecs make of a byte of a state: bytes stored, and seconds of one thread."""
+
+  ratio: float
+  encode_s: float
+  decode_s: float
+
+
+def coding(state: StateProfile, host: HostProfile, compression: Compression) -> Coded:
+  """What `layout.compression` makes of a state; values that were not sampled count as random numbers."""
+  rest = state.nbytes - sum(kind.nbytes for kind in state.kinds)
+  kinds = [*state.kinds, Kind("", rest, host.codecs)]
+  total = max(state.nbytes, 1)
+  ratio, encode_s, decode_s = 1.0, 0.0, 0.0
+  for kind in kinds:
+    name, share = codec_of_kind(compression, kind.name), kind.nbytes / total
+    if name != OFF and (found := kind.codecs.get(name) or kind.codecs.get(ZSTD)):  # of single bytes only zstd is known
+      ratio -= share * (1 - found.ratio)
+      encode_s += share / found.compress_bytes_per_s
+      decode_s += share / found.decompress_bytes_per_s
+  return Coded(ratio, encode_s, decode_s)
 
 
 def _written(state: StateProfile) -> float:

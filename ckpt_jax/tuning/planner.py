@@ -20,7 +20,8 @@ from ckpt_jax.storage.probe import StorageProfile, quick_probe
 from ckpt_jax.tuning.assumed import is_assumed
 from ckpt_jax.tuning.choices import Facts
 from ckpt_jax.tuning.plan import NoPlan, Plan, decide, known_profile
-from ckpt_jax.tuning.profile import profile_host, profile_state, sample_state
+from ckpt_jax.tuning.profile import profile_host, profile_state
+from ckpt_jax.tuning.sampling import sample_kinds
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -137,7 +138,7 @@ class Planner:
     try:
       profile = again.state if again is not None else profile_state(state.structure.abstract, sample=False)
       if sample:
-        profile = dataclasses.replace(profile, compressibility=sample_state(state.leaves))
+        profile = dataclasses.replace(profile, kinds=sample_kinds(state))
       return decide(Facts(profile, self._storage(nbytes), profile_host(), self._user))
     except Exception as e:  # the checkpoint that waits for it is worth more than a plan
       reason = f"{type(e).__name__}: {e}"

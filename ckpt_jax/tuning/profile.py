@@ -12,7 +12,7 @@ import mmap
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,9 @@ import psutil
 
 from ckpt_jax.layout.link import Link, measured_link
 from ckpt_jax.layout.staging import belongs_to_accelerators, has_accelerators, pinned_limit
+from ckpt_jax.layout.structure import flatten
 from ckpt_jax.storage.cache import boot_id, recall, remember
-from ckpt_jax.tuning.sampling import Compressibility, measure_compression
+from ckpt_jax.tuning.sampling import Compressibility, Kind, as_words, measure_codecs, sample_kinds
 
 PyTree = Any
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
@@ -30,7 +31,7 @@ _CGROUP_FILES = (
   ("memory.max", "memory.current", "memory.stat"),
   ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
-_VERSION = 3  # of the host's measurements on disk
+_VERSION = 4  # of the host's measurements on disk
 # Below this a leaf costs more Python than time for its bytes: 1 MiB at 1 GB/s takes as long as Orbax's Python for it.
 SMALL_LEAF_NBYTES = 1 << 20
 _COPIED_NBYTES = 32 << 20
@@ -59,7 +60,7 @@ class StateProfile:
     largest_local_nbytes: of all that this process holds of one array.
     small_leaves, small_nbytes: leaves below 1 MiB, and their bytes.
     accelerator_nbytes, accelerator_shards: what of the local ones belongs to accelerators.
-    compressibility: measured on a sample of the values; None for a state without values.
+    kinds: of leaves, and how well they compress by a sample; empty for a state without values.
   """
 
   leaves: int
@@ -83,7 +84,7 @@ class StateProfile:
   small_nbytes: int = 0
   accelerator_nbytes: int = 0
   accelerator_shards: int = 0
-  compressibility: Compressibility | None = None
+  kinds: tuple[Kind, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class HostProfile:
     memory_nbytes: RAM of the host, or of the cgroup if that is less.
     copy_bytes_per_s: copying into memory that was not touched before.
     task_s: seconds of one asyncio task, made and awaited: the unit of what a leaf costs in Orbax's Python.
-    zstd: compression of random float32 numbers, which stand for a state without values.
+    codecs: of random float32 numbers, which stand for a state without values.
     devices_per_process, processes: of the jax job.
     host: its name.
     link: to its accelerators; None without any, or if it could not be measured.
@@ -106,7 +107,7 @@ class HostProfile:
   memory_nbytes: int
   copy_bytes_per_s: float
   task_s: float
-  zstd: Compressibility
+  codecs: Mapping[str, Compressibility]
   devices_per_process: int = 1
   processes: int = 1
   host: str = ""
@@ -122,7 +123,7 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
 
   Args:
     state: what would be saved.
-    sample: whether to measure compression on at most 8 MB of its values (some 50 ms).
+    sample: whether to measure compression on some 8 MB of its values (some 50 ms).
   """
   arrays = _arrays(state)
   # Thousands of leaves are of few kinds; names of dtypes and cuts of shardings are too slow to look up for each leaf.
@@ -152,14 +153,8 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
     small_nbytes=sum(n * nbytes for n, nbytes in small),
     accelerator_nbytes=sum(n * cut.local * cut.piece_nbytes for n, cut in far),
     accelerator_shards=sum(n * cut.local for n, cut in far),
-    compressibility=sample_state(state) if sample else None,
+    kinds=sample_kinds(flatten(state)) if sample else (),
   )
-
-
-def sample_state(state: PyTree) -> Compressibility | None:
-  """How well at most 8 MB of a state's values compress; None if it has no values, or too few."""
-  values = [x for x in _arrays(state) if hasattr(x, "addressable_shards") or hasattr(x, "__array_interface__")]
-  return measure_compression(values)
 
 
 def _is_far(sharding: Any) -> bool:
@@ -224,12 +219,7 @@ def _chunks(shape: Sequence[int], chunk: Sequence[int]) -> int:
 
 def _arrays(state: PyTree) -> list[Any]:
   """The leaves that are arrays; typed PRNG keys as the numbers in them."""
-
-  def key_data(x: Any) -> Any:
-    is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(x) if is_key else x
-
-  return [key_data(x) for x in jax.tree.leaves(state) if hasattr(x, "shape") and hasattr(x, "dtype")]
+  return [as_words(x) for x in jax.tree.leaves(state) if hasattr(x, "shape") and hasattr(x, "dtype")]
 
 
 # -- the host
@@ -251,7 +241,7 @@ def profile_host() -> HostProfile:
     memory_nbytes=total_memory(),
     copy_bytes_per_s=measured["copy_bytes_per_s"],
     task_s=measured["task_s"],
-    zstd=Compressibility(**measured["zstd"]),
+    codecs={name: Compressibility(**found) for name, found in measured["codecs"].items()},
     devices_per_process=jax.local_device_count(),
     processes=jax.process_count(),
     host=os.uname().nodename,
@@ -284,13 +274,11 @@ def _measure_host() -> dict[str, Any]:
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     per_task = min(pool.submit(asyncio.run, tasks()).result() for _ in range(10))
   numbers = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
-  zstd = measure_compression([numbers])
-  assert zstd is not None
   # CPU time, and the best of several runs, so that other programs on this host do not matter.
   return {
     "copy_bytes_per_s": _COPIED_NBYTES / min(copies),
     "task_s": per_task,
-    "zstd": dataclasses.asdict(zstd),
+    "codecs": {name: dataclasses.asdict(found) for name, found in measure_codecs([numbers]).items()},
   }
 
 

@@ -1,19 +1,24 @@
-"""How well values compress: zstd at level 1, as Orbax applies it, on a sample of bounded size.
+"""How well values compress under each codec: a sample of bounded size, taken of each kind of leaf.
 
-Measured with TensorStore's own codec in memory, which also compresses the checkpoint.
+Measured with TensorStore's own codecs in memory, which also compress the checkpoint.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from ckpt_jax.layout import codec
+from ckpt_jax.layout.codec import kind_of
 from ckpt_jax.layout.staging import HostCopies, is_on_accelerator
+from ckpt_jax.layout.structure import Flat, Structure
 
 _BLOCK = 512 << 10
 _BLOCKS = 16  # 8 MiB in all
@@ -22,9 +27,13 @@ _BLOCKS = 16  # 8 MiB in all
 _FETCH_NBYTES = 32 << 20
 
 
+# What has a smaller share of the bytes is not worth a codec of its own.
+_WORTH_A_SAMPLE = 0.01
+
+
 @dataclasses.dataclass(frozen=True)
 class Compressibility:
-  """zstd at level 1 on a sample; the rates are bytes of values per second and thread.
+  """A codec on a sample; the rates are bytes of values per second and thread.
 
   Attributes:
     ratio: compressed bytes / bytes, at most 1.0.
@@ -38,27 +47,94 @@ class Compressibility:
   sampled_nbytes: int
 
 
-def measure_compression(arrays: Sequence[Any]) -> Compressibility | None:
-  """Compresses up to 8 MiB taken evenly over the bytes of `arrays`: numpy, or what this process holds of jax's.
+Codecs = Mapping[str, Compressibility]  # by name, see `layout.codec`; without "off"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """Leaves of one kind, which are stored alike.
+
+  Attributes:
+    name: see `layout.codec.kind_of`.
+    nbytes: of all of them.
+    codecs: measured on a sample of their values.
+  """
+
+  name: str
+  nbytes: int
+  codecs: Codecs
+
+
+def sample_kinds(state: Flat) -> tuple[Kind, ...]:
+  """How well a state's values compress, by kind, most bytes first: some 8 MiB of them in all.
+
+  Left out are kinds that have less than 1% of the bytes, or of which this process holds no values.
+  """
+  kinds = state.structure.once(_kinds, state.structure)
+  total = sum(nbytes for nbytes, _ in kinds.values())
+  found = []
+  for name, (nbytes, numbers) in kinds.items():
+    if nbytes >= _WORTH_A_SAMPLE * total:
+      values = [as_words(state.leaves[i]) for i in numbers]
+      codecs = measure_codecs([x for x in values if _has_values(x)], max(1, round(_BLOCKS * nbytes / total)))
+      if codecs:
+        found.append(Kind(name, nbytes, codecs))
+  return tuple(found)
+
+
+def _kinds(structure: Structure) -> dict[str, tuple[int, list[int]]]:
+  """The kinds of a state's leaves: bytes, and the numbers of the leaves; most bytes first."""
+  nbytes: collections.Counter[str] = collections.Counter()
+  numbers: dict[str, list[int]] = {}
+  for i, (name, leaf) in enumerate(zip(structure.names, structure.abstract, strict=True)):
+    if leaf is None:
+      continue
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    kind = kind_of(name, np.dtype(leaf.dtype))
+    nbytes[kind] += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    numbers.setdefault(kind, []).append(i)
+  return {kind: (n, numbers[kind]) for kind, n in nbytes.most_common()}
+
+
+def as_words(x: Any) -> Any:
+  """A leaf; the numbers in it if it is a typed PRNG key."""
+  is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+  return jax.random.key_data(x) if is_key else x
+
+
+def _has_values(x: Any) -> bool:
+  return hasattr(x, "addressable_shards") or hasattr(x, "__array_interface__")
+
+
+def measure_codecs(arrays: Sequence[Any], blocks: int = _BLOCKS) -> dict[str, Compressibility]:
+  """Compresses blocks of 512 KiB taken evenly over the bytes of arrays of one dtype, under each codec.
+
+  Args:
+    arrays: numpy, or what this process holds of jax's.
+    blocks: how many.
 
   Returns:
-    None if the arrays hold less than a kilobyte.
+    By codec; empty if the arrays hold less than a kilobyte.
   """
-  blocks = _sample([x for x in arrays if x.size])
-  if sum(map(len, blocks)) < 1024:
-    return None
+  sampled = _sample([x for x in arrays if x.size], blocks)
+  if sum(map(len, sampled)) < 1024:
+    return {}
   # All blocks of one length, as the codec's chunks are. Longer ones are cut and shorter ones left out: padding or
   # repeating would improve the ratio.
-  size = sorted(map(len, blocks))[len(blocks) // 2]
-  return _compress(np.stack([block[:size] for block in blocks if len(block) >= size]))
+  size = sorted(map(len, sampled))[len(sampled) // 2]
+  data = np.stack([block[:size] for block in sampled if len(block) >= size])
+  itemsize = math.gcd(arrays[0].dtype.itemsize, 8)
+  names = (codec.ZSTD, codec.SHUFFLED) if itemsize > 1 else (codec.ZSTD,)
+  return {name: _compress(data.view(f"u{itemsize}"), name) for name in names}
 
 
-def _sample(arrays: list[Any]) -> list[np.ndarray]:
+def _sample(arrays: list[Any], blocks: int) -> list[np.ndarray]:
   """Blocks of bytes at even distances."""
   sizes = np.array([_nbytes(x) for x in arrays], np.int64)
   ends = np.cumsum(sizes)
   total = int(ends[-1]) if len(ends) else 0
-  count = min(_BLOCKS, max(1, total // _BLOCK)) if total else 0
+  count = min(blocks, max(1, total // _BLOCK)) if total else 0
   pieces: list[tuple[Any, int]] = []
   for i in range(count):
     offset = int((i + 0.5) * total / count)
@@ -66,8 +142,8 @@ def _sample(arrays: list[Any]) -> list[np.ndarray]:
     pieces += _piece(arrays[which], offset - int(ends[which] - sizes[which]))
   copies = HostCopies()
   copies.stage([piece for piece, _ in pieces if isinstance(piece, jax.Array)])
-  blocks = [_block(copies.of(piece)() if isinstance(piece, jax.Array) else piece, offset) for piece, offset in pieces]
-  return [b for b in blocks if len(b)]
+  found = [_block(copies.of(piece)() if isinstance(piece, jax.Array) else piece, offset) for piece, offset in pieces]
+  return [block for block in found if len(block)]
 
 
 def _piece(x: Any, offset: int) -> list[tuple[Any, int]]:
@@ -100,18 +176,16 @@ def _nbytes(x: Any) -> int:
   return int(x.size) * x.dtype.itemsize
 
 
-def _compress(data: np.ndarray) -> Compressibility:
+def _compress(data: np.ndarray, name: str) -> Compressibility:
+  """A codec on the rows of an array."""
   import tensorstore as ts
 
+  metadata = {"shape": list(data.shape), "chunks": [1, data.shape[1]], "dtype": data.dtype.str, "compressor": None}
+  codec.set_codec(metadata, name, data.dtype.itemsize)
   spec = {
     "driver": "zarr",
     "kvstore": {"driver": "memory"},
-    "metadata": {
-      "shape": list(data.shape),
-      "chunks": [1, data.shape[1]],
-      "dtype": "|u1",
-      "compressor": {"id": "zstd", "level": 1},
-    },
+    "metadata": metadata,
     "store_data_equal_to_fill_value": True,  # Orbax stores zeros too
   }
   context = ts.Context({"data_copy_concurrency": {"limit": 1}})

@@ -16,6 +16,7 @@ import pydantic
 
 from ckpt_jax.config import Config
 from ckpt_jax.config.units import decimal_text
+from ckpt_jax.layout.codec import is_off
 from ckpt_jax.tuning.choices import seconds_text, value_text
 from ckpt_jax.tuning.costs import MIB
 from ckpt_jax.tuning.plan import Plan
@@ -82,7 +83,9 @@ def candidates(plan: Plan, user: Config, *, pack: bool = False) -> list[Candidat
   cores = plan.host.cores
   largest = plan.state.largest_local_nbytes or plan.state.largest_leaf_nbytes
   bucket = not plan.storage.kind.traits.overwrite_in_place
-  wanted: list[tuple[str, Any]] = [("layout.compression", "off" if values["layout.compression"] == "on" else "on")]
+  wanted: list[tuple[str, Any]] = [
+    ("layout.compression", "shuffled" if is_off(values["layout.compression"]) else "off")
+  ]
   for key in ("limits.save_concurrency", "limits.restore_concurrency"):
     least = max(largest, 64 * MIB)
     wanted += [(key, max(least, plan.state.nbytes // 8)), (key, max(least, plan.state.nbytes))]

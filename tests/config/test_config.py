@@ -34,7 +34,7 @@ def load(tmp_path, text):
     ("retention: {last: 3}\nretention: {last: 4}\n", "run.yaml:2: retention: given twice, first on line 1"),
     ("schedule: {every: 10 parsecs}\n", "is no duration"),
     ("schedule: {every: 10m, every_steps: 5}\n", "exclude each other"),
-    ("layout: {compression: zstd}\n", "not one of auto, on, off"),
+    ("layout: {compression: lz4}\n", "not one of auto, on, off, zstd, shuffled"),
     ("limits: {file_io_concurrency: 0}\n", "run.yaml:1: limits.file_io_concurrency: 0 is no count"),
     ("- a\n", "expected sections"),
     ("a: [\n", "not YAML"),

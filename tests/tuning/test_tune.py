@@ -12,12 +12,19 @@ from ckpt_jax.bench.predictions import summary
 from ckpt_jax.bench.trial import bounded, trials
 from ckpt_jax.storage.objects import BACKEND
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
-from ckpt_jax.tuning.sampling import Compressibility
+from ckpt_jax.tuning.sampling import Compressibility, Kind
 from ckpt_jax.tuning.search import PLAN, Sample, candidates, search, table, to_yaml
 
 RANDOM = Compressibility(0.92, 0.45e9, 0.6e9, 8 << 20)
-HOST = HostProfile(cores=4, memory_nbytes=64 * 10**9, copy_bytes_per_s=3e9, task_s=4e-6, zstd=RANDOM)
-STATE = StateProfile(leaves=100, nbytes=10**9, largest_leaf_nbytes=10**7, compressibility=RANDOM)
+HOST = HostProfile(
+  cores=4, memory_nbytes=64 * 10**9, copy_bytes_per_s=3e9, task_s=4e-6, codecs={"zstd": RANDOM, "shuffled": RANDOM}
+)
+STATE = StateProfile(
+  leaves=100,
+  nbytes=10**9,
+  largest_leaf_nbytes=10**7,
+  kinds=(Kind("float32", 10**9, {"zstd": RANDOM, "shuffled": RANDOM}),),
+)
 PLANNED = ckpt.make_plan(STATE, "local", HOST)
 
 
@@ -43,15 +50,15 @@ def tuned(seconds, budget=300.0, user=None, plan=PLANNED):
 
 
 def test_change_that_helps_is_taken_and_the_rest_stays_the_plans():
-  found, _ = tuned(lambda c, _: 1.0 if c.layout.compression == "on" else 2.0)
-  assert found.config.layout.compression == "on" and found.best.changes == {"layout.compression": "on"}
+  found, _ = tuned(lambda c, _: 1.0 if c.layout.compression == "shuffled" else 2.0)
+  assert found.config.layout.compression == "shuffled" and found.best.changes == {"layout.compression": "shuffled"}
   assert found.config.limits == PLANNED.apply(ckpt.Config()).limits
 
 
 def test_changes_that_help_alone_are_tried_together():
   def seconds(config, _):
     small = config.limits.save_concurrency != PLANNED.values["limits.save_concurrency"]
-    return 4.0 / (1.5 if small else 1) / (1.5 if config.layout.compression == "on" else 1)
+    return 4.0 / (1.5 if small else 1) / (1.5 if config.layout.compression == "shuffled" else 1)
 
   found, _ = tuned(seconds)
   assert set(found.best.changes) == {"layout.compression", "limits.save_concurrency"}
@@ -105,11 +112,11 @@ def test_file_loads_holds_the_users_settings_and_the_measured_table(tmp_path):
   user = ckpt.Config(
     retention={"last": 7, "daily": 3}, schedule={"every": "10m"}, layout={"replica_parallel": "off"}, item="items"
   )
-  found, _ = tuned(lambda c, _: 1.0 if c.layout.compression == "on" else 2.0, user=user)
+  found, _ = tuned(lambda c, _: 1.0 if c.layout.compression == "shuffled" else 2.0, user=user)
   file = tmp_path / "tuned.yaml"
   file.write_text(to_yaml(found, PLANNED, user, ["where and when"]))
   loaded = ckpt.load_config(file)
-  assert loaded.layout.compression == "on" and loaded.layout.replica_parallel == "off"
+  assert loaded.layout.compression == "shuffled" and loaded.layout.replica_parallel == "off"
   assert loaded.retention.last == 7 and loaded.retention.daily == 3 and loaded.schedule.every == 600
   assert loaded.item == "items"
   assert loaded.limits.save_concurrency == found.config.limits.save_concurrency
