@@ -4,7 +4,8 @@ From top to bottom, in the current directory, which should be empty:
 
 - `python` runs in one namespace for the whole page; a block whose first line is `# NAME.py` becomes that file instead.
 - `sh` runs in bash, which stops at the first command that fails.
-- `diff` is applied to files that were written before.
+- `diff` shows what an earlier block of Python changes in an ordinary program: with its `+` lines it must be a part of
+  that block; the block with its `-` lines instead is run.
 - `yaml` must be a configuration. If its first line is `# NAME.yaml` it is also written to that file.
 - `text`, `json` and the like are what something looks like: not run.
 
@@ -64,7 +65,8 @@ def blocks(page: pathlib.Path) -> list[Block]:
 def run(page: pathlib.Path) -> None:
   """Runs the blocks of a page in the current directory; the first that fails raises."""
   names: dict[str, Any] = {"__name__": "__main__"}
-  for block in blocks(page):
+  found = blocks(page)
+  for i, block in enumerate(found):
     if block.not_run or block.language not in RUN:
       continue
     print(f"-- {page.name}:{block.line}", flush=True)
@@ -75,11 +77,20 @@ def run(page: pathlib.Path) -> None:
     elif block.language == "sh":
       subprocess.run(["bash", "-euo", "pipefail", "-c", block.text], check=True)
     elif block.language == "diff":
-      subprocess.run(["git", "apply", "-p0", "-"], input=block.text, text=True, check=True)
+      exec(compile(_before(block, found[:i]), f"{page}:{block.line} (before)", "exec"), {"__name__": "__main__"})
     elif block.language == "yaml":
       import ckpt_jax
 
       ckpt_jax.Config(**yaml.safe_load(block.text))
+
+
+def _before(diff: Block, earlier: list[Block]) -> str:
+  """The program before a diff was applied to it."""
+  lines = diff.text.splitlines(keepends=True)
+  old, new = ("".join(line[1:] for line in lines if line[:1] != other) for other in "+-")
+  programs = [block.text for block in earlier if new in block.text]
+  assert programs, f"line {diff.line}: no earlier block of Python has the lines of this diff"
+  return programs[-1].replace(new, old)
 
 
 def run_as_a_reader(page: pathlib.Path, home: pathlib.Path, timeout: float = 120, **env: str) -> str:

@@ -17,17 +17,7 @@ from ckpt_jax.cli.app import app
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OLD = {
-  "README.md",
-  "CONTRIBUTING.md",
-  *["estimate", "inference", "mismatch", "observe", "schedule-and-retention", "storage", "integrity"],
-}  # being rewritten
-RUNNABLE = [
-  page
-  for page in PAGES
-  if any(b.language in RUN and not b.not_run for b in blocks(page)) and page.stem not in OLD and page.name not in OLD
-]
-
+RUNNABLE = [page for page in PAGES if any(b.language in RUN and not b.not_run for b in blocks(page))]
 SERVERS: dict[str, str] = {}  # page -> the fixture whose bucket it uses
 
 
@@ -52,7 +42,7 @@ def test_blocks_of_a_page_run_as_they_stand(page, tmp_path, request):
 
 @pytest.mark.parametrize("page", **named(PAGES))
 def test_every_block_says_its_language_and_runs_or_says_why_not(page):
-  assert [f"line {b.line}: {b.language!r}" for b in blocks(page) if b.language not in (*RUN, *SHOWN, "")] == []
+  assert [f"line {b.line}: {b.language!r}" for b in blocks(page) if b.language not in (*RUN, *SHOWN)] == []
 
 
 def public_names():
@@ -109,3 +99,15 @@ def test_reference_has_every_command_and_option(hooks):
       option = parameter.param_type_name == "option"
       names = parameter.opts if option else [(parameter.metavar or parameter.name).lower().strip("[].")]
       assert set(names) <= listed, f"{name}: {names}"
+
+
+def test_page_about_the_process_names_every_thread_and_environment_variable():
+  page = (ROOT / "docs" / "process.md").read_text()
+  rooms = [p for p in (ROOT / "ckpt_jax").rglob("*.py") if not {"bench", "examples"} & set(p.parts)]
+  code = "\n".join(p.read_text() for p in rooms)
+  threads = set(re.findall(r'"(ckpt_jax[_-][a-z]+)"', code))
+  threads -= set(re.findall(r'ContextVar\[.*\("(\w+)"', code))
+  variables = set(re.findall(r'environ\S*?[\[(]"([A-Z_]+)"', code)) | set(re.findall(r'= "(XLA_PJRT\w+)"', code))
+  assert len(threads) > 15 and len(variables) > 8
+  missing = {name for name in threads | variables if name not in page and not name.startswith("AWS_")}
+  assert missing == set()

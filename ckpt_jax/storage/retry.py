@@ -24,6 +24,9 @@ _NAMES = {429: "429 Too Many Requests", 503: "503 Service Unavailable"}
 
 _UNRESOLVED_S = 5.0  # for a host that never answered and whose name is not known: it will not be in a minute either
 _answered: set[str] = set()  # hosts
+# Not the module's generator: hosts that a trainer has seeded alike would retry at the same moments, and a retry would
+# change the numbers that the trainer draws.
+_jitter = random.SystemRandom()
 
 
 class GaveUpError(Exception):
@@ -40,7 +43,7 @@ def delay(retry: RetryConfig, attempt: int) -> float:
 
   M. Brooker, "Exponential backoff and jitter", AWS Architecture Blog, 2015.
   """
-  return random.uniform(0, longest_delay(retry, attempt))
+  return _jitter.uniform(0, longest_delay(retry, attempt))
 
 
 def max_retries(retry: RetryConfig) -> int:

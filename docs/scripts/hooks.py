@@ -27,6 +27,7 @@ TAKES = {
   "AutoOrCount": "`auto`, or a whole number from 1",
   "AutoOrDuration": "`auto`, or a time: seconds, `90s`, `1h30m`",
   "Bytes": "bytes: `512MiB`, `2TiB`, `1.5GB`",
+  "Compression": "`auto`, `on`, `off`, `zstd`, `shuffled`, or a codec for some kinds of leaves",
   "Count": "a whole number from 1",
   "Duration": "a time: seconds, `90s`, `10m`, `2d6h`",
   "FileMode": 'octal text: `"0640"`',

@@ -84,7 +84,7 @@ def document():
     "typical mistakes, and the reports that they give (`python tests/restore/test_mismatch.py > docs/mismatch.md`):\n",
   ]
   for title, (saved, like) in MISTAKES.items():
-    parts.append(f"## {title}\n\n```\n{report(saved(), like())}\n```\n")
+    parts.append(f"## {title}\n\n```text\n{report(saved(), like())}\n```\n")
   return "\n".join(parts)
 
 
