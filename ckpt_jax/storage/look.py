@@ -7,11 +7,9 @@ what cannot be read, and FileNotFoundError only for what is missing.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import time
-from collections.abc import Iterator
 
 from etils import epath
 
@@ -35,15 +33,24 @@ def cannot_be_read(path: epath.Path, error: OSError) -> StorageError:
   return StorageError(f"{path}: cannot be read: {why}")
 
 
-@contextlib.contextmanager
-def _reading(path: epath.Path) -> Iterator[None]:
-  """Raises FileNotFoundError for what is missing or no file, and StorageError for what cannot be read."""
-  try:
-    yield
-  except (*_NOT_THERE, IsADirectoryError) as e:
-    raise FileNotFoundError(f"{path}: {e.strerror or e}") from e
-  except OSError as e:
-    raise cannot_be_read(path, e) from e
+class _Reading:
+  """Raises FileNotFoundError for what is missing or no file, and StorageError for what cannot be read.
+
+  A class, since a generator that raises another error keeps the frames of its callers in a cycle (Python 3.12 and
+  newer), and with them whatever they hold, until the garbage collector finds it.
+  """
+
+  def __init__(self, path: epath.Path):
+    self._path = path
+
+  def __enter__(self) -> None:
+    pass
+
+  def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+    if isinstance(error, (*_NOT_THERE, IsADirectoryError)):
+      raise FileNotFoundError(f"{self._path}: {error.strerror or error}") from error
+    if isinstance(error, OSError):
+      raise cannot_be_read(self._path, error) from error
 
 
 def exists(path: epath.Path) -> bool:
@@ -58,7 +65,7 @@ def is_dir(path: epath.Path) -> bool:
 
 def _mode(path: epath.Path) -> int | None:
   try:
-    with _reading(path):
+    with _Reading(path):
       return os.stat(path).st_mode
   except FileNotFoundError:
     return None
@@ -67,7 +74,7 @@ def _mode(path: epath.Path) -> int | None:
 def names(directory: epath.Path) -> list[str]:
   """The names in a directory; none if it does not exist."""
   try:
-    with _reading(directory):
+    with _Reading(directory):
       return [path.name for path in directory.iterdir()]
   except FileNotFoundError:
     return []
@@ -75,7 +82,7 @@ def names(directory: epath.Path) -> list[str]:
 
 def read_bytes(file: epath.Path, most: int = -1) -> bytes:
   """The content of a file, or its first `most` bytes. A directory counts as a missing file."""
-  with _reading(file), file.open("rb") as opened:
+  with _Reading(file), file.open("rb") as opened:
     return opened.read(most)
 
 
@@ -83,7 +90,7 @@ def file_nbytes(file: epath.Path) -> int:
   """Bytes of a file on a disk; 0 for an object, since asking costs as much as reading it."""
   if is_object_store(file):
     return 0
-  with _reading(file):
+  with _Reading(file):
     return os.stat(file).st_size
 
 
