@@ -381,6 +381,19 @@ def reshard(
   _emit(reshard(processes, rounds, _progress), output)
 
 
+@bench.command("direct")
+def direct(
+  suite: Annotated[str, typer.Option(help="State to save: w1, w2 or w3.")] = "w1",
+  rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 10,
+  directory: Directory = None,
+  output: Output = None,
+) -> None:
+  """Save past the page cache and through it, beside raw Orbax and one raw file: time, CPU, and pages left behind."""
+  from ckpt_jax.bench.direct import direct
+
+  _emit(direct(suite, rounds, directory, _progress), output)
+
+
 def _numbers(option: str, text: str) -> list[int]:
   try:
     return [int(n) for n in text.split(",")]

@@ -222,6 +222,8 @@ class LimitsConfig(_Section):
     restore_concurrency: bytes in flight while reading.
     file_io_concurrency: file reads in flight while restoring (TensorStore's `file_io_concurrency`).
     data_copy_concurrency: threads that copy and decompress meanwhile (TensorStore's `data_copy_concurrency`).
+    file_io: `buffered` leaves what is written and read in the page cache; `direct` leaves nothing there: what is
+      written is dropped once the disk has it, and a job of one process reads with O_DIRECT.
   """
 
   host_memory: AutoOrBytes = "auto"
@@ -229,6 +231,7 @@ class LimitsConfig(_Section):
   restore_concurrency: AutoOrBytes = "auto"
   file_io_concurrency: AutoOrCount = "auto"
   data_copy_concurrency: AutoOrCount = "auto"
+  file_io: Literal["auto", "buffered", "direct"] = "auto"
 
 
 class RestoreConfig(_Section):

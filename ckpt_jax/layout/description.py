@@ -123,18 +123,21 @@ def item_info(item: epath.Path, limits: LimitsConfig, *, ocdbt: bool, zarr3: boo
   def number(limit: int | str) -> int | None:
     return None if isinstance(limit, str) else limit
 
+  # Fresh each time: one that outlives a step has answered NOT_FOUND for the step that replaced it.
+  context = private.tensorstore_context(
+    use_ocdbt=ocdbt,
+    file_io_concurrency_limit=number(limits.file_io_concurrency),
+    data_copy_concurrency_limit=number(limits.data_copy_concurrency),
+  )
+  if limits.file_io == "direct" and jax.process_count() == 1:  # several of one host share what one of them has read
+    context = ts.Context({"file_io_mode": {"mode": "direct"}}, parent=context)
   return ocp.type_handlers.ParamInfo(
     name="",
     parent_dir=item,
     is_ocdbt_checkpoint=ocdbt,
     use_zarr3=zarr3,
     use_compression=False,
-    # Fresh each time: one that outlives a step has answered NOT_FOUND for the step that replaced it.
-    ts_context=private.tensorstore_context(
-      use_ocdbt=ocdbt,
-      file_io_concurrency_limit=number(limits.file_io_concurrency),
-      data_copy_concurrency_limit=number(limits.data_copy_concurrency),
-    ),
+    ts_context=context,
     value_typestr="jax.Array",
   )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ from ckpt_jax.layout.splitting import Small, split
 from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.layout.text import TextHandler
 from ckpt_jax.orbax import private
-from ckpt_jax.orbax.format import SHARDINGS
+from ckpt_jax.orbax.format import SHARDINGS, VALUES, process_database
+from ckpt_jax.storage.page_cache import write_behind
+from ckpt_jax.storage.urls import is_object_store
 
 _QUEUE_S = 2.0  # the most that other work waits for the writes to be queued
 _ParamInfos = Sequence[ocp.type_handlers.ParamInfo]
@@ -31,7 +34,7 @@ def pytree_handler(config: Config) -> PyTreeHandler:
   layout, limits = config.layout, config.limits
   types = ocp.type_handlers
   ours: dict[Any, Any] = {
-    jax.Array: ArrayHandler(layout),
+    jax.Array: ArrayHandler(layout, direct=limits.file_io == "direct"),
     np.ndarray: NumpyHandler(layout.compression),
     str: TextHandler(),
   }
@@ -109,7 +112,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     writer: of the last arrays; None if Orbax wrote them.
   """
 
-  def __init__(self, layout: LayoutConfig):
+  def __init__(self, layout: LayoutConfig, *, direct: bool = False):
     # Without one Orbax writes no array_metadatas, and forgets which arrays are PRNG keys.
     self._store = private.array_metadata_store()
     self._chunk_nbytes = _number(layout.chunk_size)
@@ -120,6 +123,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     )
     self.limits = shares.Limits.of(layout)
     self._compression = layout.compression
+    self._direct = direct
     self.writes = False
     self.writer: writing.Writer | None = None
     self._memory = writing.SlabMemory()
@@ -150,7 +154,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       4. Arrays that `prepare` announced are written side by side into a slab (see `packing`).
       5. Each array has the codec of its kind (`codec`), where Orbax knows zstd or none, for all.
       6. The shardings and the array metadata are each written as one file in one go.
-      7. A failed write is waited for before the error is raised: nothing is written once a save counts as ended.
+      7. With `limits.file_io: direct` what is written leaves the page cache meanwhile (`storage.page_cache`).
+      8. A failed write is waited for before the error is raised: nothing is written once a save counts as ended.
     Items without OCDBT and casts go through Orbax's.
     """
     args = args or [ocp.SaveArgs()] * len(values)
@@ -201,7 +206,10 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       array.info.parent_dir = item
     chunks = [writer.chunk_shape(array) for array in written]
     slab = small.slab if small else None
-    bulk = asyncio.ensure_future(asyncio.to_thread(writer.write, written, slab, pieces, process))
+    write = writer.write
+    if self._direct and not is_object_store(item):
+      write = write_behind(os.fspath(item / process_database(process) / VALUES))(write)
+    bulk = asyncio.ensure_future(asyncio.to_thread(write, written, slab, pieces, process))
     try:
       await asyncio.to_thread(writer.queued.wait, _QUEUE_S)  # see PyTreeHandler.wait_until_queued
       if small is not None:

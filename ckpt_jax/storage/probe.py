@@ -6,6 +6,7 @@ bounded number of bytes for a bounded time, and removes it again, also on Ctrl-C
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import datetime
@@ -30,10 +31,12 @@ from ckpt_jax.storage.urls import is_object_store
 
 _SMALLEST = 64 * BLOCK
 _MAX_STREAMS = 64
+_TURNS = 5
 # One more doubling of the streams must bring this much, twice in a row, or the curve counts as flat.
 _GROWTH = 1.1
 _RANGES = tuple(4096 * 4**i for i in range(7))  # 4 KiB to 16 MiB
-_VERSION = 1
+_VERSION = 2
+_CACHE_NBYTES = 256 * BLOCK  # of the file that is written past the page cache and through it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,22 @@ class RangeRead:
 
 
 @dataclasses.dataclass(frozen=True)
+class PageCache:
+  """Bytes per second of one stream, through the page cache and past it; writes count until they are durable.
+
+  Attributes:
+    write, read: through it, cold reads.
+    write_behind: with the pages dropped behind what is written.
+    read_direct: with O_DIRECT; None if the file system refuses.
+  """
+
+  write: float
+  write_behind: float
+  read: float
+  read_direct: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class StorageProfile:
   """What `probe` measured.
 
@@ -65,6 +84,7 @@ class StorageProfile:
     ranges: cost of one read over its size.
     latency: median seconds of `create` (64 bytes, durable), `stat`, `list` (of some 10 entries), `rename`, `delete`,
       `fsync` (of one stream's file). Operations that the storage lacks are left out.
+    page_cache: a file through the page cache and past it; None for buckets, and where nothing but a quick look was had.
   """
 
   path: str
@@ -79,6 +99,7 @@ class StorageProfile:
   read: tuple[Throughput, ...]
   ranges: tuple[RangeRead, ...]
   latency: dict[str, float]
+  page_cache: PageCache | None = None
 
   @property
   def write_bytes_per_s(self) -> float:
@@ -210,10 +231,15 @@ class _Measurement:
     latency = self._latencies(self._time_left() * 0.12)
     write = self._writes(self._time_left() * 0.45)
     read = self._reads(self._time_left() * 0.6)
-    ranges = self._ranges(self._time_left() * 0.8)
+    ranges = self._ranges(self._time_left() * 0.5)
     if isinstance(self._target, FileTarget) and self._target.fsync_s:
       latency["fsync"] = statistics.median(self._target.fsync_s)
+    cache = None
+    if isinstance(self._target, FileTarget) and not self._quick:
+      self._drop()
+      cache = self._page_cache(self._target, self._time_left())
     return {
+      "page_cache": cache,
       "written_nbytes": self._written,
       "read_nbytes": self._read,
       "cold_by": self._target.cold_by,
@@ -345,6 +371,32 @@ class _Measurement:
       if self._quick and time.monotonic() > self._deadline:
         break
     return tuple(found)
+
+  def _page_cache(self, target: FileTarget, budget: float) -> PageCache:
+    """Both ways in turn, so that what else the machine does meets both: medians."""
+    until = time.monotonic() + budget
+    data = self._data[: min(len(self._data), _CACHE_NBYTES)]
+    speeds: dict[str, list[float]] = collections.defaultdict(list)
+
+    def timed(what: str, work: Callable[..., object], *arguments: Any, **options: Any) -> None:
+      started = time.perf_counter()
+      if work("cache", *arguments, **options) is not False:
+        speeds[what].append(len(data) / (time.perf_counter() - started))
+
+    for turn in range(_TURNS):
+      for behind in (turn % 2 == 0, turn % 2 == 1):
+        timed("write_behind" if behind else "write", target.write, data, behind=behind)
+        self._written += len(data)
+        if not behind:
+          target.make_cold(["cache"])
+          timed("read", target.read, 0, len(data))
+          timed("read_direct", target.read_direct, len(data))
+          self._read += 2 * len(data)
+        target.delete("cache")
+      if time.monotonic() > until:
+        break
+    found = {what: statistics.median(some) for what, some in speeds.items()}
+    return PageCache(found["write"], found["write_behind"], found["read"], found.get("read_direct"))
 
   def _store(self, name: str, nbytes: int) -> None:
     self._target.write(name, self._data[:nbytes])

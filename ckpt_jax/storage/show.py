@@ -21,6 +21,13 @@ def tables(profile: StorageProfile) -> list[Table]:
   facts.add_row("measured", f"{duration_text(age)} ago on {profile.host}, in {profile.seconds:.1f} s")
   facts.add_row("reads", f"cold: {profile.cold_by}" if profile.cold_by else "WARM: they came from the page cache")
   facts.add_row("knee", f"{size_text(profile.knee_nbytes)}: half of the throughput of large reads")
+  if cache := profile.page_cache:
+    past = "O_DIRECT refused" if cache.read_direct is None else f"{_megabytes(cache.read_direct)} MB/s past it"
+    facts.add_row(
+      "page cache",
+      f"one stream writes {_megabytes(cache.write)} MB/s through it and {_megabytes(cache.write_behind)} MB/s past it, "
+      f"reads {_megabytes(cache.read)} MB/s through it, {past}",
+    )
   curve = Table("streams", "write MB/s (durable)", "read MB/s")
   write = {t.streams: t.bytes_per_s for t in profile.write}
   read = {t.streams: t.bytes_per_s for t in profile.read}

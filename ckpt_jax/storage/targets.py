@@ -6,7 +6,6 @@ The methods of a target may run in several threads at a time.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 import pathlib
@@ -23,6 +22,7 @@ from etils import epath
 from ckpt_jax.errors import StorageError
 from ckpt_jax.storage.clients import filesystem, kvstore_spec
 from ckpt_jax.storage.connect import connect
+from ckpt_jax.storage.page_cache import CAN_RELEASE, pages_in_memory, write_behind
 
 BLOCK = 2**20
 
@@ -58,9 +58,10 @@ class FileTarget:
     """Free bytes of the file system."""
     return shutil.disk_usage(self._directory).free
 
-  def write(self, name: str, data: memoryview) -> None:
-    """Stores `data` and returns once it is durable."""
-    with open(self._directory / name, "wb") as file:
+  def write(self, name: str, data: memoryview, *, behind: bool = False) -> None:
+    """Stores `data`, past the page cache with `behind`, and returns once it is durable."""
+    dropping = write_behind(os.fspath(self._directory)) if behind else contextlib.nullcontext()
+    with dropping, open(self._directory / name, "wb") as file:
       for start in range(0, len(data), BLOCK):
         file.write(data[start : start + BLOCK])
       file.flush()
@@ -77,15 +78,30 @@ class FileTarget:
         left -= count
       return end - start - left
 
+  def read_direct(self, name: str, nbytes: int) -> bool:
+    """Reads the first `nbytes`, whole blocks, with O_DIRECT; False if the file system refuses."""
+    try:
+      descriptor = os.open(self._directory / name, os.O_RDONLY | os.O_DIRECT)
+    except (OSError, AttributeError):  # AttributeError: not Linux
+      return False
+    try:
+      for at in range(0, nbytes, len(_scratch.buffer)):
+        os.preadv(descriptor, [_scratch.buffer], at)
+    except OSError:
+      return False
+    finally:
+      os.close(descriptor)
+    return True
+
   def make_cold(self, names: list[str]) -> None:
     """Makes the next reads come from the storage itself, if it can; `cold_by` says how."""
-    if not hasattr(os, "posix_fadvise"):
+    if not CAN_RELEASE:
       return
     cached = total = 0
     for name in names:
       with open(self._directory / name, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        in_memory, pages = _pages_in_memory(file.fileno())
+        in_memory, pages = pages_in_memory(file.fileno())
       cached, total = cached + in_memory, total + pages
     self.cold_by = "page cache dropped (posix_fadvise), seen by mincore" if cached <= 0.02 * total else None
 
@@ -202,17 +218,3 @@ def random_bytes(nbytes: int) -> memoryview:
   """Bytes that no file system or network compresses or deduplicates."""
   some = random.Random(os.urandom(8)).randbytes(min(nbytes, 64 * BLOCK))  # not the caller's generator
   return memoryview(some * -(-nbytes // len(some)))[:nbytes]
-
-
-def _pages_in_memory(fd: int) -> tuple[int, int]:
-  """Pages of a file in the page cache, and all its pages (mincore(2)). All, if the system does not say."""
-  size = os.fstat(fd).st_size
-  pages = -(-size // mmap.PAGESIZE)
-  vector = (ctypes.c_ubyte * pages)(*[1] * pages)
-  if size:
-    # A private mapping, since ctypes takes the address of writable memory only; no page of it is touched.
-    with mmap.mmap(fd, size, access=mmap.ACCESS_COPY) as mapped:
-      start = ctypes.c_char.from_buffer(mapped)
-      ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(size), vector)
-      del start  # else the mapping cannot be closed
-  return sum(page & 1 for page in vector), pages

@@ -29,6 +29,8 @@ _SMALL_ENOUGH = 0.6
 _ALIKE = 0.01  # of the bytes
 _NO_VALUES = "random numbers, since this state has no values to try"
 _PACK_LEAVES = 200
+# Steps from this size on are worth keeping out of the page cache, unless that is slower.
+_WORTH_DROPPING_NBYTES, _AS_FAST = 256 * MIB, 0.9
 # w1 with 1 GB in flight committed in 1.18 s, unlimited in 1.56 s.
 _IN_FLIGHT = 10**9
 _MEMORY_SHARE = 8
@@ -134,6 +136,32 @@ def _file_io(f: Facts) -> Choice:
   reason = f"throughput stops growing at {count(streams, 'stream')}; 4 times as many leave room for small ones"
   value = min(_ORBAX_FILE_IO, max(8, 4 * streams))
   return f.choice("limits.file_io_concurrency", value, reason, f"{_ORBAX_FILE_IO} threads")
+
+
+def _page_cache(f: Facts) -> Choice:
+  kind, cache, expected = f.storage.kind, f.storage.page_cache, f.predict()
+  read_s = seconds_text(expected.nbytes / max(f.storage.read_bytes_per_s, 1.0))
+  speeds = "not measured, see ckpt-jax probe"
+  if cache is not None:
+    speeds = f"one stream writes {rate_text(cache.write_behind)} past it, {rate_text(cache.write)} through it"
+  value = "buffered"
+  if kind is StorageKind.TMPFS:
+    reason = "the files are memory, whichever way they are written"
+  elif kind.traits.shared:
+    reason = "what this host reads again it need not read from the servers"
+    if not kind.traits.overwrite_in_place:
+      reason = "a bucket is not in the page cache"
+  elif kind is not StorageKind.LOCAL:
+    reason = f"a restart on this host reads from memory what would take {read_s} from the disk"
+  elif expected.nbytes < _WORTH_DROPPING_NBYTES:
+    reason = f"{decimal_text(expected.nbytes)} take little memory, and a restart on this host reads them from there"
+  elif cache is not None and cache.write_behind < _AS_FAST * cache.write:
+    reason = f"past the page cache is slower here: {speeds}"
+  else:
+    value = "direct"
+    reason = f"leaves {decimal_text(expected.nbytes)} of page cache to the data of training ({speeds}); a "
+    reason += f"restart on this host reads it from the disk in {read_s}"
+  return f.choice("limits.file_io", value, reason, "every step stays in the page cache until the room is needed")
 
 
 def _compression(f: Facts) -> Choice:
@@ -345,6 +373,7 @@ CHOICES: tuple[Callable[[Facts], Choice], ...] = (
   _reshard,
   functools.partial(_concurrency, True),
   functools.partial(_concurrency, False),
+  _page_cache,
   _strategy,
   _commit,
   _deletion,

@@ -18,7 +18,8 @@ from ckpt_jax.storage.kinds import StorageKind
 TRAIN = str(pathlib.Path(__file__).parents[1] / "programs" / "train.py")
 SAVE = """
 import sys, jax, jax.numpy as jnp, ckpt_jax as ckpt
-with ckpt.Checkpointer(sys.argv[1], {"storage": {"fsync": sys.argv[2]}}) as c:
+config = {"storage": {"fsync": sys.argv[2]}, "limits": {"file_io": sys.argv[3]}}
+with ckpt.Checkpointer(sys.argv[1], config) as c:
   c.save(3, {"a": jnp.arange(6.0), "b": {"c": jnp.ones((2, 3)), "n": 1}}, metrics={"loss": 1.0}, extras={"at": 3})
 """
 
@@ -57,9 +58,10 @@ def traced(*command):
   return events
 
 
-def test_every_file_and_directory_is_synced_before_the_rename_and_the_run_after_it(tmp_path):
+@pytest.mark.parametrize("file_io", ["buffered", "direct"])
+def test_every_file_and_directory_is_synced_before_the_rename_and_the_run_after_it(file_io, tmp_path):
   run = tmp_path / "run"
-  events = traced(tmp_path / "x", "-c", SAVE, str(run), "auto")
+  events = traced(tmp_path / "x", "-c", SAVE, str(run), "auto", file_io)
   temporary = f"{run}/3.orbax-checkpoint-tmp"
   at = events.index(("rename", temporary, f"{run}/3"))
   synced_before = {path for kind, path, _ in events[:at] if kind == "sync"}
@@ -78,7 +80,7 @@ def test_every_file_and_directory_is_synced_before_the_rename_and_the_run_after_
 
 
 def test_scratch_disks_are_spared(tmp_path):
-  events = traced(tmp_path / "x", "-c", SAVE, str(tmp_path / "run"), "off")
+  events = traced(tmp_path / "x", "-c", SAVE, str(tmp_path / "run"), "off", "direct")
   synced = {path for kind, path, _ in events if kind == "sync"}
   assert not [path for path in synced if path.endswith(("_METADATA", "commit_success.txt", "/run"))]
   assert (tmp_path / "run" / "3" / "commit_success.txt").exists()

@@ -1,5 +1,6 @@
 """`probe` against independent measurements, and its manners."""
 
+import errno
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import ckpt_jax as ckpt
 from ckpt_jax.bench import link
 from ckpt_jax.bench.buckets import gcs_server
 from ckpt_jax.storage import targets
-from ckpt_jax.storage.probe import StorageProfile, cached_profile, probe
+from ckpt_jax.storage.probe import StorageProfile, cached_profile, probe, quick_probe
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,24 @@ def test_profile_is_measured_bounded_and_leaves_nothing_behind(tmp_path):
   assert profile.cold_by is None or "page cache" in profile.cold_by
   assert list(tmp_path.iterdir()) == []
   assert StorageProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+def test_probe_writes_and_reads_past_the_page_cache_too(tmp_path):
+  cache = probe(tmp_path, budget="3s", max_bytes="128MiB").page_cache
+  assert cache.write > 0 and cache.write_behind > 0 and cache.read > 0 and list(tmp_path.iterdir()) == []
+  assert cache.read_direct is None or cache.read_direct > 0
+  assert quick_probe(tmp_path).page_cache is None
+
+
+def test_file_system_without_o_direct_is_found_out(tmp_path, monkeypatch):
+  def refused(path, flags, *rest, real=os.open):
+    if flags & os.O_DIRECT:
+      raise OSError(errno.EINVAL, "Invalid argument")
+    return real(path, flags, *rest)
+
+  monkeypatch.setattr(os, "open", refused)
+  cache = probe(tmp_path, budget="2s", max_bytes="64MiB").page_cache
+  assert cache.read_direct is None and cache.read > 0
 
 
 def test_profile_is_remembered_for_the_storage_with_its_age(tmp_path):

@@ -20,7 +20,7 @@ from ckpt_jax.layout import staging
 from ckpt_jax.layout.link import Link
 from ckpt_jax.run.steps import our_metadata
 from ckpt_jax.storage.kinds import StorageKind
-from ckpt_jax.storage.probe import RangeRead, Throughput
+from ckpt_jax.storage.probe import PageCache, RangeRead, Throughput
 from ckpt_jax.tuning.assumed import assumed_profile
 from ckpt_jax.tuning.plan import Plan, known_profile
 from ckpt_jax.tuning.profile import HostProfile, StateProfile, profile_host, profile_state
@@ -321,6 +321,37 @@ def test_plan_is_the_same_after_json():
   assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
   with pytest.raises(dataclasses.FrozenInstanceError):
     plan.commit_s = 1
+
+
+# -- page cache
+
+
+def cached(write=1e9, write_behind=1.5e9):
+  return dataclasses.replace(disk(), page_cache=PageCache(write, write_behind, 2e9, 2e9))
+
+
+@pytest.mark.parametrize(
+  ("state", "storage", "expected", "reason"),
+  [
+    (big(), disk(), "direct", "10 GB of page cache"),
+    (big(), disk(), "direct", "not measured"),
+    (big(), disk(), "direct", "reads it from the disk in 5 s"),
+    (big(), cached(), "direct", "1.5 GB/s past it, 1 GB/s through it"),
+    (big(), cached(write_behind=0.8e9), "buffered", "slower here"),
+    (big(200_000_000), disk(), "buffered", "200 MB take little memory"),
+    (big(), "tmpfs", "buffered", "memory"),
+    (big(), "network_disk", "buffered", "from the disk"),
+    (big(), "nfs", "buffered", "servers"),
+    (big(), "s3", "buffered", "not in the page cache"),
+    (big(), "bucket_mount", "buffered", "not in the page cache"),
+  ],
+)
+def test_large_steps_go_past_the_page_cache_of_a_disk_that_is_no_slower_for_it(state, storage, expected, reason):
+  plan = ckpt.make_plan(state, storage, HOST)
+  (choice,) = [c for c in plan.choices if c.key == "limits.file_io"]
+  assert choice.value == expected and reason in choice.reason
+  asked = ckpt.make_plan(state, storage, HOST, {"limits": {"file_io": "direct"}})
+  assert value(asked, "limits.file_io") == "direct"
 
 
 # -- profiles

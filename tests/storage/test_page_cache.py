@@ -1,0 +1,117 @@
+"""What is in the page cache, counted in pages by mincore(2), while files and steps are written and read."""
+
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jobs import together
+
+import ckpt_jax as ckpt
+from ckpt_jax.bench.worker import drop_cache
+from ckpt_jax.storage.kinds import StorageKind
+from ckpt_jax.storage.page_cache import CAN_RELEASE, cached_nbytes, write_behind
+
+MIB = 2**20
+
+
+@pytest.fixture
+def disk(tmp_path):
+  if not CAN_RELEASE or ckpt.detect(tmp_path) is not StorageKind.LOCAL:
+    pytest.skip("the pages of files cannot be dropped here")
+  return tmp_path
+
+
+def share(directory):
+  cached, total = cached_nbytes(directory)
+  return cached / total
+
+
+def write(path, nbytes):
+  block = np.random.default_rng(0).bytes(MIB)
+  with open(path, "wb") as file:
+    for _ in range(nbytes // MIB):
+      file.write(block)
+    file.flush()
+    os.fsync(file.fileno())
+  return block
+
+
+def test_pages_are_dropped_while_others_are_written_and_nothing_is_lost(disk):
+  with write_behind(disk / "data"):  # which is not there yet
+    (disk / "data").mkdir()
+    blocks = [write(disk / "data" / name, 160 * MIB) for name in ("a", "b")]
+    until = time.monotonic() + 60
+    while share(disk / "data") > 0.5 and time.monotonic() < until:
+      time.sleep(0.01)
+    assert share(disk / "data") <= 0.5, "not before the end"
+  assert share(disk / "data") < 0.05
+  for name, block in zip("ab", blocks, strict=True):
+    assert (disk / "data" / name).read_bytes() == block * 160
+
+
+def test_an_error_passes_and_a_directory_that_is_gone_is_none(tmp_path):
+  with pytest.raises(ZeroDivisionError), write_behind(tmp_path / "never"):
+    raise ZeroDivisionError
+  with write_behind(tmp_path):
+    write(tmp_path / "a", MIB)
+    (tmp_path / "a").unlink()
+
+
+def test_files_in_memory_stay_whole():
+  if ckpt.detect("/dev/shm") is not StorageKind.TMPFS:
+    pytest.skip("no tmpfs at /dev/shm")
+  file = f"/dev/shm/ckpt_jax-{os.getpid()}"
+  try:
+    with write_behind("/dev/shm"):
+      block = write(file, 2 * MIB)
+    with open(file, "rb") as f:
+      assert f.read() == block * 2
+  finally:
+    os.unlink(file)
+
+
+STATE = {f"w{i}": np.random.default_rng(i).standard_normal((1024, 1100), dtype=np.float32) for i in range(8)}
+STATE |= {f"small{i}": np.full((100,), i, np.float32) for i in range(300)}
+
+
+@pytest.mark.parametrize(
+  "config",
+  [{}, {"layout": {"pack": "on"}}, {"layout": {"compression": "on"}}, {"limits": {"host_memory": 16 * MIB}}],
+  ids=["plain", "packed", "compressed", "in turns"],
+)
+def test_a_step_leaves_no_pages_behind_whatever_its_layout(config, disk):
+  state = jax.tree.map(jnp.asarray, STATE)
+  for way in ("buffered", "direct"):
+    settings = config | {"limits": config.get("limits", {}) | {"file_io": way, "save_concurrency": 16 * MIB}}
+    with ckpt.Checkpointer(disk / way, settings) as c:
+      c.save(1, state)
+      c.wait()
+      assert share(disk / way / "1") < 0.05 if way == "direct" else share(disk / way / "1") > 0.9
+      restored = c.restore(like=state)
+  assert all(np.array_equal(restored.state[name], x) for name, x in STATE.items())
+  if config.get("layout", {}).get("pack") != "on":
+    plain = ocp.PyTreeCheckpointer().restore(disk / "direct" / "1" / "default")
+    assert all(np.array_equal(plain[name], x) for name, x in STATE.items())
+
+
+def test_a_restore_reads_past_the_page_cache_where_it_was_asked_to(disk):
+  state = jax.tree.map(jnp.asarray, STATE)
+  with ckpt.Checkpointer(disk) as c:
+    c.save(1, state)
+  for way in ("direct", "buffered"):
+    drop_cache(disk / "1")
+    with ckpt.Checkpointer(disk, {"limits": {"file_io": way}}) as c:
+      restored = c.restore(like=state).state
+    assert all(np.array_equal(restored[name], x) for name, x in STATE.items())
+    assert share(disk / "1") < 0.1 if way == "direct" else share(disk / "1") > 0.9
+
+
+@pytest.mark.multiprocess
+def test_every_process_drops_what_it_wrote_and_restores_share_pages(disk):
+  for result in together("page_cache.py", disk, processes=2):
+    assert "restored" in result.log
+  assert share(disk / "2") > 0.9, "read through the page cache, which the processes share"
