@@ -20,7 +20,7 @@ import numpy as np
 
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout import keys, text
-from ckpt_jax.layout.structure import Structure, path_name, segment
+from ckpt_jax.layout.structure import Structure, node_types, path_name, segment
 from ckpt_jax.orbax import private
 from ckpt_jax.run import untrusted
 
@@ -264,7 +264,7 @@ class _Node:
 
 def _is_rebuilt(structure: Structure) -> bool:
   """Whether the tree can be rebuilt with other objects for leaves, as Orbax does."""
-  if not all(issubclass(kind, _CONTAINERS) or dataclasses.is_dataclass(kind) for kind in _types(structure.treedef)):
+  if not all(issubclass(kind, _CONTAINERS) or dataclasses.is_dataclass(kind) for kind in node_types(structure.treedef)):
     return False
   places = [_Leaf(i) for i in range(len(structure.paths))]
   try:
@@ -272,16 +272,6 @@ def _is_rebuilt(structure: Structure) -> bool:
     return bool(treedef == structure.treedef) and all(a is b for a, b in zip(again, places, strict=True))
   except Exception:  # a dataclass that checks its fields
     return False
-
-
-def _types(treedef: Any) -> set[type]:
-  found, rest = set(), [treedef]
-  while rest:
-    node = rest.pop()
-    if (data := node.node_data()) is not None:
-      found.add(data[0])
-      rest += node.children()
-  return found
 
 
 def _plain_empty(node: Any) -> Any:

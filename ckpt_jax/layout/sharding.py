@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from ckpt_jax.errors import StructureMismatchError
 from ckpt_jax.layout.forms import why_not_flat
+from ckpt_jax.layout.shared import reunited, shared_nodes
 from ckpt_jax.layout.structure import Flat, flatten
 
 _log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def abstract_state(init_fn: Callable[[], PyTree]) -> PyTree:
   state = init_fn()
   if problem := why_not_flat(state):
     raise StructureMismatchError(f"init_fn makes no tree for jax:\n  {problem}")
-  return jax.tree.map(_describe, state)
+  return reunited(jax.tree.map(_describe, state), shared_nodes(state))
 
 
 class _NotDetermined(Exception):
@@ -128,11 +129,13 @@ def is_weak(leaf: Any) -> bool:
 
 def _traced_state(init_fn: Callable[[], PyTree]) -> PyTree:
   concrete: list[Any] = []
-  treedef = None
+  treedef, shared = None, []
 
   def traced_leaves():
-    nonlocal concrete, treedef
-    leaves, treedef = jax.tree.flatten(init_fn())
+    nonlocal concrete, treedef, shared
+    state = init_fn()
+    shared = shared_nodes(state)
+    leaves, treedef = jax.tree.flatten(state)
     concrete = [None if isinstance(x, jax.core.Tracer) else x for x in leaves]
     return [x for x in leaves if isinstance(x, jax.core.Tracer)]
 
@@ -152,7 +155,8 @@ def _traced_state(init_fn: Callable[[], PyTree]) -> PyTree:
     jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding(v), weak_type=is_weak(v.aval))
     for v in closed.jaxpr.outvars
   )
-  return jax.tree.unflatten(treedef, [next(shapes) if x is None else _describe(x) for x in concrete])
+  leaves = [next(shapes) if x is None else _describe(x) for x in concrete]
+  return reunited(jax.tree.unflatten(treedef, leaves), shared)
 
 
 def _places_arrays(jaxpr: Any) -> bool:

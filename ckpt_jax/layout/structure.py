@@ -103,6 +103,47 @@ def segment(key: Any) -> str:
   return str(key)  # a node may be registered with keys of any kind
 
 
+def node_types(treedef: Any) -> set[type]:
+  """The types of the nodes of a tree."""
+  found, rest = set(), [treedef]
+  while rest:
+    node = rest.pop()
+    if (data := node.node_data()) is not None:
+      found.add(data[0])
+      rest += node.children()
+  return found
+
+
+def rebuild(tree: PyTree, values: dict[str, Any]) -> PyTree:
+  """`tree` with the leaves of `values` (by path) in their places, and without the leaves that `values` lacks.
+
+  A node all of whose leaves are there keeps its type. One that lacks some comes back as a dict of those that it has,
+  by name or position; a node without any is left out.
+  """
+  found = _rebuilt(tree, "", values)
+  return {} if found is _NOTHING else found
+
+
+_NOTHING: Any = object()
+
+
+def _rebuilt(node: PyTree, prefix: str, values: dict[str, Any]) -> PyTree:
+  leaves, structure = jax.tree_util.tree_flatten_with_path(node)
+  names = [prefix + path_name(path) if path else prefix.removesuffix("/") for path, _ in leaves]
+  there = [name in values for name in names]
+  if all(there) and (names or not prefix):
+    treedef: Any = structure  # jax's stubs do not know its methods
+    return treedef.unflatten([values[name] for name in names])
+  if not any(there):
+    return _NOTHING
+  out: dict[str, Any] = {}
+  for path, child in jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]:
+    name = path_name(path)
+    if (rebuilt := _rebuilt(child, f"{prefix}{name}/", values)) is not _NOTHING:
+      out[name] = rebuilt
+  return out
+
+
 def _abstract(kind: Any, *rest: Any) -> Any:
   if len(rest) == 1:
     return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=rest[0], weak_type=kind.weak_type)

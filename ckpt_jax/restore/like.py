@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from ckpt_jax.errors import ConfigError, StructureMismatchError
 from ckpt_jax.layout.encoding import dtype_name, is_prng_dtype
 from ckpt_jax.layout.sharding import UnknownDevicesError, context_mesh, is_weak, on_devices
+from ckpt_jax.layout.shared import reunited, shared_nodes
 from ckpt_jax.layout.structure import path_name
 from ckpt_jax.restore.patterns import as_patterns, matches, selected
 
@@ -62,7 +63,7 @@ def on_real_devices(like: PyTree) -> PyTree:
       return leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=is_weak(leaf))
 
-  return jax.tree_util.tree_map_with_path(placed, like)
+  return reunited(jax.tree_util.tree_map_with_path(placed, like), shared_nodes(like))
 
 
 def target_sharding(leaf: Any) -> Sharding | None:

@@ -16,13 +16,14 @@ from ckpt_jax.integrity.fingerprint import label
 from ckpt_jax.job.rendezvous import Rendezvous
 from ckpt_jax.job.waits import Together
 from ckpt_jax.layout.contents import LeafInfo
-from ckpt_jax.layout.structure import path_name
+from ckpt_jax.layout.shared import other_names, reunited, shared_nodes
+from ckpt_jax.layout.structure import path_name, rebuild
 from ckpt_jax.restore.choice import StrategyChoice, agree_on_strategy, see_readers
 from ckpt_jax.restore.fetch import fetch
 from ckpt_jax.restore.leaf import LeafPlan, check_stored, finish_arrays
 from ckpt_jax.restore.like import Initialise, initial_value, initialisers, patterns_inside
 from ckpt_jax.restore.match import castable, match
-from ckpt_jax.restore.patterns import as_patterns, matches, rebuild, selected
+from ckpt_jax.restore.patterns import as_patterns, matches, selected
 from ckpt_jax.restore.step import Step, refuse_shared
 from ckpt_jax.restore.strategies import totals
 from ckpt_jax.run.steps import newest_resumable
@@ -156,6 +157,9 @@ def plan_reading(step: Step, request: RestoreRequest) -> Reading:
     return Reading(plans, {}, casts, lambda values: rebuild(step.item.tree, values))
   initialise = initialisers(request.init_missing)
   like, prefix = _by_path(request.like, only, infos)
+  tree, shared = request.like, shared_nodes(request.like)
+  others = other_names([name.removeprefix(prefix) for name in like], shared)
+  like = {name: leaf for name, leaf in like.items() if name.removeprefix(prefix) not in others}
   chosen = like
   if only is not None:
     chosen = {n: leaf for n, leaf in like.items() if any(matches(p, n) for p in only)}
@@ -164,10 +168,11 @@ def plan_reading(step: Step, request: RestoreRequest) -> Reading:
   found = match(chosen, infos, str(step), init_missing=inside, cast=cast, initial=request.initial)
   kept = {name: initial_value(name, leaf, initialise) for name, leaf in (found.kept | outside).items()}
   plans = [step.plan(name, leaf, found.casts) for name, leaf in found.both.items()]
-  tree = request.like
 
   def assemble(values: dict[str, Any]) -> PyTree:
-    return rebuild(tree, {name.removeprefix(prefix): value for name, value in values.items()})
+    found = {name.removeprefix(prefix): value for name, value in values.items()}
+    found |= {name: found[stored] for name, stored in others.items() if stored in found}
+    return reunited(rebuild(tree, found), shared)
 
   return Reading(plans, kept, found.casts, assemble)
 

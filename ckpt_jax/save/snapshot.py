@@ -18,6 +18,7 @@ from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout.encoding import encode, refuse_unusable
 from ckpt_jax.layout.sharding import is_weak
+from ckpt_jax.layout.shared import stored_once
 from ckpt_jax.layout.structure import Flat, Structure, flatten
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def encoded(
     jax.block_until_ready((state, metrics))
     seconds = time.perf_counter() - computing
     numbers = plain_metrics(metrics)
-    flat = flatten(state)
+    flat = stored_once(flatten(state))
     return flat, *encode(flat), numbers, seconds
   except CheckpointError:
     raise
