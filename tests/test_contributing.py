@@ -22,7 +22,7 @@ ROOMS = {room for layer in LAYERS for room in re.split(r"[\s|]+", layer)}
 FILES = ("ini", "ipynb", "json", "md", "png", "py", "sh", "svg", "toml", "txt", "xz", "yaml", "yml")
 WRITTEN_LATER = {"ckpt_jax.json", "run.yaml", "health.meant"}  # in a step, and by the reader
 WRITTEN_LATER |= {"ckpt_jax_export.json", "model.safetensors", "model.safetensors.index.json"}  # in an export
-FOREIGN = {"TrainState", "eqx", "flax", "gc", "jax", "logging", "multiprocessing", "nnx", "numpy"}
+FOREIGN = {"TrainState", "eqx", "flax", "gc", "grain", "jax", "logging", "multiprocessing", "nnx", "numpy"}
 FOREIGN |= {"error", "jnp", "ocp", "os", "restored", "safetensors", "v1"}
 OBJECTS = {"c": ckpt.Checkpointer} | {name: getattr(ckpt, name) for name in ckpt.__all__}
 

@@ -5,6 +5,7 @@ A page of docs/ says where: a line `<!-- from the code: NAME -->`, where NAME is
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pathlib
 import re
@@ -112,10 +113,18 @@ def _from_root(name: str) -> str:
   return re.sub(r"\]\(([A-Z]+\.md)", lambda link: f"]({link[1].lower()}".replace("readme.md", "start.md"), text)
 
 
+def _example(path: pathlib.Path) -> str:
+  """A trainer as a block of code, folded."""
+  code = path.read_text(encoding="utf-8").rstrip()
+  code = "\n".join(f"    {line}".rstrip() for line in f"```python\n{code}\n```".splitlines())
+  return f'??? example "The whole file"\n\n{code}'
+
+
 SOURCES = {
   "config_keys": config_keys,
   "commands": commands,
   "readme": lambda: _from_root("README.md"),
   "contributing": lambda: _from_root("CONTRIBUTING.md"),
   "changelog": lambda: _from_root("CHANGELOG.md"),
+  **{p.stem: functools.partial(_example, p) for p in (ROOT / "ckpt_jax" / "examples").glob("*_*.py")},
 }
