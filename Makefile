@@ -55,7 +55,7 @@ fuzz: setup ## the property tests with new random examples, and 200 random progr
 	HYPOTHESIS_PROFILE=random CKPT_JAX_PROGRAMS=200 $(BIN)/python $(PYTEST) \
 	  $$(grep -rlE 'hypothesis|CKPT_JAX_PROGRAMS' --include='test_*.py' tests)
 
-bench: setup ## measure side by side with raw Orbax (25 minutes); writes docs/bench.json, bench.png and the tables
+bench: setup ## measure side by side with raw Orbax (25 minutes); writes docs/bench.json, bench-*.png and the tables
 	$(BIN)/python -m ckpt_jax bench suites -o docs/bench.json --plot docs/bench.png \
 	  --fill docs/benchmarks.md --fill README.md
 

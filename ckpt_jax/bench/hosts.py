@@ -181,7 +181,7 @@ def plot(found: dict[str, Any], file: str | os.PathLike[str] | None = None) -> A
     from matplotlib.figure import Figure
   except ImportError as e:
     raise CheckpointError('plots need matplotlib: pip install "ckpt_jax[plots]"') from e
-  figure = Figure(figsize=(10, 4), layout="constrained")
+  figure = Figure(figsize=(11, 3.6), layout="constrained")
   left, right = figure.subplots(1, 2)
   counts = sorted(int(n) for n in found["hosts"])
   for name in (*OURS, *ORBAX):
@@ -196,7 +196,7 @@ def plot(found: dict[str, Any], file: str | os.PathLike[str] | None = None) -> A
   title = f"{found['nbytes'] / 1e6:.0f} MB on every host, {found['mbit']:.0f} Mbit/s storage link"
   left.set(xlabel="hosts", ylabel="seconds to restore", ylim=(0, None), title=title, xticks=counts)
   right.set(xlabel="hosts", ylabel="copies through the link", ylim=(0, None), title="bytes read", xticks=counts)
-  left.legend()
+  figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
   if file is None:
     return figure
   try:

@@ -198,7 +198,9 @@ def _colour(name: str) -> str:
 
 
 def plot(path: str, suites: Sequence[SuiteResults]) -> None:
-  """Draws blocking, commit and restore of every variant: a row a suite, bars at the median, lines from min to max.
+  """Draws blocking, commit and restore of every variant: bars at the median, lines from min to max.
+
+  Each suite has a file of its own: `docs/bench.png` becomes `docs/bench-w1.png`, `docs/bench-w2.png` ...
 
   Raises:
     ConfigError: if matplotlib is missing, or does not write files of that kind.
@@ -207,24 +209,22 @@ def plot(path: str, suites: Sequence[SuiteResults]) -> None:
     from matplotlib.figure import Figure
   except ImportError as e:
     raise ConfigError('a plot needs matplotlib: pip install "ckpt_jax[plots]"') from e
-  heights = [len(s.variants) + 1.9 for s in suites]
-  figure = Figure(figsize=(13, 0.27 * sum(heights) + 0.8), layout="constrained")
-  grid: Any = figure.subplots(len(suites), 3, squeeze=False, height_ratios=heights)
-  for row, suite in zip(grid, suites, strict=True):
+  for suite in suites:
+    figure = Figure(figsize=(9, 0.2 * len(suite.variants) + 0.9), layout="constrained")
+    grid: Any = figure.subplots(1, 3)
     cold = any(v.median("cold_s") is not None for v in suite.variants)
     synced = any(v.median("synced_s") is not None for v in suite.variants)
-    for axes, metric in zip(
-      row, ("blocking_s", "synced_s" if synced else "commit_s", "cold_s" if cold else "warm_s"), strict=True
-    ):
+    metrics = ("blocking_s", "synced_s" if synced else "commit_s", "cold_s" if cold else "warm_s")
+    for axes, metric in zip(grid, metrics, strict=True):
       _bars(axes, suite, metric)
-    row[0].set_title(f"{suite.name}: {suite.what}", loc="left", fontsize=9, fontweight="bold")
-    for axes in row[1:]:
+    for axes in grid[1:]:
       axes.set_yticklabels([])
-  figure.supxlabel("seconds, shorter is better; median, min to max, and times faster than Orbax's defaults", fontsize=9)
-  try:
-    figure.savefig(path, dpi=110)
-  except ValueError as e:
-    raise ConfigError(f"{path}: {e}") from e
+    figure.suptitle(f"{suite.name}: {suite.what}", fontsize=8.5, fontweight="bold", x=0.01, ha="left")
+    file = pathlib.Path(path)
+    try:
+      figure.savefig(file.with_stem(f"{file.stem}-{suite.name}"), dpi=130)
+    except ValueError as e:
+      raise ConfigError(f"{path}: {e}") from e
 
 
 def _bars(axes: Any, suite: SuiteResults, metric: str) -> None:
@@ -239,10 +239,10 @@ def _bars(axes: Any, suite: SuiteResults, metric: str) -> None:
     label = f" {found.median:.2f} s" if found.median >= 0.1 else f" {found.median * 1e3:.0f} ms"
     if ratio is not None and v.name != _BASELINE:
       label += f"  {_ratio(ratio)}"
-    axes.text(found.most, i, label, va="center", fontsize=7)
+    axes.text(found.most, i, label, va="center", fontsize=6.5)
   axes.set_yticks(range(len(suite.variants)), [v.title for v in suite.variants], fontsize=7)
   axes.set_ylim(len(suite.variants) - 0.4, -0.6)
-  axes.set_xlim(0, most * 1.35)
+  axes.set_xlim(0, most * 1.45)
   axes.tick_params(axis="x", labelsize=7)
   axes.spines[["top", "right"]].set_visible(False)
-  axes.set_xlabel(TIMES[metric], fontsize=8, loc="left", labelpad=1)
+  axes.set_xlabel(f"{TIMES[metric]}, seconds", fontsize=7.5, loc="left", labelpad=1)

@@ -62,7 +62,7 @@ def test_a_suite_is_measured_drawn_and_put_into_docs(tmp_path, monkeypatch):
   warm_up, first = ([title for number, title in turns if number == n] for n in "01")
   assert sorted(warm_up) == sorted(first) and first == warm_up[1:] + warm_up[:1], "the order rotates"
   assert done.stdout.index("times faster") < done.stdout.index("seconds, median") < done.stdout.index("stored MB")
-  assert plot.read_bytes().startswith(b"\x89PNG")
+  assert (tmp_path / "b-tiny.png").read_bytes().startswith(b"\x89PNG") and not plot.exists()
   text = page.read_text()
   assert "OUTDATED" not in text and "| ckpt_jax, defaults |" in text and text.endswith("after\n")
   shown = cli("tables", output, "--json")
@@ -232,6 +232,13 @@ def test_a_run_that_is_ended_leaves_nothing_behind(tmp_path):
     assert run.wait(60) == 143
   assert psutil.wait_procs(workers, timeout=30)[1] == []
   assert list(tmp_path.iterdir()) == []
+
+
+def test_docs_show_a_picture_of_every_suite():
+  found = results.all_results(results.load(ROOT / "docs" / "bench.json"))
+  shown = re.findall(r"\(bench-([\w-]+)\.png\)", (ROOT / "docs" / "benchmarks.md").read_text())
+  drawn = sorted(p.stem.removeprefix("bench-") for p in (ROOT / "docs").glob("bench-*.png"))
+  assert sorted(shown) == sorted(s.name for s in found) == drawn
 
 
 @pytest.mark.parametrize("page", ["docs/benchmarks.md", "README.md"])
