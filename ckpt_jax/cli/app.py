@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -57,29 +58,31 @@ def _options(
   pass
 
 
-app.command("ls", cls=PlainCommand)(show.list_steps)
-for command in (
-  tree.show,
-  show.who,
-  diff.diff,
-  probe.probe,
-  prune.prune,
-  prune.pin,
-  prune.unpin,
-  estimate.estimate,
-  simulate.simulate,
-  verify.verify,
-  verify.rollback,
-  tune.tune,
-  repack.repack,
-  convert.convert,
-  export.export,
-  report.report,
-  explain.explain,
-):
-  app.command(cls=PlainCommand)(command)
-app.command("restore-quarantined", cls=PlainCommand)(quarantine.restore_quarantined)
-app.add_typer(bench.bench, name="bench")
+# In the order of `--help`: the command, its name if it is not the function's, an example, which a test runs.
+_COMMANDS: tuple[tuple[Callable[..., None], str | None, str], ...] = (
+  (show.list_steps, "ls", "ls runs/a --all"),
+  (tree.show, None, "show runs/a 200 --only params --stored"),
+  (show.who, None, "who runs/a 200"),
+  (diff.diff, None, "diff runs/a@100 @200 --only params"),
+  (probe.probe, None, "probe runs --budget 3s"),
+  (prune.prune, None, "prune runs/a --keep-last 3 --keep-daily 7 --dry-run"),
+  (prune.pin, None, "pin runs/a 100"),
+  (prune.unpin, None, "unpin runs/a 100"),
+  (estimate.estimate, None, "estimate 70b --hosts 32 --bandwidth 10GB"),
+  (simulate.simulate, None, "simulate --params 7b --hosts 4 --bandwidth 2GB --keep-last 5"),
+  (verify.verify, None, "verify runs/a 200"),
+  (verify.rollback, None, "rollback runs/a 200"),
+  (tune.tune, None, "tune runs --like runs/a@200 --explain"),
+  (repack.repack, None, "repack runs/a 200 --pack on"),
+  (convert.convert, None, "convert flax_checkpoints runs/b"),
+  (export.export, None, "export runs/a latest serving --quantize int8 --format safetensors"),
+  (report.report, None, "report runs/a -o report.html"),
+  (explain.explain, None, "explain missing-package"),
+  (quarantine.restore_quarantined, "restore-quarantined", "restore-quarantined runs/a 300"),
+)
+for _command, _name, _example in _COMMANDS:
+  app.command(_name, cls=PlainCommand, epilog=f"Example: ckpt-jax {_example}")(_command)
+app.add_typer(bench.bench, name="bench", epilog="Example: ckpt-jax bench tiny --rounds 1 --variants orbax,ckpt_jax")
 
 
 def main() -> None:

@@ -43,7 +43,9 @@ Directory = Annotated[str | None, typer.Option("--dir", help="Write here; defaul
 Output = Annotated[str | None, typer.Option("-o", "--output", help="Write the JSON into this file.")]
 Merged = Annotated[str | None, typer.Option("-o", "--output", help="Merge the results into this JSON file.")]
 Minutes = Annotated[float, typer.Option(min=0.1, help="Stop after this time; the next call continues.")]
-Plot = Annotated[str | None, typer.Option(help="Draw the results into this file (.png, .svg, .pdf), of suites one each.")]
+Plot = Annotated[
+  str | None, typer.Option(help="Draw the results into this file (.png, .svg, .pdf), of suites one each.")
+]
 Fill = Annotated[
   list[str] | None, typer.Option(help="Put the tables into the blocks <!-- bench:... --> of this Markdown file.")
 ]
