@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
@@ -13,34 +14,16 @@ from etils import epath
 import ckpt_jax
 from ckpt_jax.bench.trial import bounded, spread, trials
 from ckpt_jax.config import Config
-from ckpt_jax.job.progress import OnProgress, reported
-from ckpt_jax.layout import contents
-from ckpt_jax.restore.read import RestoreRequest, read_state
+from ckpt_jax.config.units import count, decimal_text
+from ckpt_jax.layout.contents import LeafInfo
 from ckpt_jax.tuning.plan import Plan, make_plan
-from ckpt_jax.tuning.search import Tuned, changed, search, to_yaml
+from ckpt_jax.tuning.profile import StateProfile, profile_state, sample_state
+from ckpt_jax.tuning.search import LEAST_ROUNDS, SINGLE_SHARE, Sample, Tuned, Update, candidates, changed, search
+from ckpt_jax.tuning.tuned_file import to_yaml
 
-# Share of the budget that one save and restore of the sample may take, as the plan predicts it.
-_TRIAL_SHARE = 1 / 16
 _LEAST_NBYTES = 16 << 20
 _SYNTHETIC_ARRAYS, _SYNTHETIC_NBYTES = 128, 512 << 20
-
-
-def saved_state(step_dir: epath.Path, limit: int) -> Any:
-  """The state of a step, or leaves spread evenly over its bytes that take at most `limit` bytes together."""
-  leaves = contents.saved_leaves(step_dir)
-  names = [leaves[i].path for i in spread([leaf.nbytes for leaf in leaves], limit)]
-  # Not through a Checkpointer, which would take over the run: a job may be writing there.
-  return read_state(step_dir, Config(), RestoreRequest(only=None if len(names) == len(leaves) else names))
-
-
-def synthetic_state() -> tuple[Any, str]:
-  """A made-up state, and its description."""
-  import numpy as np
-
-  rng = np.random.default_rng(0)
-  shape = (_SYNTHETIC_NBYTES // _SYNTHETIC_ARRAYS // 4096, 1024)
-  state = {f"w{i}": rng.standard_normal(shape, dtype=np.float32) for i in range(_SYNTHETIC_ARRAYS)}
-  return state, f"{_SYNTHETIC_ARRAYS} arrays of random float32 (give --like or --state for yours)"
+SYNTHETIC = f"{_SYNTHETIC_ARRAYS} made-up arrays of random float32, {_SYNTHETIC_NBYTES >> 20} MiB"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,26 +32,68 @@ class Task:
 
   Attributes:
     path: where runs will be.
-    state: the whole state that they save.
-    what: its description.
+    profile: of the whole state that they save.
+    sample: a part of its values, or all of them.
+    what: the state's description.
     user: settings that stay.
     pack: whether packing of small arrays may be tried.
   """
 
   path: str
-  state: Any
+  profile: StateProfile
+  sample: Any
   what: str
   user: Config
   pack: bool = False
 
 
+def synthetic_state() -> Any:
+  """A made-up state, SYNTHETIC."""
+  import jax.numpy as jnp
+  import numpy as np
+
+  rng = np.random.default_rng(0)
+  shape = (_SYNTHETIC_NBYTES // _SYNTHETIC_ARRAYS // 4096, 1024)
+  return {f"w{i}": jnp.asarray(rng.standard_normal(shape, dtype=np.float32)) for i in range(_SYNTHETIC_ARRAYS)}
+
+
+def saved_state(step_dir: epath.Path, leaves: Sequence[LeafInfo], limit: int) -> tuple[StateProfile, dict[str, Any]]:
+  """The profile of a step's whole state, by its metadata, and a sample of its values.
+
+  The sample is of arrays, spread evenly over the state's bytes; those above a quarter of `limit` are cut between their
+  chunks. Memory: the sample and one such part, or one chunk if that is larger. Reads only the sample. Not through a
+  Checkpointer, which would take over the run: a job may be writing there.
+
+  Args:
+    step_dir: a committed step.
+    leaves: its leaves.
+    limit: bytes of the sample.
+  """
+  import jax
+  import numpy as np
+
+  from ckpt_jax.restore import stream
+  from ckpt_jax.restore.step import Step
+
+  arrays = [x for x in leaves if not x.scalar and x.dtype != "str" and not x.dtype.startswith("key<")]
+  whole = profile_state([jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype)) for x in arrays], sample=False)
+  step = Step(step_dir, Config())
+  parts = [part for group in stream.parts(step, [x.path for x in arrays], max(limit // 4, 1)) for part in group]
+  chosen = [parts[i] for i in spread([part.nbytes for part in parts], limit)] or parts[:1]
+  read = stream.stream(step, [[part] for part in chosen])
+  sample = {f"{i}/{group[0].plan.name}": _on_device(value) for i, (group, (value,)) in enumerate(read)}
+  return dataclasses.replace(whole, compressibility=sample_state(sample)), sample
+
+
+def _on_device(value: Any) -> Any:
+  """As training holds it: numpy arrays are saved in another way. One that jax would convert stays."""
+  import jax
+
+  return jax.device_put(value) if jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype else value
+
+
 def tune(
-  task: Task,
-  plan: Plan,
-  budget_s: float,
-  limit: int,
-  progress: Callable[[str], None] = lambda _: None,
-  on_progress: OnProgress | None = None,
+  task: Task, plan: Plan, budget_s: float, limit: int, progress: Callable[[Update], None] = lambda _: None
 ) -> tuple[Tuned, str]:
   """Searches around `plan`, which is for the whole state, with a sample of it.
 
@@ -77,28 +102,22 @@ def tune(
     plan: where the search starts.
     budget_s: seconds to measure for.
     limit: bytes that the sample may have.
-    progress: called with each result.
-    on_progress: called with the seconds of the budget that are spent.
+    progress: called when a trial begins and when it ends.
 
   Returns:
     The best settings for the whole state, and the YAML file that explains them.
   """
-  predicted = plan.commit_s + plan.restore_s
-  affordable = int(plan.state.nbytes * budget_s * _TRIAL_SHARE / max(predicted, 1e-9))
-  sample = bounded(task.state, max(_LEAST_NBYTES, min(limit, affordable)))
-  sample_plan = make_plan(sample, plan.storage, plan.host, task.user)
   began = time.monotonic()
-  with (
-    trials(task.path, sample) as measure,
-    reported(on_progress, "tuning", budget_s, lambda: time.monotonic() - began, "s"),
-  ):
-    tuned = search(sample_plan, task.user, measure, budget_s, pack=task.pack, progress=progress)
+  with contextlib.ExitStack() as stack:
+    sample_plan, measure = _opened(stack, task, plan, bounded(task.sample, limit), budget_s)
+    left = max(budget_s - (time.monotonic() - began), 1e-3)
+    tuned = search(sample_plan, task.user, measure, left, pack=task.pack, progress=progress)
   now = datetime.datetime.now(datetime.timezone.utc)
   header = [
     f"ckpt-jax {ckpt_jax.__version__} tune, {now:%Y-%m-%d %H:%M} UTC, on {plan.host.host} ({plan.host.cores} cores), "
     f"{plan.storage.kind} at {task.path}",
-    f"State: {task.what}, {plan.state.nbytes:,} bytes in {plan.state.leaves:,} arrays; measured on "
-    f"{sample_plan.state.nbytes:,} bytes in {sample_plan.state.leaves:,}, in {tuned.seconds:.0f} s. Medians:",
+    f"State: {task.what}; measured on {decimal_text(sample_plan.state.nbytes)} in "
+    f"{count(sample_plan.state.leaves, 'array')}, in {time.monotonic() - began:.0f} s. Medians:",
   ]
   changes = dict(tuned.best.changes)
   for key in ("limits.save_concurrency", "limits.restore_concurrency"):
@@ -106,3 +125,27 @@ def tune(
       changes[key] = max(changes[key], plan.state.largest_local_nbytes)
   whole = dataclasses.replace(tuned, config=changed(plan.apply(task.user), changes))
   return whole, to_yaml(whole, plan, task.user, header)
+
+
+def _opened(
+  stack: contextlib.ExitStack, task: Task, plan: Plan, sample: Any, budget_s: float
+) -> tuple[Plan, Callable[[Config], Sample]]:
+  """The plan for a sample, and trials of it, so small that the budget suffices for enough rounds.
+
+  The size follows from the plan's prediction, then from one trial, which also compiles and connects.
+  """
+  sample_plan = make_plan(sample, plan.storage, plan.host, task.user)
+  trial_s = SINGLE_SHARE * budget_s / LEAST_ROUNDS / len(candidates(sample_plan, task.user, pack=task.pack))
+  took = sample_plan.commit_s + sample_plan.restore_s
+  for last in (False, True):
+    nbytes = sample_plan.state.nbytes
+    sample = bounded(sample, max(_LEAST_NBYTES, int(nbytes * min(1.0, trial_s / max(took, 1e-9)))))
+    sample_plan = make_plan(sample, plan.storage, plan.host, task.user)
+    measure = stack.enter_context(trials(task.path, sample))
+    started = time.monotonic()
+    measure(sample_plan.apply(task.user))
+    took = time.monotonic() - started
+    if last or took <= 2 * trial_s or sample_plan.state.nbytes <= _LEAST_NBYTES:
+      return sample_plan, measure
+    stack.close()
+  raise AssertionError("unreachable")

@@ -1,35 +1,35 @@
 """Measured refinement of a plan: real saves and restores of a few settings around it, interleaved, within a budget.
 
-The caller supplies the measurement (bench/trial.py does it on storage), so the search itself needs only a clock.
+It is a race (Maron and Moore, "Hoeffding Races", 1994): all candidates start, and after each round those drop out that
+are slower than the best beyond the noise, by the test in noise.py. The caller supplies the measurement (bench/trial.py
+does it on storage), so the search itself needs only a clock.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pydantic
-
 from ckpt_jax.config import Config
-from ckpt_jax.config.units import decimal_text
 from ckpt_jax.layout.codec import is_off
-from ckpt_jax.tuning.choices import seconds_text, value_text
+from ckpt_jax.tuning.choices import value_text
 from ckpt_jax.tuning.costs import MIB
+from ckpt_jax.tuning.noise import Comparison, compare
 from ckpt_jax.tuning.plan import Plan
 
 PLAN = "plan"
 COMBINED = "combined"
-# A candidate must be this much faster than the plan; two runs of one setting may differ by as much.
-_BETTER = 0.95
-# A candidate this much slower than the best after a round is not tried again.
-_HOPELESS = 1.3
 # Share of the budget for single changes; the rest is for comparing their combination with the plan.
-_SINGLE_SHARE = 0.7
-_ROUNDS = 7
+SINGLE_SHARE = 0.7
+# Candidates for which the time does not suffice for so many rounds are not tried: fewer show no noise.
+LEAST_ROUNDS = 3
+_ROUNDS = 15  # at most, of either part
+_UNKNOWN = 10.0  # a margin that is not worth showing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Sample:
   commit_s: float
   restore_s: float
   nbytes: int
+
+  @property
+  def score(self) -> float:
+    """What the search minimizes: seconds of commit and restore, plus the blocking time once more."""
+    return self.commit_s + self.restore_s + self.blocking_s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +59,51 @@ class Candidate:
     """The median of a field of the samples."""
     return statistics.median(getattr(s, field) for s in self.samples)
 
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+  """How a candidate compares with the plan.
+
+  Attributes:
+    candidate: with its samples.
+    ratio: its seconds over the plan's, of trials in the same rounds.
+    margin: the true ratio is `ratio` times or divided by at most this; infinite while the noise is not known.
+    dropped: slower than another beyond the noise, and tried no more.
+  """
+
+  candidate: Candidate
+  ratio: float = 1.0
+  margin: float = math.inf
+  dropped: bool = False
+
   @property
-  def score(self) -> float:
-    """What the search minimizes: median seconds of commit and restore, plus the blocking time once more."""
-    return self.median("commit_s") + self.median("restore_s") + self.median("blocking_s")
+  def text(self) -> str:
+    """`-34% (-40% to -28%)`, `within the noise (-6% to +7%)`; nothing for the plan, and until the noise is known."""
+    if self.candidate.name == PLAN or self.margin > _UNKNOWN:
+      return ""
+    low, high = self.ratio / self.margin - 1, self.ratio * self.margin - 1
+    found = f"{self.ratio - 1:+.0%}" if low > 0 or high < 0 else "within the noise"
+    return f"{found} ({low:+.0%} to {high:+.0%})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """What a search is doing.
+
+  Attributes:
+    running: the candidate that is tried now, or was.
+    sample: the result of the trial; None when it begins.
+    round: the number of the round, from 1.
+    standings: of the candidates so far, the plan first.
+    spent_s, left_s: seconds since the search began, and those that it still needs if nothing changes, at most.
+  """
+
+  running: Candidate
+  sample: Sample | None
+  round: int
+  standings: tuple[Standing, ...]
+  spent_s: float
+  left_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +112,18 @@ class Tuned:
 
   Attributes:
     config: the best settings, with a value for each `auto` that matters.
-    best: the candidate with these settings.
-    candidates: all that were measured, the plan first.
+    best: the candidate with these settings: no other was faster beyond the noise.
+    standings: all candidates that were tried, the plan first.
+    untried: those for which the time did not suffice.
+    noise: standard deviation of a trial, as a share of its seconds; infinite if it is not known.
     seconds: duration of the search.
   """
 
   config: Config
   best: Candidate
-  candidates: tuple[Candidate, ...]
+  standings: tuple[Standing, ...]
+  untried: tuple[Candidate, ...]
+  noise: float
   seconds: float
 
 
@@ -122,129 +172,158 @@ def search(
   *,
   pack: bool = False,
   clock: Callable[[], float] = time.monotonic,
-  progress: Callable[[str], None] = lambda _: None,
+  progress: Callable[[Update], None] = lambda _: None,
 ) -> Tuned:
-  """Tries the plan and single changes in turn, then the changes that helped together, until `budget_s` is used up.
+  """Races the plan and single changes to it, then the plan and the changes that helped, together too.
 
-  A round tries each candidate once, so that a slow minute of the storage affects all alike. A change is adopted only if
-  its median over at least two rounds beats the plan's by 5%.
+  A change is taken only if it was faster than the plan beyond the noise; of several the fastest.
 
   Args:
     plan: where to start.
     user: settings that stay.
-    measure: saves and restores under a configuration.
+    measure: saves and restores under a configuration. Its first measurement in a process, which compiles and connects,
+      should lie behind it.
     budget_s: seconds; one trial that takes unexpectedly long may exceed it.
     pack: whether packing may be tried too.
     clock: for tests.
-    progress: called with each result as a line of text.
+    progress: called when a trial begins and when it ends.
   """
-  started = clock()
-  trials = _Trials(plan.apply(user), measure, clock, progress)
-  measure(trials.base)  # the first measurement of a process compiles and connects, and is thrown away
-  live = candidates(plan, user, pack=pack)
-  for number in range(_ROUNDS):
-    if (number and len(live) == 1) or not trials.round(live, started + _SINGLE_SHARE * budget_s):
+  trials = _Trials(plan.apply(user), measure, clock, progress, clock() + budget_s)
+  live = trials.first_round(candidates(plan, user, pack=pack), SINGLE_SHARE * budget_s)
+  until = trials.ends - (1 - SINGLE_SHARE) * budget_s
+  for _ in range(_ROUNDS - 1):
+    if len(live) == 1:
       break
-    if number:  # one slow moment is no reason to drop a candidate
-      best = min(trials.measured[c.name].score for c in live)
-      live = [c for c in live if c.name == PLAN or trials.measured[c.name].score <= _HOPELESS * best]
-    live.reverse()  # so that it is not always the same one that follows a large write
-  by_key: dict[str, Candidate] = {}
-  for c in trials.better():
-    by_key.setdefault(next(iter(c.changes)), c)
-  finalists = [trials.measured[PLAN], *by_key.values()]
-  if len(by_key) > 1:
-    finalists.append(Candidate(COMBINED, {k: v for c in by_key.values() for k, v in c.changes.items()}))
-  for _ in range(_ROUNDS if by_key else 0):
-    if not trials.round(finalists, started + budget_s):
+    # Where nothing has helped, there is nothing to save the rest of the time for.
+    if not trials.round(live, until) and (trials.faster_than_plan() or not trials.round(live, trials.ends)):
       break
-  best_found = next(iter(trials.better()), trials.measured[PLAN])
-  return Tuned(changed(trials.base, best_found.changes), best_found, tuple(trials.measured.values()), clock() - started)
+    live = trials.still_racing(live)
+  helped: dict[str, Candidate] = {}
+  for c in trials.faster_than_plan():
+    helped.setdefault(next(iter(c.changes)), c)
+  finalists = [trials.tried[PLAN], *helped.values()]
+  if len(helped) > 1:
+    finalists.append(Candidate(COMBINED, {k: v for c in helped.values() for k, v in c.changes.items()}))
+  for _ in range(_ROUNDS if helped else 0):
+    if len(finalists) == 1 or not trials.round(finalists, trials.ends):
+      break
+    finalists = trials.still_racing(finalists)
+  best = next(iter(trials.faster_than_plan()), trials.tried[PLAN])
+  spent = clock() - (trials.ends - budget_s)
+  noise = trials.comparison().noise
+  return Tuned(changed(trials.base, best.changes), best, trials.standings(), tuple(trials.untried), noise, spent)
 
 
 @dataclasses.dataclass
 class _Trials:
-  """Measures candidates as long as there is time, and keeps the samples by name."""
+  """Measures candidates round by round, and keeps the samples.
+
+  Attributes:
+    base: the plan's settings.
+    ends: when the budget is used up, on the clock.
+    tried: candidates with their samples, by name.
+    untried: those that the first round left out.
+  """
 
   base: Config
   measure: Callable[[Config], Sample]
   clock: Callable[[], float]
-  progress: Callable[[str], None]
-  measured: dict[str, Candidate] = dataclasses.field(default_factory=dict)
-  cost: dict[str, float] = dataclasses.field(default_factory=dict)
+  progress: Callable[[Update], None]
+  ends: float
+  tried: dict[str, Candidate] = dataclasses.field(default_factory=dict)
+  untried: list[Candidate] = dataclasses.field(default_factory=list)
 
-  def round(self, candidates: list[Candidate], until: float) -> bool:
-    """Measures each candidate once; False if there was not enough time for all of them."""
-    return all([self._attempt(c, until) for c in candidates])
+  def __post_init__(self) -> None:
+    self._began = self.clock()
+    self._rounds: list[dict[str, float]] = []  # scores by candidate
+    self._costs: dict[str, float] = {}
+    self._dropped: set[str] = set()
+    self._random = random.Random(0)
+    self._until = self.ends
 
-  def _attempt(self, candidate: Candidate, until: float) -> bool:
-    """Measures once if that should end in time; the first one, the plan, is measured in any case."""
-    now = self.clock()
-    expected = self.cost.get(candidate.name, max(self.cost.values(), default=0.0))
-    if self.measured and now + expected > until:
+  def first_round(self, candidates: Sequence[Candidate], seconds: float) -> list[Candidate]:
+    """Tries candidates in their order, as many as `seconds` suffice for in all rounds; the plan in any case."""
+    self._rounds.append({})
+    self._until = self._began + seconds
+    for i, candidate in enumerate(candidates):
+      expected = sum(self._costs.values()) + max(self._costs.values(), default=0.0)
+      if i and LEAST_ROUNDS * expected > seconds:
+        self.untried = list(candidates[i:])
+        break
+      self._try(candidate, candidates)
+    return list(candidates[: len(self.tried)])
+
+  def round(self, candidates: Sequence[Candidate], until: float) -> bool:
+    """Tries each candidate once, in random order; does nothing and returns False if that would take too long."""
+    self._until = until
+    if self.clock() + self._expected(candidates) > until:
       return False
-    sample = self.measure(changed(self.base, candidate.changes))
-    self.cost[candidate.name] = self.clock() - now
-    known = self.measured.get(candidate.name, candidate)
-    self.measured[candidate.name] = dataclasses.replace(known, samples=(*known.samples, sample))
-    commit, restore = seconds_text(sample.commit_s), seconds_text(sample.restore_s)
-    self.progress(f"{candidate.name}: commit {commit}, restore {restore}")
+    self._rounds.append({})
+    for candidate in self._random.sample(list(candidates), len(candidates)):
+      if self.clock() >= until:  # something was slower than before
+        return False
+      self._try(candidate, candidates)
     return True
 
-  def better(self) -> list[Candidate]:
-    """Candidates that beat the plan, the best first."""
-    plan = self.measured[PLAN]
-    tried = [c for c in self.measured.values() if min(len(c.samples), len(plan.samples)) >= 2]
-    return sorted((c for c in tried if c.name != PLAN and c.score <= _BETTER * plan.score), key=lambda c: c.score)
+  def still_racing(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that nothing beats beyond the noise, and the plan, with which all are compared."""
+    found, number = self.comparison(), self._numbers()
+    there = [c for c in candidates if c.name in number]
+    for c in there:
+      if c.name != PLAN and any(found.is_faster(number[o.name], number[c.name]) for o in there):
+        self._dropped.add(c.name)
+    return [c for c in candidates if c.name not in self._dropped]
 
+  def faster_than_plan(self) -> list[Candidate]:
+    """Candidates that beat the plan beyond the noise, the fastest first."""
+    found, number = self.comparison(), self._numbers()
+    better = [name for name, i in number.items() if found.is_faster(i, number[PLAN])]
+    return [self.tried[name] for name in sorted(better, key=lambda name: found.logs[number[name]])]
 
-# -- the file
+  def standings(self) -> tuple[Standing, ...]:
+    """All candidates that were tried."""
+    found, number = self.comparison(), self._numbers()
+    return tuple(
+      Standing(
+        c,
+        found.ratio(number[name], number[PLAN]) if name in number else 1.0,
+        found.margin(number[name], number[PLAN]) if name in number else math.inf,
+        name in self._dropped,
+      )
+      for name, c in self.tried.items()
+    )
 
+  def comparison(self) -> Comparison:
+    """Of the candidates in `_numbers`."""
+    number = self._numbers()
+    rounds = [scores for scores in self._rounds if len(scores) > 1] or self._rounds[:1]
+    return compare([(number[n], i, s) for i, scores in enumerate(rounds) for n, s in scores.items()], len(number))
 
-def to_yaml(tuned: Tuned, plan: Plan, user: Config, header: list[str]) -> str:
-  """A commented YAML file that `load_config` reads: the user's settings, the tuned ones with their reasons, the table.
+  def _numbers(self) -> dict[str, int]:
+    """Candidates that were tried in a round with others: a round that was cut short after one compares nothing."""
+    names = dict.fromkeys(n for scores in self._rounds if len(scores) > 1 for n in scores)
+    return {name: i for i, name in enumerate(dict.fromkeys([PLAN, *names]))}
 
-  Args:
-    tuned, plan, user: the result, the plan it started from, and the user's settings.
-    header: comment lines that say where it was measured and for which state.
-  """
-  lines = [f"# {line}".rstrip() for line in [*header, "", *table(tuned), ""]]
-  reasons = {c.key: c for c in plan.choices}
-  for section in type(tuned.config).model_fields:
-    written: list[str] = []
-    values = getattr(tuned.config, section)
-    if not isinstance(values, pydantic.BaseModel):  # a setting without a section
-      if section in user.model_fields_set and values is not None:
-        lines += [f"{section}: {json.dumps(values)}", ""]
-      continue
-    for key in type(values).model_fields:
-      value, path = getattr(values, key), f"{section}.{key}"
-      if path in tuned.best.changes:
-        written += [f"  # measured: {seconds_text(tuned.best.score)} against the plan's", *_entry(path, value)]
-      elif path in plan.values and value != "auto":
-        choice = reasons[path]
-        written += [f"  # {'set by you; ' if choice.by_user else ''}{choice.reason}", *_entry(path, value)]
-      elif key in getattr(user, section).model_fields_set:
-        written += _entry(path, values.model_dump(mode="json")[key])
-    if written:
-      lines += [f"{section}:", *written, ""]
-  return "\n".join(lines)
+  def _try(self, candidate: Candidate, racing: Sequence[Candidate]) -> None:
+    known = self.tried.get(candidate.name, candidate)
+    self._report(known, None, racing)
+    started = self.clock()
+    sample = self.measure(changed(self.base, candidate.changes))
+    self._costs[candidate.name] = self.clock() - started
+    self._rounds[-1][candidate.name] = sample.score
+    self.tried[candidate.name] = dataclasses.replace(known, samples=(*known.samples, sample))
+    self._report(self.tried[candidate.name], sample, racing)
 
+  def _report(self, candidate: Candidate, sample: Sample | None, racing: Sequence[Candidate]) -> None:
+    now, standings = self.clock(), self.standings() if self.tried else ()
+    rounds = max(_ROUNDS - len(self._rounds), 0)
+    this = [c for c in racing if c.name not in self._rounds[-1]]
+    left = self.ends - now
+    if self._costs and not (self._until < self.ends and any(s.ratio * s.margin < 1 for s in standings)):
+      left = min(left, self._expected(this) + rounds * self._expected(racing))
+    self.progress(Update(candidate, sample, len(self._rounds), standings, now - self._began, max(left, 0.0)))
 
-def table(tuned: Tuned) -> list[str]:
-  """Medians of all candidates, the plan first, as lines of text."""
-  width = max(len(c.name) for c in tuned.candidates)
-  rows = [f"{'settings':{width}}  {'blocks':>9}  {'commit':>9}  {'restore':>9}  {'bytes':>9}  rounds"]
-  for c in tuned.candidates:
-    seconds = "  ".join(f"{seconds_text(c.median(f)):>9}" for f in ("blocking_s", "commit_s", "restore_s"))
-    mark = "  <- taken" if c.name == tuned.best.name else ""
-    rows.append(f"{c.name:{width}}  {seconds}  {decimal_text(c.median('nbytes')):>9}  {len(c.samples):>6}{mark}")
-  return rows
-
-
-def _entry(path: str, value: Any) -> list[str]:
-  import yaml
-
-  flow = isinstance(value, (dict, list))
-  text = yaml.safe_dump(value, default_flow_style=True) if flow else value_text(path, value)
-  return [f"  {path.split('.')[1]}: {text.strip()}"]
+  def _expected(self, candidates: Sequence[Candidate]) -> float:
+    """Seconds of one trial of each, as the last one of each took."""
+    usual = statistics.median(self._costs.values()) if self._costs else 0.0
+    return sum(self._costs.get(c.name, usual) for c in candidates)
