@@ -19,6 +19,7 @@ from ckpt_jax.bench.worker import drop_cache
 from ckpt_jax.checkpointer import Checkpointer
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.layout.structure import path_name
 from ckpt_jax.run.steps import is_object_store, run_directory
 from ckpt_jax.storage.connect import connect
 from ckpt_jax.tuning.search import Sample
@@ -128,7 +129,7 @@ def bounded(state: PyTree, limit: int) -> PyTree:
     path, x = min(leaves, key=lambda item: item[1].nbytes)
     rows = max(1, math.floor(x.shape[0] * limit / x.nbytes))
     kept[path] = x if len(getattr(x, "devices", tuple)()) > 1 else x[:rows]
-  return {jax.tree_util.keystr(path): x for path, x in kept.items()}
+  return {path_name(path): x for path, x in kept.items()}  # a leaf's codec follows from its path
 
 
 def _abstract(x: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -15,9 +16,12 @@ import ckpt_jax
 from ckpt_jax.bench.trial import bounded, spread, trials
 from ckpt_jax.config import Config
 from ckpt_jax.config.units import count, decimal_text
+from ckpt_jax.layout.codec import kind_of
 from ckpt_jax.layout.contents import LeafInfo
+from ckpt_jax.layout.structure import flatten
 from ckpt_jax.tuning.plan import Plan, make_plan
-from ckpt_jax.tuning.profile import StateProfile, profile_state, sample_state
+from ckpt_jax.tuning.profile import StateProfile, profile_state
+from ckpt_jax.tuning.sampling import sample_kinds
 from ckpt_jax.tuning.search import LEAST_ROUNDS, SINGLE_SHARE, Sample, Tuned, Update, candidates, changed, search
 from ckpt_jax.tuning.tuned_file import to_yaml
 
@@ -82,7 +86,11 @@ def saved_state(step_dir: epath.Path, leaves: Sequence[LeafInfo], limit: int) ->
   chosen = [parts[i] for i in spread([part.nbytes for part in parts], limit)] or parts[:1]
   read = stream.stream(step, [[part] for part in chosen])
   sample = {f"{i}/{group[0].plan.name}": _on_device(value) for i, (group, (value,)) in enumerate(read)}
-  return dataclasses.replace(whole, compressibility=sample_state(sample)), sample
+  nbytes: collections.Counter[str] = collections.Counter()
+  for leaf in arrays:
+    nbytes[kind_of(leaf.path, np.dtype(leaf.dtype))] += leaf.nbytes
+  kinds = tuple(dataclasses.replace(kind, nbytes=nbytes[kind.name]) for kind in sample_kinds(flatten(sample)))
+  return dataclasses.replace(whole, kinds=kinds), sample
 
 
 def _on_device(value: Any) -> Any:

@@ -316,7 +316,10 @@ def test_sample_of_a_step_is_bounded_holds_its_values_and_all_of_its_kinds(tmp_p
   step = c.directory / "0"
   profile, sample = saved_state(step, saved_leaves(step), 1 << 20)
   assert profile.nbytes == 4096 * 256 * 4 + 64 * 64 * 2 + 800 + 512 * 512 * 4 and profile.leaves == 4
-  assert profile.largest_leaf_nbytes == 4 << 20 and {k.name: k.nbytes for k in profile.kinds} == {"float32": (4096 * 256 + 512 * 512) * 4}
+  assert profile.largest_leaf_nbytes == 4 << 20 and {k.name: k.nbytes for k in profile.kinds} == {
+    "float32": (4096 * 256 + 512 * 512) * 4,
+    "bfloat16": 64 * 64 * 2,
+  }
   assert 0.5 * 2**20 < sum(x.nbytes for x in sample.values()) <= 2**20
   bands = [np.asarray(x) for name, x in sample.items() if name.endswith("big")]
   assert all((np.asarray(state["big"]) == band[0]).all(axis=1).any() for band in bands) and len(bands) >= 2
