@@ -18,7 +18,7 @@ from ckpt_jax.cli.app import app
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUNNABLE = [page for page in PAGES if any(b.language in RUN and not b.not_run for b in blocks(page))]
-SERVERS: dict[str, str] = {}  # page -> the fixture whose bucket it uses
+SERVERS = {"gcs.md": "gcs", "s3.md": "s3"}  # page -> the fixture whose bucket it uses
 
 
 def named(pages):
