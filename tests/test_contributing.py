@@ -23,6 +23,7 @@ FILES = ("ini", "ipynb", "json", "md", "png", "py", "sh", "svg", "toml", "txt", 
 WRITTEN_LATER = {"ckpt_jax.json", "run.yaml", "health.meant", "site"}  # in a step, by the reader, by make docs
 WRITTEN_LATER |= {"ckpt_jax_export.json", "model.safetensors", "model.safetensors.index.json"}  # in an export
 FOREIGN = {"TrainState", "eqx", "flax", "gc", "grain", "jax", "logging", "multiprocessing", "nnx", "numpy"}
+FOREIGN |= {"dcp", "future", "theirs", "torch"}
 FOREIGN |= {"error", "jnp", "ocp", "os", "restored", "safetensors", "v1"}
 OBJECTS = {"c": ckpt.Checkpointer} | {name: getattr(ckpt, name) for name in ckpt.__all__}
 
