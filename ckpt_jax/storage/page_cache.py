@@ -27,26 +27,23 @@ _FINISHED_S, _FORGOTTEN_S = 0.1, 2.0  # without growth
 
 @contextlib.contextmanager
 def write_behind(directory: str | os.PathLike[str]) -> Iterator[None]:
-  """Drops what is written into files of `directory` from the page cache, meanwhile and at the end.
+  """Drops what is written into files of `directory` from the page cache, meanwhile and, soon after, the rest.
 
   Every drop also starts to write out what is still dirty, so that the disk is busy while others copy. It is advice
   to the kernel: nothing is lost by it or fails, nothing is synced, and tmpfs and systems without such advice ignore it.
 
   Args:
-    directory: of the files, not those of folders in it; it need not exist yet.
+    directory: of the files, not those of folders in it; it need not exist yet, and may be renamed at the end.
   """
   if not CAN_RELEASE:
     yield
     return
-  files, stop = _Files(os.fspath(directory)), threading.Event()
-  thread = threading.Thread(target=files.follow, args=(stop,), name="ckpt_jax-write-behind", daemon=True)
-  thread.start()
+  files = _Files(os.fspath(directory))
+  threading.Thread(target=files.follow, name="ckpt_jax-write-behind", daemon=True).start()
   try:
     yield
   finally:
-    stop.set()
-    thread.join(_FORGOTTEN_S)  # a disk that hangs must not hang what has been written
-  files.release_all()
+    files.end()
 
 
 class _Files:
@@ -54,27 +51,48 @@ class _Files:
 
   def __init__(self, directory: str):
     self._directory = directory
+    self._descriptor: int | None = None
+    self._ended = threading.Event()
+    self._lock = threading.Lock()
     self._growing: dict[str, tuple[int, int, float]] = {}
     self._forgotten: set[str] = set()
 
-  def follow(self, stop: threading.Event) -> None:
+  def follow(self) -> None:
+    """Drops pages until `end`, then what is left."""
     pause = _EVERY_S
-    while not stop.wait(pause):
+    while not self._ended.wait(pause):
       started = time.monotonic()
       with contextlib.suppress(OSError):  # not there yet, or gone
-        for name in os.listdir(self._directory):
+        for name in os.listdir(self._opened()):
           if name not in self._forgotten:
-            self._turn(os.path.join(self._directory, name), name, started)
+            self._turn(name, started)
       pause = max(_EVERY_S, (time.monotonic() - started) / _SHARE)
+    if self._descriptor is not None:
+      with contextlib.suppress(OSError):
+        for name in os.listdir(self._descriptor):
+          release(name, directory=self._descriptor)
+      os.close(self._descriptor)
 
-  def _turn(self, path: str, name: str, now: float) -> None:
+  def end(self) -> None:
+    """Has the rest dropped, whatever becomes of the directory's name; returns at once."""
+    with contextlib.suppress(OSError):  # nothing was written
+      self._opened()
+    self._ended.set()
+
+  def _opened(self) -> int:
+    with self._lock:
+      if self._descriptor is None:
+        self._descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+      return self._descriptor
+
+  def _turn(self, name: str, now: float) -> None:
     start, size, grew_at = self._growing.get(name, (0, 0, now))
-    grown = os.stat(path).st_size
+    grown = os.stat(name, dir_fd=self._descriptor).st_size
     if grown >= size + _STEP_NBYTES:
-      release(path, start)
+      release(name, start, self._descriptor)
       start, size, grew_at = max(start, grown - _LAG_NBYTES), grown, now
     elif start < grown and now - grew_at > _FINISHED_S:
-      release(path, start)
+      release(name, start, self._descriptor)
       start = size = grown
     elif now - grew_at > _FORGOTTEN_S:
       self._growing.pop(name, None)
@@ -82,15 +100,16 @@ class _Files:
       return
     self._growing[name] = start, size, grew_at
 
-  def release_all(self) -> None:
-    with contextlib.suppress(OSError):
-      for name in os.listdir(self._directory):
-        release(os.path.join(self._directory, name))
 
+def release(path: str, start: int = 0, directory: int | None = None) -> None:
+  """Starts to write out the dirty pages of a file from byte `start` on, and drops the others from the page cache.
 
-def release(path: str, start: int = 0) -> None:
-  """Starts to write out the dirty pages of a file from byte `start` on, and drops the others from the page cache."""
-  descriptor = os.open(path, os.O_RDONLY)
+  Args:
+    path: the file; relative to the open `directory`, if one is given.
+    start: the first byte.
+    directory: a descriptor.
+  """
+  descriptor = os.open(path, os.O_RDONLY, dir_fd=directory)
   try:
     os.posix_fadvise(descriptor, start, 0, os.POSIX_FADV_DONTNEED)
   finally:
