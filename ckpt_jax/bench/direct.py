@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckpt_jax.bench.runner import machine
+from ckpt_jax.bench.suites import SUITES
 from ckpt_jax.bench.worker import drop_cache, give_memory_back
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.multihost import launch
@@ -48,7 +49,8 @@ def direct(
   progress(f"{suite}: {rounds + 1} rounds of 5 sides")
   with tempfile.TemporaryDirectory(dir=directory) as work:
     about = {"measured": datetime.date.today().isoformat(), "suite": suite, "rounds": rounds, "machine": machine(work)}
-    (result,) = launch(["-m", __name__, suite, str(rounds), work], processes=1, timeout=_TIMEOUT_S)
+    devices = SUITES[suite].devices
+    (result,) = launch(["-m", __name__, suite, str(rounds), work], processes=1, devices=devices, timeout=_TIMEOUT_S)
   if result.returncode:
     raise CheckpointError(f"direct: {result.log[-2000:]}")
   turns: dict[str, list[dict[str, float]]] = {}
@@ -142,7 +144,7 @@ def main() -> None:
   import jax
   from absl import logging
 
-  from ckpt_jax.bench.suites import SUITES, state_of
+  from ckpt_jax.bench.suites import state_of
   from ckpt_jax.bench.variants import on_devices
   from ckpt_jax.storage.page_cache import cached_nbytes
 
