@@ -211,8 +211,9 @@ def _await_server(process: subprocess.Popen[bytes], url: str, what: str) -> None
 
 
 @contextlib.contextmanager
-def _process(args: list[str], what: str, url: str) -> Iterator[None]:
-  process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _process(args: list[str], what: str, url: str, log: pathlib.Path | None = None) -> Iterator[None]:
+  with open(log or os.devnull, "wb") as output:
+    process = subprocess.Popen(args, stdout=output, stderr=output)
   try:
     _await_server(process, url, what)
     yield
@@ -262,6 +263,7 @@ def gcs_process(
   port: int,
   prefix: Sequence[str] = (),
   public: str | None = None,
+  log: pathlib.Path | None = None,
 ) -> Iterator[dict[str, str]]:
   """fake-gcs-server at `host:port`, without a proxy; yields the environment variables that lead clients to it.
 
@@ -271,13 +273,25 @@ def gcs_process(
     host, port: where it listens.
     prefix: the command that it runs under, e.g. `ip netns exec NAME`.
     public: the address for clients, if it differs.
+    log: a file that gets a line for each request.
   """
   own = f"http://{host}:{port}"
   public = public or own
-  args = [*prefix, gcs_binary(), "-scheme", "http", "-host", host, "-port", str(port), "-log-level", "error"]
+  args = [
+    *prefix,
+    gcs_binary(),
+    "-scheme",
+    "http",
+    "-host",
+    host,
+    "-port",
+    str(port),
+    "-log-level",
+    "info" if log else "error",
+  ]
   args += ["-backend", "filesystem", "-filesystem-root", os.fspath(directory)]
   args += ["-public-host", public.removeprefix("http://"), "-external-url", public]
-  with _process(args, "fake-gcs-server", f"{own}/storage/v1/b?project=p"):
+  with _process(args, "fake-gcs-server", f"{own}/storage/v1/b?project=p", log):
     make = urllib.request.Request(
       f"{own}/storage/v1/b?project=p",
       data=f'{{"name": "{bucket}"}}'.encode(),
@@ -293,30 +307,37 @@ def gcs_process(
 
 
 @contextlib.contextmanager
-def s3_process() -> Iterator[str]:
-  """Runs moto's server while the block runs; yields its address, for `s3_bucket`."""
+def s3_process(log: pathlib.Path | None = None) -> Iterator[str]:
+  """Runs moto's server while the block runs; yields its address, for `s3_bucket`. `log` gets a line a request."""
   port = free_port()
   own = f"http://127.0.0.1:{port}"
-  args = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-  with _process(args, "moto's S3 server", f"{own}/moto-api/"):
+  # Its web server would close each connection after one request, which no store does.
+  program = "import werkzeug.serving as w; w.WSGIRequestHandler.protocol_version = 'HTTP/1.1'"
+  program += "; import moto.server as m, sys; m.main(sys.argv[1:])"
+  args = [sys.executable, "-c", program, "-H", "127.0.0.1", "-p", str(port)]
+  with _process(args, "moto's S3 server", f"{own}/moto-api/", log):
     yield own
+
+
+def s3_bucket_at(server: str, public: str, bucket: str = "bucket") -> dict[str, str]:
+  """Empties a server of `s3_process`, makes a bucket, and returns the variables that lead clients to it at `public`."""
+  for path, method in (("moto-api/reset", "POST"), (bucket, "PUT")):
+    urllib.request.urlopen(urllib.request.Request(f"{server}/{path}", method=method), timeout=30).close()
+  return {
+    "AWS_ENDPOINT_URL": public,
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_REGION": "us-east-1",
+  }
 
 
 @contextlib.contextmanager
 def s3_bucket(server: str, bucket: str = "bucket", *, seed: int = 0) -> Iterator[Bucket]:
   """Empties a server of `s3_process`, and serves an empty `s3://BUCKET` from its memory while the block runs."""
-  for path, method in (("moto-api/reset", "POST"), (bucket, "PUT")):
-    urllib.request.urlopen(urllib.request.Request(f"{server}/{path}", method=method), timeout=30).close()
   proxy = Proxy(server, seed=seed)
   try:
-    env = {
-      "AWS_ENDPOINT_URL": proxy.address,
-      "AWS_ACCESS_KEY_ID": "testing",
-      "AWS_SECRET_ACCESS_KEY": "testing",
-      "AWS_DEFAULT_REGION": "us-east-1",
-      "AWS_REGION": "us-east-1",
-    }
-    yield Bucket(f"s3://{bucket}", proxy.address, env, proxy)
+    yield Bucket(f"s3://{bucket}", proxy.address, s3_bucket_at(server, proxy.address, bucket), proxy)
   finally:
     proxy.close()
 

@@ -1,15 +1,19 @@
-"""A network link of fixed bandwidth on this machine: a network namespace behind a veth pair that `tc` limits.
+"""Network links of known speed on this machine, with which a benchmark can compare what it measures.
 
-Needs root and Debian's iproute2. With it a benchmark can compare a measurement with the known bandwidth.
+`limited_link` is a network namespace behind a veth pair that `tc` limits; it needs root and Debian's iproute2.
+`distant` is a forwarder of this process with bandwidth and latency, for kernels without `tc netem`; it needs nothing.
 """
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import contextlib
 import dataclasses
 import os
 import shutil
 import subprocess
+import threading
 import uuid
 from collections.abc import Iterator
 
@@ -62,3 +66,91 @@ def _run(*args: str) -> None:
   done = subprocess.run(args, capture_output=True, text=True, check=False, timeout=30)
   if done.returncode:
     raise CheckpointError(f"{' '.join(args)}: {done.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def distant(target: tuple[str, int], mbit: float, round_trip_s: float) -> Iterator[tuple[str, int]]:
+  """Host and port that lead to `target` over a link, while the block runs.
+
+  All connections share `mbit` * 10**6 bits per second in each direction. Each byte arrives half a round trip after it
+  was sent, and a connection takes a round trip to open. TCP's slow start and losses are not imitated.
+  """
+  loop = asyncio.new_event_loop()
+  thread = threading.Thread(target=loop.run_forever, name="distant-link", daemon=True)
+  thread.start()
+
+  async def start() -> asyncio.Server:
+    up, down = (_Direction(mbit, round_trip_s / 2) for _ in range(2))
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+      await asyncio.sleep(round_trip_s)
+      far_reader, far_writer = await asyncio.open_connection(*target, limit=_BLOCK)
+      await asyncio.gather(up.carry(reader, far_writer), down.carry(far_reader, writer))
+
+    return await asyncio.start_server(connected, "127.0.0.1", 0, limit=_BLOCK)
+
+  async def stop() -> None:
+    server.close()
+    carrying = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in carrying:
+      task.cancel()
+    await asyncio.gather(*carrying, return_exceptions=True)
+
+  server = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+  try:
+    yield server.sockets[0].getsockname()[:2]
+  finally:
+    asyncio.run_coroutine_threadsafe(stop(), loop).result(30)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+_BLOCK, _UNDER_WAY = 2**18, 2**22  # bytes read at a time; bytes of a connection that its sender may be ahead
+
+
+class _Direction:
+  """One way of a link: bytes leave one after the other at the link's speed, and arrive later."""
+
+  def __init__(self, mbit: float, delay: float):
+    self._bytes_per_s = mbit * 1e6 / 8
+    self._delay = delay
+    self._free_at = 0.0
+
+  async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Forwards until the end of the stream."""
+    loop = asyncio.get_running_loop()
+    waiting: collections.deque[tuple[float, bytes]] = collections.deque()
+    some, room = asyncio.Event(), asyncio.Event()
+
+    async def deliver() -> None:
+      while True:
+        while not waiting:
+          some.clear()
+          await some.wait()
+        arrives, data = waiting[0]
+        await asyncio.sleep(max(0.0, arrives - loop.time()))
+        waiting.popleft()
+        room.set()
+        if not data:
+          writer.close()
+          return
+        writer.write(data)
+        await writer.drain()
+
+    delivery = asyncio.ensure_future(deliver())
+    try:
+      while True:
+        data = await reader.read(_BLOCK)
+        self._free_at = max(self._free_at, loop.time()) + len(data) / self._bytes_per_s
+        waiting.append((self._free_at + self._delay, data))
+        some.set()
+        while sum(len(d) for _, d in waiting) > _UNDER_WAY:
+          room.clear()
+          await room.wait()
+        if not data:
+          break
+      await delivery
+    except ConnectionError:
+      delivery.cancel()
+      writer.close()

@@ -1,4 +1,4 @@
-"""Object stores, raw Orbax beside ckpt_jax: requests of save, restore and open; saves while requests fail; s3 and s3fs.
+"""Buckets, raw Orbax beside ckpt_jax: requests of save, restore and open; saves while requests fail; a mounted bucket.
 
 Each variant runs in a process of its own, since ckpt_jax changes how Orbax reaches object stores for the whole process.
 Servers are emulators on this machine: request counts and ratios are meaningful, seconds are not.
@@ -7,6 +7,7 @@ Servers are emulators on this machine: request counts and ratios are meaningful,
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -25,24 +26,30 @@ from ckpt_jax.errors import CheckpointError
 _LEAVES = 64
 
 
-def run(repeats: int = 10, megabytes: int = 268, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-  """Runs all measurements. Returns JSON-able data.
+PARTS = ("requests", "faults", "mount")
+_MEGABYTES = 268
+
+
+def run(part: str, repeats: int = 3, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+  """Runs one of PARTS. Returns JSON-able data.
 
   Args:
-    repeats: saves while requests fail; the others are made 5 times at most.
-    megabytes: 10**6 bytes of the state that is saved while requests fail.
+    part: which.
+    repeats: saves while requests fail; raw Orbax, which then takes a minute a save, makes one.
     progress: called with a line before each measurement.
   """
-  result: dict[str, Any] = {"leaves": _LEAVES, "megabytes": megabytes, "repeats": repeats, "cpus": os.cpu_count()}
+  result: dict[str, Any] = {"leaves": _LEAVES, "cpus": os.cpu_count()}
+  if part == "mount":
+    if not shutil.which("s3fs") or os.geteuid():
+      raise CheckpointError("mounting a bucket needs root and s3fs")
+    progress("s3:// and the s3fs mount, interleaved")
+    return result | {"commit_s": _mounted(repeats)}
   for scheme, variants in (("gs", ("orbax", "ckpt_jax")), ("s3", ("ckpt_jax",))):
     for variant in variants:
-      for part, count in (("requests", 1), ("faults", repeats if variant == "ckpt_jax" else 2)):
-        progress(f"{scheme}:// {variant}: {part}")
-        with _server(scheme) as bucket:
-          result[f"{scheme} {variant} {part}"] = _child(bucket, variant, part, f"{bucket.url}/run", count, megabytes)
-  if shutil.which("s3fs") and os.geteuid() == 0:
-    progress("s3:// and the s3fs mount, interleaved")
-    result["s3 and s3fs commit_s"] = _mounted(min(repeats, 5))
+      progress(f"{scheme}:// {variant}: {part}")
+      count = repeats if variant == "ckpt_jax" else 1
+      with _server(scheme) as bucket:
+        result[f"{scheme} {variant}"] = _child(bucket, variant, part, f"{bucket.url}/run", count, _MEGABYTES)
   return result
 
 
@@ -129,6 +136,11 @@ class _Ours:
     self._checkpointer.close()
 
 
+def make_side(variant: str, url: str, keep: int | None) -> Any:
+  """ckpt_jax or raw Orbax in a bucket: an object with save, wait, restore and close."""
+  return (_Raw if variant == "orbax" else _Ours)(url, keep)
+
+
 def _state(megabytes: float, seed: int) -> dict[str, Any]:
   import jax.numpy as jnp
   import numpy as np
@@ -198,7 +210,7 @@ def _main() -> None:
 
   absl_logging.set_verbosity("error")
   variant, part, url, endpoint, count, megabytes = sys.argv[1:]
-  make = _Raw if variant == "orbax" else _Ours
+  make = functools.partial(make_side, variant)
   if part == "requests":
     found = _count_requests(make, url, endpoint)
   elif part == "faults":

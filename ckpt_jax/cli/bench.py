@@ -31,7 +31,7 @@ class _SuiteOrCommand(NearestName):
   def resolve_command(self, ctx: Any, args: list[str]) -> Any:
     from ckpt_jax.bench.suites import GROUPS, SUITES
 
-    known = args and args[0] in {*SUITES, *GROUPS}
+    known = args and args[0] in {*SUITES, *GROUPS} - {*self.commands}
     return super().resolve_command(ctx, ["suites", *args] if known else args)
 
 
@@ -134,16 +134,31 @@ def _draw(data: dict[str, Any], plot: str | None, fill: list[str] | None) -> Non
     report.fill_file(file, found)
 
 
-@bench.command("object-stores", cls=PlainCommand)
-def object_stores(
-  output: Output = None,
-  repeats: Annotated[int, typer.Option(min=1, help="Saves while requests fail.")] = 10,
-  megabytes: Annotated[int, typer.Option(min=1, help="Size of the state, 10**6 bytes.")] = 268,
+@bench.command(cls=PlainCommand)
+def bucket(
+  parts: Annotated[
+    list[str] | None, typer.Argument(help="gs, s3, requests, faults, mount; default: gs and s3.")
+  ] = None,
+  output: Merged = None,
+  repeats: Annotated[int, typer.Option(min=1, help="Saves while requests fail.")] = 3,
 ) -> None:
-  """Count requests, save while one request in five fails, compare s3:// with an s3fs mount; emulated servers."""
-  from ckpt_jax.bench.object_stores import run
+  """Save to emulated buckets, near and behind a link of 400 Mbit/s and 30 ms: gs beside raw Orbax, s3 beside boto3.
 
-  _emit(run(repeats, megabytes, _progress), output)
+  `bench suites bucket` is the suite of that name.
+  """
+  from ckpt_jax.bench import bucket as speed
+  from ckpt_jax.bench import object_stores
+  from ckpt_jax.cli.common import print_table
+
+  with files.continued(output) as found:
+    for part in parts or speed.PARTS:
+      if part in speed.PARTS:
+        found[part] = speed.run(part, _progress)
+      elif part in object_stores.PARTS:
+        found[part] = object_stores.run(part, repeats, _progress)
+      else:
+        raise ConfigError(f"{part}: no part of this measurement; they are gs, s3, requests, faults and mount")
+  print_table(("", "side", "blocking s", "commit s", "restore s", "requests: save", "restore"), speed.table(found))
 
 
 @bench.command("export", cls=PlainCommand)

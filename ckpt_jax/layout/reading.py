@@ -28,6 +28,9 @@ _SWEEP_S, _SWEEP_S_A_READ = 0.003, 5e-6
 _ENOUGH_LOCALLY = 2**28
 _ENOUGH_SLABS = 2**26  # so that the first leaves are delivered before all slabs are read
 _SEVERAL = 4  # reads
+# Of a data file in a bucket that one request reads. Orbax merges all reads of 1 ms, here 264 MB of a step, into one
+# request: one connection, whose bytes are passed on only when all have come.
+_MERGED_NBYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +68,10 @@ def open_stores(info: ocp.type_handlers.ParamInfo, names: Sequence[str]) -> dict
     raise_array_data_missing_error=info.raise_array_data_missing_error,
   )
   context = info.ts_context
-  root = ts.KvStore.open(spec.pop("kvstore"), context=context).result()
+  database = spec.pop("kvstore")
+  if "experimental_read_coalescing_merged_bytes" in database:
+    database["experimental_read_coalescing_merged_bytes"] = _MERGED_NBYTES
+  root = ts.KvStore.open(database, context=context).result()
   futures = {
     name: ts.open(spec, kvstore=root / prefix(name) if name else root, context=context, open=True, read=True)
     for name in names

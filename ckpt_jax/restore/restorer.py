@@ -158,7 +158,8 @@ class Restorer:
     found: list[int] = []
     if jax.process_index() == 0 and step is None and error is None:
       try:
-        found = fallback.candidates(self._directory, healthy=healthy)
+        with snapshot(self._directory):
+          found = fallback.candidates(self._directory, healthy=healthy)
       except Exception as e:
         error = e
     said = together.meet(f"all processes to restore from {self._directory}", error, json.dumps([step, found]))

@@ -194,8 +194,9 @@ def newest_resumable(run: epath.Path) -> int | None:
 
 def uncounted_steps(run: epath.Path) -> set[int]:
   """Steps that no longer count although they are still there: marked for deletion, quarantined or rolled back."""
-  marked = noted_steps(run, DELETING)
-  return marked | noted_steps(run, ASIDE) if is_object_store(run) else marked
+  with snapshot(run / NOTES):
+    marked = noted_steps(run, DELETING)
+    return marked | noted_steps(run, ASIDE) if is_object_store(run) else marked
 
 
 # -- one step

@@ -70,6 +70,7 @@ class Admission:
     self._rendezvous = Rendezvous(f"admit {directory}")
     self._abandoned: set[int] = set()
     self._failed: set[int] = set()
+    self._vacant: set[int] = set()  # steps with nothing of others in their place, so that all there is ours
     self._first = jax.process_index() == 0
     self.unclaimed = False
     self._claim = contextlib.ExitStack()  # to the names in the step that is being created in a bucket
@@ -167,11 +168,13 @@ class Admission:
 
     def on_committed(step: int) -> None:
       committed(step)
+      self._vacant.discard(step)
       self.lease.done(step)
       self._restrict_notes()
 
     def on_beginning(step: int) -> None:
       if is_object_store(self._directory):
+        self._claim_place(step)
         self.lease.begin(step)
 
     return step_path_class(self._directory, self.sealing, Hooks(on_beginning, on_committing, on_committed))
@@ -221,7 +224,7 @@ class Admission:
         self.lease.done(step)
 
   def _clear_failed(self) -> None:
-    steps, self._failed = self._failed, set()
+    steps, self._failed = self._failed & self._vacant, set()
     if not (self._first and self.lease.held and steps):
       return
     try:
@@ -264,16 +267,24 @@ class Admission:
       raise CheckpointError(
         f"{self._directory}: an older step {step} is still being deleted (timeouts.save)", topic="steps-in-the-way"
       )
-    if is_object_store(self._directory):
-      self._claim.close()
-      self._claim.enter_context(BACKEND.claim(step_path(self._directory, step)))
-    quarantine.vacate(self._directory, step)
+    if not is_object_store(self._directory):  # whose requests are made behind training, see `_claim_place`
+      quarantine.vacate(self._directory, step)
+      self._vacant.add(step)
     dropped = self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
-    if not is_object_store(
-      self._directory
-    ):  # two small writes; in a bucket two requests, which are made behind training
+    if not is_object_store(self._directory):
       self.lease.begin(step)
     return dropped
+
+  def _claim_place(self, step: int) -> None:
+    """Lists the place of a step in a bucket, makes sure that nothing is there, and keeps the answer for Orbax."""
+    self._claim.close()
+    place = step_path(self._directory, step)
+    self._claim.enter_context(BACKEND.claim(place))
+    quarantine.vacate(self._directory, step)
+    if place.exists():
+      place.rmtree()
+      self._claim.enter_context(BACKEND.claim(place))
+    self._vacant.add(step)
 
   def _make_room(self, step: int, nbytes: int, ask: Callable[[], Room | None]) -> list[int]:
     room = ask()

@@ -18,6 +18,7 @@ from ckpt_jax.orbax.manager import RunManager, forget_steps, use_deleter
 from ckpt_jax.policies.schedule import Schedule
 from ckpt_jax.run.steps import committed_steps, step_info
 from ckpt_jax.save.opening import OpenRun
+from ckpt_jax.storage.urls import is_object_store
 
 _LONG_AGO = datetime.datetime.min.replace(tzinfo=datetime.timezone.utc)
 
@@ -65,6 +66,8 @@ def open_manager(
         # Orbax writes metrics, and reads them back for the policies, only if it has a function that ranks by them.
         best_fn=lambda m: m.get(best.metric, float("nan")) if best else float("nan"),
         temporary_path_class=run.admission.path_class(hooks.committing, hooks.committed),
+        # The place of a step in a bucket is looked at behind training, by `Admission`.
+        file_options=ocp.options.FileOptions(skip_sync_file_validations=is_object_store(run.directory)),
         step_name_format=run.admission.step_names(),
         async_options=ocp.options.AsyncOptions(
           timeout_secs=math.ceil(config.timeouts.save_s), barrier_sync_fn=run.admission.barrier(hooks.meet)

@@ -25,7 +25,7 @@ class LiveRetention(ocp_policies.PreservationPolicy):
   """Process 0 applies `rules` and sends the others its decision, so that all managers agree on the steps.
 
   The metadata of each step is read once, in the background from the moment that the run is opened; each save then costs
-  one listing of the pins.
+  two listings, of the pins and of the run, which are made while the save begins.
 
   Attributes:
     rules: the retention in force.
@@ -44,12 +44,20 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     self._coming: int | None = None
     self._lock = threading.Lock()
     self._ahead: threading.Thread | None = None
+    self._pool = concurrent.futures.ThreadPoolExecutor(2, "ckpt_jax_retention")
+    self._looking: tuple[concurrent.futures.Future[set[int]], concurrent.futures.Future[set[str]]] | None = None
 
   def read_ahead(self, steps: Collection[int]) -> None:
     """Starts to read the metadata of these steps, for the next save."""
     if jax.process_index() == 0 and not self._idle:
       self._ahead = threading.Thread(target=self._read, args=[steps], name="ckpt_jax_retention", daemon=True)
       self._ahead.start()
+
+  def look(self) -> None:
+    """Starts to look up, while a save begins, what its decision needs: the pins, and which steps are there."""
+    if jax.process_index() == 0 and not self._idle:
+      pins = self._pool.submit(noted_steps, self._directory, PINS)
+      self._looking = pins, self._pool.submit(lambda: {p.name for p in self._directory.iterdir()})
 
   def note(self, step: int, nbytes: int, healthy: bool | None, metrics: Mapping[str, Any]) -> None:
     """Notes a step that is about to be written; storage has no metadata of it before the commit."""
@@ -95,11 +103,16 @@ class LiveRetention(ocp_policies.PreservationPolicy):
       self._ahead = None
     numbers = [c.step for c in checkpoints]
     unread = self._read(numbers)
-    pinned = noted_steps(self._directory, PINS)
+    if self._looking is None:
+      self.look()
+    assert self._looking is not None
+    pins, there = self._looking
+    self._looking = None
+    pinned = pins.result()
     with self._lock:
       steps = [self._known.get(n) or unread[n] for n in numbers]
     decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
-    if decided.removed and (vanished := self._vanished(numbers)):
+    if decided.removed and (vanished := self._vanished(numbers, there.result())):
       # Deleted by hand: it must not count in place of one that exists.
       steps = [s for s in steps if s.step not in vanished]
       decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
@@ -114,9 +127,8 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     self.thin(decided.thinned)
     return removed
 
-  def _vanished(self, steps: Collection[int]) -> set[int]:
-    """Steps without a directory, except the one that is being written."""
-    names = {p.name for p in self._directory.iterdir()}
+  def _vanished(self, steps: Collection[int], names: set[str]) -> set[int]:
+    """Steps without a directory among `names`, except the one that is being written."""
     return {s for s in steps if step_path(self._directory, s).name not in names and s != self._coming}
 
   def _read(self, steps: Collection[int]) -> dict[int, StepInfo]:

@@ -246,6 +246,7 @@ class Saver:
   def _begin(self, snapshot: _Snapshot, started: float) -> None:
     """From the first file to the return of `save`."""
     record, metadata = snapshot.record, snapshot.metadata
+    self._run.retention.look()
     if snapshot.config != self._config:
       self._config = snapshot.config
       self._replace_manager(pytree_handler(self._config))

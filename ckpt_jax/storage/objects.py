@@ -11,46 +11,30 @@ or three requests. Small files are written and read whole, one request each. Som
 from __future__ import annotations
 
 import bisect
-import concurrent.futures
 import contextlib
-import dataclasses
-import datetime
 import fnmatch
-import glob
 import io
 import os
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import fsspec.asyn
 from etils import epath
 from etils.epath import backend as epath_backend
 from etils.epath import stat_utils
 
-from ckpt_jax.errors import ConfigError, StorageError
-from ckpt_jax.failures import without_secrets
 from ckpt_jax.orbax.format import COMMIT_MARKER
-from ckpt_jax.storage.clients import filesystem
-from ckpt_jax.storage.retry import GaveUpError
+from ckpt_jax.storage import requests
+from ckpt_jax.storage.requests import Entry
 from ckpt_jax.storage.urls import is_object_store, split_url
 
 # Long enough for the checks that follow a write at once, short enough that another process's deletion is noticed.
 _OWN_WRITES_S = 10.0
-_PAGE = 1000
-_DELETES = 16
 _MAX_SNAPSHOT_PAGES = 8
+_KEPT_NBYTES = 2**22  # the largest object that is kept for a second read
 Path = str | os.PathLike[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """An object: its size in bytes and when it was written, in seconds since the epoch."""
-
-  nbytes: int
-  mtime: float
 
 
 class _Snapshot:
@@ -59,12 +43,14 @@ class _Snapshot:
   Attributes:
     entries: by key.
     claimed: whether this process alone writes there, so that its own writes are added.
+    contents: of small objects that were read, by key, unless it is claimed.
     users: blocks that rely on it.
   """
 
   def __init__(self, entries: dict[str, Entry], claimed: bool):
     self.entries = entries
     self.claimed = claimed
+    self.contents: dict[str, bytes] = {}
     self.users = 0
     self._keys = sorted(entries)
 
@@ -78,26 +64,6 @@ class _Snapshot:
       return self._keys
     start = bisect.bisect_left(self._keys, key + "/")
     return self._keys[start : bisect.bisect_left(self._keys, key + "0")]  # "0" is the character after "/"
-
-
-@contextlib.contextmanager
-def _client_errors(url: Path) -> Iterator[None]:
-  """Raises StorageError for what the clients raise, except for missing and existing files, which Orbax expects."""
-  try:
-    yield
-  except (FileNotFoundError, FileExistsError, NotImplementedError, StorageError, ConfigError):
-    raise
-  except PermissionError as e:
-    raise StorageError(
-      f"{os.fspath(url)}: access refused ({without_secrets(str(e))}); check the credentials", topic="credentials"
-    ) from e
-  except Exception as e:
-    text = without_secrets(" ".join(str(e).split()))
-    topic = "store-does-not-answer" if isinstance(e, GaveUpError) else None
-    if type(e).__name__ in ("NoCredentialsError", "DefaultCredentialsError", "CredentialRetrievalError"):
-      text = f"no credentials ({text}); set the standard variables, a profile, or storage.anonymous: true"
-      topic = "credentials"
-    raise StorageError(f"{os.fspath(url)}: {text or type(e).__name__}", topic=topic) from e
 
 
 class ObjectBackend(epath_backend.Backend):
@@ -131,7 +97,7 @@ class ObjectBackend(epath_backend.Backend):
     if snapshot is not None:
       return sorted({k[len(prefix) :].partition("/")[0] for k in snapshot.under(key)})
     names: set[str] = set()
-    for entries, prefixes in self._pages(path, prefix, delimiter="/"):
+    for entries, prefixes in requests.pages(path, prefix, delimiter="/"):
       names.update(k[len(prefix) :] for k in entries)
       names.update(p[len(prefix) :].rstrip("/") for p in prefixes)
     names.discard("")
@@ -172,7 +138,9 @@ class ObjectBackend(epath_backend.Backend):
     snapshot = self._snapshot_of(path)
     if snapshot is not None:
       return {k[len(prefix) :]: snapshot.entries[k] for k in snapshot.under(key)}
-    return {k[len(prefix) :]: e for entries, _ in self._pages(path, prefix) for k, e in entries.items() if k != prefix}
+    return {
+      k[len(prefix) :]: e for entries, _ in requests.pages(path, prefix) for k, e in entries.items() if k != prefix
+    }
 
   def open(self, path: Path, mode: str) -> typing.IO[Any]:
     """Whole objects only: reading fetches all of it, writing stores it on close."""
@@ -186,20 +154,22 @@ class ObjectBackend(epath_backend.Backend):
     return file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8", write_through=True)
 
   def _fetch(self, url: str) -> bytes:
-    scheme, bucket, key = split_url(url)
-    fs = filesystem(url)
-    with _client_errors(url):
-      if scheme == "gs":
-        return fs.cat_file(url)
-      # s3fs would ask for the object's head first.
-      answer = fs.call_s3("get_object", Bucket=bucket, Key=key)
-      return fsspec.asyn.sync(fs.loop, answer["Body"].read)
+    snapshot, key = self._snapshot_of(url), split_url(url)[2]
+    if snapshot is None or snapshot.claimed:
+      return requests.fetch(url)
+    if key not in snapshot.entries:
+      raise FileNotFoundError(f"{url}: no such object")
+    if key not in snapshot.contents:
+      content = requests.fetch(url)
+      if len(content) > _KEPT_NBYTES:
+        return content
+      snapshot.contents[key] = content
+    return snapshot.contents[key]
 
   # -- writing
 
   def _write(self, url: str, content: bytes) -> None:
-    with _client_errors(url):
-      filesystem(url).pipe_file(url, content)
+    requests.store(url, content)
     self._note_own(url, is_object=True)
 
   def makedirs(self, path: Path, *, exist_ok: bool = False, mode: int | None = None) -> None:
@@ -217,7 +187,7 @@ class ObjectBackend(epath_backend.Backend):
       raise FileNotFoundError(f"{url}: no such object")
     self._forget(url)
     # A key that is not there is no error to S3; GCS says so.
-    self._delete(url, [url])
+    requests.delete([url])
 
   def rmtree(self, path: Path) -> None:
     url = os.fspath(path).rstrip("/")
@@ -229,25 +199,7 @@ class ObjectBackend(epath_backend.Backend):
     # Commit markers go first, so that a deletion that is cut off leaves something that nobody takes for a checkpoint.
     markers = [k for k in keys if k.endswith(COMMIT_MARKER)]
     for group in (markers, sorted({*keys} - {*markers})):
-      self._delete(url, [f"{url}/{k}" for k in group])
-
-  def _delete(self, url: str, objects: Sequence[str]) -> None:
-    """Deletes objects by URL, each literally: fsspec's `rm` would delete what brackets and stars in it match."""
-    scheme, bucket, _ = split_url(url)
-    fs = filesystem(url)
-    with _client_errors(url):
-      if scheme == "s3":
-        for start in range(0, len(objects), _PAGE):
-          keys = [{"Key": o.removeprefix(f"{scheme}://{bucket}/")} for o in objects[start : start + _PAGE]]
-          answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
-          for error in answer.get("Errors", []):
-            raise StorageError(f"{scheme}://{bucket}/{error.get('Key')}: cannot be deleted: {error.get('Message')}")
-        return
-      plain = [o for o in objects if not glob.has_magic(o)]
-      if plain:
-        fs.rm(plain, recursive=False)
-      with concurrent.futures.ThreadPoolExecutor(_DELETES) as pool:
-        list(pool.map(fs.rm_file, [o for o in objects if glob.has_magic(o)]))
+      requests.delete([f"{url}/{k}" for k in group])
 
   def rename(self, path: Path, dst: Path) -> None:
     raise NotImplementedError(f"{os.fspath(path)}: object stores cannot rename; copy, and delete what was copied")
@@ -256,17 +208,9 @@ class ObjectBackend(epath_backend.Backend):
 
   def copy(self, path: Path, dst: Path, overwrite: bool) -> None:
     source, target = os.fspath(path), os.fspath(dst)
-    remote = target if is_object_store(target) else source
     if not overwrite and epath.Path(target).exists():
       raise FileExistsError(f"{target} exists already")
-    with _client_errors(remote):
-      fs = filesystem(remote)
-      if is_object_store(source) and is_object_store(target):
-        fs.cp_file(source, target)
-      elif is_object_store(target):
-        fs.put_file(source, target)
-      else:
-        fs.get_file(source, target)
+    requests.copy(source, target)
     if is_object_store(target):
       self._note_own(target, is_object=True)
 
@@ -276,10 +220,12 @@ class ObjectBackend(epath_backend.Backend):
   def snapshot(self, path: Path) -> Iterator[None]:
     """Within the block, one listing answers for everything beneath `path`, unless it is longer than 8,000 objects.
 
-    For a path that does not change meanwhile (a committed step), or a run that is looked at once. The first write of
-    this process beneath it ends it.
+    What is read meanwhile is requested once. For a path that does not change meanwhile (a committed step), or a run
+    that is looked at once. The first write of this process beneath it ends it.
     """
-    with self._listed(os.fspath(path).rstrip("/"), claimed=False):
+    url = os.fspath(path).rstrip("/")
+    around = None if url in self._snapshots else self._snapshot_of(url)
+    with contextlib.nullcontext() if around is not None and not around.claimed else self._listed(url, claimed=False):
       yield
 
   @contextlib.contextmanager
@@ -316,7 +262,7 @@ class ObjectBackend(epath_backend.Backend):
   def _list_all(self, url: str, claimed: bool) -> _Snapshot | None:
     _, _, key = split_url(url)
     entries: dict[str, Entry] = {}
-    for count, (page, _) in enumerate(self._pages(url, key + "/" if key else "")):
+    for count, (page, _) in enumerate(requests.pages(url, key + "/" if key else "")):
       if count == _MAX_SNAPSHOT_PAGES:
         return None
       entries.update(page)
@@ -370,46 +316,15 @@ class ObjectBackend(epath_backend.Backend):
     if snapshot is not None:
       return snapshot.entries.get(key), bool(snapshot.under(key))
     if not key:
-      next(self._pages(path, ""))  # raises if there is no such bucket
+      next(requests.pages(path, ""))  # raises if there is no such bucket
       return None, True
-    for entries, prefixes in self._pages(path, key, delimiter="/"):
+    for entries, prefixes in requests.pages(path, key, delimiter="/"):
       entry = entries.get(key)
       if entry is not None or key + "/" in prefixes:
         return entry, key + "/" in prefixes
       if any(name > key + "/" for name in (*entries, *prefixes)):
         break
     return None, False
-
-  def _pages(self, url: Path, prefix: str, delimiter: str = "") -> Iterator[tuple[dict[str, Entry], list[str]]]:
-    """Pages of a listing: objects by key, and common prefixes with their slash."""
-    scheme, bucket, _ = split_url(url)
-    fs = filesystem(url)
-    list_page = _gcs_page if scheme == "gs" else _s3_page
-    token: str | None = ""
-    while token is not None:
-      with _client_errors(f"{scheme}://{bucket}/{prefix}"):
-        try:
-          entries, prefixes, token = list_page(fs, bucket, prefix, delimiter, token)
-        except FileNotFoundError as e:
-          raise StorageError(f"{scheme}://{bucket}: no such bucket", topic="no-such-bucket") from e
-      yield entries, prefixes
-
-
-_Page = tuple[dict[str, Entry], list[str], str | None]  # objects by key, common prefixes, token of the next page
-
-
-def _gcs_page(fs: Any, bucket: str, prefix: str, delimiter: str, token: str) -> _Page:
-  extra = {name: value for name, value in (("delimiter", delimiter), ("pageToken", token)) if value}
-  page = fs.call("GET", "b/{}/o", bucket, prefix=prefix, maxResults=_PAGE, json_out=True, **extra)
-  entries = {o["name"]: Entry(int(o["size"]), _seconds(o.get("updated"))) for o in page.get("items", [])}
-  return entries, page.get("prefixes", []), page.get("nextPageToken")
-
-
-def _s3_page(fs: Any, bucket: str, prefix: str, delimiter: str, token: str) -> _Page:
-  extra = {name: value for name, value in (("Delimiter", delimiter), ("ContinuationToken", token)) if value}
-  page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=_PAGE, **extra)
-  entries = {o["Key"]: Entry(int(o["Size"]), _seconds(o.get("LastModified"))) for o in page.get("Contents", [])}
-  return entries, [p["Prefix"] for p in page.get("CommonPrefixes", [])], page.get("NextContinuationToken")
 
 
 class _Upload(io.BytesIO):
@@ -430,12 +345,6 @@ class _Upload(io.BytesIO):
     if kind is not None:
       self._store = None
     self.close()
-
-
-def _seconds(when: Any) -> float:
-  if isinstance(when, str):
-    when = datetime.datetime.fromisoformat(when.replace("Z", "+00:00"))
-  return when.timestamp() if when else 0.0
 
 
 BACKEND = ObjectBackend()  # for all of the process, once `connect` has registered it with epath

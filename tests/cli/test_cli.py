@@ -125,7 +125,7 @@ def test_who_reports_a_process_whose_database_is_empty(tmp_path):
     (["prob", "x"], "did you mean probe"),
     (["probe", "/tmp", "--budget", "never"], "no duration"),
     (["probe", "gs:///x"], "expected gs://BUCKET/PATH"),
-    (["bench", "object-store"], "did you mean object-stores"),
+    (["bench", "buckett"], "did you mean bucket"),
   ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_right(arguments, message):

@@ -1,0 +1,309 @@
+"""Buckets: how long a save blocks and commits, how long a restore takes, and how many requests they make.
+
+gs:// beside raw Orbax, which has no s3://; s3:// beside boto3 with the same bytes: one multipart upload (s3transfer),
+and a PUT for each leaf, 32 at a time, as s5cmd does. Each side has a process of its own, since ckpt_jax changes how
+Orbax reaches buckets for the whole process; they take turns, so that what else the machine does meets all of them.
+Servers are emulators on this machine, with and without a link before them that has bandwidth and latency of a real one.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import io
+import itertools
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ckpt_jax.bench.buckets import gcs_process, s3_bucket_at, s3_process
+from ckpt_jax.bench.link import distant
+from ckpt_jax.errors import CheckpointError
+from ckpt_jax.multihost import free_port
+
+MBIT, ROUND_TRIP_S = 400.0, 0.03
+OURS, ORBAX, MULTIPART, PUTS = "ckpt_jax", "orbax", "boto3 multipart", "parallel PUTs"
+SIDES = {"gs": (ORBAX, OURS), "s3": (MULTIPART, PUTS, OURS)}
+PARTS, PLACES = tuple(SIDES), ("near", "far")
+_TURN_TIMEOUT_S = 300.0
+_SETTLE_S = 0.5  # for deletions that follow a commit, whose requests count too
+_PUTS_AT_A_TIME = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """A state to save, and how often, without and behind the link.
+
+  Attributes:
+    leaves: how many arrays.
+    nbytes: of each.
+    rounds, far_rounds: that count, after one that does not.
+  """
+
+  leaves: int
+  nbytes: int
+  rounds: int
+  far_rounds: int
+
+  def __str__(self) -> str:
+    each = f"{self.nbytes / 1e6:g} MB" if self.nbytes >= 10**6 else f"{self.nbytes // 1000} kB"
+    return f"{self.leaves:,} x {each}"
+
+
+SHAPES = {
+  "gs": (Shape(64, 10**6, 5, 3), Shape(600, 16 * 10**5, 3, 1), Shape(5000, 40_000, 3, 1)),
+  "s3": (Shape(64, 10**6, 5, 3),),
+}
+
+
+def run(scheme: str, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+  """Runs all measurements of gs or s3. Returns JSON-able data: medians by place, shape and side."""
+  found: dict[str, Any] = {
+    "measured": datetime.date.today().isoformat(),
+    "cpus": os.cpu_count(),
+    "link": {"mbit": MBIT, "round_trip_s": ROUND_TRIP_S},
+  }
+  for place in PLACES:
+    for shape in SHAPES[scheme]:
+      progress(f"{scheme}:// {place}: {shape}")
+      found.setdefault(place, {})[str(shape)] = _compare(scheme, place == "far", shape)
+  return found
+
+
+def table(found: dict[str, Any]) -> list[tuple[str, ...]]:
+  """Rows: bucket and state, side, seconds of blocking, commit and restore, requests of save and restore."""
+  rows = []
+  for scheme, place in itertools.product(PARTS, PLACES):
+    for shape, sides in found.get(scheme, {}).get(place, {}).items():
+      for side, figures in sides.items():
+        cells = [f"{figures[k]:.3g}" if k in figures else "" for k in ("blocking_s", "commit_s", "restore_s")]
+        counts = [str(figures.get(k, "")) for k in ("save_requests", "restore_requests")]
+        rows.append((f"{scheme}:// {place}, {shape}", side, *cells, *counts))
+  return rows
+
+
+def _compare(scheme: str, far: bool, shape: Shape) -> dict[str, dict[str, Any]]:
+  rounds = shape.far_rounds if far else shape.rounds
+  turns: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES[scheme]}
+  with _server(scheme, far) as server, contextlib.ExitStack() as stack:
+    workers = {side: stack.enter_context(_Worker(side, scheme, server, shape)) for side in turns}
+    for turn in range(rounds + 1):
+      figures: dict[str, dict[str, Any]] = {side: {} for side in turns}
+      for what in ("save", "restore"):
+        for side in sorted(turns, reverse=bool(turn % 2)):
+          before = server.requests()
+          figures[side] |= workers[side].ask(f"{what} {turn}")
+          figures[side][f"{what}_requests"] = server.requests() - before
+      for side, of_turn in figures.items():
+        turns[side] += [of_turn] if turn else []
+  return {side: {k: round(statistics.median(t[k] for t in of), 4) for k in of[0]} for side, of in turns.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Server:
+  """An emulated bucket: the variables that lead clients to it, and its log, which has a line for each request."""
+
+  env: dict[str, str]
+  log: pathlib.Path
+
+  def requests(self) -> int:
+    return sum(b" HTTP/1.1" in line for line in self.log.read_bytes().splitlines())
+
+
+@contextlib.contextmanager
+def _server(scheme: str, far: bool) -> Iterator[_Server]:
+  with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+    log = pathlib.Path(directory, "log")
+    if scheme == "s3":
+      own = stack.enter_context(s3_process(log))
+      public = stack.enter_context(_address(own, far))
+      yield _Server(s3_bucket_at(own, public), log)
+      return
+    own = f"http://127.0.0.1:{free_port()}"
+    public = stack.enter_context(_address(own, far))
+    port = urllib.parse.urlsplit(own).port
+    assert port is not None
+    env = stack.enter_context(gcs_process(f"{directory}/objects", "bucket", "127.0.0.1", port, public=public, log=log))
+    yield _Server(env, log)
+
+
+@contextlib.contextmanager
+def _address(own: str, far: bool) -> Iterator[str]:
+  if not far:
+    yield own
+    return
+  parts = urllib.parse.urlsplit(own)
+  assert parts.hostname is not None and parts.port is not None
+  with distant((parts.hostname, parts.port), MBIT, ROUND_TRIP_S) as (host, port):
+    yield f"http://{host}:{port}"
+
+
+class _Worker:
+  """The process of a side."""
+
+  def __init__(self, side: str, scheme: str, server: _Server, shape: Shape):
+    url = f"{scheme}://bucket/{side.replace(' ', '-')}"
+    command = [sys.executable, "-m", __name__, side, url, str(shape.leaves), str(shape.nbytes)]
+    self._side = side
+    self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+    self._process = subprocess.Popen(
+      command,
+      env={**os.environ, **server.env, "JAX_PLATFORMS": "cpu"},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self._errors,
+      text=True,
+    )
+
+  def __enter__(self) -> _Worker:
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._process.kill()
+    self._process.communicate()
+    self._errors.close()
+
+  def ask(self, what: str) -> dict[str, Any]:
+    """The figures of a turn.
+
+    Raises:
+      CheckpointError: if the process ends, or takes too long.
+    """
+    assert self._process.stdin is not None and self._process.stdout is not None
+    timer = threading.Timer(_TURN_TIMEOUT_S, self._process.kill)
+    timer.start()
+    try:
+      self._process.stdin.write(what + "\n")
+      self._process.stdin.flush()
+      answer = self._process.stdout.readline()
+    except BrokenPipeError:
+      answer = ""
+    finally:
+      timer.cancel()
+    if not answer.startswith("{"):
+      self._errors.seek(0)
+      text = self._errors.read().decode(errors="replace")
+      raise CheckpointError(f"{self._side}: {what!r} gave {answer!r}: {text[-2000:]}")
+    return json.loads(answer)
+
+
+# -- in the process of a side
+
+
+class _Multipart:
+  """One object of all bytes, by boto3's own multipart upload and its defaults: 8 MB parts, 10 at a time."""
+
+  def __init__(self, url: str):
+    import boto3
+
+    self._client: Any = boto3.client("s3")
+    self._bucket, _, self._prefix = url.removeprefix("s3://").partition("/")
+
+  def save(self, step: int, state: dict[str, Any]) -> None:
+    """Uploads."""
+    content = io.BytesIO(b"".join(memoryview(x).cast("B") for x in state.values()))
+    self._client.upload_fileobj(content, self._bucket, f"{self._prefix}/{step}")
+
+
+class _Puts(_Multipart):
+  """An object for each leaf."""
+
+  def __init__(self, url: str):
+    import botocore.config
+
+    super().__init__(url)
+    import boto3
+
+    self._client = boto3.client("s3", config=botocore.config.Config(max_pool_connections=_PUTS_AT_A_TIME))
+
+  def save(self, step: int, state: dict[str, Any]) -> None:
+    """Uploads."""
+
+    def put(item: tuple[str, Any]) -> None:
+      key = f"{self._prefix}/{step}/{item[0]}"
+      self._client.put_object(Bucket=self._bucket, Key=key, Body=bytes(memoryview(item[1]).cast("B")))
+
+    with concurrent.futures.ThreadPoolExecutor(_PUTS_AT_A_TIME) as pool:
+      list(pool.map(put, state.items()))
+
+
+def _cpu_s() -> float:
+  used = resource.getrusage(resource.RUSAGE_SELF)
+  return used.ru_utime + used.ru_stime
+
+
+def _checkpoints(target: Any, state: Callable[[int], dict[str, Any]]) -> Callable[[str, int], dict[str, Any]]:
+  """Turns of ckpt_jax and Orbax. Each restore is compared with what was saved, bit for bit."""
+  import jax
+  import numpy as np
+
+  def turn(what: str, step: int) -> dict[str, Any]:
+    now = jax.block_until_ready({k: jax.numpy.asarray(v) for k, v in state(step).items()})
+    cpu, started = _cpu_s(), time.perf_counter()
+    if what == "restore":
+      got = jax.block_until_ready(target.restore(now))
+      figures = {"restore_s": time.perf_counter() - started, "restore_cpu_s": _cpu_s() - cpu}
+      wrong = [k for k, v in now.items() if np.asarray(got[k]).tobytes() != np.asarray(v).tobytes()]
+      if wrong:
+        raise CheckpointError(f"restored wrong: {wrong[:5]}")
+      return figures
+    target.save(step, now)
+    blocking = time.perf_counter() - started
+    target.wait()
+    return {"blocking_s": blocking, "commit_s": time.perf_counter() - started, "save_cpu_s": _cpu_s() - cpu}
+
+  return turn
+
+
+def _uploads(target: _Multipart, state: Callable[[int], dict[str, Any]]) -> Callable[[str, int], dict[str, Any]]:
+  def turn(what: str, step: int) -> dict[str, Any]:
+    if what == "restore":
+      return {}
+    now = state(step)
+    cpu, started = _cpu_s(), time.perf_counter()
+    target.save(step, now)
+    return {"commit_s": time.perf_counter() - started, "save_cpu_s": _cpu_s() - cpu}
+
+  return turn
+
+
+def _main() -> None:
+  from absl import logging as absl_logging
+
+  absl_logging.set_verbosity("error")
+  side, url, leaves, nbytes = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+  import numpy as np
+
+  rng = np.random.default_rng(0)
+  base = {f"leaf{i}": rng.standard_normal(nbytes // 4, dtype=np.float32) for i in range(leaves)}
+
+  def state(step: int) -> dict[str, Any]:
+    return {k: v + np.float32(step) for k, v in base.items()}  # other bytes in each step
+
+  if side in (MULTIPART, PUTS):
+    turn = _uploads((_Multipart if side == MULTIPART else _Puts)(url), state)
+  else:
+    from ckpt_jax.bench.object_stores import make_side
+
+    turn = _checkpoints(make_side(side, url, 2), state)
+  for line in sys.stdin:
+    what, step = line.split()
+    answer = turn(what, int(step))
+    time.sleep(_SETTLE_S)
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+  _main()
