@@ -317,8 +317,8 @@ def who_wrote(run: str | os.PathLike[str], step: int) -> WriteReport:
   item = contents.item_directory(step_directory(run_directory(run), step))
   writers: dict[str, list[int]] = collections.defaultdict(list)
   writes = []
-  for process, store, chunks in databases.written(item):
-    writes.append(ProcessWrites(process, len(chunks), sum(len(store.read(key).result().value) for key in chunks)))
+  for process, chunks in databases.written(item):
+    writes.append(ProcessWrites(process, len(chunks), sum(chunks.values())))
     for key in chunks:
       writers[key].append(process)
   if not writes:

@@ -70,7 +70,7 @@ def run(
       raise CheckpointError("the 50 MB/s link needs root and iproute2 (ip, tc); leave it out with --storage disk")
     for state in states:
       progress(f"{state} on {storage}")
-      with _storage(storage, directory) as (where, env):
+      with on_storage(storage, directory) as (where, env):
         count = rounds if storage == "disk" else min(rounds, 3)
         rows = _child(state, storage, where, count, env)
       found["results"].setdefault(storage, {})[state] = summary(rows)
@@ -120,7 +120,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _storage(name: str, directory: str | None) -> Iterator[tuple[str, Mapping[str, str]]]:
+def on_storage(name: str, directory: str | None) -> Iterator[tuple[str, Mapping[str, str]]]:
+  """A place for runs on a disk, or in a bucket behind a link of 50 MB/s, and the environment that it needs."""
   with contextlib.ExitStack() as stack:
     work = stack.enter_context(tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=directory))
     cache = {"XDG_CACHE_HOME": f"{work}/cache"}

@@ -411,6 +411,23 @@ def direct(
   _emit(direct(suite, rounds, directory, _progress), output)
 
 
+@bench.command("codec")
+def codec(
+  steps: Annotated[int, typer.Option(min=1, help="Steps of training before the measurements.")] = 250,
+  rounds: Annotated[int, typer.Option(min=1, help="Saves and restores of each side.")] = 3,
+  directory: Directory = None,
+  output: Output = None,
+) -> None:
+  """Train a small model, then save its parameters and moments under each codec: bytes and speed, raw Orbax beside."""
+  from ckpt_jax.bench.codec import lines, run
+
+  found = run(steps, rounds, directory, _progress)
+  for line in lines(found):
+    typer.echo(line)
+  if output:
+    _emit(found, output)
+
+
 def _numbers(option: str, text: str) -> list[int]:
   try:
     return [int(n) for n in text.split(",")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,8 @@ from ckpt_jax.config.units import count, duration_text, pairs_text, size_text
 from ckpt_jax.errors import CorruptCheckpointError, NoCheckpointError
 
 if TYPE_CHECKING:
+  from etils import epath
+
   from ckpt_jax.run.steps import StepInfo
 
 
@@ -49,7 +52,7 @@ def list_steps(
         s.time.strftime("%Y-%m-%d %H:%M:%S") if s.time else "?",
         size_text(s.nbytes),
         pairs_text(s.metrics),
-        _remarks(s),
+        _remarks(s, directory),
       ]
       for s in steps
     ]
@@ -66,8 +69,16 @@ def list_steps(
     fail(NoCheckpointError(why_no_step(directory)))
 
 
-def _remarks(step: StepInfo) -> str:
+def _remarks(step: StepInfo, directory: epath.Path) -> str:
+  from ckpt_jax.run.steps import step_path
+  from ckpt_jax.storage.space import tree_nbytes
+  from ckpt_jax.storage.urls import is_object_store
+
+  compressed = "compressed"
+  if step.compressed and step.nbytes and not is_object_store(directory):  # where asking costs no requests
+    compressed += f" to {tree_nbytes(os.fspath(step_path(directory, step.step))) / step.nbytes:.0%}"
   remarks = {
+    compressed: step.compressed,
     "pinned": step.pinned,
     "unhealthy": step.healthy is False,
     "thinned, training cannot resume from it": not step.resumable,

@@ -29,7 +29,12 @@ class TreeOptions:
   ] = None
   only: Annotated[list[str] | None, typer.Option(help="Path or glob of leaves to print; repeat it for more.")] = None
   stored: Annotated[
-    bool, typer.Option("--stored", "-s", help="Add sharding, chunks, codec, and the processes that wrote a leaf.")
+    bool,
+    typer.Option(
+      "--stored",
+      "-s",
+      help="Add sharding, chunks, codec, what it leaves of the bytes, and the processes that wrote a leaf.",
+    ),
   ] = False
   config: Annotated[bool, typer.Option("--config", help="Print the settings that it was saved with.")] = False
   item: Annotated[str | None, typer.Option(help="Of a step with several items. Default: the training state.")] = None
@@ -48,9 +53,10 @@ def show(
   found = describe(run, step, options.item)
   if options.only:
     found = dataclasses.replace(found, leaves=_selected(found, options.only))
-  writers = _writers(run, found) if options.stored else None
+  writers, sizes = _written(run, found) if options.stored else (None, {})
   if as_json:
-    print_json(dataclasses.asdict(found) | ({} if writers is None else {"writers": writers}))
+    stored = {} if writers is None else {"writers": writers, "stored_nbytes": sizes}
+    print_json(dataclasses.asdict(found) | stored)
     return
   print_table((), list(_facts(found).items()), title=f"step {found.step}")
   if options.config:
@@ -64,7 +70,7 @@ def show(
   if found.content is not None:
     console().print_json(json.dumps(found.content))
   if found.leaves:
-    _print_tree(found, options.depth, writers)
+    _print_tree(found, options.depth, writers, sizes)
 
 
 def _selected(found: StepDescription, only: list[str]) -> list[LeafInfo]:
@@ -108,21 +114,26 @@ def _print_config(config: dict[str, Any]) -> None:
   typer.echo(yaml.safe_dump(given(config), sort_keys=False).rstrip())
 
 
-def _writers(run: str, found: StepDescription) -> dict[str, list[int]]:
-  """The processes that wrote each leaf, by path; empty for a step that was rewritten, or saved without OCDBT."""
+def _written(run: str, found: StepDescription) -> tuple[dict[str, list[int]], dict[str, int]]:
+  """The processes that wrote each leaf, and its bytes as stored, by path.
+
+  Empty for a step that was rewritten, or saved without OCDBT; a packed leaf has no bytes of its own.
+  """
   from ckpt_jax.integrity import databases
   from ckpt_jax.layout.keys import SLABS, owner
   from ckpt_jax.run.steps import run_directory, step_directory
 
   item = step_directory(run_directory(run), found.step) / (found.item or "")
   paths = {stored.name: path for path, stored in found.stored.items()}
-  writers: dict[str, list[int]] = collections.defaultdict(list)
-  for process, _, chunks in databases.written(item):
-    for name in {owner(key, paths) for key in chunks if not key.startswith(SLABS)}:
-      if name is not None:
-        writers[paths[name]].append(process)
+  writers: dict[str, dict[int, None]] = collections.defaultdict(dict)
+  sizes: collections.Counter[str] = collections.Counter()
+  for process, chunks in databases.written(item):
+    for key, nbytes in chunks.items():
+      if not key.startswith(SLABS) and (name := owner(key, paths)) is not None:
+        writers[paths[name]][process] = None
+        sizes[paths[name]] += nbytes
   packed = {path: list(stored.slabs) for path, stored in found.stored.items() if stored.slabs}
-  return dict(writers) | packed
+  return {path: [*processes] for path, processes in writers.items()} | packed, dict(sizes)
 
 
 # -- the tree
@@ -156,7 +167,9 @@ class _Node:
         yield from node.lines(depth - 1, indent + ("   " if last else "│  "))
 
 
-def _print_tree(found: StepDescription, depth: int | None, writers: Mapping[str, list[int]] | None) -> None:
+def _print_tree(
+  found: StepDescription, depth: int | None, writers: Mapping[str, list[int]] | None, sizes: Mapping[str, int]
+) -> None:
   top = _Node()
   for leaf in found.leaves:
     top.add(tuple(leaf.path.split("/")) if leaf.path else (), leaf)
@@ -165,8 +178,8 @@ def _print_tree(found: StepDescription, depth: int | None, writers: Mapping[str,
     fitting = [d for d in range(1, deepest + 1) if sum(1 for _ in top.lines(d)) <= _LINES]
     depth = max(fitting, default=1)
   lines = [("(the state itself)", top)] if top.leaf else list(top.lines(depth))
-  rows = [(label, *_cells(node, found, writers)) for label, node in lines]
-  stored = ("sharding", "chunks", "codec", "written by") if writers is not None else ()
+  rows = [(label, *_cells(node, found, writers, sizes)) for label, node in lines]
+  stored = ("sharding", "chunks", "codec", "stored", "written by") if writers is not None else ()
   rows.append((count(top.leaves, "leaf", "leaves"), "", "", size_text(top.nbytes), *[""] * len(stored)))
   print_table(("", "shape", "dtype", "size", *stored), rows)
   if depth < deepest:
@@ -182,18 +195,22 @@ def _print_tree(found: StepDescription, depth: int | None, writers: Mapping[str,
     typer.echo(f"largest: {', '.join(f'{leaf.path} {size_text(leaf.nbytes)}' for leaf in largest)}")
 
 
-def _cells(node: _Node, found: StepDescription, writers: Mapping[str, list[int]] | None) -> tuple[str, ...]:
+def _cells(
+  node: _Node, found: StepDescription, writers: Mapping[str, list[int]] | None, sizes: Mapping[str, int]
+) -> tuple[str, ...]:
   leaf = node.leaf
   if leaf is None:
-    return (count(node.leaves, "leaf", "leaves"), "", size_text(node.nbytes), *[""] * (4 if writers is not None else 0))
+    return (count(node.leaves, "leaf", "leaves"), "", size_text(node.nbytes), *[""] * (5 if writers is not None else 0))
   cells = (str(list(leaf.shape)), leaf.dtype, size_text(leaf.nbytes))
   if writers is None:
     return cells
   stored = found.stored.get(leaf.path)
   by = _ranges(writers.get(leaf.path, []))
   if stored is None:
-    return (*cells, "", "", "", by)
-  return (*cells, stored.sharding, "" if stored.chunks is None else str(list(stored.chunks)), stored.codec, by)
+    return (*cells, "", "", "", "", by)
+  chunks = "" if stored.chunks is None else str(list(stored.chunks))
+  share = f"{sizes[leaf.path] / leaf.nbytes:.0%}" if leaf.nbytes and leaf.path in sizes else ""
+  return (*cells, stored.sharding, chunks, stored.codec, share, by)
 
 
 def _ranges(numbers: list[int]) -> str:

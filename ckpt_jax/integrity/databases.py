@@ -71,16 +71,15 @@ def directories(item: epath.Path) -> list[epath.Path]:
   return [item, *parts] if look.exists(item / MANIFEST) else parts
 
 
-def written(item: epath.Path) -> Iterator[tuple[int, Any, list[str]]]:
-  """Each process that wrote into an item: its number, its database, and the keys of its chunks.
+def written(item: epath.Path) -> Iterator[tuple[int, dict[str, int]]]:
+  """Each process that wrote into an item: its number, and the bytes of each of its chunks as stored, by key.
 
   Empty if the step was saved without OCDBT, or was rewritten since.
   """
   parts = {int(name.rpartition("_")[2]): item / name for name in look.names(item) if is_process_database(name)}
   for process, path in sorted(parts.items()):
-    store = ts.KvStore.open({"driver": "ocdbt", "base": _base(path)}).result()
-    keys = [key.decode() for key in store.list().result()]
-    yield process, store, [key for key in keys if key.rpartition("/")[2] not in ARRAY_FILES]
+    found = ((key.decode(), nbytes) for key, _, nbytes in _database(path))
+    yield process, {key: nbytes for key, nbytes in found if key.rpartition("/")[2] not in ARRAY_FILES}
 
 
 def unreadable(database: epath.Path) -> str | None:
@@ -111,21 +110,26 @@ def files_of(item: epath.Path, name: str) -> list[str]:
     return [name] if (item / name).exists() else []
   prefix = (name if name.endswith("/") else f"{name}/").encode()
   try:
-    base = ts.KvStore.open(_base(item)).result()
-    root = ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]
-    return sorted({file for key, file in _values(base, root, b"") if key.startswith(prefix)})
+    return sorted({file for key, file, _ in _database(item) if file and key.startswith(prefix)})
   except Exception:  # any damage that hides it
     return []
 
 
-def _values(base: Any, location: str, prefix: bytes) -> Iterator[tuple[bytes, str]]:
-  """The keys below a node of a database whose values are stored outside of nodes, each with its file."""
+def _database(directory: epath.Path) -> Iterator[tuple[bytes, str, int]]:
+  """The keys of a database, each with the file and the bytes of its value; no file for a value within a node."""
+  base = ts.KvStore.open(_base(directory)).result()
+  yield from _values(base, ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"], b"")
+
+
+def _values(base: Any, location: str, prefix: bytes) -> Iterator[tuple[bytes, str, int]]:
   for entry in ts.ocdbt.dump(base, location).result()["entries"]:
     key = bytes(entry.get("key", b""))
     if "indirect_value" in entry:
-      match = re.fullmatch(r"value:(.*?):(.*):\d+:\d+", str(entry["indirect_value"]))
+      match = re.fullmatch(r"value:(.*?):(.*):\d+:(\d+)", str(entry["indirect_value"]))
       if match:
-        yield prefix + key, match[1] + match[2]
+        yield prefix + key, match[1] + match[2], int(match[3])
+    elif "inline_value" in entry:
+      yield prefix + key, "", len(entry["inline_value"])
     elif "location" in entry:
       common = int(entry.get("subtree_common_prefix_length", 0))
       yield from _values(base, entry["location"], prefix + key[:common])

@@ -58,6 +58,7 @@ class StepInfo:
     healthy: False if the step was tagged unhealthy; None if that was not checked.
     pinned: whether it is pinned, so that retention leaves it alone.
     resumable: False if it was thinned to a part of its state, from which training cannot resume.
+    compressed: whether it was saved with a codec.
   """
 
   step: int
@@ -67,6 +68,7 @@ class StepInfo:
   healthy: bool | None = None
   pinned: bool = False
   resumable: bool = True
+  compressed: bool = False
 
   def __repr__(self) -> str:
     when = "" if self.time is None else f", {self.time:%Y-%m-%d %H:%M} UTC"
@@ -366,8 +368,16 @@ def step_info(run: epath.Path, step: int) -> StepInfo:
     stamp = data.get(COMMITTED_AT)
     time = datetime.datetime.fromtimestamp(stamp / 1e9, datetime.timezone.utc) if stamp else None
     if ours:
-      healthy = (ours.get("health") or {}).get("healthy")
-      return StepInfo(step, time, int(ours["nbytes"]), dict(ours["metrics"]), healthy, resumable=THINNED not in ours)
+      layout = (ours.get("config") or {}).get("layout") or {}
+      return StepInfo(
+        step,
+        time,
+        int(ours["nbytes"]),
+        dict(ours["metrics"]),
+        (ours.get("health") or {}).get("healthy"),
+        resumable=THINNED not in ours,
+        compressed=layout.get("compression", "off") not in ("off", "auto", {}),
+      )
     return StepInfo(step, time, tree_nbytes(step_dir), _orbax_metrics(step_dir))
   except StorageError:
     raise

@@ -176,7 +176,7 @@ def _compression(f: Facts) -> Choice:
   off, tried = f.predict(compression=OFF), [(f.predict(compression=setting), setting) for setting in settings]
   on, setting = min(tried, key=lambda one: _time(one[0]))
   smaller = coding(f.state, f.host, setting).ratio <= _SMALL_ENOUGH and _time(on) <= _time(off)
-  value = setting if smaller or _time(on) <= _WORTH * _time(off) else OFF
+  value = setting if f.state.kinds and (smaller or _time(on) <= _WORTH * _time(off)) else OFF
   used = f.set_by_user("layout.compression") or value
   said = [
     f"{best[kind.name]} {'would leave' if codec_of_kind(used, kind.name) == OFF else 'leaves'} "

@@ -69,6 +69,9 @@ def test_how_a_leaf_is_stored(tmp_path):
   assert "P(None, data) on data=2" in out and "zstd" in out
   shown = json.loads(cli("show", tmp_path / "a", "--stored", "--json").stdout)
   assert shown["writers"] == {"n": [0], "x": [0]} and np.prod(shown["stored"]["x"]["chunks"]) * 4 <= 1024
+  assert shown["stored"]["x"]["codec"] == "shuffled zstd" and 0 < shown["stored_nbytes"]["x"] < x.nbytes / 4
+  assert f" {shown['stored_nbytes']['x'] / x.nbytes:.0%} " in out
+  assert "compressed to " in cli("ls", tmp_path / "a").stdout
   save(tmp_path / "b", {"a": x, "x": x, "n": 3}, layout={"pack": "on"})
   shown = json.loads(cli("show", tmp_path / "b", "--stored", "--json").stdout)
   assert shown["stored"]["x"]["codec"] == "packed" and shown["writers"] == {"n": [0], "a": [0], "x": [0]}

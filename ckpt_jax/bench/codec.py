@@ -1,0 +1,202 @@
+"""Codecs on really trained weights: what they leave of parameters and of Adam's moments, and how fast; Orbax beside.
+
+`examples.lm` trains a byte-level GPT for a while. Its parameters, mu and nu are then saved apart, as float32, as
+bfloat16, and as bfloat16 kept as float32, on a disk; the whole state also on a bucket behind a link of 50 MB/s.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ckpt_jax.bench.link import available
+from ckpt_jax.bench.predictions import on_storage
+from ckpt_jax.bench.worker import drop_cache
+from ckpt_jax.errors import CheckpointError
+
+PARTS, FORMS, STATE = ("params", "mu", "nu"), ("float32", "bfloat16", "bfloat16 as float32"), "state"
+OURS, ORBAX = ("off", "zstd", "shuffled", "auto"), {"orbax, zstd": True, "orbax, off": False}
+DISK, LINK = "disk", "50 MB/s"
+_NETWORK = ["--width", "384", "--layers", "6", "--batch", "16", "--context", "32", "--fsdp", "1"]
+_TIMEOUT_S = 900.0
+
+
+def run(steps: int, rounds: int, directory: str | None, progress: Callable[[str], None]) -> dict[str, Any]:
+  """Trains, then saves and restores. Returns JSON-able data.
+
+  Args:
+    steps: of training.
+    rounds: saves and restores of each side; at most 2 behind the link.
+    directory: on the disk to measure; None: the temporary directory.
+    progress: called with a line before each measurement.
+
+  Raises:
+    CheckpointError: if a process fails.
+  """
+  found: dict[str, Any] = {
+    "measured": datetime.date.today().isoformat(),
+    "cpus": os.cpu_count(),
+    "rounds": rounds,
+    "results": {},
+  }
+  with tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=directory) as work:
+    progress(f"training for {steps} steps")
+    log = _process(
+      ["-m", "ckpt_jax.examples.lm", "--run", f"{work}/lm", "--steps", str(steps), "--every", str(steps), *_NETWORK], {}
+    )
+    found["trained"] = {
+      "steps": steps,
+      "parameters": re.findall(r"([\d.]+M) parameters", log)[0],
+      "loss": float(re.findall(r"loss ([\d.]+)", log)[-1]),
+    }
+    for storage in (DISK, LINK) if available() else (DISK,):
+      with on_storage(storage, directory) as (where, env):
+        progress(f"saves and restores on {'a disk' if storage == DISK else 'a bucket behind 50 MB/s'}")
+        out = _process(["-m", __name__, storage, f"{work}/lm", where, str(rounds)], env)
+      found["results"][storage] = json.loads(out.splitlines()[-1])
+  return found
+
+
+def _process(arguments: list[str], env: Mapping[str, str]) -> str:
+  full = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
+  done = subprocess.run(
+    [sys.executable, *arguments], env=full, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+  )
+  if done.returncode:
+    raise CheckpointError(f"bench codec: {done.stderr[-2000:]}")
+  return done.stdout
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+  """The results as text: a line for each storage, values and side."""
+  t = found["trained"]
+  yield f"{t['parameters']} parameters after {t['steps']} steps, loss {t['loss']}"
+  for storage, by_values in found["results"].items():
+    for values, entry in by_values.items():
+      for side, e in entry["sides"].items():
+        yield (
+          f"{storage}, {values}: {side}: {1 / e['share']:.2f}x smaller, writes {e['write_mb_s']:.0f} MB/s, reads "
+          f"{e['read_mb_s']:.0f} MB/s" + (f" ({e['chosen']})" if "chosen" in e else "")
+        )
+
+
+# -- in the child
+
+
+def _measure(storage: str, run_directory: str, where: str, rounds: int) -> dict[str, Any]:
+  import jax
+
+  import ckpt_jax as ckpt
+
+  with ckpt.Checkpointer(run_directory) as c:
+    state = jax.tree.map(jax.numpy.asarray, c.restore().state)
+  adam = state["opt"][0]
+  if storage == LINK:
+    return {f"{STATE} float32": _sides({"params": state["params"], "opt": adam}, where, min(rounds, 2), orbax=False)}
+  parts = {"params": state["params"], "mu": adam["mu"], "nu": adam["nu"]}
+  found = {}
+  for part, tree in parts.items():
+    for form in FORMS:
+      found[f"{part} {form}"] = _sides({part: jax.tree.map(_as(form), tree)}, f"{where}/{part}-{form}", rounds)
+  return found
+
+
+def _as(form: str) -> Callable[[Any], Any]:
+  import jax.numpy as jnp
+
+  casts = {"float32": [jnp.float32], "bfloat16": [jnp.bfloat16], "bfloat16 as float32": [jnp.bfloat16, jnp.float32]}
+
+  def cast(x: Any) -> Any:
+    for dtype in casts[form]:
+      x = x.astype(dtype)
+    return x
+
+  return cast
+
+
+def _sides(tree: Any, where: str, rounds: int, *, orbax: bool = True) -> dict[str, Any]:
+  """Medians over rounds, the sides in turn: the share that is stored, and bytes of values per second."""
+  import jax
+
+  import ckpt_jax as ckpt
+  from ckpt_jax.bench.trial import trials
+  from ckpt_jax.config import Config
+  from ckpt_jax.tuning.profile import profile_state
+
+  nbytes = sum(x.nbytes for x in jax.tree.leaves(tree))
+  profile = profile_state(tree)
+  storage = ckpt.probe(os.path.dirname(where) if orbax else where, 4.0, "128MiB")
+  plans = {side: ckpt.make_plan(profile, storage, config=Config(layout={"compression": side})) for side in OURS}
+  samples: dict[str, list[tuple[float, float, int]]] = {side: [] for side in (*OURS, *(ORBAX if orbax else ()))}
+  with trials(where, tree) as ours:
+    for turn in range(rounds):
+      for side in [*samples][turn % len(samples) :] + [*samples][: turn % len(samples)]:
+        if side in ORBAX:
+          samples[side].append(_orbax(tree, f"{where}-orbax", use_compression=ORBAX[side]))
+        else:
+          sample = ours(plans[side].apply(Config(layout={"compression": side})))
+          samples[side].append((sample.commit_s, sample.restore_s, sample.nbytes))
+  sides: dict[str, dict[str, Any]] = {}
+  for side, all_of in samples.items():
+    write_s, read_s, stored = map(statistics.median, zip(*all_of, strict=True))
+    sides[side] = {
+      "share": round(stored / nbytes, 4),
+      "write_mb_s": round(nbytes / write_s / 1e6, 1),
+      "read_mb_s": round(nbytes / read_s / 1e6, 1),
+    }
+  sides["auto"]["chosen"] = plans["auto"].values["layout.compression"]
+  codecs = {
+    kind.name: {
+      name: {
+        "share": round(c.ratio, 4),
+        "compress_mb_s": round(c.compress_bytes_per_s / 1e6),
+        "decompress_mb_s": round(c.decompress_bytes_per_s / 1e6),
+      }
+      for name, c in kind.codecs.items()
+    }
+    for kind in profile.kinds
+  }
+  rate = {"write_mb_s": round(storage.write_bytes_per_s / 1e6), "read_mb_s": round(storage.read_bytes_per_s / 1e6)}
+  return {"nbytes": nbytes, "sides": sides, "on one thread": codecs, "storage": rate}
+
+
+def _orbax(tree: Any, where: str, *, use_compression: bool) -> tuple[float, float, int]:
+  """One save to its commit, one restore from cold storage, and bytes stored."""
+  import shutil
+
+  import jax
+  import orbax.checkpoint as ocp
+
+  from ckpt_jax.storage.space import tree_nbytes
+
+  handler = ocp.PyTreeCheckpointHandler(use_compression=use_compression)
+  with ocp.CheckpointManager(where, item_handlers=handler) as manager:
+    os.sync()
+    started = time.perf_counter()
+    manager.save(0, args=ocp.args.PyTreeSave(tree))
+    manager.wait_until_finished()
+    written = time.perf_counter() - started
+    stored = tree_nbytes(f"{where}/0")
+    drop_cache(f"{where}/0")
+    reading = time.perf_counter()
+    args = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+    jax.block_until_ready(manager.restore(0, args=args))
+    read = time.perf_counter() - reading
+  shutil.rmtree(where)
+  return written, read, stored
+
+
+if __name__ == "__main__":
+  from absl import logging as absl_logging
+
+  absl_logging.set_verbosity("error")
+  print(json.dumps(_measure(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))))
