@@ -54,12 +54,13 @@ class Checkpointer:
   the next of these calls waits for it.
 
   Example:
-    with Checkpointer("~/runs/a", Config(schedule={"every_steps": 500}, retention={"last": 3})) as c:
-      restored = c.restore_or_init(init_fn)
-      state = restored.state
-      for step in range(restored.next_step, n):
-        state, metrics = train_step(state, batch)
-        c.save(step, state, metrics=metrics, extras={"data": iterator_state}, final=step == n - 1)
+
+      with Checkpointer("~/runs/a", Config(schedule={"every_steps": 500}, retention={"last": 3})) as c:
+        restored = c.restore_or_init(init_fn)
+        state = restored.state
+        for step in range(restored.next_step, n):
+          state, metrics = train_step(state, batch)
+          c.save(step, state, metrics=metrics, extras={"data": iterator_state}, final=step == n - 1)
 
   Attributes:
     directory: the run's absolute path.

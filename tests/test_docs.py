@@ -1,11 +1,13 @@
 """The documentation is true: its blocks of code run, its reference is whole, the site builds and needs no network."""
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pydantic
 import pytest
@@ -53,6 +55,28 @@ def public_names():
     own = [n for n, v in vars(held).items() if n[0].islower() and getattr(v, "__module__", "") == held.__name__]
     names |= {f"ckpt_jax.{module}.{name}" for name in getattr(held, "__all__", own) if name != "main"}
   return names
+
+
+def test_readme_is_short_and_installs_what_there_is():
+  text = (ROOT / "README.md").read_text()
+  assert text.count("\n") <= 150
+  ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+  first, *others = re.search(r"'\.\[([\w,]+)\]'.*; or (\w+), (\w+) \.\.\.", text).groups()
+  jaxs = importlib.metadata.metadata("jax").get_all("Provides-Extra")
+  assert {*first.split(","), *others} <= set(ours) and set(re.findall(r"'jax\[(\w+)\]'", text)) <= set(jaxs)
+  assert re.findall(r"^make (\w+)", text, re.MULTILINE) == re.findall(
+    r"^make (\w+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE
+  )
+
+
+def test_picture_is_drawn(tmp_path):
+  script = ROOT / "docs" / "scripts" / "picture.py"
+  subprocess.run([sys.executable, script, tmp_path / "picture.svg"], check=True, timeout=60)
+  words = [
+    set(re.findall(r">([^<>\n]+)</text>", p.read_text()))
+    for p in (tmp_path / "picture.svg", ROOT / "docs" / "picture.svg")
+  ]
+  assert words[0] == words[1] and "save returns: a copy is on its way" in words[0]
 
 
 def test_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):

@@ -59,15 +59,17 @@ def _section(section: type[pydantic.BaseModel], path: str, title: str) -> Iterat
   rows = ["| key | takes | default | what it does |", "|---|---|---|---|"]
   for name, written in inspect.get_annotations(section).items():
     field = section.model_fields[name]
-    nested = [k for k in (field.annotation, *get_args(field.annotation)) if inspect.isclass(k)]
-    nested = [k for k in nested if issubclass(k, pydantic.BaseModel)]
+    kinds = [k for k in (field.annotation, *get_args(field.annotation)) if inspect.isclass(k)]
+    nested = next((k for k in kinds if issubclass(k, pydantic.BaseModel)), None)
+    takes, text = _takes(written), said.get(name)
     if nested:
-      inner.append((nested[0], f"{path}{name}"))
+      inner.append((nested, f"{path}{name}"))
+      takes = f"[its keys](#{path}{name})"
+      text = text or (inspect.getdoc(nested) or "").partition("\n\n")[0].replace("\n", " ")
     default = field.get_default(call_default_factory=True)
     plain = isinstance(default, (bool, int, float, str))
     shown = f"`{str(default).lower() if isinstance(default, bool) else default}`" if plain else ""
-    text = said.get(name) or f"[below](#{name})"
-    rows.append(f"| `{path}{name}` | {_takes(written)} | {shown} | {text} |")
+    rows.append(f"| `{path}{name}` | {takes} | {shown} | {text} |")
   about = (inspect.getdoc(section) or "").partition("\n\nAttributes:")[0]
   yield f"## {title}\n\n{about}\n\n" + "\n".join(rows)
   for kind, key in inner:
@@ -93,10 +95,7 @@ def _takes(written: str) -> str:
   words = get_args(sections.StorageName) if written == "StorageName" else re.findall(r"['\"](\w+)['\"]", written)
   if words:
     return ", ".join(f"`{word}`" for word in words)
-  return (
-    TAKES.get(name := re.sub(r"Annotated\[(\w+).*", r"\1", written))
-    or f"the keys of a {name.removesuffix('Config').lower()}"
-  )
+  return TAKES.get(name := re.sub(r"Annotated\[(\w+).*", r"\1", written)) or name.removesuffix("Config").lower()
 
 
 def commands() -> str:
