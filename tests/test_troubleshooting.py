@@ -1,6 +1,8 @@
 """Every error names a section of docs/troubleshooting.md, every section is named, and every warning is in a table."""
 
 import ast
+import errno
+import os
 import pathlib
 import re
 
@@ -98,3 +100,17 @@ def test_situation_is_told_apart_within_a_class(path, topic):
   with pytest.raises(errors.CheckpointError) as caught:
     ckpt.Checkpointer(path)
   assert caught.value.topic == topic
+
+
+FOREIGN = {os.strerror(getattr(errno, name)) for name in ("EACCES", "EROFS", "ESTALE", "EIO", "ENOTCONN", "EMFILE")}
+FOREIGN |= {"error setting certificate verify locations", "Connect timeout"}  # of TensorStore and s3fs
+
+
+def test_messages_that_sections_quote_are_those_of_the_code():
+  texts = [c.value for t in TREES for c in ast.walk(t) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+  code = "\n".join(texts)
+  quoted = [q for line in re.findall(r"^- (`.*?)(?:: |$)", PAGE, re.MULTILINE) for q in re.findall(r"`([^`]+)`", line)]
+  pieces = [p.strip() for q in quoted for p in re.split(r"\.\.\.|\b[A-Z]+\b|\d+|://|''", q) if len(p.strip()) > 6]
+  assert len(pieces) > 60
+  missing = [p for p in pieces if p not in code and p not in FOREIGN]
+  assert not missing, missing

@@ -12,8 +12,11 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize(
   "name", ["local_ssd", "network_disk", "nfs", "gcs", "s3", "bucket_mount", "laptop", "multihost_gpu"]
 )
-def test_shipped_config_loads_and_comes_back_from_its_dict(name):
+def test_shipped_config_says_what_it_is_for_loads_and_comes_back_from_its_dict(name):
   config = ckpt.load_config(CONFIGS / f"{name}.yaml")
+  first = (CONFIGS / f"{name}.yaml").read_text().splitlines()[0]
+  page = (CONFIGS.parent / "docs" / "configuration.md").read_text()
+  assert first.startswith("# ") and len(first) > 40 and f"| `{name}` |" in page
   assert config != ckpt.Config() and ckpt.load_config(name) == config
   assert ckpt.Config(**config.to_dict()) == config
 
