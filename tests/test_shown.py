@@ -77,7 +77,7 @@ def test_before_the_first_save_the_plan_says_what_it_will_decide(tmp_path):
   with ckpt.Checkpointer(tmp_path, {"limits": {"file_io_concurrency": 8}}) as c:
     assert not c.plan and c.plan.values == {}
     text = c.plan.explain()
-  assert "no plan yet" in text and "it will decide layout.compression, " in text
+  assert "plan: not made yet" in text and "it will decide layout.compression, " in text
   assert "set by you: limits.file_io_concurrency: 8" in text
 
 

@@ -281,7 +281,7 @@ class _CkptJax(_Jax):
 
   def about(self) -> dict[str, Any]:
     plan = self._checkpointer.plan
-    if plan is None:
+    if not plan:
       return {}
     return {
       "settings": {key: value for key, value in plan.values.items() if value != "auto"},

@@ -172,7 +172,7 @@ def _draw_goodput(axes: Any, job: model.Job, best: float, interval: float | None
   axes.set_xticks(ticks, labels=map(duration_text, ticks))
   axes.minorticks_off()
   axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
-  axes.legend()
+  axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)  # off the lines
 
 
 def _draw_storage(axes: Any, use: model.StorageUse, retention: RetentionOptions) -> None:

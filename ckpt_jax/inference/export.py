@@ -33,11 +33,10 @@ from ckpt_jax.inference.values import Values
 from ckpt_jax.inference.writing import Files
 from ckpt_jax.integrity.exported import ExportRecord, Hashed
 from ckpt_jax.layout.structure import path_name
-from ckpt_jax.orbax.format import COMMITTED_AT
 from ckpt_jax.restore.fallback import StepGoneError
 from ckpt_jax.restore.patterns import as_patterns, matches, selected
 from ckpt_jax.restore.step import Step
-from ckpt_jax.run.steps import is_gone, run_directory, step_metadata
+from ckpt_jax.run.steps import is_gone, run_directory
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -132,13 +131,13 @@ def export(
   leaves, left_out = _leaves(source, node, options)
   if not leaves:
     raise ConfigError(f"{source}: there are no numbers below {node!r}")
-  layout = _layout(leaves, options, committed := step_metadata(source.directory).get(COMMITTED_AT) or 0)
+  layout = _layout(source, leaves, options)
   about = {"run": os.fspath(run_directory(run)), "step": number, "node": node, "format": options.format}
   about |= {"dtype": options.dtype, "quantize": options.quantize}
   nbytes = sum(leaf.nbytes for leaf in leaves)
   losses: dict[str, Loss] = {}
   try:
-    with output.open(_plan(source, layout, committed), nbytes):
+    with output.open(_plan(source, layout), nbytes):
       files = _write(source, layout, output, options, losses)
       output.close_files(files, layout.closing)
       output.commit(ExportRecord(about, _names(source, node, leaves), _described(leaves), files).to_bytes())
@@ -197,15 +196,15 @@ def _leaves(source: Step, node: str, options: Options) -> tuple[list[Leaf], dict
   return leaves, left_out
 
 
-def _layout(leaves: Sequence[Leaf], options: Options, committed: int) -> Layout:
+def _layout(source: Step, leaves: Sequence[Leaf], options: Options) -> Layout:
   if options.format == "safetensors":
     return safetensors_layout(leaves, options.shard_size, dict(options.metadata))
-  return orbax_layout(leaves, options.shard_size, committed)
+  return orbax_layout(leaves, options.shard_size, source.committed_at)
 
 
-def _plan(source: Step, layout: Layout, committed: int) -> str:
-  """A digest of everything that decides the bytes of an export; `committed` is when the step was."""
-  made = [str(source.directory), committed, dataclasses.astuple(layout)]
+def _plan(source: Step, layout: Layout) -> str:
+  """A digest of everything that decides the bytes of an export."""
+  made = [str(source.directory), source.committed_at, dataclasses.astuple(layout)]
   return hashlib.blake2b(repr(made).encode(), digest_size=16).hexdigest()
 
 

@@ -21,8 +21,9 @@ from ckpt_jax.layout.forms import shared_names
 from ckpt_jax.layout.sharding import Box
 from ckpt_jax.layout.structure import path_name
 from ckpt_jax.layout.values import Wanted, read_leaves, window
+from ckpt_jax.orbax.format import COMMITTED_AT
 from ckpt_jax.restore.leaf import AS_SAVED, LeafPlan, plan_leaf
-from ckpt_jax.run.steps import THINNED, is_tree, our_item, our_metadata
+from ckpt_jax.run.steps import THINNED, is_tree, our_item, our_metadata, step_metadata
 
 
 class Step:
@@ -31,6 +32,7 @@ class Step:
   Attributes:
     directory: of the step.
     ours: what ckpt_jax wrote into the step's metadata; empty for a step of another program.
+    committed_at: nanoseconds since the epoch; 0 if the metadata do not say.
     item_name: the item; empty where the step is a tree by itself.
     item: its description.
     meta: Orbax's metadata of each leaf, by path.
@@ -46,7 +48,9 @@ class Step:
       CorruptCheckpointError: if the metadata are damaged.
     """
     self.directory = step_dir
-    self.ours = our_metadata(step_dir)
+    metadata = step_metadata(step_dir)
+    self.ours = our_metadata(step_dir, metadata)
+    self.committed_at: int = metadata.get(COMMITTED_AT) or 0
     self.item_name = name = item_to_read(step_dir, config, item, like, self.ours)
     self.item_dir = step_dir / name
     self.item = describe_item(self.item_dir, config)

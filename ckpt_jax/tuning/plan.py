@@ -139,7 +139,7 @@ class NoPlan:
   """
 
   config: Config
-  why: str = "no plan yet: it is made from the first state that is saved, or restored with like="
+  why: str = "not made yet; it follows from the first state that is saved, or restored with like="
 
   def __bool__(self) -> bool:
     return False
@@ -164,7 +164,10 @@ class NoPlan:
           open_.append(path)
         elif key in values.model_fields_set:
           given.append(f"{path}: {value_text(path, value)}")
-    lines = [self.why, f"it will decide {', '.join(open_)}, by the state's shapes, this storage and this host"]
+    lines = [
+      f"plan: {self.why}",
+      f"it will decide {', '.join(open_)}, by the state's shapes, this storage and this host",
+    ]
     return "\n".join(lines + [f"set by you: {', '.join(given)}"] * bool(given))
 
   def __repr__(self) -> str:

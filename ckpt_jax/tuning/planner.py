@@ -143,7 +143,7 @@ class Planner:
     except Exception as e:  # the checkpoint that waits for it is worth more than a plan
       reason = f"{type(e).__name__}: {e}"
       _log.warning("%s: no plan could be made (%s); `auto` means Orbax's defaults", self._directory, reason)
-      self.no_plan = NoPlan(self._user, f"no plan could be made ({reason}); `auto` means Orbax's defaults")
+      self.no_plan = NoPlan(self._user, f"could not be made ({reason}); `auto` means Orbax's defaults")
       return None
 
   def _storage(self, nbytes: int) -> StorageProfile:

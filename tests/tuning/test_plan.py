@@ -434,7 +434,7 @@ def test_checkpointer_without_config_measures_quickly_plans_and_says_so_once(
 ):
   state = noise_state()
   with caplog.at_level(logging.INFO, logger="ckpt_jax.tuning"), ckpt.Checkpointer(tmp_path / "run") as c:
-    assert not c.plan and "no plan yet" in repr(c.plan) and "layout.compression" in c.plan.explain()
+    assert not c.plan and "not made yet" in repr(c.plan) and "layout.compression" in c.plan.explain()
     c.save(0, state)
     c.wait()
     plan = c.plan
@@ -465,7 +465,7 @@ def test_save_goes_on_without_a_plan_where_none_can_be_made(fresh_cache, tmp_pat
   state = {"w": jnp.ones(1000)}
   with ckpt.Checkpointer(tmp_path / "run") as c:
     c.save(0, state)
-    assert not c.plan and "no plan could be made (OSError: no clock)" in c.plan.explain()
+    assert not c.plan and "plan: could not be made (OSError: no clock)" in c.plan.explain()
     assert_same(c.restore(like=state).state, state)
   assert "no plan could be made (OSError: no clock)" in caplog.text
 
