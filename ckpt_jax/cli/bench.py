@@ -417,15 +417,19 @@ def codec(
   rounds: Annotated[int, typer.Option(min=1, help="Saves and restores of each side.")] = 3,
   directory: Directory = None,
   output: Output = None,
+  fill: Annotated[
+    str | None, typer.Option(help="Put the table between <!-- codec --> and <!-- /codec --> of this file.")
+  ] = None,
 ) -> None:
   """Train a small model, then save its parameters and moments under each codec: bytes and speed, raw Orbax beside."""
-  from ckpt_jax.bench.codec import lines, run
+  from ckpt_jax.bench.codec import render, run, table
 
   found = run(steps, rounds, directory, _progress)
-  for line in lines(found):
-    typer.echo(line)
+  typer.echo(table(found))
   if output:
     _emit(found, output)
+  if fill:
+    files.rewrite(fill, functools.partial(render, found))
 
 
 def _numbers(option: str, text: str) -> list[int]:

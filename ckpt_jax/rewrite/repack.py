@@ -1,7 +1,7 @@
 """A saved state with its small arrays packed, or not, made from one that has them the other way.
 
 Arrays that stay where they are are copied chunk by chunk (`copy`); the others are read and written in batches of
-bounded size.
+bounded size. What was compressed stays so: small arrays by zstd in slabs, and shuffled by themselves.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from ckpt_jax.config import Config, LimitsConfig
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.job.progress import Counter, OnProgress, reported
-from ckpt_jax.layout import contents, packing
+from ckpt_jax.layout import codec, contents, packing
 from ckpt_jax.layout.description import ItemDescription, describe_item, item_info, prng_keys
+from ckpt_jax.layout.reading import open_stores
 from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.sharding import whole_box
 from ckpt_jax.layout.values import Wanted, read_leaves
@@ -108,13 +109,23 @@ def _move(
   index: packing.Index = {}
   old = describe_item(source)
   info = item_info(target, LimitsConfig(), ocdbt=True, zarr3=bool(item_metadata(target).get(USE_ZARR3)))
+  compressed = _are_compressed(old, moving)
+  compression = codec.SHUFFLED if compressed else codec.OFF
   for number, batch in enumerate(_batches(moving)):
     values = _values(old, batch)
     arrays = [
-      Written(info.replace(name=n), ocp.SaveArgs(), v.shape, v.dtype, v.shape, ((whole_box(v.shape), Values(v)),))
+      Written(
+        info.replace(name=n),
+        ocp.SaveArgs(),
+        v.shape,
+        v.dtype,
+        v.shape,
+        ((whole_box(v.shape), Values(v)),),
+        codec.codec_of(compression, n, v.dtype),
+      )
       for n, v in values.items()
     ]
-    writer = Writer(info.ts_context, _BATCH_NBYTES)
+    writer = Writer(info.ts_context, _BATCH_NBYTES, compressed=compressed)
     if pack:
       slab = packing.lay_out(number, {a.info.name: (a.dtype, a.shape, [box for box, _ in a.pieces]) for a in arrays})
       index |= slab.index
@@ -125,6 +136,14 @@ def _move(
     moved(sum(moving[name] for name in batch))
   if index:
     packing.write_index(target, index)
+
+
+def _are_compressed(item: ItemDescription, names: Collection[str]) -> bool:
+  """Whether some of the arrays, or the slabs that hold them, have a codec."""
+  slabs = {packing.slab_name(p.process) for name in names if name in item.index for p in item.index[name].pieces}
+  alone = [name for name in names if name not in item.index]
+  stores = open_stores(item.info.replace(use_zarr3=False), sorted(slabs)) | (item.open(alone) if alone else {})
+  return any(codec.ZSTD in str(store.codec) for store in stores.values())  # blosc's is called so too
 
 
 def _batches(sizes: dict[str, int]) -> Iterator[list[str]]:

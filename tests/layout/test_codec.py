@@ -21,6 +21,8 @@ import ckpt_jax as ckpt
 from ckpt_jax.layout import codec
 from ckpt_jax.layout.codec import OFF, SHUFFLE_LIMIT, SHUFFLED, ZSTD, kind_of, set_codec
 from ckpt_jax.layout.stored import stored_leaves
+from ckpt_jax.rewrite.repack import repack_step
+from ckpt_jax.rewrite.thin import thin_step
 
 ANY = {"nonfinite": "ignore"}
 
@@ -212,6 +214,22 @@ def test_codecs_with_small_arrays_packed(tmp_path, pack, assert_same):
   assert found["mu/w"] == ("packed" if pack == "on" else "shuffled zstd")
   with ckpt.Checkpointer(tmp_path) as c:
     assert_same(c.restore(like=state).state, state)
+
+
+@pytest.mark.parametrize("compression", ["shuffled", "off"])
+def test_rewritten_steps_keep_their_codecs(tmp_path, compression, assert_same):
+  state = a_state()
+  before = written(tmp_path, state, compression)
+  slab = before | {name: "packed" for name in ("params/w", "params/b", "params/e/embedding", "mu/w", "fp8", "host")}
+  for pack, after in ((True, slab), (False, before)):
+    repack_step(epath.Path(tmp_path), 0, pack=pack)
+    found = {name: leaf.codec for name, leaf in stored_leaves(epath.Path(tmp_path) / "0" / "default").items()}
+    assert found | {"host": ""} == after | {"host": ""}  # which Orbax wrote
+    with ckpt.Checkpointer(tmp_path) as c:
+      assert_same(c.restore(like=state).state, state)
+  thin_step(epath.Path(tmp_path), 0, ["params"])
+  found = {name: leaf.codec for name, leaf in stored_leaves(epath.Path(tmp_path) / "0" / "default").items()}
+  assert found == {name: codec for name, codec in before.items() if name.startswith("params")}
 
 
 def test_wrong_codec_is_refused_with_the_nearest_name():
