@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,7 +100,8 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
     packing.merge_parts(directory, jax.process_count())
     if self._small is not None:
       self._small.complete(directory)
-    super().finalize(directory)
+    with self._arrays.behind(directory):  # Orbax has written numpy arrays and numbers
+      super().finalize(directory)
 
 
 class ArrayHandler(ocp.type_handlers.ArrayHandler):
@@ -190,6 +191,12 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     save = self._write(self.writer, copies.ring, written, pieces, small, shardings, impls)
     return [ocp.future.CommitFutureAwaitingContractedSignals(save, name="ckpt_jax_arrays")]
 
+  def behind(self, item: epath.Path) -> contextlib.AbstractContextManager[None]:
+    """Within it, what this process writes of an item leaves the page cache, if it is to."""
+    if not self._direct or is_object_store(item):
+      return contextlib.nullcontext()
+    return write_behind(item / process_database(jax.process_index()) / VALUES)
+
   async def _write(
     self,
     writer: writing.Writer,
@@ -206,10 +213,12 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       array.info.parent_dir = item
     chunks = [writer.chunk_shape(array) for array in written]
     slab = small.slab if small else None
-    write = writer.write
-    if self._direct and not is_object_store(item):
-      write = write_behind(os.fspath(item / process_database(process) / VALUES))(write)
-    bulk = asyncio.ensure_future(asyncio.to_thread(write, written, slab, pieces, process))
+
+    def write() -> None:
+      with self.behind(item):
+        writer.write(written, slab, pieces, process)
+
+    bulk = asyncio.ensure_future(asyncio.to_thread(write))
     try:
       await asyncio.to_thread(writer.queued.wait, _QUEUE_S)  # see PyTreeHandler.wait_until_queued
       if small is not None:

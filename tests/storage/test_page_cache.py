@@ -86,12 +86,18 @@ STATE |= {f"small{i}": np.full((100,), i, np.float32) for i in range(300)}
 
 
 @pytest.mark.parametrize(
-  "config",
-  [{}, {"layout": {"pack": "on"}}, {"layout": {"compression": "on"}}, {"limits": {"host_memory": 16 * MIB}}],
-  ids=["plain", "packed", "compressed", "in turns"],
+  ("config", "array"),
+  [
+    ({}, jnp.asarray),
+    ({}, np.asarray),
+    ({"layout": {"pack": "on"}}, jnp.asarray),
+    ({"layout": {"compression": "on"}}, jnp.asarray),
+    ({"limits": {"host_memory": 16 * MIB}}, jnp.asarray),
+  ],
+  ids=["plain", "numpy", "packed", "compressed", "in turns"],
 )
-def test_a_step_leaves_no_pages_behind_whatever_its_layout(config, disk):
-  state = jax.tree.map(jnp.asarray, STATE)
+def test_a_step_leaves_no_pages_behind_whatever_its_layout(config, array, disk):
+  state = jax.tree.map(array, STATE)
   for way in ("buffered", "direct"):
     settings = config | {"limits": config.get("limits", {}) | {"file_io": way, "save_concurrency": 16 * MIB}}
     with ckpt.Checkpointer(disk / way, settings) as c:
