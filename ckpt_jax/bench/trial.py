@@ -30,8 +30,9 @@ PyTree = Any
 class Trials:
   """Saves and restores `state` in a directory of its own, one run for each configuration, which keeps one step."""
 
-  def __init__(self, directory: epath.Path, state: PyTree):
+  def __init__(self, directory: epath.Path, state: PyTree, timeout_s: float | None = None):
     self._directory = directory
+    self._timeouts = {} if timeout_s is None else {"save": timeout_s, "restore": timeout_s}
     self._state = state
     self._like = jax.tree.map(_abstract, state)
     self._open: dict[str, Checkpointer] = {}
@@ -60,7 +61,7 @@ class Trials:
     settings = Config(
       layout=config.layout,
       limits=config.limits,
-      timeouts=config.timeouts,
+      timeouts=config.timeouts.model_copy(update=self._timeouts),
       storage=config.storage,
       retention={"last": 1},
       preemption={"enabled": False},
@@ -82,14 +83,17 @@ class Trials:
 
 
 @contextlib.contextmanager
-def trials(path: str | os.PathLike[str], state: PyTree) -> Iterator[Trials]:
-  """Trials under `path`, which is created if necessary. Everything created is removed afterwards, on Ctrl-C too."""
+def trials(path: str | os.PathLike[str], state: PyTree, timeout_s: float | None = None) -> Iterator[Trials]:
+  """Trials under `path`, which is created if necessary. Everything created is removed afterwards, on Ctrl-C too.
+
+  A save or a restore that takes longer than `timeout_s` is an error (default: `timeouts` of the configuration).
+  """
   connect(path)
   root = run_directory(path)
   made = [p for p in (root, *root.parents) if not is_object_store(p) and not p.exists()]
   directory = root / f".ckpt_jax-tune-{uuid.uuid4().hex[:12]}"
   directory.mkdir(parents=True)
-  found = Trials(directory, state)
+  found = Trials(directory, state, timeout_s)
   try:
     yield found
   finally:

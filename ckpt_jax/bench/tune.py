@@ -19,6 +19,8 @@ from ckpt_jax.config.units import count, decimal_text
 from ckpt_jax.layout.codec import kind_of
 from ckpt_jax.layout.contents import LeafInfo
 from ckpt_jax.layout.structure import flatten
+from ckpt_jax.run.steps import run_directory
+from ckpt_jax.storage.space import free_bytes
 from ckpt_jax.tuning.plan import Plan, make_plan
 from ckpt_jax.tuning.profile import StateProfile, profile_state
 from ckpt_jax.tuning.sampling import sample_kinds
@@ -26,6 +28,7 @@ from ckpt_jax.tuning.search import LEAST_ROUNDS, SINGLE_SHARE, Sample, Tuned, Up
 from ckpt_jax.tuning.tuned_file import to_yaml
 
 _LEAST_NBYTES = 16 << 20
+_LEAST_TIMEOUT_S = 60.0  # of a trial; else the budget: storage that hangs ends the search
 _SYNTHETIC_ARRAYS, _SYNTHETIC_NBYTES = 128, 512 << 20
 SYNTHETIC = f"{_SYNTHETIC_ARRAYS} made-up arrays of random float32, {_SYNTHETIC_NBYTES >> 20} MiB"
 
@@ -140,16 +143,22 @@ def _opened(
 ) -> tuple[Plan, Callable[[Config], Sample]]:
   """The plan for a sample, and trials of it, so small that the budget suffices for enough rounds.
 
-  The size follows from the plan's prediction, then from one trial, which also compiles and connects.
+  The size follows from the plan's prediction, then from one trial, which also compiles and connects. Each candidate
+  keeps a step, and has two while it saves: all of them together take half of the free space at most.
   """
   sample_plan = make_plan(sample, plan.storage, plan.host, task.user)
-  trial_s = SINGLE_SHARE * budget_s / LEAST_ROUNDS / len(candidates(sample_plan, task.user, pack=task.pack))
+  number = len(candidates(sample_plan, task.user, pack=task.pack)) + 1  # and what helped together
+  free = free_bytes(run_directory(task.path))
+  if free is not None and sample_plan.state.nbytes > free // (4 * number):
+    sample = bounded(sample, max(1, free // (4 * number)))
+    sample_plan = make_plan(sample, plan.storage, plan.host, task.user)
+  trial_s = SINGLE_SHARE * budget_s / LEAST_ROUNDS / number
   took = sample_plan.commit_s + sample_plan.restore_s
   for last in (False, True):
     nbytes = sample_plan.state.nbytes
     sample = bounded(sample, max(_LEAST_NBYTES, int(nbytes * min(1.0, trial_s / max(took, 1e-9)))))
     sample_plan = make_plan(sample, plan.storage, plan.host, task.user)
-    measure = stack.enter_context(trials(task.path, sample))
+    measure = stack.enter_context(trials(task.path, sample, max(_LEAST_TIMEOUT_S, budget_s)))
     started = time.monotonic()
     measure(sample_plan.apply(task.user))
     took = time.monotonic() - started

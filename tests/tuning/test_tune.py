@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ from rich.console import Console
 import ckpt_jax as ckpt
 from ckpt_jax.bench.predictions import summary
 from ckpt_jax.bench.trial import bounded, trials
-from ckpt_jax.bench.tune import saved_state
+from ckpt_jax.bench.tune import Task, saved_state, tune
 from ckpt_jax.cli.tune import _Shown
 from ckpt_jax.layout.contents import saved_leaves
+from ckpt_jax.save import commit
+from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.objects import BACKEND
 from ckpt_jax.tuning.noise import compare
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
@@ -238,6 +241,18 @@ def test_trials_measure_and_leave_nothing_even_when_interrupted(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_trial_that_outlasts_its_limit_is_an_error(tmp_path, monkeypatch):
+  released = threading.Event()
+  seal = commit.seal
+  monkeypatch.setattr(commit, "seal", lambda *args, **kwargs: (released.wait(60), seal(*args, **kwargs)))
+  with pytest.raises(ckpt.SaveFailedError), trials(tmp_path, {"w": jnp.ones((64, 1024))}, 1.0) as measure:
+    try:
+      measure(ckpt.Config())
+    finally:
+      released.set()
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_trials_in_a_bucket_measure_and_leave_nothing(gcs):
   rng = np.random.default_rng(0)
   state = {f"w{i}": jnp.asarray(rng.standard_normal((64, 1024), dtype=np.float32)) for i in range(4)}
@@ -326,6 +341,15 @@ def test_sample_of_a_step_is_bounded_holds_its_values_and_all_of_its_kinds(tmp_p
   whole = saved_state(step, saved_leaves(step), 1 << 30)[1]
   assert sum(x.nbytes for x in whole.values()) == profile.nbytes
   assert {type(x) for n, x in whole.items() if "double" not in n} == {type(jnp.ones(1))}
+
+
+def test_sample_leaves_room_where_little_is_free(tmp_path, monkeypatch):
+  monkeypatch.setattr("ckpt_jax.bench.tune.free_bytes", lambda _: 40 << 20)
+  state = {f"w{i}": jnp.asarray(np.random.default_rng(i).standard_normal(1 << 16, np.float32)) for i in range(64)}
+  plan = ckpt.make_plan(state, StorageKind.LOCAL)
+  found, text = tune(Task(str(tmp_path), plan.state, state, "a state", ckpt.Config()), plan, 1.0, 1 << 30)
+  nbytes = found.standings[0].candidate.samples[0].nbytes
+  assert 0 < nbytes < (40 << 20) / 20 and "16.8 MB" not in text.splitlines()[1]
 
 
 def test_a_terminal_shows_a_table_of_all_trials_so_far(monkeypatch):
