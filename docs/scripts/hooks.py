@@ -102,6 +102,9 @@ def commands() -> str:
   """Every command with its arguments and options, by typer's own generator."""
   command = typer.main.get_command(app)
   text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="ckpt-jax")
+  text = re.sub(
+    r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text
+  )  # cut short by typer, and the page has a list of contents
   text = re.sub(r"^Example: (.*)$", r"**Example**:\n\n```sh\n\1\n```", text, flags=re.MULTILINE)
   return text.partition("**Usage**")[0].partition("\n\n")[2] + "**Usage**" + text.partition("**Usage**")[2]
 
