@@ -13,7 +13,7 @@ PIP := -m pip --disable-pip-version-check install --quiet
 export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint types docs unit test-latest fuzz bench clean
+.PHONY: help setup run test lint types docs unit test-latest notebooks fuzz bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ test-latest: ## the tests on Python 3.13 with the newest jax, flax and Orbax
 	  $(PYTHON313) -m venv $(LATEST) && \
 	  $(LATEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]' && \
 	  $(LATEST)/bin/python $(PYTEST); fi
+
+notebooks: setup ## execute the notebooks and write their outputs (2 minutes)
+	$(BIN)/python tests/notebooks.py
 
 fuzz: setup ## the property tests with new random examples, and 200 random programs of several Checkpointers
 	HYPOTHESIS_PROFILE=random CKPT_JAX_PROGRAMS=200 $(BIN)/python $(PYTEST) \

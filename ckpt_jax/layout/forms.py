@@ -77,6 +77,8 @@ def form_of(structure: Structure, tree: PyTree) -> Form | None:
   problems: list[str] = []
   for (path, node), name in zip(rows, names, strict=True):
     end = _plain_empty(node)
+    if structure.paths and _is_inner(path, node):
+      continue
     if jax.tree_util.all_leaves([node]):
       end = _Leaf(next(numbers))
       stored.append(".".join(name))
@@ -272,6 +274,12 @@ def _is_rebuilt(structure: Structure) -> bool:
     return bool(treedef == structure.treedef) and all(a is b for a, b in zip(again, places, strict=True))
   except Exception:  # a dataclass that checks its fields
     return False
+
+
+def _is_inner(path: Path, node: Any) -> bool:
+  """Whether a node is what an object keeps for itself, such as an nnx module's `_pytree__state`: it holds no leaf."""
+  is_attribute = bool(path) and isinstance(path[-1], jax.tree_util.GetAttrKey)
+  return is_attribute and not isinstance(node, _CONTAINERS) and not jax.tree_util.all_leaves([node])
 
 
 def _plain_empty(node: Any) -> Any:

@@ -320,7 +320,7 @@ def resharding(array: Held, chunks: tuple[int, ...]) -> float:
   1 if they cannot divide that axis.
   """
   parts = len(array.processes)
-  axes = [i for i, n in enumerate(array.shape) if n == array.piece[i] and n % parts == 0]
+  axes = [i for i, n in enumerate(array.shape) if n and n == array.piece[i] and n % parts == 0]
   axis = max(axes, key=lambda i: array.shape[i], default=None)
   return 1.0 if axis is None else max(1.0, min(chunks[axis], array.shape[axis]) * parts / array.shape[axis])
 

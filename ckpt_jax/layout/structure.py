@@ -158,7 +158,9 @@ def _abstract(kind: Any, *rest: Any) -> Any:
 def _alike(one: Any, other: Any) -> bool:
   try:
     return bool(one == other)
-  except Exception:  # a node's static data may hold an array, which has no single truth value
+  except Exception as e:  # a node's static data may hold an array, which has no single truth value
+    if isinstance(e.__cause__, KeyboardInterrupt):  # which jax turns into a ValueError
+      raise KeyboardInterrupt from e
     return False
 
 

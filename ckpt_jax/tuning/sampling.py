@@ -74,8 +74,10 @@ def sample_kinds(state: Flat) -> tuple[Kind, ...]:
   total = sum(nbytes for nbytes, _ in kinds.values())
   found = []
   for name, (nbytes, numbers) in kinds.items():
-    if nbytes >= _WORTH_A_SAMPLE * total:
-      values = [as_words(state.leaves[i]) for i in numbers]
+    if nbytes and nbytes >= _WORTH_A_SAMPLE * total:
+      values = [
+        np.asarray(x) if isinstance(x, np.generic) else as_words(x) for x in map(state.leaves.__getitem__, numbers)
+      ]
       codecs = measure_codecs([x for x in values if _has_values(x)], max(1, round(_BLOCKS * nbytes / total)))
       if codecs:
         found.append(Kind(name, nbytes, codecs))

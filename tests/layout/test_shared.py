@@ -87,6 +87,7 @@ def test_what_is_shared_is_stored_once_under_its_first_name(tmp_path):
     assert model.last.kernel is model.first.kernel
     state = c.restore(0, like=nnx.state(init(1)["model"]), only="model").state
     assert np.array_equal(state["again"]["kernel"][...], init()["model"].first.kernel[...])
+    assert set(c.restore(0, only="model").state["model"]) == {"again", "drop", "last", "more", "norm"}  # no inner nodes
     part = c.restore(0, like=init(), only="model/again").state
     assert np.array_equal(part["model"]["again"].kernel[...], init()["model"].first.kernel[...])
 

@@ -83,3 +83,31 @@ def test_sizes_are_those_of_the_state_at_hand():
     twice = jax.device_put(jnp.zeros(n), NamedSharding(mesh, P()))
     held = {"x": x, "twice": twice, "host": np.zeros(n), "step": 1}
     assert global_nbytes(held) == local_nbytes(held) == 12 * n + 4 * n + 8 * n
+
+
+class Interrupting:
+  """Static data during whose comparison Ctrl-C comes."""
+
+  def __hash__(self):
+    return 0
+
+  def __eq__(self, other):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_structures_are_compared_is_not_lost():
+  @jax.tree_util.register_pytree_node_class
+  class Node:
+    def __init__(self, child, static):
+      self.child, self.static = child, static
+
+    def tree_flatten(self):
+      return (self.child,), self.static
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+      return cls(*children, static)
+
+  flatten(Node(1, Interrupting()))
+  with pytest.raises(KeyboardInterrupt):
+    flatten(Node(1, Interrupting()))

@@ -149,6 +149,12 @@ def test_state_without_values_counts_as_incompressible_and_the_plan_says_so():
   assert value(plan, "layout.compression") == "off" and "no values to try" in plan.explain()
 
 
+@pytest.mark.parametrize("leaf", [jnp.zeros((0,)), np.zeros((2, 0)), np.int8(1), np.float32(1), "text", 1, jnp.int4(1)])
+def test_empty_arrays_scalars_and_text_leave_the_rest_its_plan(leaf):
+  assert ckpt.make_plan({"odd": leaf}, "local").values["layout.pack"] == "off"
+  assert ckpt.make_plan({"odd": leaf, "w": jnp.ones(8)}, "local").values["layout.pack"] == "off"
+
+
 def test_burst_of_a_disk_that_was_measured_quickly_is_not_taken_for_its_speed():
   thorough = ckpt.make_plan(big(), disk(), HOST)
   quick = ckpt.make_plan(big(), dataclasses.replace(disk(), seconds=0.5), HOST)
