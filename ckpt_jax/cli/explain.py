@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ckpt_jax import errors
 from ckpt_jax.cli.common import console
 from ckpt_jax.config.explain import did_you_mean
 from ckpt_jax.errors import ConfigError
@@ -19,20 +20,27 @@ _SECTION = re.compile(r"^### (?P<title>.+)\n(?P<text>(?:(?!^##).*\n)*)", re.MULT
 def topics() -> dict[str, str]:
   """The sections of the page, as Markdown, by the anchors that GitHub and the site give their titles."""
   found = _SECTION.finditer(PAGE.read_text(encoding="utf-8"))
-  return {re.sub(r"[^a-z0-9]+", "-", m["title"].lower()).strip("-"): m[0].strip() for m in found}
+  return {_anchor(m["title"]): m[0].strip() for m in found}
+
+
+def _anchor(title: str) -> str:
+  return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def explain(
-  topic: Annotated[str, typer.Argument(help="As an error names it. Default: list all.", show_default=False)] = "",
+  topic: Annotated[
+    str, typer.Argument(help="As an error names it, or the name of its class. Default: list all.", show_default=False)
+  ] = "",
 ) -> None:
   """Print what an error means and what to do about it; needs no network."""
   from rich.markdown import Markdown
 
   sections = topics()
+  known = _anchor(getattr(getattr(errors, topic, None), "topic", topic))
   if not topic:
     for name, text in sections.items():
-      typer.echo(f"{name:24} {text.splitlines()[2]}")
-  elif topic in sections:
-    console().print(Markdown(sections[topic], hyperlinks=False))
+      typer.echo(f"{name:26} {text.splitlines()[2].replace('`', '')}")
+  elif known in sections:
+    console().print(Markdown(sections[known], hyperlinks=False))
   else:
     raise ConfigError(f"no topic {topic!r}{did_you_mean(topic, sections) or '; `ckpt-jax explain` lists all'}")

@@ -60,8 +60,8 @@ def given(path: Any) -> str:
   """The text of a path that a user passes, with the values of variables such as `$RUN`, unless a file is called so.
 
   Raises:
-    ConfigError: if it is empty or no path, as from a variable that is not set. The empty path would be the working
-      directory.
+    ConfigError: if it is empty or no path, as from a variable that is not set, or a URL with one slash. The empty path
+      would be the working directory.
     StorageError: if it is bytes.
   """
   try:
@@ -74,6 +74,11 @@ def given(path: Any) -> str:
     raise ConfigError(
       f"the directory of a run is {path!r}; pass a path, gs://BUCKET/PATH or s3://BUCKET/PATH. Is the variable or the "
       'argument that should hold it set? The working directory is "."',
+      topic="run-directory",
+    )
+  if (short := re.match(r"(gs|s3):/(?!/)", text)) is not None:
+    raise ConfigError(
+      f"{text}: a URL has two slashes: {short[1]}://{text[short.end() :]}; a directory of that name is ./{text}",
       topic="run-directory",
     )
   names = [match[1] or match[2] for match in _VARIABLE.finditer(text)]

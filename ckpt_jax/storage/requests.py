@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -146,6 +147,10 @@ def delete(objects: Sequence[str]) -> None:
       list(pool.map(fs.rm_file, [o for o in objects if glob.has_magic(o)]))
 
 
+# What the clients say where they raise no PermissionError: gcsfs for 401 and 403, s3fs for 401 and expired tokens.
+_REFUSED = re.compile(r"^Forbidden|\b401\b|Unauthorized|Expired ?Token|Invalid ?Token")
+
+
 @contextlib.contextmanager
 def _client_errors(url: str) -> Iterator[None]:
   """Raises StorageError for what the clients raise, except for missing and existing files, which Orbax expects."""
@@ -160,6 +165,8 @@ def _client_errors(url: str) -> Iterator[None]:
   except Exception as e:
     text = without_secrets(" ".join(str(e).split()))
     topic = "store-does-not-answer" if isinstance(e, GaveUpError) else None
+    if _REFUSED.search(text) and not isinstance(e, GaveUpError):
+      text, topic = f"access refused ({text}); check the credentials", "credentials"
     if type(e).__name__ in ("NoCredentialsError", "DefaultCredentialsError", "CredentialRetrievalError"):
       text = f"no credentials ({text}); set the standard variables, a profile, or storage.anonymous: true"
       topic = "credentials"

@@ -228,7 +228,9 @@ def test_checkpoints_beside_the_steps_that_an_earlier_job_overlooked_are_a_warni
   assert "checkpoint_7, ckpt_12" in warning
 
 
-@pytest.mark.parametrize("path", ["", "  ", None, 7, "$CKPT_JAX_NO_SUCH_VARIABLE/run", "gs://${CKPT_JAX_EMPTY}/run"])
+@pytest.mark.parametrize(
+  "path", ["", "  ", None, 7, "$CKPT_JAX_NO_SUCH_VARIABLE/run", "gs://${CKPT_JAX_EMPTY}/run", "s3:/one"]
+)
 def test_a_directory_that_is_none_is_refused_before_anything_is_written(path, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("CKPT_JAX_EMPTY", " ")

@@ -89,8 +89,9 @@ def test_bucket_that_lets_nobody_in_for_now_loses_no_step(request, scheme):
         with pytest.raises(ckpt.StorageError):
           c.restore_or_init(lambda: STATE)
         if fails("GET", "/"):
-          with pytest.raises(ckpt.StorageError):
+          with pytest.raises(ckpt.StorageError) as refused:
             ckpt.verify(c.directory)
+          assert refused.value.topic == ("store-does-not-answer" if status == 503 else "credentials")
         else:
           assert {f.kind for f in ckpt.verify(c.directory, 1)} == {"unreadable"}
       bucket.proxy.fail_share = 0.0
