@@ -83,9 +83,10 @@ def distant(target: tuple[str, int], mbit: float, round_trip_s: float) -> Iterat
     up, down = (_Direction(mbit, round_trip_s / 2) for _ in range(2))
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-      await asyncio.sleep(round_trip_s)
-      far_reader, far_writer = await asyncio.open_connection(*target, limit=_BLOCK)
-      await asyncio.gather(up.carry(reader, far_writer), down.carry(far_reader, writer))
+      with contextlib.suppress(OSError, asyncio.CancelledError):  # one side is gone, or the block has ended
+        await asyncio.sleep(round_trip_s)
+        far_reader, far_writer = await asyncio.open_connection(*target, limit=_BLOCK)
+        await asyncio.gather(up.carry(reader, far_writer), down.carry(far_reader, writer))
 
     return await asyncio.start_server(connected, "127.0.0.1", 0, limit=_BLOCK)
 

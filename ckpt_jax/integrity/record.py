@@ -269,9 +269,10 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     with snapshot(directory):  # all processes have written their parts; the merged database is looked for afterwards
       databases.check_written(directory, writers)
       self._inner.finalize(directory)
-    if writers:
-      databases.check_merged(directory)
-    recording.write(directory)
+    with snapshot(directory):
+      if writers:
+        databases.check_merged(directory)
+      recording.write(directory)
     for process in range(1, jax.process_count()):
       _part(directory, process).unlink()
 

@@ -180,9 +180,14 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     if copies.in_turn:
       written.sort(key=lambda array: array.turn)
     bounds = [n for n in (getattr(first.byte_limiter, "max_bytes", None), copies.ring.limit) if n is not None]
+    window = min(bounds, default=None)
+    own = sum(array.own_nbytes for array in written) + (small.slab.nbytes if small else 0)
+    if window is not None and own <= window and is_object_store(first.parent_dir):
+      # Else the database is committed while its arrays come in, each time with four requests one after the other.
+      window = copies.ring.limit
     self.writer = writing.Writer(
       first.ts_context,  # two contexts would be two databases that do not know of each other
-      min(bounds, default=None),
+      window,
       process=jax.process_index(),
       compressed=bool(first.use_compression),
       memory=self._memory,

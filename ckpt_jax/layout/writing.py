@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,6 +59,11 @@ class Written:
   def turn(self) -> int:
     """When its first piece arrives, see `Values`."""
     return min((values.turn for _, values in self.pieces), default=0)
+
+  @property
+  def own_nbytes(self) -> int:
+    """Bytes of the pieces."""
+    return sum(math.prod(shape_of(box)) for box, _ in self.pieces) * self.dtype.itemsize
 
   def chunks(self, make_room: Callable[[Values], None]) -> tuple[tuple[Box, Values], ...]:
     """The pieces as they are stored; waits, after `make_room`, for the values of one that is made of several."""

@@ -167,6 +167,7 @@ class Admission:
       committing(step)
 
     def on_committed(step: int) -> None:
+      self._claim.close()
       committed(step)
       self._vacant.discard(step)
       self.lease.done(step)

@@ -73,6 +73,7 @@ class ObjectBackend(epath_backend.Backend):
     self._lock = threading.Lock()
     self._own: dict[str, tuple[float, bool]] = {}  # URL -> when this process made it, and whether it is an object
     self._snapshots: dict[str, _Snapshot] = {}
+    self._written: dict[str, dict[str, bytes]] = {}  # claimed URL -> small objects that were written beneath it, by URL
 
   # -- reading
 
@@ -154,6 +155,8 @@ class ObjectBackend(epath_backend.Backend):
     return file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8", write_through=True)
 
   def _fetch(self, url: str) -> bytes:
+    if (written := self._written_around(url)) is not None and url in written:
+      return written[url]
     snapshot, key = self._snapshot_of(url), split_url(url)[2]
     if snapshot is None or snapshot.claimed:
       return requests.fetch(url)
@@ -171,6 +174,10 @@ class ObjectBackend(epath_backend.Backend):
   def _write(self, url: str, content: bytes) -> None:
     requests.store(url, content)
     self._note_own(url, is_object=True)
+    written = self._written_around(url)
+    if written is not None and len(content) <= _KEPT_NBYTES:
+      with self._lock:
+        written[url] = content
 
   def makedirs(self, path: Path, *, exist_ok: bool = False, mode: int | None = None) -> None:
     del mode  # objects have none
@@ -183,7 +190,9 @@ class ObjectBackend(epath_backend.Backend):
   def remove(self, path: Path) -> None:
     url = os.fspath(path)
     snapshot = self._snapshot_of(path)
-    if snapshot is not None and snapshot.claimed and split_url(path)[2] not in snapshot.entries:
+    written = self._written_around(url)
+    claimed_marker = written is not None and url.endswith(COMMIT_MARKER) and url not in written
+    if claimed_marker or (snapshot and snapshot.claimed and split_url(path)[2] not in snapshot.entries):
       raise FileNotFoundError(f"{url}: no such object")
     self._forget(url)
     # A key that is not there is no error to S3; GCS says so.
@@ -210,6 +219,7 @@ class ObjectBackend(epath_backend.Backend):
     source, target = os.fspath(path), os.fspath(dst)
     if not overwrite and epath.Path(target).exists():
       raise FileExistsError(f"{target} exists already")
+    self._forget(target)
     requests.copy(source, target)
     if is_object_store(target):
       self._note_own(target, is_object=True)
@@ -230,13 +240,24 @@ class ObjectBackend(epath_backend.Backend):
 
   @contextlib.contextmanager
   def claim(self, path: Path) -> Iterator[None]:
-    """As `snapshot`, for a path where only this process writes, and through this back end; its writes are added."""
-    self._forget(os.fspath(path).rstrip("/"))  # an earlier claim, or what was written there before it was removed
-    with self._listed(os.fspath(path).rstrip("/"), claimed=True):
-      yield
+    """As `snapshot`, for a path where only this process writes, and through this back end; its writes are added.
+
+    Small objects that it writes are read back without a request until the end of the block.
+    """
+    url = os.fspath(path).rstrip("/")
+    self._forget(url)  # an earlier claim, or what was written there before it was removed
+    with self._listed(url, claimed=True):
+      self._written[url] = {}
+      try:
+        yield
+      finally:
+        self._written.pop(url, None)
 
   def end_claim(self, path: Path) -> None:
-    """Ends claims to what is around `path`: from here on files count that TensorStore or other processes wrote."""
+    """Ends claims to what is around `path`: from here on files count that TensorStore or other processes wrote.
+
+    What this process itself wrote there is still as it wrote it.
+    """
     url = os.fspath(path).rstrip("/")
     with self._lock:
       for root in [r for r, s in self._snapshots.items() if s.claimed and (url == r or url.startswith(r + "/"))]:
@@ -293,8 +314,14 @@ class ObjectBackend(epath_backend.Backend):
         else:
           del self._snapshots[root]  # it does change, after all
 
+  def _written_around(self, url: str) -> dict[str, bytes] | None:
+    return next((objects for root, objects in list(self._written.items()) if url.startswith(root + "/")), None)
+
   def _forget(self, url: str) -> None:
     with self._lock:
+      for objects in self._written.values():
+        for gone in [u for u in objects if u == url or u.startswith(url + "/")]:
+          del objects[gone]
       self._own = {p: made for p, made in self._own.items() if p != url and not p.startswith(url + "/")}
       for root in [r for r in self._snapshots if url == r or url.startswith(r + "/")]:
         del self._snapshots[root]
