@@ -117,6 +117,8 @@ def files_of(item: epath.Path, name: str) -> list[str]:
 
 def _database(directory: epath.Path) -> Iterator[tuple[bytes, str, int]]:
   """The keys of a database, each with the file and the bytes of its value; no file for a value within a node."""
+  if not look.exists(directory / MANIFEST):  # to TensorStore's readers an empty one
+    return
   base = ts.KvStore.open(_base(directory)).result()
   yield from _values(base, ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"], b"")
 
