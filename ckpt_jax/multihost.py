@@ -270,11 +270,15 @@ def free_port() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessWrites:
-  """What one process wrote: its index, the number of chunks, and their bytes as stored."""
+  """What a step has of one process: its index, the number of chunks, and their bytes as stored.
+
+  Of these bytes `unchanged_nbytes` were not written, since an earlier step has them already.
+  """
 
   process: int
   chunks: int
   nbytes: int
+  unchanged_nbytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,11 +300,12 @@ class WriteReport:
 
   def table(self) -> str:
     """The report as plain text."""
-    lines = [f"{'process':>8} {'chunks':>8} {'MB':>10} {'share':>7}"]
-    lines += [
-      f"{p.process:>8} {p.chunks:>8} {p.nbytes / 1e6:>10.2f} {p.nbytes / max(1, self.nbytes):>7.1%}"
-      for p in self.processes
-    ]
+    linked = any(p.unchanged_nbytes for p in self.processes)
+    lines = [f"{'process':>8} {'chunks':>8} {'MB':>10} {'share':>7}" + (f" {'unchanged':>10}" if linked else "")]
+    for p in self.processes:
+      share = p.nbytes / max(1, self.nbytes)
+      lines.append(f"{p.process:>8} {p.chunks:>8} {p.nbytes / 1e6:>10.2f} {share:>7.1%}")
+      lines[-1] += f" {p.unchanged_nbytes / 1e6:>10.2f}" if linked else ""
     return "\n".join([*lines, f"chunks written by more than one process: {len(self.overlaps)}"])
 
 
@@ -312,13 +317,16 @@ def who_wrote(run: str | os.PathLike[str], step: int) -> WriteReport:
   """
   from ckpt_jax.integrity import databases
   from ckpt_jax.layout import contents
+  from ckpt_jax.orbax.format import process_database
   from ckpt_jax.run.steps import run_directory, step_directory
 
   item = contents.item_directory(step_directory(run_directory(run), step))
   writers: dict[str, list[int]] = collections.defaultdict(list)
   writes = []
   for process, chunks in databases.written(item):
-    writes.append(ProcessWrites(process, len(chunks), sum(chunks.values())))
+    linked = databases.linked_keys(item / process_database(process))
+    unchanged = sum(chunks[key] for key in linked & chunks.keys())
+    writes.append(ProcessWrites(process, len(chunks), sum(chunks.values()), unchanged))
     for key in chunks:
       writers[key].append(process)
   if not writes:

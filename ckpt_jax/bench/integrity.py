@@ -24,6 +24,7 @@ from ckpt_jax.integrity.meant import Meant
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.layout.structure import flatten
+from ckpt_jax.layout.unchanged import Round
 from ckpt_jax.save import saver
 
 _SETTLE_S = 10.0  # a file system needs a while to discard the blocks of deleted files
@@ -150,7 +151,13 @@ def _recording(on: bool) -> Iterator[None]:
   original = saver.record_of
 
   def nothing(
-    state: Any, nbytes: int, nonfinite: str, where: str, meant: Meant, copies: HostCopies
+    state: Any,
+    nbytes: int,
+    nonfinite: str,
+    where: str,
+    meant: Meant,
+    copies: HostCopies,
+    unchanged: Round | None = None,
   ) -> record.Recording:
     return record.Recording(fingerprint.Taken(copies=copies), None, meant, False, where, {})
 

@@ -398,6 +398,18 @@ def reshard(
   _emit(reshard(processes, rounds, _progress), output)
 
 
+@bench.command("lora")
+def lora(
+  rounds: Annotated[int, typer.Option(min=1, help="Saves that count, after the first few.")] = 7,
+  directory: Directory = None,
+  output: Output = None,
+) -> None:
+  """Saves of a state of which 1% of the bytes move: bytes written, blocking time, commit; raw Orbax beside."""
+  from ckpt_jax.bench.lora import lora
+
+  _emit(lora(rounds, directory, _progress), output)
+
+
 @bench.command("direct")
 def direct(
   suite: Annotated[str, typer.Option(help="State to save: w1, w2 or w3.")] = "w1",
@@ -433,7 +445,6 @@ def codec(
 
 
 def _numbers(option: str, text: str) -> list[int]:
-  try:
-    return [int(n) for n in text.split(",")]
-  except ValueError:
-    raise ConfigError(f"{option}: expected numbers with commas between, got {text!r}") from None
+  if not all(n.strip().isdecimal() for n in text.split(",")):
+    raise ConfigError(f"{option}: expected numbers with commas between, got {text!r}")
+  return [int(n) for n in text.split(",")]

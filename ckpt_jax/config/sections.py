@@ -14,6 +14,7 @@ from ckpt_jax.config.units import (
   AutoOrBytes,
   AutoOrCount,
   AutoOrDuration,
+  AutoOrOff,
   Bytes,
   Compression,
   Count,
@@ -201,6 +202,7 @@ class LayoutConfig(_Section):
     min_slice_for_replica_parallel: bytes below which such a part is not worth a request of its own.
     reshard: cuts what a process writes across its rows too, so that a restore onto an orthogonal mesh (rows ->
       columns) reads little more than it needs.
+    unchanged: leaves that are bit for bit as in the step before are not written again; see docs/format.md.
   """
 
   compression: Compression = "auto"
@@ -210,6 +212,7 @@ class LayoutConfig(_Section):
   replica_parallel: Switch = "auto"
   min_slice_for_replica_parallel: AutoOrBytes = "auto"
   reshard: Switch = "auto"
+  unchanged: AutoOrOff = "auto"
 
 
 class LimitsConfig(_Section):

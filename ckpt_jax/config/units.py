@@ -229,6 +229,7 @@ AutoOrBytes = Annotated[int | Literal["auto"], _or("auto", parse_bytes)]
 AutoOrDuration = Annotated[float | Literal["auto"], _or("auto", parse_duration)]
 AutoOrCount = Annotated[int | Literal["auto"], _or("auto", _whole(1))]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(_switch)]
 _CODECS = ("off", "zstd", "shuffled")
 Compression = Annotated[
   Literal["auto", "on", "off", "zstd", "shuffled"] | dict[str, Literal["off", "zstd", "shuffled"]],

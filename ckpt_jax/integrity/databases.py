@@ -13,6 +13,7 @@ from etils import epath
 
 from ckpt_jax.errors import StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
+from ckpt_jax.layout.homes import read_homes
 from ckpt_jax.layout.keys import ARRAY_FILES
 from ckpt_jax.orbax.format import MANIFEST, VALUES, is_process_database, process_database
 from ckpt_jax.storage import look
@@ -108,11 +109,22 @@ def files_of(item: epath.Path, name: str) -> list[str]:
   """
   if not (item / MANIFEST).exists():
     return [name] if (item / name).exists() else []
-  prefix = (name if name.endswith("/") else f"{name}/").encode()
+  prefix = name if name.endswith("/") else f"{name}/"
   try:
-    return sorted({file for key, file, _ in _database(item) if file and key.startswith(prefix)})
+    return sorted({file for key, file in files_by_key(item).items() if key.startswith(prefix)})
   except Exception:  # any damage that hides it
     return []
+
+
+def files_by_key(item: epath.Path) -> dict[str, str]:
+  """The file, relative to the item, of each key of its database but for small values, which are in its nodes."""
+  return {key.decode(): file for key, file, _ in _database(item) if file}
+
+
+def linked_keys(database: epath.Path) -> set[str]:
+  """The keys in the database of a process that it did not write, since an earlier step had them already."""
+  linked = tuple(f"{name}/" for name, home in read_homes(database).items() if home.saves > 1)
+  return {key for key, file in files_by_key(database).items() if file.startswith(linked)} if linked else set()
 
 
 def _database(directory: epath.Path) -> Iterator[tuple[bytes, str, int]]:

@@ -96,6 +96,7 @@ class Taken:
     summed: tallies that are known already.
     own: dtype, shape and hash of each leaf that every process of a job has for itself; empty in one process.
     copies: in host memory, for the writing of the same arrays.
+    health: of what this process has of each leaf, if it was looked at before.
   """
 
   leaves: dict[str, Leaf] = dataclasses.field(default_factory=dict)
@@ -103,6 +104,16 @@ class Taken:
   summed: dict[str, Tally] = dataclasses.field(default_factory=dict)
   own: dict[str, str] = dataclasses.field(default_factory=dict)
   copies: HostCopies = dataclasses.field(default_factory=HostCopies)
+  health: Mapping[str, Tally] = dataclasses.field(default_factory=dict)
+
+  def of(self, paths: Collection[str]) -> Taken:
+    """Those of some leaves."""
+    return dataclasses.replace(
+      self,
+      leaves={path: self.leaves[path] for path in paths},
+      pieces={path: self.pieces[path] for path in paths if path in self.pieces},
+      summed={path: self.summed[path] for path in paths if path in self.summed},
+    )
 
   def tallies(
     self,

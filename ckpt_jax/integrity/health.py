@@ -101,7 +101,7 @@ def from_tallies(tallies: Mapping[str, Tally]) -> Health:
 
 def before_save(taken: Taken) -> Health:
   """The health of a state that is about to be saved, on every process. All processes call it alike."""
-  tallies = taken.tallies(2, fingerprint=False, last=taken.copies.in_turn)
+  taken.health = tallies = taken.tallies(2, fingerprint=False, last=taken.copies.in_turn)
   if jax.process_count() == 1:
     return from_tallies(tallies)
   rows = [[t.nonfinite, t.nan, t.squares] for t in tallies.values()]

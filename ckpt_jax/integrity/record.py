@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, UnhealthyStateError
-from ckpt_jax.integrity import databases
+from ckpt_jax.integrity import databases, proofs
 from ckpt_jax.integrity import health as health_checks
 from ckpt_jax.integrity.fingerprint import LeafPrint, Taken, take
 from ckpt_jax.integrity.health import Health
@@ -35,6 +35,7 @@ from ckpt_jax.layout.handler import PyTreeHandler
 from ckpt_jax.layout.keys import PACK_INDEX
 from ckpt_jax.layout.staging import HostCopies, has_accelerators
 from ckpt_jax.layout.structure import Flat, flatten
+from ckpt_jax.layout.unchanged import Round, nothing_unchanged
 from ckpt_jax.orbax.format import ARRAY_METADATAS, DEFAULT_ITEM, ITEM_METADATA, SHARDINGS, STEP_METADATA, TEXTS
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.checksums import FILE_KEY, is_intact_file, with_file_digest
@@ -65,6 +66,7 @@ class Recording:
     writes: whether this process writes arrays, which must be in storage when the step is committed.
     part: what this process contributes: sums and hashes by path, its own leaves, `writes`; empty until summed.
     prints_json: the fingerprints of all processes as they are written; empty until complete.
+    unchanged: what the save learns of leaves that have not changed.
     written: called on process 0 once all processes have written their parts of the step, right before the commit.
   """
 
@@ -74,6 +76,7 @@ class Recording:
   refuse: bool
   where: str
   health_told: dict[str, bool]
+  unchanged: Round = dataclasses.field(default_factory=nothing_unchanged)
   writes: bool = False
   part: dict[str, Any] = dataclasses.field(default_factory=dict)
   prints_json: str = ""
@@ -87,8 +90,9 @@ class Recording:
       UnhealthyStateError: see `complete`.
     """
     try:
-      tallies = self.taken.tallies(self.threads, health=self.health is None, last=True)
+      tallies = proofs.tallies(self.taken, self.unchanged, self.threads, health=self.health is None)
     except BaseException as e:
+      self.unchanged.give_up()
       self.taken.copies.ring.close(e)  # what writes the state must not wait for it to be summed
       raise
     self.taken.pieces.clear()  # the state's buffers are free again
@@ -174,7 +178,13 @@ class Recording:
 
 
 def record_of(
-  state: Any | Flat, nbytes: int, nonfinite: str, where: str, meant: Meant, copies: HostCopies
+  state: Any | Flat,
+  nbytes: int,
+  nonfinite: str,
+  where: str,
+  meant: Meant,
+  copies: HostCopies,
+  unchanged: Round | None = None,
 ) -> Recording:
   """The record of a state that is about to be saved. All processes call it alike.
 
@@ -185,6 +195,7 @@ def record_of(
     where: run and step, for messages.
     meant: the non-finite numbers that are meant to be there.
     copies: in which the state is staged.
+    unchanged: which leaves have not changed, as far as it is known.
 
   Raises:
     UnhealthyStateError: if the state is found to be unhealthy before the save and `nonfinite` is `refuse`.
@@ -195,6 +206,10 @@ def record_of(
   if before and copies.in_turn:  # what does not fit into host memory is read twice
     known = health_checks.before_save(take(flat, copies.again(copies.ring.limit)))
   taken = take(flat, copies)
+  unchanged = nothing_unchanged() if unchanged is None else unchanged
+  taken.summed |= unchanged.held
+  for path in unchanged.held:
+    taken.pieces[path] = []
   if before and known is None:
     known = health_checks.before_save(taken)
   if known is not None:
@@ -205,7 +220,7 @@ def record_of(
       _log.warning("%s is tagged unhealthy: non-finite numbers in %s", where, ", ".join(known.unexpected[:10]))
   # If it is not known yet, it will be before the commit, and an unhealthy state is not committed.
   reported = {} if nonfinite == "ignore" else {"healthy": known is None or known.healthy}
-  return Recording(taken, known, meant, nonfinite == "refuse", where, reported)
+  return Recording(taken, known, meant, nonfinite == "refuse", where, reported, unchanged)
 
 
 @dataclasses.dataclass
@@ -229,7 +244,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
   async def async_save(self, directory: epath.Path, args: RecordedSave) -> list[ocp.future.Future]:  # type: ignore[override]
     """See Orbax's; sums the state in the background, once enough of the arrays is queued."""
     self._recording = args.recording
-    self._inner.copies = args.recording.taken.copies
+    self._inner.copies, self._inner.unchanged = args.recording.taken.copies, args.recording.unchanged
     futures = await self._inner.async_save(directory, args=args.args)
     args.recording.taken.copies.settled()
     args.recording.writes = self._inner.writes

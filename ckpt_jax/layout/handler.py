@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ from etils import epath
 from ckpt_jax.config import Config, LayoutConfig
 from ckpt_jax.layout import codec, packing, shares, writing
 from ckpt_jax.layout.encoding import is_prng_key
-from ckpt_jax.layout.ring import Ring, Values
+from ckpt_jax.layout.ring import Ring
 from ckpt_jax.layout.splitting import Small, split
 from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.layout.text import TextHandler
+from ckpt_jax.layout.unchanged import Round, nothing_unchanged
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import SHARDINGS, VALUES, process_database
 from ckpt_jax.storage.page_cache import write_behind
@@ -56,11 +58,13 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
 
   Attributes:
     copies: of the arrays of the next state, as far as they were started before.
+    unchanged: which leaves of it need not be written.
   """
 
   def __init__(self, arrays: ArrayHandler, *, pack: bool, **options: Any):
     super().__init__(**options)
     self.copies = HostCopies(arrays.limits)
+    self.unchanged = nothing_unchanged()
     self._arrays = arrays
     self._pack = pack
     self._small: Small | None = None
@@ -78,8 +82,8 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
       rest, packed, self._small = parts
       args = dataclasses.replace(args, item=rest)
     self._has_arrays = any(not isinstance(leaf, str) for leaf in jax.tree.leaves(args.item))
-    self._arrays.prepare(packed, self._small, self.copies)
-    self.copies = HostCopies(self._arrays.limits)
+    self._arrays.prepare(packed, self._small, self.copies, self.unchanged)
+    self.copies, self.unchanged = HostCopies(self._arrays.limits), nothing_unchanged()
     return await super().async_save(directory, item, save_args, args)
 
   @property
@@ -128,16 +132,17 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     self.writes = False
     self.writer: writing.Writer | None = None
     self._memory = writing.SlabMemory()
-    self.prepare([], None, HostCopies())
+    self.prepare([], None, HostCopies(), nothing_unchanged())
 
-  def prepare(self, packed: Sequence[jax.Array], small: Small | None, copies: HostCopies) -> None:
+  def prepare(self, packed: Sequence[jax.Array], small: Small | None, copies: HostCopies, unchanged: Round) -> None:
     """Says what belongs to the next call of `serialize` and Orbax does not pass on.
 
     Args:
       packed, small: arrays that go into a slab, and their places.
       copies: of the arrays, as far as they were started before.
+      unchanged: which of them need not be written.
     """
-    self._packed, self._small, self._copies = packed, small, copies
+    self._packed, self._small, self._copies, self._unchanged = packed, small, copies, unchanged
     self.writes, self.writer = False, None
 
   async def serialize(
@@ -156,12 +161,13 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       5. Each array has the codec of its kind (`codec`), where Orbax knows zstd or none, for all.
       6. The shardings and the array metadata are each written as one file in one go.
       7. With `limits.file_io: direct` what is written leaves the page cache meanwhile (`storage.page_cache`).
-      8. A failed write is waited for before the error is raised: nothing is written once a save counts as ended.
+      8. Arrays that have not changed since the last step are not written again (`unchanged`).
+      9. A failed write is waited for before the error is raised: nothing is written once a save counts as ended.
     Items without OCDBT and casts go through Orbax's.
     """
     args = args or [ocp.SaveArgs()] * len(values)
-    packed, small, copies = self._packed, self._small, self._copies
-    self.prepare([], None, HostCopies())
+    packed, small, copies, unchanged = self._packed, self._small, self._copies, self._unchanged
+    self.prepare([], None, HostCopies(), nothing_unchanged())
     private.check_input_arguments(values, infos, args)
     if self._chunk_nbytes is not None:
       args = [
@@ -176,6 +182,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     written = writing.on_host(arrays, infos, args, copies, self._compression)
     pieces = writing.small_on_host(shares.slices(packed, shares.WHOLE), copies) if small else []
     copies.settled()
+    unchanged.named([info.name for info in infos], values)
+    unchanged.written = written if jax.process_count() > 1 else ()
     self.writes = any(array.pieces for array in written) or bool(small and small.slab.nbytes)
     if copies.in_turn:
       written.sort(key=lambda array: array.turn)
@@ -191,9 +199,11 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       process=jax.process_index(),
       compressed=bool(first.use_compression),
       memory=self._memory,
+      direct=self._direct,
     )
     shardings = {info.name: array.sharding for info, array in zip(infos, arrays, strict=True)}
-    save = self._write(self.writer, copies.ring, written, pieces, small, shardings, impls)
+    write = functools.partial(unchanged.write, self.writer, written, small.slab if small else None, pieces)
+    save = self._write(self.writer, copies.ring, write, written, small, shardings, impls)
     return [ocp.future.CommitFutureAwaitingContractedSignals(save, name="ckpt_jax_arrays")]
 
   def behind(self, item: epath.Path) -> contextlib.AbstractContextManager[None]:
@@ -206,8 +216,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     self,
     writer: writing.Writer,
     ring: Ring,
+    write: Callable[[epath.Path], None],
     written: Sequence[writing.Written],
-    pieces: Sequence[Values],
     small: Small | None,
     shardings: Mapping[str, jax.sharding.Sharding],
     impls: dict[str, str],
@@ -217,13 +227,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     for array in written:  # waiting for each costs 12 us in Python 3.11
       array.info.parent_dir = item
     chunks = [writer.chunk_shape(array) for array in written]
-    slab = small.slab if small else None
-
-    def write() -> None:
-      with self.behind(item):
-        writer.write(written, slab, pieces, process)
-
-    bulk = asyncio.ensure_future(asyncio.to_thread(write))
+    bulk = asyncio.ensure_future(asyncio.to_thread(write, item))
     try:
       await asyncio.to_thread(writer.queued.wait, _QUEUE_S)  # see PyTreeHandler.wait_until_queued
       if small is not None:

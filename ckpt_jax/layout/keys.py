@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 PACK_INDEX = "ckpt_jax_pack.json"  # in an item: where its packed arrays are
 ARRAY_FILES = frozenset({".zarray", ".zattrs", ".zgroup", "zarr.json"})  # beside the chunks of an array
 SLABS = "ckpt_jax.slab."  # and the number of the process
+UNCHANGED = "unchanged."  # and a number: a database of leaves that do not change, inside that of a process
 
 
 def prefix(name: str) -> str:

@@ -89,6 +89,44 @@ class Copy(Values):
     self._ring.release(self, self._wave)
 
 
+class Late(Values):
+  """A piece that is copied only if somebody asks for it, and that may be gone then."""
+
+  def __init__(self, ring: Ring, source: jax.Array, cut: Cut | None, nbytes: int):
+    self._source: jax.Array | None = source
+    self._cut = cut
+    self._nbytes = nbytes
+    self._ring = ring
+    self._copy: Copy | None = None
+
+  def __call__(self) -> np.ndarray:
+    """See `Values`.
+
+    Raises:
+      CheckpointError: if the array was donated meanwhile.
+    """
+    if self._copy is None:
+      assert self._source is not None
+      try:
+        self._copy = self._ring.add(self._source, self._cut, self._nbytes)
+        self._copy.begin()
+        self._ring.start()
+      except Exception:
+        if not self._source.is_deleted():
+          raise
+        raise CheckpointError(
+          "it has not changed, so that it was not copied; what is in storage of it cannot be used, and training has "
+          "donated the array by now; the next save writes it",
+          topic="save-failed",
+        ) from None
+    return self._copy()
+
+  def done(self) -> None:
+    self._source = None
+    if self._copy is not None:
+      self._copy.done()
+
+
 class Part(Values):
   """A part of a piece."""
 

@@ -25,7 +25,7 @@ from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.link import PINNED, has_pinned, known_link, pageable
-from ckpt_jax.layout.ring import Copy, Cut, Part, Ring, Values
+from ckpt_jax.layout.ring import Copy, Cut, Late, Part, Ring, Values
 from ckpt_jax.layout.sharding import Box, box_of, one_device, shape_of, split_box, whole_box
 from ckpt_jax.layout.shares import Limits, Slices, slices
 
@@ -100,6 +100,7 @@ class HostCopies:
     ring: what brings the copies.
     in_turn: whether they have to be read wave by wave, see `ring`.
     by_piece: whether what is written is what should be summed, since other values would be copied for the sums alone.
+    held: arrays, by id, of which what is in storage suffices: nothing is copied unless somebody asks for the values.
   """
 
   def __init__(self, limits: Limits | None = None, limit: int | None = None):
@@ -114,6 +115,7 @@ class HostCopies:
     self.ring = Ring(_send_views if self._on_cpu else _send, limit)
     self.in_turn = limit is not None
     self.by_piece = self.in_turn or not self._on_cpu
+    self.held: dict[int, jax.Array] = {}
     self._plans: dict[int, tuple[jax.Array, Slices]] = {}
     self._pieces: dict[int, tuple[jax.Array, Pieces]] = {}
     self._whole: dict[int, tuple[jax.Array, Values]] = {}  # of single-device arrays
@@ -141,10 +143,14 @@ class HostCopies:
     self._divide([x for x in several if x.size > 0 and not is_prng_key(x)], beside)
 
   def nbytes(self, leaves: Sequence[Any]) -> int:
-    """Bytes of what this process saves of jax arrays."""
-    arrays = _arrays(leaves)
+    """Bytes of what this process copies of jax arrays."""
+    arrays = [x for x in _arrays(leaves) if id(x) not in self.held]
     plans = self._planned(arrays)
     return sum(_size(box) * x.dtype.itemsize for x, plan in zip(arrays, plans, strict=True) for box, _, _ in plan.parts)
+
+  def boxes(self, array: jax.Array) -> tuple[Box, ...]:
+    """What this process saves of an array."""
+    return tuple([box for box, _, _ in self._planned([array])[0].parts])
 
   def stage(self, leaves: Sequence[Any]) -> None:
     """Starts to copy what this process saves of jax arrays: all of it, or what fits into the ring.
@@ -155,7 +161,9 @@ class HostCopies:
     if not self.by_piece:
       return
     arrays = [
-      x for x in _arrays(leaves) if id(x) not in self._pieces and (self._on_cpu or belongs_to_accelerators(x.sharding))
+      x
+      for x in _arrays(leaves)
+      if not (id(x) in self._pieces or id(x) in self.held) and (self._on_cpu or belongs_to_accelerators(x.sharding))
     ]
     for array, plan in zip(arrays, self._planned(arrays), strict=True):
       self._pieces.setdefault(id(array), (array, self._queued(array, plan)))
@@ -163,6 +171,10 @@ class HostCopies:
 
   def pieces(self, array: jax.Array) -> Pieces:
     """What this process saves of an array, for one more reader, who says `Values.done` of each piece."""
+    if id(array) in self.held:
+      plan, itemsize = self._planned([array])[0], array.dtype.itemsize
+      late = [(box, Late(self.ring, shard, cut, _size(box) * itemsize)) for box, shard, cut in plan.parts]
+      return Pieces(plan.chunks, plan.whole, tuple(late))
     if self.by_piece and array.size and (self._on_cpu or belongs_to_accelerators(array.sharding)):
       if id(array) not in self._pieces:
         self.stage([array])
@@ -190,7 +202,7 @@ class HostCopies:
   def settled(self) -> None:
     """Forgets the arrays: all readers have their pieces, and what nobody will read makes room."""
     self.ring.settled()
-    for known in (self._plans, self._pieces, self._whole):
+    for known in (self._plans, self._pieces, self._whole, self.held):
       known.clear()
 
   def _divide(self, several: Sequence[jax.Array], beside: int = 0) -> None:

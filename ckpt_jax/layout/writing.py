@@ -7,11 +7,13 @@ a process are opened through one key-value store and their writes queued, under 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +31,8 @@ from ckpt_jax.layout.sharding import Box, one_device, shape_of, whole_box, withi
 from ckpt_jax.layout.shares import Slices
 from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.orbax import private
+from ckpt_jax.orbax.format import VALUES
+from ckpt_jax.storage.page_cache import write_behind
 
 # Bytes in flight before other threads may have Python: they keep a disk of 1 GB/s busy for 50 ms.
 _AHEAD_NBYTES = 48 * 2**20
@@ -139,6 +143,7 @@ class Writer:
     process: int | None = None,
     compressed: bool = False,
     memory: SlabMemory | None = None,
+    direct: bool = False,
   ):
     """Opens nothing yet.
 
@@ -149,6 +154,7 @@ class Writer:
         into which those of the processes are merged.
       compressed: whether slabs are, by zstd.
       memory: buffers for the chunks of slabs.
+      direct: whether what is written leaves the page cache meanwhile.
     """
     self.stop = threading.Event()
     self.queued = threading.Event()
@@ -157,6 +163,7 @@ class Writer:
     self._process = process
     self._compressed = compressed
     self._memory = memory or SlabMemory()
+    self._direct = direct
     self._specs: dict[Any, dict[str, Any]] = {}
     self._kvstore: dict[str, Any] = {}
     self._flying: collections.deque[tuple[int, Any, str, Callable[[], None] | None]] = collections.deque()
@@ -183,6 +190,32 @@ class Writer:
       self._specs[key] = spec
     return spec
 
+  def nested(self, name: str) -> Writer:
+    """Writes into a database of its own inside the directory of this one, whose arrays are this one's by `refer`."""
+    other = Writer(self._context, self._window, process=self._process, direct=self._direct)
+    other.stop, other._specs, other._kvstore = self.stop, self._specs, _inside(self._kvstore, name)
+    return other
+
+  def files(self) -> list[str]:
+    """The files of the database."""
+    base = ts.KvStore.open(self._kvstore["base"], context=self._context).result()
+    return [key.decode() for key in base.list().result()]
+
+  def refer(self, nested: Writer, names: Collection[str] | None = None) -> None:
+    """Takes over arrays of a nested database: references to their values, not the values.
+
+    Args:
+      nested: see `nested`.
+      names: of the arrays; None for all.
+    """
+    of, to = (ts.KvStore.open(writer._kvstore, context=self._context).result() for writer in (nested, self))
+    transaction = ts.Transaction(atomic=True)
+    keys = [None] if names is None else [prefix(name) for name in sorted(names)]
+    for key in keys:  # "0" is the character after "/"
+      only = None if key is None else ts.KvStore.KeyRange(key, f"{key[:-1]}0")
+      of.experimental_copy_range_to(to.with_transaction(transaction), source_range=only).result()
+    transaction.commit_async().result()
+
   def chunk_shape(self, array: Written) -> tuple[int, ...]:
     """The shape of the chunks in which an array is stored."""
     return codec.chunk_shape(self.spec(array)["metadata"])
@@ -205,6 +238,18 @@ class Writer:
       ValueError: naming the array that could not be written.
       CheckpointError: if `stop` was set.
     """
+    with self._written_behind(arrays):
+      self._write(arrays, slab, pieces, number)
+
+  def _written_behind(self, arrays: Sequence[Written]) -> contextlib.AbstractContextManager[None]:
+    for array in arrays[:1]:
+      self.spec(array)
+    place = self._kvstore.get("base", {})
+    if not self._direct or place.get("driver") != "file":
+      return contextlib.nullcontext()
+    return write_behind(os.path.join(place["path"], VALUES))
+
+  def _write(self, arrays: Sequence[Written], slab: packing.Slab | None, pieces: Sequence[Values], number: int) -> None:
     transaction = ts.Transaction(atomic=True) if self._window is None else None
     common: dict[str, Any] = {"context": self._context, "transaction": transaction, "open": True}
     create = self._process in (0, None)
@@ -314,6 +359,12 @@ class SlabMemory:
   def give(self, chunk: np.ndarray) -> None:
     """Takes the buffer of a written chunk back."""
     self._free.append(chunk)
+
+
+def _inside(kvstore: dict[str, Any], name: str) -> dict[str, Any]:
+  """The spec of a database in a directory inside that of another one."""
+  places = {key: kvstore[key] for key in ("base", "manifest") if key in kvstore}
+  return kvstore | {key: place | {"path": f"{place['path'].rstrip('/')}/{name}/"} for key, place in places.items()}
 
 
 def fresh(nbytes: int) -> np.ndarray:

@@ -154,6 +154,8 @@ def _sizes(facts: Facts) -> str:
     "state": [(s.step, float(s.nbytes)) for s in facts.saves],
     "stored": [(s.step, float(s.stored_nbytes)) for s in facts.saves if s.stored_nbytes],
   }
+  if any(s.unchanged_nbytes for s in facts.saves):
+    curves["written"] = [(s.step, float(s.nbytes - s.unchanged_nbytes)) for s in facts.saves]
   if not facts.saves:
     curves = {"in storage": [(s.step, float(s.nbytes)) for s in facts.steps]}
   return section("Size of the steps", chart(curves, lambda n: size_text(int(n)), lambda s: f"step {s:,.0f}"))

@@ -1,6 +1,7 @@
 """Copies leaves of a saved state bit for bit, chunk by chunk, without decoding them.
 
-Works on the OCDBT databases that Orbax writes by default, in memory for a few chunks.
+Works on the OCDBT databases that Orbax writes by default, in memory for a few chunks. What several steps share stays
+shared.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import base64
 import collections
 import concurrent.futures
+import contextlib
 import json
 import zlib
 from collections.abc import Callable, Collection
@@ -16,8 +18,9 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
+from ckpt_jax.integrity.databases import files_by_key
 from ckpt_jax.layout import text
-from ckpt_jax.layout.keys import owner
+from ckpt_jax.layout.keys import UNCHANGED, owner, prefix
 from ckpt_jax.orbax.format import (
   ARRAY_METADATAS,
   COMMIT_MARKER,
@@ -30,6 +33,7 @@ from ckpt_jax.orbax.format import (
 )
 from ckpt_jax.storage import look
 from ckpt_jax.storage.clients import kvstore_spec
+from ckpt_jax.storage.clone import CloneError, clone, files_beneath, stamp
 
 _AT_ONCE = 4
 _BATCH_NBYTES = 256 * 2**20  # of a transaction, which holds what it writes
@@ -118,14 +122,15 @@ def _copy_descriptions(source: epath.Path, target: epath.Path, names: set[tuple[
 def _copy_chunks(source: epath.Path, target: epath.Path, stored: set[str], pause: Callable[[], None]) -> None:
   import tensorstore as ts
 
-  def database(item: epath.Path) -> ts.KvStore:
+  def database(item: epath.Path, context: Any = None) -> ts.KvStore:
     spec = {"driver": "ocdbt", "base": kvstore_spec(str(item).rstrip("/") + "/")}
     # As Orbax configures its databases.
     config = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
-    return ts.KvStore.open(spec if item is source else spec | {"config": config}).result()
+    return ts.KvStore.open(spec if item is source else spec | {"config": config}, context=context).result()
 
   old, new = database(source), database(target)
-  keys = [key for key in old.list().result() if owner(key.decode(), stored) is not None]
+  linked = _link_homes(source, target, stored, database)
+  keys = [key for key in old.list().result() if key not in linked and owner(key.decode(), stored) is not None]
   sums: dict[bytes, tuple[int, int]] = {}
   written = ts.Transaction()
   held = 0
@@ -155,3 +160,38 @@ def _copy_chunks(source: epath.Path, target: epath.Path, stored: set[str], pause
       pause()
       if bad is not None:
         raise CorruptCheckpointError(f"{target}: {bad.decode()} reads back differently from what was copied")
+
+
+def _link_homes(
+  source: epath.Path, target: epath.Path, stored: set[str], database: Callable[[epath.Path, Any], Any]
+) -> set[bytes]:
+  """Takes over leaves that do not change (see `layout.unchanged`) with the files of their homes; returns their keys.
+
+  Their bytes are in other steps too, so that a copy would take more room than the step that it replaces. A home of
+  which fewer than half of the leaves are wanted is left out.
+  """
+  import tensorstore as ts
+
+  homes: dict[str, dict[str, str | None]] = collections.defaultdict(dict)  # directory -> key -> leaf
+  for key, file in files_by_key(source).items():
+    parts = file.split("/")
+    if (at := next((i for i, part in enumerate(parts) if part.startswith(UNCHANGED)), None)) is not None:
+      homes["/".join(parts[: at + 1])][key] = owner(key, stored)
+  found: set[bytes] = set()
+  for number, (directory, keys) in enumerate(homes.items(), 1):
+    leaves = {leaf for leaf in keys.values() if leaf}
+    if 2 * sum(leaf is not None for leaf in keys.values()) < len(keys):
+      continue
+    home, there = source / directory, target / f"{UNCHANGED}{number}"
+    try:
+      clone(home, there, {name: stamp(home / name) for name in files_beneath(home)})
+    except CloneError:
+      with contextlib.suppress(FileNotFoundError):
+        there.rmtree()
+      continue
+    context = ts.Context()  # references are taken over within one alone
+    for leaf in sorted(leaves):  # "0" is the character after "/"
+      only = ts.KvStore.KeyRange(prefix(leaf), f"{prefix(leaf)[:-1]}0")
+      database(there, context).experimental_copy_range_to(database(target, context), source_range=only).result()
+    found |= {key.encode() for key, leaf in keys.items() if leaf}
+  return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Collection
 
 from etils import epath
@@ -16,6 +17,8 @@ from ckpt_jax.run.deletion import StepDeleter
 from ckpt_jax.run.events import Deletion
 from ckpt_jax.run.journal import record
 from ckpt_jax.run.steps import DELETING, StepInfo, list_steps, noted_steps, step_path
+from ckpt_jax.storage.space import shared_nbytes
+from ckpt_jax.storage.urls import is_object_store
 
 _TIMEOUT_S = 24 * 3600.0  # after Ctrl-C the marks stay, and the next prune continues
 
@@ -32,6 +35,8 @@ class Pruning:
     over_budget: steps that only the budget deletes.
     thinned: steps that stay, but lose the leaves that `thin` does not keep, and their bytes afterwards.
     notes: warnings, e.g. that the budget cannot be met.
+    shared: bytes that the steps have together, counted once too often for each further step that has them.
+    staying: the part of the removed steps that others have too, so that deleting frees nothing.
   """
 
   directory: epath.Path
@@ -41,6 +46,8 @@ class Pruning:
   over_budget: frozenset[int]
   thinned: dict[int, int]
   notes: tuple[str, ...]
+  shared: int = 0
+  staying: int = 0
 
   @property
   def removed(self) -> list[int]:
@@ -50,12 +57,13 @@ class Pruning:
   @property
   def kept_nbytes(self) -> int:
     """Bytes of all steps afterwards."""
-    return sum(s.nbytes for s in self.steps) - self.freed_nbytes()
+    return max(0, sum(s.nbytes for s in self.steps) - self.shared - self.freed_nbytes())
 
   def freed_nbytes(self, without: Collection[int] = ()) -> int:
     """Bytes that deleting and thinning free, if the steps `without` stay as they are."""
     after = dict.fromkeys(self.removed, 0) | self.thinned
-    return sum(s.nbytes - after[s.step] for s in self.steps if s.step in after and s.step not in without)
+    gone = sum(s.nbytes - after[s.step] for s in self.steps if s.step in after and s.step not in without)
+    return max(0, gone - self.staying)
 
   def carry_out(self, on_progress: OnProgress | None = None) -> tuple[list[int], dict[int, str]]:
     """Deletes and thins; finishes what an earlier prune was stopped at.
@@ -104,4 +112,10 @@ def plan_pruning(directory: epath.Path, rules: Retention) -> Pruning:
       if nbytes[step] not in seen:
         seen[nbytes[step]] = thinned_nbytes(step_path(directory, step), rules.thin.keep)
       thinned[step] = seen[nbytes[step]]
-  return Pruning(directory, rules, steps, decided.reasons, decided.over_budget, thinned, decided.notes)
+  found = Pruning(directory, rules, steps, decided.reasons, decided.over_budget, thinned, decided.notes)
+  if is_object_store(directory):  # whose copies are no links
+    return found
+  shared, staying = (
+    shared_nbytes(os.fspath(step_path(directory, step)) for step in some) for some in (nbytes, found.removed)
+  )
+  return dataclasses.replace(found, shared=shared, staying=staying)

@@ -40,6 +40,7 @@ class ProcessCost(NamedTuple):
     snapshot_s: the part of them in which Orbax copied the state's shards to host memory.
     write_s: seconds from the return of `save` until this process had written its part.
     requests, retries, nbytes_written: see `storage.traffic`.
+    nbytes_unchanged: bytes that it did not write, since they are in a step that has them already.
   """
 
   process: int
@@ -49,6 +50,7 @@ class ProcessCost(NamedTuple):
   requests: int
   retries: int
   nbytes_written: int
+  nbytes_unchanged: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ class Save(Event):
 
   Attributes:
     step, nbytes: the step, and bytes of its state.
+    unchanged_nbytes: the part of it that was not written, since it is in the step before; see docs/format.md.
     files, stored_nbytes: files of the step and their bytes; None where asking for them would cost requests.
     blocking_s, waited_s, background_s: as in `SaveRecord`, of process 0.
     commit_s: seconds from the last write of all processes to the commit.
@@ -88,6 +91,7 @@ class Save(Event):
   kind: Literal["save"] = "save"
   step: int
   nbytes: int = 0
+  unchanged_nbytes: int = 0
   files: int | None = None
   stored_nbytes: int | None = None
   blocking_s: float = 0.0

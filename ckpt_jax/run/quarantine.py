@@ -25,6 +25,7 @@ from ckpt_jax.orbax.format import ARRAY_METADATAS, COMMIT_MARKER, MANIFEST, VALU
 from ckpt_jax.run.notes import ASIDE, NOTES, note_of, noted_steps, read_note, write_note
 from ckpt_jax.run.steps import counts, is_step, naming_in, step_path, uncounted_steps
 from ckpt_jax.storage import look
+from ckpt_jax.storage.clone import doubt_links
 from ckpt_jax.storage.objects import BACKEND
 from ckpt_jax.storage.paths import literal
 from ckpt_jax.storage.urls import is_object_store
@@ -77,11 +78,19 @@ def put_aside(directory: epath.Path, steps: Collection[int], kind: str, reasons:
         write_note(note_of(directory, ASIDE, step), note)
       else:
         place = _new_place(directory, step, kind)
+        if kind == QUARANTINE:
+          doubt_links(os.fspath(step_path(directory, step)))
         move_step(step_path(directory, step), place)
         with contextlib.suppress(OSError):
           write_note(_note_beside(place), note)
     except OSError as e:
       raise StorageError(f"{directory}: step {step} cannot be put into {kind}: {e.strerror or e}") from e
+
+
+def is_put_aside(step_dir: epath.Path) -> bool:
+  """Whether a step of a bucket is still in its place, but no longer counts; on a disk it would have been renamed."""
+  run = step_dir.parent
+  return is_object_store(run) and naming_in(run).step(step_dir.name) in noted_steps(run, ASIDE)
 
 
 def vacate(directory: epath.Path, step: int) -> None:

@@ -98,7 +98,7 @@ class Admission:
 
     Args:
       step: the step to be saved.
-      nbytes, leaves: bytes and number of its arrays.
+      nbytes, leaves: bytes of its arrays that are expected to be written, and their number.
       compressed: whether they will take less space than that.
 
     Returns:

@@ -22,7 +22,7 @@ from ckpt_jax.run.journal import Journal
 from ckpt_jax.run.steps import StepInfo, step_path
 from ckpt_jax.save.retention import LiveRetention
 from ckpt_jax.save.write import SaveRecord
-from ckpt_jax.storage.space import count_files, free_bytes, tree_nbytes
+from ckpt_jax.storage.space import count_files, free_bytes, own_nbytes
 from ckpt_jax.storage.urls import is_object_store
 from ckpt_jax.tuning.plan import Plan
 
@@ -64,10 +64,11 @@ class AfterCommit:
     """A save is committed, and its cost is known; `health` is called when the state has been looked at."""
     assert record.background_s is not None
     _log.info(
-      "%s: step %d is committed: %s in %.2f s (%s/s) in the background, training waited %.2f s",
+      "%s: step %d is committed: %s%s in %.2f s (%s/s) in the background, training waited %.2f s",
       self._directory,
       record.step,
       size_text(record.nbytes),
+      f", {size_text(record.unchanged_nbytes)} of it unchanged," if record.unchanged_nbytes else "",
       record.background_s,
       size_text(record.nbytes / max(record.background_s, 1e-3)),
       record.blocking_s,
@@ -91,6 +92,7 @@ class AfterCommit:
       time=now,
       step=record.step,
       nbytes=record.nbytes,
+      unchanged_nbytes=record.unchanged_nbytes,
       files=files,
       stored_nbytes=stored,
       blocking_s=record.blocking_s,
@@ -186,7 +188,7 @@ class Outlook:
     count = self._saves_left(step, pace)
     if not count:
       return
-    step_nbytes = tree_nbytes(os.fspath(step_path(self._directory, step)))
+    step_nbytes = own_nbytes(os.fspath(step_path(self._directory, step)))
     now = datetime.datetime.now(datetime.timezone.utc)
     coming = [
       StepInfo(step + i * (pace.steps or 1), now + datetime.timedelta(seconds=i * (pace.seconds or 600.0)), nbytes, {})

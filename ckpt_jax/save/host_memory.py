@@ -29,6 +29,7 @@ from ckpt_jax.layout.staging import (
   uses_pinned,
 )
 from ckpt_jax.layout.structure import Flat, flatten
+from ckpt_jax.layout.unchanged import Round
 from ckpt_jax.tuning.profile import available_memory
 
 _log = logging.getLogger(__name__)
@@ -54,11 +55,13 @@ class _Need:
     return max(self.free // 2 - self.beside, _LEAST_RING_NBYTES)
 
 
-def _planned(state: Flat, config: Config) -> tuple[HostCopies, _Need]:
+def _planned(state: Flat, config: Config, unchanged: Round | None = None) -> tuple[HostCopies, _Need]:
   """Copies of a state as this process will make them, and what they need."""
   copies = HostCopies(Limits.of(config.layout))
   beside = sum(x.nbytes for x in state.leaves if isinstance(x, (np.ndarray, np.generic)))
   copies.plan(state.leaves, beside)
+  if unchanged is not None:
+    unchanged.look(state.leaves, copies)
   free, why = available_memory(), "free"
   if not has_accelerators():
     needed = int(local_nbytes(state) * _HEADROOM)
@@ -71,7 +74,7 @@ def _planned(state: Flat, config: Config) -> tuple[HostCopies, _Need]:
   return copies, _Need(needed, free if isinstance(limit, str) else min(free, limit), why, beside)
 
 
-def copies_for(directory: epath.Path, state: Flat, config: Config) -> HostCopies:
+def copies_for(directory: epath.Path, state: Flat, config: Config, unchanged: Round) -> HostCopies:
   """Copies of a state that take no more host memory than there is; nothing is copied yet.
 
   All processes call it alike, and all get a ring or none does, of the same size: large leaves are stored in its slices.
@@ -80,9 +83,11 @@ def copies_for(directory: epath.Path, state: Flat, config: Config) -> HostCopies
     directory: the run, for messages.
     state: what is to be saved.
     config: `limits.host_memory` bounds the copies.
+    unchanged: which leaves have not changed, of which some need no copies.
   """
-  copies, need = _planned(state, config)
-  everyone = from_all_processes(np.array([need.needed <= need.free, need.ring], np.int64))
+  copies, need = _planned(state, config, unchanged)
+  everyone = from_all_processes(np.array([need.needed <= need.free, need.ring, unchanged.expected], np.int64))
+  unchanged.spared = int(everyone[:, 2].sum())
   if np.all(everyone[:, 0]):
     _note_arena(int(need.needed / _PINNED_HEADROOM))
     return copies
@@ -95,6 +100,7 @@ def copies_for(directory: epath.Path, state: Flat, config: Config) -> HostCopies
     size_text(need.free),
     need.why,
   )
+  unchanged.drop()
   ring = int(everyone[:, 1].min())
   _note_arena(ring)
   return copies.again(ring)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, SaveFailedError
@@ -30,6 +31,7 @@ from ckpt_jax.layout.codec import is_off
 from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_size
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.layout.staging import HostCopies
+from ckpt_jax.layout.unchanged import Unchanged
 from ckpt_jax.orbax.manager import (
   RunManager,
   end_save,
@@ -48,6 +50,7 @@ from ckpt_jax.save.manager import Hooks, open_manager
 from ckpt_jax.save.opening import OpenRun
 from ckpt_jax.save.snapshot import checked_json, encoded, run_metadata
 from ckpt_jax.save.write import SaveRecord, Write, left_hanging, not_saved
+from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -120,6 +123,7 @@ class Saver:
     self._rendezvous = Rendezvous(f"save {run.directory}")
     self._asking = Rendezvous(f"steps of {run.directory}")
     self._meant = Meant(run.directory, run.item, count_nonfinite, self._decided)
+    self._unchanged = Unchanged()
     run.thinner.busy = lambda: self.under_way is not None
     with storage_errors(f"{run.directory}: cannot open the run"), quietly():
       self._manager: RunManager | None = self._opened(pytree_handler(self._config))
@@ -194,6 +198,7 @@ class Saver:
 
   def reload(self) -> None:
     """Has Orbax's manager list the steps again, after some were moved. All processes call it alike."""
+    self._unchanged.forget()
     self.manager.reload()
 
   def steps_in_storage(self) -> list[int]:
@@ -237,10 +242,18 @@ class Saver:
     record.waited_s = time.perf_counter() - waited
     where = f"{self._directory}: step {step}"
     warmup.stop()
-    copies = copies_for(self._directory, flat, config)
-    recording = record_of(flat, record.nbytes, config.health.nonfinite, where, self._meant, copies)
+    self._unchanged.look_back(self._newest_item)
+    unchanged = self._unchanged.begin(step_path(self._directory, step) / self._run.item, flat, config.layout)
+    copies = copies_for(self._directory, flat, config, unchanged)
+    recording = record_of(flat, record.nbytes, config.health.nonfinite, where, self._meant, copies, unchanged)
     metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._run.item}
     return _Snapshot(tree, metadata, recording, record, config, copies), computing_s
+
+  def _newest_item(self) -> epath.Path | None:
+    if is_object_store(self._directory):  # training waits for no request
+      return None
+    steps = self.manager.all_steps()
+    return step_path(self._directory, max(steps)) / self._run.item if steps else None
 
   @transfers_asked_for()
   def _begin(self, snapshot: _Snapshot, started: float) -> None:
@@ -251,7 +264,8 @@ class Saver:
       self._config = snapshot.config
       self._replace_manager(pytree_handler(self._config))
     compressed = not is_off(self._config.layout.compression)
-    made_room = self._run.admission.admit(record.step, record.nbytes, metadata["leaves"], compressed=compressed)
+    coming = record.nbytes - snapshot.recording.unchanged.spared
+    made_room = self._run.admission.admit(record.step, coming, metadata["leaves"], compressed=compressed)
     forget_steps(self.manager, made_room)
     self._run.journal.begin()
     operation = Operation(self._rendezvous.begin())
@@ -260,6 +274,8 @@ class Saver:
     timeout = self._config.timeouts.save_s + _GRACE_S
     write = self._write = Write(record, operation, ring, timeout, committed, started)
     recording.written = write.all_written
+    recording.unchanged.committed = lambda: write.durable
+    write.unchanged = lambda: recording.unchanged.nbytes
     try:
       healthy = snapshot.recording.health_told.get("healthy")
       self._run.retention.note(record.step, record.nbytes, healthy, metadata["metrics"])

@@ -34,6 +34,7 @@ class SaveRecord:
     snapshot_s: the part of `blocking_s` from the call of Orbax until training may overwrite the arrays.
     background_s: seconds from the return of `save` to the commit; None while it runs, and for a save that failed.
     commit_s: the part of `background_s` after all processes had written; on process 0.
+    unchanged_nbytes: bytes of the state, over all processes, that were not written, since the step before has them.
     processes: what each process spent, on process 0 once it is committed; of more than 64 the slowest.
   """
 
@@ -44,6 +45,7 @@ class SaveRecord:
   snapshot_s: float = 0.0
   background_s: float | None = None
   commit_s: float | None = None
+  unchanged_nbytes: int = 0
   processes: tuple[ProcessCost, ...] = ()
 
 
@@ -58,6 +60,7 @@ class Write:
     ended: set once nothing writes the step any more.
     error: why it failed, once `ended` is set.
     durable: whether the step is committed: process 0 has seen it, the others have heard so from process 0.
+    unchanged: bytes that this process need not write, as far as it is known.
   """
 
   def __init__(
@@ -86,6 +89,7 @@ class Write:
     self.ended = threading.Event()
     self.error: BaseException | None = None
     self.durable = False
+    self.unchanged: Callable[[], int] = lambda: 0
     self._finished = finished
     self._committing = self._given_up = False
     self._started = time.perf_counter() if started is None else started
@@ -102,8 +106,8 @@ class Write:
     return max(0.0, self.deadline - time.monotonic())
 
   def nbytes_written(self) -> int:
-    """What this process has written since it began, whatever for."""
-    return traffic().since(self._before).nbytes_written
+    """What this process has written since it began, whatever for, or need not write."""
+    return traffic().since(self._before).nbytes_written + self.unchanged()
 
   def begin_commit(self) -> bool:
     """Whether the commit may start: False if the write was given up."""
@@ -156,13 +160,16 @@ class Write:
     write_s = max(0.0, self._written_at - returned) if self._written_at else 0.0
     requests, retries, nbytes, _ = traffic().since(self._before)
     blocking_s = returned - self._started
+    snapshot_s = self.record.snapshot_s
     return ProcessCost(
-      jax.process_index(), blocking_s, self.record.snapshot_s, write_s, requests, retries, nbytes_written=nbytes
+      jax.process_index(), blocking_s, snapshot_s, write_s, requests, retries, nbytes, self.unchanged()
     )
 
   def _finish(self) -> None:
     if jax.process_index() == 0:
-      self.record.processes = slowest([self._cost(), *self._others])
+      costs = [self._cost(), *self._others]
+      self.record.unchanged_nbytes = sum(cost.nbytes_unchanged for cost in costs)
+      self.record.processes = slowest(costs)
     self._finished(self.record)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
@@ -48,7 +50,24 @@ def tree_nbytes(directory: str) -> int:
   return count_files(directory)[1]
 
 
+def own_nbytes(directory: str) -> int:
+  """Bytes of the files beneath a local directory that are nowhere else: what one more such directory takes."""
+  return sum(info.st_size for info in _files(directory) if info.st_nlink == 1)
+
+
+def shared_nbytes(directories: Iterable[str]) -> int:
+  """Bytes of files beneath local directories that deleting them would not free: those of hard links to other files."""
+  counts: collections.Counter[tuple[int, int, int, int]] = collections.Counter()
+  for directory in directories:
+    counts.update((f.st_dev, f.st_ino, f.st_nlink, f.st_size) for f in _files(directory) if f.st_nlink > 1)
+  return sum(nbytes * (count - (count >= links)) for (_, _, links, nbytes), count in counts.items())
+
+
+def _files(directory: str) -> Iterator[os.stat_result]:
+  return (os.lstat(os.path.join(folder, name)) for folder, _, names in os.walk(directory) for name in names)
+
+
 def count_files(directory: str) -> tuple[int, int]:
   """Number and bytes of all files beneath a local directory."""
-  sizes = [os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(directory) for name in names]
+  sizes = [info.st_size for info in _files(directory)]
   return len(sizes), sum(sizes)

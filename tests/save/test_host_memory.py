@@ -12,6 +12,7 @@ import pytest
 
 import ckpt_jax as ckpt
 from ckpt_jax.layout import staging
+from ckpt_jax.layout.unchanged import nothing_unchanged
 from ckpt_jax.save import host_memory
 from ckpt_jax.save.host_memory import Warmup
 
@@ -104,7 +105,7 @@ def test_the_arena_that_xla_holds_counts_as_free(monkeypatch):
   held, config = {"w": jnp.ones(500_000)}, ckpt.Config()
   for left in (5_000_000, 1_000_000):  # the first save has taken the rest
     monkeypatch.setattr(host_memory, "available_memory", lambda left=left: left)
-    copies = host_memory.copies_for(pathlib.Path("run"), host_memory.flatten(held), config)
+    copies = host_memory.copies_for(pathlib.Path("run"), host_memory.flatten(held), config, nothing_unchanged())
     assert not copies.in_turn
 
 
