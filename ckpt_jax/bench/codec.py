@@ -22,6 +22,7 @@ from ckpt_jax.bench.link import available
 from ckpt_jax.bench.predictions import on_storage
 from ckpt_jax.bench.worker import drop_cache
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.storage.probe import StorageProfile
 
 PARTS, FORMS, STATE = ("params", "mu", "nu"), ("float32", "bfloat16", "bfloat16 as float32"), "state"
 OURS, ORBAX = ("off", "zstd", "shuffled", "auto"), {"orbax, zstd": True, "orbax, off": False}
@@ -121,8 +122,10 @@ def _measure(storage: str, run_directory: str, where: str, rounds: int) -> dict[
   with ckpt.Checkpointer(run_directory) as c:
     state = jax.tree.map(jax.numpy.asarray, c.restore().state)
   adam = state["opt"][0]
+  speed = ckpt.probe(where, 4.0, "128MiB")
   if storage == LINK:
-    return {f"{STATE} float32": _sides({"params": state["params"], "opt": adam}, where, min(rounds, 2), orbax=False)}
+    whole = {"params": state["params"], "opt": adam}
+    return {f"{STATE} float32": _sides(whole, speed, where, min(rounds, 2), orbax=False)}
   parts = {"params": state["params"], "mu": adam["mu"], "nu": adam["nu"]}
   found = {}
   for part, tree in parts.items():
@@ -130,7 +133,7 @@ def _measure(storage: str, run_directory: str, where: str, rounds: int) -> dict[
       leaves = jax.tree.map(_as(form), tree)
       copies = -(-_LEAST_NBYTES // sum(x.nbytes for x in jax.tree.leaves(leaves)))  # each leaf is compressed alone
       state = {part: {str(i): jax.tree.map(jax.numpy.copy, leaves) for i in range(copies)}}
-      found[f"{part} {form}"] = _sides(state, f"{where}/{part}-{form}", rounds)
+      found[f"{part} {form}"] = _sides(state, speed, f"{where}/{part}-{form}", rounds)
   return found
 
 
@@ -147,7 +150,7 @@ def _as(form: str) -> Callable[[Any], Any]:
   return cast
 
 
-def _sides(tree: Any, where: str, rounds: int, *, orbax: bool = True) -> dict[str, Any]:
+def _sides(tree: Any, storage: StorageProfile, where: str, rounds: int, *, orbax: bool = True) -> dict[str, Any]:
   """Medians over rounds, the sides in turn: the share that is stored, and bytes of values per second."""
   import jax
 
@@ -158,7 +161,6 @@ def _sides(tree: Any, where: str, rounds: int, *, orbax: bool = True) -> dict[st
 
   nbytes = sum(x.nbytes for x in jax.tree.leaves(tree))
   profile = profile_state(tree)
-  storage = ckpt.probe(os.path.dirname(where) if orbax else where, 4.0, "128MiB")
   plans = {side: ckpt.make_plan(profile, storage, config=Config(layout={"compression": side})) for side in OURS}
   samples: dict[str, list[tuple[float, float, int]]] = {side: [] for side in (*OURS, *(ORBAX if orbax else ()))}
   with trials(where, tree) as ours:
