@@ -73,10 +73,22 @@ def _holds_nnx(structure: Structure) -> bool:
 
 
 def _duplicates(tree: PyTree) -> list[Places]:
+  # Not nnx.find_duplicates, which sorts the keys of every node: other libraries' may not be ordered.
   from flax import nnx
 
-  found = nnx.find_duplicates(tree, only=(nnx.Pytree, nnx.Variable))
-  return [tuple("/".join(map(str, path)) for path in paths) for paths in found]
+  found: dict[int, tuple[Any, list[str]]] = {}  # with the node, since the id of one that is gone is used again
+
+  def walk(node: PyTree, path: str) -> None:
+    if isinstance(node, (nnx.Pytree, nnx.Variable)):
+      places = found.setdefault(id(node), (node, []))[1]
+      places.append(path)
+      if len(places) > 1:
+        return
+    for key, child in _children(node).items():
+      walk(child, f"{path}/{key}" if path else key)
+
+  walk(tree, "")
+  return [tuple(places) for _, places in found.values() if len(places) > 1]
 
 
 def _and_above(name: str) -> Iterable[str]:
