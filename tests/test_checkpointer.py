@@ -382,6 +382,15 @@ def test_import_loads_nothing_large_beyond_jax_and_orbax():
   assert "ckpt_jax" in loaded and not loaded & (large | {"rich", "s3fs", "scipy", "tensorflow", "torch", "typer"})
 
 
+def test_a_run_on_a_disk_loads_no_client_of_a_bucket(tmp_path):
+  code = "import sys, numpy, ckpt_jax\nwith ckpt_jax.Checkpointer(sys.argv[1]) as c: c.save(0, {'x': numpy.ones(3)})\n"
+  code += "print(*sys.modules)"
+  command = [sys.executable, "-c", code, os.fspath(tmp_path / "run")]
+  out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+  loaded = {name.partition(".")[0] for name in out.stdout.split()}
+  assert "ckpt_jax" in loaded and not loaded & {"aiobotocore", "aiohttp", "boto3", "botocore", "gcsfs", "s3fs"}
+
+
 def test_files_are_not_world_writable(tmp_path):
   with ckpt.Checkpointer(tmp_path / "run") as c:
     c.save(0, {"x": jnp.ones(3)})

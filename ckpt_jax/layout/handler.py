@@ -53,6 +53,11 @@ def pytree_handler(config: Config) -> PyTreeHandler:
   )
 
 
+# To a bucket, what is smaller goes in one transaction: else OCDBT commits it while its arrays come in, each time with
+# four requests one after the other. Of more bytes the first should be on their way while the last are encoded.
+_ONE_TRANSACTION_NBYTES = 2**27
+
+
 class PyTreeHandler(ocp.PyTreeCheckpointHandler):
   """Orbax's handler of trees, which hands small arrays to our handler of arrays if it is to pack them.
 
@@ -190,8 +195,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     bounds = [n for n in (getattr(first.byte_limiter, "max_bytes", None), copies.ring.limit) if n is not None]
     window = min(bounds, default=None)
     own = sum(array.own_nbytes for array in written) + (small.slab.nbytes if small else 0)
-    if window is not None and own <= window and is_object_store(first.parent_dir):
-      # Else the database is committed while its arrays come in, each time with four requests one after the other.
+    if window is not None and own <= min(window, _ONE_TRANSACTION_NBYTES) and is_object_store(first.parent_dir):
       window = copies.ring.limit
     self.writer = writing.Writer(
       first.ts_context,  # two contexts would be two databases that do not know of each other
