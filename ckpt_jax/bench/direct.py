@@ -84,7 +84,8 @@ def _sides(work: str, state: Any) -> dict[str, tuple[_Save, _Restore]]:
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
   def ours(name: str, file_io: str) -> tuple[_Save, _Restore]:
-    config = {"limits": {"file_io": file_io}, "retention": {"last": None}}
+    # The state is the same in each save, and is to be written each time.
+    config = {"limits": {"file_io": file_io}, "retention": {"last": None}, "layout": {"unchanged": "off"}}
     c = ckpt_jax.Checkpointer(os.path.join(work, name), config)
 
     def save(step: int) -> None:

@@ -121,7 +121,8 @@ class _Ours:
   def __init__(self, url: str, keep: int | None):
     import ckpt_jax
 
-    self._checkpointer = ckpt_jax.Checkpointer(url, {"retention": {"last": keep}})
+    # The state is the same in each save, and is to be written each time.
+    self._checkpointer = ckpt_jax.Checkpointer(url, {"retention": {"last": keep}, "layout": {"unchanged": "off"}})
 
   def save(self, step: int, state: Any) -> None:
     self._checkpointer.save(step, state)

@@ -120,7 +120,11 @@ def _sides(directory: str, what: str) -> dict[str, tuple[Callable[[int, Any], No
   import ckpt_jax
 
   def ours(name: str, layout: dict[str, Any]) -> tuple[Callable[[int, Any], None], Callable[[int, Any], Any]]:
-    c = ckpt_jax.Checkpointer(os.path.join(directory, name), {"retention": {"last": None}, "layout": layout})
+    settings = {
+      "retention": {"last": None},
+      "layout": {"unchanged": "off", **layout},
+    }  # each save is to write all of it
+    c = ckpt_jax.Checkpointer(os.path.join(directory, name), settings)
 
     def save(step: int, state: Any) -> None:
       c.save(step, state)

@@ -59,7 +59,7 @@ class Trials:
 
   def _checkpointer(self, config: Config) -> Checkpointer:
     settings = Config(
-      layout=config.layout,
+      layout=config.layout.model_copy(update={"unchanged": "off"}),  # it is the same state in each trial
       limits=config.limits,
       timeouts=config.timeouts.model_copy(update=self._timeouts),
       storage=config.storage,

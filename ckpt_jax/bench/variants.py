@@ -51,7 +51,7 @@ VARIANTS: dict[str, Variant] = {
     Variant(suites.ORBAX_PLAIN, "Orbax, use_compression=False", "orbax", {"use_compression": False}),
     Variant(suites.OURS, "ckpt_jax, defaults", "ckpt_jax"),
     Variant(suites.PACKED, "ckpt_jax, packed", "ckpt_jax", {"layout": {"pack": "on"}}),
-    Variant(suites.ZSTD, "ckpt_jax, compression on", "ckpt_jax", {"layout": {"compression": "on"}}),
+    Variant(suites.ZSTD, "ckpt_jax, compression zstd", "ckpt_jax", {"layout": {"compression": "zstd"}}),
     Variant(suites.PLAIN, "ckpt_jax, compression off", "ckpt_jax", {"layout": {"compression": "off"}}),
     Variant(suites.TUNED, "ckpt_jax, tuned", "tuned"),
     Variant(suites.DCP, "torch DCP save", "dcp", package="torch"),
@@ -260,7 +260,9 @@ class _CkptJax(_Jax):
 
     super().__init__(state)
     self._directory, self._probe = directory, probe
-    self._checkpointer = ckpt_jax.Checkpointer(directory, dict(config))
+    # The state is the same in each save, and is to be written each time.
+    layout = {"unchanged": "off", **config.get("layout", {})}
+    self._checkpointer = ckpt_jax.Checkpointer(directory, {**config, "layout": layout})
 
   def prepare(self) -> None:
     import jax
