@@ -50,10 +50,10 @@ def test_probe_writes_and_reads_past_the_page_cache_too(tmp_path):
 
 
 def test_file_system_without_o_direct_is_found_out(tmp_path, monkeypatch):
-  def refused(path, flags, *rest, real=os.open):
+  def refused(path, flags, *rest, real=os.open, **options):
     if flags & os.O_DIRECT:
       raise OSError(errno.EINVAL, "Invalid argument")
-    return real(path, flags, *rest)
+    return real(path, flags, *rest, **options)
 
   monkeypatch.setattr(os, "open", refused)
   cache = probe(tmp_path, budget="2s", max_bytes="64MiB").page_cache
