@@ -139,8 +139,8 @@ def test_arrays_of_a_model_are_made_by_small_programs_run_often(counts):
 
 def test_first_step_after_a_restore_needs_the_state_once(tmp_path):
   program = pathlib.Path(__file__).parents[1] / "programs" / "donate.py"
-  # Some 20 MB of 201, of which 32 MiB may be on their way. On a busy machine the allocator now and then gives memory back right before the measurement and
-  # takes it again within, so the least of a few runs counts.
+  # Some 20 MB of 201, of which 32 MiB may be on their way. On a busy machine the allocator now and then gives memory
+  # back right before the measurement and takes it again within, so the least of a few runs counts.
   least = 1.0
   for attempt in range(3):
     done = subprocess.run(
