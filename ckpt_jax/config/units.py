@@ -180,6 +180,11 @@ def _one_of(value: Any, allowed: Sequence[str]) -> str:
   return value
 
 
+def is_uncompressed(compression: Any) -> bool:
+  """Whether `layout.compression` compresses no leaf; `auto`, without a plan that has decided, does not."""
+  return compression in ("off", "auto") or not compression
+
+
 def _file_mode(value: Any) -> str:
   if isinstance(value, int) and not isinstance(value, bool):
     # YAML 1.1 reads 0640 as 416 and 640 as 640; only text says which was meant.

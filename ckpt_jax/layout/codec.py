@@ -57,11 +57,6 @@ def codec_of_kind(compression: Compression, kind: str) -> str:
   return compression.get(kind, OFF)
 
 
-def is_off(compression: Compression) -> bool:
-  """Whether no leaf is compressed."""
-  return compression in (OFF, "auto") or not compression
-
-
 def set_codec(metadata: dict[str, Any], codec: str, itemsize: int) -> None:
   """Puts a codec into the zarr metadata of an array, of version 2 or 3, as Orbax composes it.
 

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ckpt_jax.config import Config, LayoutConfig
+from ckpt_jax.config.units import is_uncompressed
 from ckpt_jax.layout import codec, packing, shares, writing
 from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.ring import Ring
@@ -44,7 +45,7 @@ def pytree_handler(config: Config) -> PyTreeHandler:
   return PyTreeHandler(
     ours[jax.Array],
     pack=layout.pack == "on",
-    use_compression=not codec.is_off(layout.compression),  # of what Orbax writes: Python's numbers, casts
+    use_compression=not is_uncompressed(layout.compression),  # of what Orbax writes: Python's numbers, casts
     # The target size of data files is honoured by zarr3 only.
     use_zarr3=layout.target_file_size != "auto",
     # Unlimited, Orbax writes in one OCDBT transaction, which keeps every chunk until the commit.

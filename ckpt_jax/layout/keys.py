@@ -19,6 +19,11 @@ def prefix(name: str) -> str:
   return name if not name or name.endswith("/") else f"{name}/"
 
 
+def bounds(name: str) -> tuple[str, str]:
+  """The least of the keys of an array, and the first key behind them."""
+  return prefix(name), f"{prefix(name)[:-1]}0"  # "0" is the character after "/"
+
+
 def owner(key: str, names: Collection[str]) -> str | None:
   """The one of some leaves to which a key may belong: NAME/.zarray, NAME/0.0, NAME/c/0/0, ...; None if none is."""
   end = key.rfind("/")

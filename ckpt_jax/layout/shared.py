@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from ckpt_jax.layout.structure import Flat, Structure, flatten, node_types, rebuild, segment
+from ckpt_jax.layout.structure import Flat, Structure, children, flatten, node_types, rebuild
 
 PyTree = Any
 Places = tuple[str, ...]  # of one object: the path that stores it, and its other paths
@@ -84,7 +84,7 @@ def _duplicates(tree: PyTree) -> list[Places]:
       places.append(path)
       if len(places) > 1:
         return
-    for key, child in _children(node).items():
+    for key, child in children(node).items():
       walk(child, f"{path}/{key}" if path else key)
 
   walk(tree, "")
@@ -98,14 +98,9 @@ def _and_above(name: str) -> Iterable[str]:
     name = name.rpartition("/")[0]
 
 
-def _children(node: PyTree) -> dict[str, Any]:
-  found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
-  return {segment(path[0]): child for path, child in found if path}
-
-
 def _at(tree: PyTree, path: Sequence[str]) -> Any:
   for key in path:
-    tree = _children(tree)[key]
+    tree = children(tree)[key]
   return tree
 
 
@@ -118,15 +113,15 @@ def _replaced(node: PyTree, path: Sequence[str], source: Sequence[str], tree: Py
       return _at(tree, source)
     except KeyError:  # only a part was restored
       return node
-  children = _children(node)
-  if path[0] not in children:
+  below = children(node)
+  if path[0] not in below:
     return node
-  child = children[path[0]] = _replaced(children[path[0]], path[1:], source, tree)
+  child = below[path[0]] = _replaced(below[path[0]], path[1:], source, tree)
   if isinstance(node, nnx.List):
     node[int(path[0])] = child
   elif isinstance(node, nnx.Pytree):
     setattr(node, path[0], child)
   else:
     treedef: Any = jax.tree.structure(node, is_leaf=lambda x: x is not node)
-    return treedef.unflatten(children.values())
+    return treedef.unflatten(below.values())
   return node

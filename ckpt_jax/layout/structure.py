@@ -114,6 +114,12 @@ def node_types(treedef: Any) -> set[type]:
   return found
 
 
+def children(node: PyTree) -> dict[str, Any]:
+  """What is right below a node, by name; empty for a leaf."""
+  found = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
+  return {segment(path[0]): child for path, child in found if path}
+
+
 def rebuild(tree: PyTree, values: dict[str, Any]) -> PyTree:
   """`tree` with the leaves of `values` (by path) in their places, and without the leaves that `values` lacks.
 
@@ -137,8 +143,7 @@ def _rebuilt(node: PyTree, prefix: str, values: dict[str, Any]) -> PyTree:
   if not any(there):
     return _NOTHING
   out: dict[str, Any] = {}
-  for path, child in jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]:
-    name = path_name(path)
+  for name, child in children(node).items():
     if (rebuilt := _rebuilt(child, f"{prefix}{name}/", values)) is not _NOTHING:
       out[name] = rebuilt
   return out

@@ -23,7 +23,7 @@ import tensorstore as ts
 
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout import codec, packing
-from ckpt_jax.layout.keys import prefix
+from ckpt_jax.layout.keys import bounds, prefix
 from ckpt_jax.layout.memory import unaligned_empty
 from ckpt_jax.layout.reading import result_of
 from ckpt_jax.layout.ring import Values
@@ -210,9 +210,7 @@ class Writer:
     """
     of, to = (ts.KvStore.open(writer._kvstore, context=self._context).result() for writer in (nested, self))
     transaction = ts.Transaction(atomic=True)
-    keys = [None] if names is None else [prefix(name) for name in sorted(names)]
-    for key in keys:  # "0" is the character after "/"
-      only = None if key is None else ts.KvStore.KeyRange(key, f"{key[:-1]}0")
+    for only in [None] if names is None else [ts.KvStore.KeyRange(*bounds(name)) for name in sorted(names)]:
       of.experimental_copy_range_to(to.with_transaction(transaction), source_range=only).result()
     transaction.commit_async().result()
 

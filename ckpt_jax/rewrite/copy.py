@@ -20,7 +20,7 @@ from etils import epath
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.integrity.databases import files_by_key
 from ckpt_jax.layout import text
-from ckpt_jax.layout.keys import UNCHANGED, owner, prefix
+from ckpt_jax.layout.keys import UNCHANGED, bounds, owner
 from ckpt_jax.orbax.format import (
   ARRAY_METADATAS,
   COMMIT_MARKER,
@@ -190,8 +190,8 @@ def _link_homes(
         there.rmtree()
       continue
     context = ts.Context()  # references are taken over within one alone
-    for leaf in sorted(leaves):  # "0" is the character after "/"
-      only = ts.KvStore.KeyRange(prefix(leaf), f"{prefix(leaf)[:-1]}0")
+    for leaf in sorted(leaves):
+      only = ts.KvStore.KeyRange(*bounds(leaf))
       database(there, context).experimental_copy_range_to(database(target, context), source_range=only).result()
     found |= {key.encode() for key, leaf in keys.items() if leaf}
   return found

@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax.config.arguments import step_number
-from ckpt_jax.config.units import pairs_text, size_text
+from ckpt_jax.config.units import is_uncompressed, pairs_text, size_text
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
 from ckpt_jax.orbax.format import (
   AGGREGATE,
@@ -376,7 +376,7 @@ def step_info(run: epath.Path, step: int) -> StepInfo:
         dict(ours["metrics"]),
         (ours.get("health") or {}).get("healthy"),
         resumable=THINNED not in ours,
-        compressed=layout.get("compression", "off") not in ("off", "auto", {}),
+        compressed=not is_uncompressed(layout.get("compression")),
       )
     return StepInfo(step, time, tree_nbytes(step_dir), _orbax_metrics(step_dir))
   except StorageError:

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ckpt_jax.config import Config
+from ckpt_jax.config.units import is_uncompressed
 from ckpt_jax.errors import CheckpointError, SaveFailedError
 from ckpt_jax.failures import is_timeout, root_cause, storage_errors
 from ckpt_jax.integrity.meant import Meant
@@ -27,7 +28,6 @@ from ckpt_jax.job.errand import Errand, wait_for
 from ckpt_jax.job.progress import OnProgress, reported
 from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
 from ckpt_jax.job.threads import transfers_asked_for
-from ckpt_jax.layout.codec import is_off
 from ckpt_jax.layout.handler import PyTreeHandler, pytree_handler, target_file_size
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.layout.staging import HostCopies
@@ -263,7 +263,7 @@ class Saver:
     if snapshot.config != self._config:
       self._config = snapshot.config
       self._replace_manager(pytree_handler(self._config))
-    compressed = not is_off(self._config.layout.compression)
+    compressed = not is_uncompressed(self._config.layout.compression)
     coming = record.nbytes - snapshot.recording.unchanged.spared
     made_room = self._run.admission.admit(record.step, coming, metadata["leaves"], compressed=compressed)
     forget_steps(self.manager, made_room)

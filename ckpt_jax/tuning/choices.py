@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckpt_jax.config import TIMEOUT_FLOOR_S, Config
-from ckpt_jax.config.units import count, decimal_text
-from ckpt_jax.layout.codec import OFF, SHUFFLED, ZSTD, codec_of_kind, is_off
+from ckpt_jax.config.units import count, decimal_text, is_uncompressed
+from ckpt_jax.layout.codec import OFF, SHUFFLED, ZSTD, codec_of_kind
 from ckpt_jax.layout.shares import SLICE_NBYTES
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import StorageProfile
@@ -246,7 +246,7 @@ def _chunk_size(f: Facts) -> Choice:
   value: Any = "auto"
   if mine:
     reason = f"the largest piece, {decimal_text(shard)}, in {_times(shard, mine)}"
-  elif not is_off(f.layout.compression) and shard > 2 * _CODED_CHUNK_NBYTES:
+  elif not is_uncompressed(f.layout.compression) and shard > 2 * _CODED_CHUNK_NBYTES:
     value = _CODED_CHUNK_NBYTES
     reason = f"a thread compresses a chunk: the largest piece, {decimal_text(shard)}, in {_times(shard, value)}"
   elif shard <= 2 * least:

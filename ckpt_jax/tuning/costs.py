@@ -12,7 +12,8 @@ import itertools
 import math
 from typing import NamedTuple
 
-from ckpt_jax.layout.codec import OFF, ZSTD, Compression, codec_of_kind, is_off
+from ckpt_jax.config.units import is_uncompressed
+from ckpt_jax.layout.codec import OFF, ZSTD, Compression, codec_of_kind
 from ckpt_jax.planning.estimate import copy_seconds, host_nbytes
 from ckpt_jax.storage.probe import StorageProfile, Throughput
 from ckpt_jax.tuning.profile import HostProfile, StateProfile
@@ -202,7 +203,7 @@ def _in_host_memory(
   # Python queues reads while others are under way.
   cpu = python_s(model.restore) + bytes_s(model.restore, read, read * coded.decode_s)
   io = _read_s(storage, read * ratio, pieces, sharing)
-  in_flight = layout.save_concurrency or (None if is_off(layout.compression) else written)
+  in_flight = layout.save_concurrency or (None if is_uncompressed(layout.compression) else written)
   return Prediction(
     blocking_s=blocking,
     commit_s=blocking + commit,

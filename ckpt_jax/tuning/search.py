@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckpt_jax.config import Config
-from ckpt_jax.layout.codec import is_off
+from ckpt_jax.config.units import is_uncompressed
 from ckpt_jax.tuning.choices import value_text
 from ckpt_jax.tuning.costs import MIB
 from ckpt_jax.tuning.noise import Comparison, compare
@@ -134,7 +134,7 @@ def candidates(plan: Plan, user: Config, *, pack: bool = False) -> list[Candidat
   largest = plan.state.largest_local_nbytes or plan.state.largest_leaf_nbytes
   bucket = not plan.storage.kind.traits.overwrite_in_place
   wanted: list[tuple[str, Any]] = [
-    ("layout.compression", "shuffled" if is_off(values["layout.compression"]) else "off")
+    ("layout.compression", "shuffled" if is_uncompressed(values["layout.compression"]) else "off")
   ]
   for key in ("limits.save_concurrency", "limits.restore_concurrency"):
     least = max(largest, 64 * MIB)

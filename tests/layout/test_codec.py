@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.layout import codec
+from ckpt_jax.config.units import is_uncompressed
 from ckpt_jax.layout.codec import OFF, SHUFFLE_LIMIT, SHUFFLED, ZSTD, kind_of, set_codec
 from ckpt_jax.layout.stored import stored_leaves
 from ckpt_jax.rewrite.repack import repack_step
@@ -240,4 +240,4 @@ def test_wrong_codec_is_refused_with_the_nearest_name():
   with pytest.raises(ckpt.ConfigError, match="'auto' is not one of off, zstd, shuffled"):
     ckpt.Config(layout={"compression": {"mu float32": "auto"}})
   assert ckpt.Config(layout={"compression": {"mu float32": False}}).layout.compression == {"mu float32": "off"}
-  assert codec.is_off({}) and codec.is_off("auto") and not codec.is_off({"a": "zstd"})
+  assert is_uncompressed({}) and is_uncompressed("auto") and not is_uncompressed({"a": "zstd"})

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from hypothesis import strategies as st
+from jobs import together
 
 import ckpt_jax as ckpt
 from ckpt_jax.integrity import sums
@@ -30,7 +31,6 @@ from ckpt_jax.rewrite.thin import thin_step
 from ckpt_jax.run.journal import read_records
 from ckpt_jax.save import admission
 from ckpt_jax.storage.traffic import traffic
-from tests.jobs import together
 
 PROGRAMS = pathlib.Path(__file__).parents[1] / "programs"
 
