@@ -12,20 +12,18 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ckpt_jax.bench.common import answer, rotated
 from ckpt_jax.bench.report import Table
 from ckpt_jax.bench.runner import machine
 from ckpt_jax.bench.suites import ORBAX, ORBAX_PLAIN, OURS
 from ckpt_jax.errors import CheckpointError
 
 SIDES = (ORBAX, ORBAX_PLAIN, OURS)
-ANSWER = "accelerator:"  # begins the line with a process's answer
 UNVERIFIED = f"{OURS}, verify off"
 _TIMEOUT_S = 300.0
 _ROOM = 5  # states: those that are kept, the one that is written, and what limits measure
@@ -72,7 +70,7 @@ def run(
     bench = _Bench(extent, work, say)
     for turn in range(extent.rounds):
       began = time.monotonic()
-      for side in [*extent.sides[turn % len(extent.sides) :], *extent.sides[: turn % len(extent.sides)]]:
+      for side in rotated(extent.sides, turn):
         bench.turn(side)
         keep(bench.results())
       took = time.monotonic() - began
@@ -168,32 +166,26 @@ class _Bench:
   ) -> dict[str, Any] | None:
     name = f"{what}: {name or side}"
     work = {"what": what, "variant": side, "directory": directory, "nbytes": nbytes or self._extent.nbytes}
-    command = [sys.executable, "-m", "ckpt_jax.bench.accelerator_worker"]
-    command.append(json.dumps(work | {"repeats": repeats, "config": config or {}}))
+    work |= {"repeats": repeats, "config": config or {}}
     started = time.monotonic()
     try:
-      done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-      self._fail(name, f"took longer than {_TIMEOUT_S:.0f} s")
+      found = answer(name, ["ckpt_jax.bench.accelerator_worker", json.dumps(work)], {}, _TIMEOUT_S)
+    except CheckpointError as e:
+      self._fail(str(e))
       return None
-    lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
-    if done.returncode or not lines:
-      self._fail(name, f"exit code {done.returncode}: {' | '.join(done.stderr.strip().splitlines()[-3:])}")
-      return None
-    answer = json.loads(lines[-1].removeprefix(ANSWER))
-    if answer.get("bitwise") is False:
-      self._fail(name, "RESTORED OTHER BITS THAN IT SAVED")
-    self._raw.setdefault(name, []).append(answer)
-    self._say(f"{name}, {time.monotonic() - started:.0f} s: {_brief(answer)}")
-    return answer
+    if found.get("bitwise") is False:
+      self._fail(f"{name}: RESTORED OTHER BITS THAN IT SAVED")
+    self._raw.setdefault(name, []).append(found)
+    self._say(f"{name}, {time.monotonic() - started:.0f} s: {_brief(found)}")
+    return found
 
-  def _fail(self, name: str, why: str) -> None:
-    self._failed.append(f"{name}: {why}")
-    self._say(f"{name}: {why}")
+  def _fail(self, why: str) -> None:
+    self._failed.append(why)
+    self._say(why)
 
 
-def _brief(answer: dict[str, Any]) -> str:
-  plain = {key: value for key, value in answer.items() if key != "about"}
+def _brief(found: dict[str, Any]) -> str:
+  plain = {key: value for key, value in found.items() if key != "about"}
   return json.dumps(json.loads(json.dumps(plain), parse_float=lambda text: round(float(text), 4)))
 
 

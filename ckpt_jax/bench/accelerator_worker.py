@@ -21,10 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging as absl_logging
 
 import ckpt_jax
-from ckpt_jax.bench.accelerator import ANSWER
+from ckpt_jax.bench.common import emit, quiet
 from ckpt_jax.bench.variants import VARIANTS, Target, jax_target
 from ckpt_jax.bench.worker import give_memory_back, peak_rss, reset_peak, resident
 from ckpt_jax.layout import staging
@@ -74,13 +73,12 @@ def shapes(nbytes: int) -> PyTree:
   width = max(1, round((nbytes / layers / _A_LAYER) ** 0.5 / _WIDTH_STEP)) * _WIDTH_STEP
   devices = jax.local_devices()
   mesh = jax.sharding.Mesh(np.array(devices), ("fsdp",))
-  rows: jax.sharding.Sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
   everywhere: jax.sharding.Sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
   if len(devices) == 1:
-    rows = everywhere = jax.sharding.SingleDeviceSharding(devices[0])
-  of = functools.partial(
-    jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=rows if _WIDTH_STEP % len(devices) == 0 else everywhere
-  )
+    everywhere = jax.sharding.SingleDeviceSharding(devices[0])
+  spread = len(devices) > 1 and _WIDTH_STEP % len(devices) == 0
+  of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=rows if spread else everywhere)
   layer = {"qkv": of((width, 3 * width)), "out": of((width, width)), "up": of((width, 4 * width))}
   layer |= {"down": of((4 * width, width)), "norm": of((width,)), "bias": of((4 * width,))}
   tree = {f"layer_{i}": layer for i in range(layers)}
@@ -311,11 +309,11 @@ MEASUREMENTS = {f.__name__: f for f in (saves, restores, growth, bounded, exampl
 
 def main() -> None:
   """Measures what the command line says."""
-  absl_logging.set_verbosity("error")
+  quiet()
   work = Work(**json.loads(sys.argv[1]))
   staging.as_accelerators = jax.default_backend() == "cpu"
   found = MEASUREMENTS[work.what](work)
-  print(ANSWER + json.dumps({"about": about(work), **found}), flush=True)
+  emit(about=about(work), **found)
 
 
 if __name__ == "__main__":

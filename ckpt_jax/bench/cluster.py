@@ -15,7 +15,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 
-from ckpt_jax.bench.link import available
+from ckpt_jax.bench.link import available, command, limit, namespace
 from ckpt_jax.errors import CheckpointError
 
 __all__ = ["Cluster", "Host", "available", "cluster"]
@@ -67,42 +67,27 @@ def cluster(hosts: int, mbit: float) -> Iterator[Cluster]:
   tag = uuid.uuid4().hex[:5]
   subnet = f"10.{180 + os.getpid() % 60}.{int(tag[:2], 16)}"
   bridge = f"ck{tag}br"
-  names: list[str] = []
+  with contextlib.ExitStack() as stack:
+    stack.callback(subprocess.run, ["ip", "link", "del", bridge], capture_output=True, check=False)
+    command("ip", "link", "add", bridge, "type", "bridge")
+    command("ip", "addr", "add", f"{subnet}.1/24", "dev", bridge)
+    command("ip", "link", "set", bridge, "up")
+    storage = stack.enter_context(_host(f"ck{tag}st", f"{subnet}.2", bridge))
+    limit(storage.name, mbit, "1mb")
+    made = [stack.enter_context(_host(f"ck{tag}h{i}", f"{subnet}.{10 + i}", bridge)) for i in range(hosts)]
+    yield Cluster(tuple(made), storage)
+
+
+@contextlib.contextmanager
+def _host(name: str, address: str, bridge: str) -> Iterator[Host]:
+  # gloo listens where the host's name resolves to.
+  etc = pathlib.Path("/etc/netns") / name
   try:
-    _run("ip", "link", "add", bridge, "type", "bridge")
-    _run("ip", "addr", "add", f"{subnet}.1/24", "dev", bridge)
-    _run("ip", "link", "set", bridge, "up")
-    limit = ("root", "tbf", "rate", f"{mbit}mbit", "burst", "1mb", "latency", "200ms")
-
-    def host(label: str, address: str) -> Host:
-      name = f"ck{tag}{label}"
-      names.append(name)
-      _run("ip", "netns", "add", name)
-      _run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
-      _run("ip", "link", "set", name, "master", bridge, "up")
-      _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-      _run("ip", "-n", name, "link", "set", "eth0", "up")
-      _run("ip", "-n", name, "link", "set", "lo", "up")
-      # gloo listens where the host's name resolves to.
-      etc = pathlib.Path("/etc/netns") / name
-      etc.mkdir(parents=True)
-      (etc / "hosts").write_text(f"127.0.0.1 localhost\n{address} {name}\n")
+    etc.mkdir(parents=True)
+    (etc / "hosts").write_text(f"127.0.0.1 localhost\n{address} {name}\n")
+    with namespace(name, address):
+      command("ip", "link", "set", name, "master", bridge, "up")
       on_it = ("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name)
-      return Host(name, address, on_it)
-
-    storage = host("st", f"{subnet}.2")
-    _run("ip", "netns", "exec", storage.name, "tc", "qdisc", "add", "dev", "eth0", *limit)
-    _run("tc", "qdisc", "add", "dev", storage.name, *limit)
-    yield Cluster(tuple(host(f"h{i}", f"{subnet}.{10 + i}") for i in range(hosts)), storage)
+      yield Host(name, address, on_it)
   finally:
-    for name in names:
-      subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-      subprocess.run(["ip", "link", "del", name], capture_output=True, check=False)
-      shutil.rmtree(pathlib.Path("/etc/netns") / name, ignore_errors=True)
-    subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False)
-
-
-def _run(*args: str) -> None:
-  done = subprocess.run(args, capture_output=True, text=True, check=False, timeout=30)
-  if done.returncode:
-    raise CheckpointError(f"{' '.join(args)}: {done.stderr.strip()}")
+    shutil.rmtree(etc, ignore_errors=True)

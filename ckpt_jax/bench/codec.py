@@ -6,26 +6,27 @@ bfloat16, and as bfloat16 kept as float32, on a disk; the whole state also on a 
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import re
+import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ckpt_jax.bench import suites
+from ckpt_jax.bench.common import CPU, answer, conditions, emit, output, quiet, rotated, timed
+from ckpt_jax.bench.files import filled
 from ckpt_jax.bench.link import available
 from ckpt_jax.bench.predictions import on_storage
 from ckpt_jax.bench.worker import drop_cache
-from ckpt_jax.errors import CheckpointError
 from ckpt_jax.storage.probe import StorageProfile
 
 PARTS, FORMS, STATE = ("params", "mu", "nu"), ("float32", "bfloat16", "bfloat16 as float32"), "state"
-OURS, ORBAX = ("off", "zstd", "shuffled", "auto"), {"orbax, zstd": True, "orbax, off": False}
+OURS = ("off", "zstd", "shuffled", "auto")
+ORBAX = {"orbax, zstd": suites.ORBAX, "orbax, off": suites.ORBAX_PLAIN}
 DISK, LINK = "disk", "50 MB/s"
 _NETWORK = ["--width", "384", "--layers", "6", "--batch", "16", "--context", "32", "--fsdp", "1"]
 _LEAST_NBYTES = 80 * 10**6  # so that bytes take longer than the rest of a save
@@ -44,17 +45,11 @@ def run(steps: int, rounds: int, directory: str | None, progress: Callable[[str]
   Raises:
     CheckpointError: if a process fails.
   """
-  found: dict[str, Any] = {
-    "measured": datetime.date.today().isoformat(),
-    "cpus": os.cpu_count(),
-    "rounds": rounds,
-    "results": {},
-  }
+  found = conditions(rounds=rounds, results={})
   with tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=directory) as work:
     progress(f"training for {steps} steps")
-    log = _process(
-      ["-m", "ckpt_jax.examples.lm", "--run", f"{work}/lm", "--steps", str(steps), "--every", str(steps), *_NETWORK], {}
-    )
+    training = ["--run", f"{work}/lm", "--steps", str(steps), "--every", str(steps), *_NETWORK]
+    log = output("bench codec", ["ckpt_jax.examples.lm", *training], timeout=_TIMEOUT_S)
     found["trained"] = {
       "steps": steps,
       "parameters": re.findall(r"([\d.]+M) parameters", log)[0],
@@ -63,19 +58,9 @@ def run(steps: int, rounds: int, directory: str | None, progress: Callable[[str]
     for storage in (DISK, LINK) if available() else (DISK,):
       with on_storage(storage, directory) as (where, env):
         progress(f"saves and restores on {'a disk' if storage == DISK else 'a bucket behind 50 MB/s'}")
-        out = _process(["-m", __name__, storage, f"{work}/lm", where, str(rounds)], env)
-      found["results"][storage] = json.loads(out.splitlines()[-1])
+        command = [__name__, storage, f"{work}/lm", where, str(rounds)]
+        found["results"][storage] = answer("bench codec", command, CPU | {**env}, _TIMEOUT_S)
   return found
-
-
-def _process(arguments: list[str], env: Mapping[str, str]) -> str:
-  full = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
-  done = subprocess.run(
-    [sys.executable, *arguments], env=full, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-  )
-  if done.returncode:
-    raise CheckpointError(f"bench codec: {done.stderr[-2000:]}")
-  return done.stdout
 
 
 # Hershcovitch et al. 2024, "ZipNN: Lossless Compression for AI Models": the share that it leaves of trained weights.
@@ -105,10 +90,9 @@ def table(found: Mapping[str, Any]) -> str:
   return "\n".join([about, "", *rows])
 
 
-def render(found: Mapping[str, Any], template: str) -> str:
-  """The text of a Markdown file with the table between its marks."""
-  head, _, rest = template.partition("<!-- codec -->")
-  return f"{head}<!-- codec -->\n{table(found)}\n<!-- /codec -->{rest.partition('<!-- /codec -->')[2]}"
+def render(found: Mapping[str, Any], page: str) -> str:
+  """A page with the table in its place."""
+  return filled(page, "codec", table(found))
 
 
 # -- in the child
@@ -165,9 +149,9 @@ def _sides(tree: Any, storage: StorageProfile, where: str, rounds: int, *, orbax
   samples: dict[str, list[tuple[float, float, int]]] = {side: [] for side in (*OURS, *(ORBAX if orbax else ()))}
   with trials(where, tree) as ours:
     for turn in range(rounds):
-      for side in [*samples][turn % len(samples) :] + [*samples][: turn % len(samples)]:
+      for side in rotated(samples, turn):
         if side in ORBAX:
-          samples[side].append(_orbax(tree, f"{where}-orbax", use_compression=ORBAX[side]))
+          samples[side].append(_orbax(tree, f"{where}-orbax", ORBAX[side]))
         else:
           sample = ours(plans[side].apply(Config(layout={"compression": side})))
           samples[side].append((sample.commit_s, sample.restore_s, sample.nbytes))
@@ -195,34 +179,25 @@ def _sides(tree: Any, storage: StorageProfile, where: str, rounds: int, *, orbax
   return {"nbytes": nbytes, "sides": sides, "on one thread": codecs, "storage": rate}
 
 
-def _orbax(tree: Any, where: str, *, use_compression: bool) -> tuple[float, float, int]:
+def _orbax(tree: Any, where: str, variant: str) -> tuple[float, float, int]:
   """One save to its commit, one restore from cold storage, and bytes stored."""
-  import shutil
-
-  import jax
-  import orbax.checkpoint as ocp
-
+  from ckpt_jax.bench.variants import VARIANTS, jax_target
   from ckpt_jax.storage.space import tree_nbytes
 
-  handler = ocp.PyTreeCheckpointHandler(use_compression=use_compression)
-  with ocp.CheckpointManager(where, item_handlers=handler) as manager:
-    os.sync()
-    started = time.perf_counter()
-    manager.save(0, args=ocp.args.PyTreeSave(tree))
-    manager.wait_until_finished()
-    written = time.perf_counter() - started
-    stored = tree_nbytes(f"{where}/0")
-    drop_cache(f"{where}/0")
-    reading = time.perf_counter()
-    args = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-    jax.block_until_ready(manager.restore(0, args=args))
-    read = time.perf_counter() - reading
+  target = jax_target(VARIANTS[variant], tree, where)
+  os.sync()
+  started = time.perf_counter()
+  target.save(0)
+  target.wait()
+  written = time.perf_counter() - started
+  stored = tree_nbytes(f"{where}/0")
+  drop_cache(f"{where}/0")
+  read = timed(lambda: target.restore(0))
+  target.close()
   shutil.rmtree(where)
   return written, read, stored
 
 
 if __name__ == "__main__":
-  from absl import logging as absl_logging
-
-  absl_logging.set_verbosity("error")
-  print(json.dumps(_measure(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))))
+  quiet()
+  emit(**_measure(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])))

@@ -5,12 +5,9 @@ Each measurement is a process of its own, since what counts is also how much mem
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
-import statistics
-import subprocess
-import sys
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +16,7 @@ import jax
 import numpy as np
 
 import ckpt_jax as ckpt
+from ckpt_jax.bench.common import answer, medians, rotated
 from ckpt_jax.bench.worker import drop_cache
 
 EXPORTS = {
@@ -43,15 +41,14 @@ def run(rounds: int, directory: str | None, progress: Callable[[str], None]) -> 
     found: dict[str, dict[str, list[dict[str, float]]]] = {"export": {}, "load": {}}
     for turn in range(rounds + 1):
       for kind, sides in (("export", EXPORTS), ("load", LOADS)):
-        names = list(sides)
-        for side in names[turn % len(names) :] + names[: turn % len(names)]:
+        for side in rotated(sides, turn):
           out = f"{work}/{kind}-{turn}"
           source = f"{work}/run" if kind == "export" else f"{work}/weights"
           drop_cache(source)
-          one = _measured(kind, side, source, out)
+          one = answer(f"{kind} {side}", ["ckpt_jax.bench.export_worker", kind, side, source, out])
           if kind == "export" and side == "ckpt_jax" and turn == 0:
             os.rename(out, f"{work}/weights")
-          subprocess.run(["rm", "-rf", out], check=True)
+          shutil.rmtree(out, ignore_errors=True)
           progress(f"{kind} {side}: {one['seconds']:.2f} s, {one['memory'] / 1e6:.0f} MB")
           if turn:  # the first round warms up
             found[kind].setdefault(side, []).append(one)
@@ -59,12 +56,8 @@ def run(rounds: int, directory: str | None, progress: Callable[[str], None]) -> 
     "parameters_nbytes": params,
     "rounds": rounds,
     "what": EXPORTS | {f"load {name}": what for name, what in LOADS.items()},
-    **{kind: {side: _medians(ones) for side, ones in sides.items()} for kind, sides in found.items()},
+    **{kind: {side: medians(ones, 3) for side, ones in sides.items()} for kind, sides in found.items()},
   }
-
-
-def _medians(ones: list[dict[str, float]]) -> dict[str, float]:
-  return {key: round(statistics.median(one[key] for one in ones), 3) for key in ones[0]}
 
 
 def _save(path: str) -> int:
@@ -75,14 +68,6 @@ def _save(path: str) -> int:
   with ckpt.Checkpointer(path) as c:
     c.save(0, {"params": params, "mu": params, "nu": params, "count": 0})
   return sum(x.nbytes for x in jax.tree.leaves(params))
-
-
-def _measured(kind: str, side: str, source: str, out: str) -> dict[str, float]:
-  command = [sys.executable, "-m", "ckpt_jax.bench.export_worker", kind, side, source, out]
-  done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, JAX_PLATFORMS="cpu"))
-  if done.returncode:
-    raise RuntimeError(f"{kind} {side}: {done.stderr[-2000:]}")
-  return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(found: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import ckpt_jax as ckpt
+from ckpt_jax.bench.common import emit
 from ckpt_jax.bench.export import data_files
 from ckpt_jax.bench.worker import peak_rss, reset_peak, resident
 from ckpt_jax.storage.durable import sync_file
@@ -91,7 +92,7 @@ def main(kind: str, side: str, source: str, out: str) -> None:
   found = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
   peak = peak_rss()
   assert before is not None and peak is not None, "the kernel does not report resident memory"
-  print(json.dumps(found | {"memory": peak - before}))
+  emit(**found, memory=peak - before)
 
 
 if __name__ == "__main__":

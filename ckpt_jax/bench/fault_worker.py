@@ -23,13 +23,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ckpt_jax import multihost
+from ckpt_jax.bench.common import emit
 
 TEMPORARY = "*.orbax-checkpoint-tmp*"
-
-
-def emit(**facts: Any) -> None:
-  """Prints facts as a line of JSON."""
-  print(json.dumps(facts), flush=True)
 
 
 class Side:

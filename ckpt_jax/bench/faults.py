@@ -11,23 +11,23 @@ import contextlib
 import json
 import os
 import pathlib
-import queue
 import random
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ckpt_jax.bench.common import Worker, facts_of
 from ckpt_jax.bench.fault_worker import SIDES
+from ckpt_jax.bench.files import filled
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.multihost import Job
 
-_WORKER = ["-m", "ckpt_jax.bench.fault_worker"]
+_MODULE = "ckpt_jax.bench.fault_worker"
 KILLS = {"kill_1": 1, "kill_4": 4}
 FAULTS: dict[str, str] = {
   "kill_1": "kill -9 at a random moment of a save, one process",
@@ -45,61 +45,8 @@ FAULTS: dict[str, str] = {
 }
 
 
-class Worker:
-  """A worker process, and the facts that it prints."""
-
-  def __init__(self, side: str, name: str, run: pathlib.Path, **options: Any):
-    self.facts: dict[str, Any] = {}
-    options.setdefault("megabytes", 8)
-    self.child = subprocess.Popen(
-      [sys.executable, *_WORKER, side, name, str(run), json.dumps(options)],
-      env=_environment(),
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
-      text=True,
-    )
-    self._lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=self._read, daemon=True).start()
-
-  def _read(self) -> None:
-    assert self.child.stdout is not None
-    with self.child.stdout:
-      for line in self.child.stdout:
-        self._lines.put(line)
-    self._lines.put(None)
-
-  def until(self, key: str, timeout: float) -> bool:
-    """Reads until a fact is there. Returns False if the process ends, or the time is over, before."""
-    deadline = time.monotonic() + timeout
-    while key not in self.facts:
-      try:
-        line = self._lines.get(timeout=max(0.01, deadline - time.monotonic()))
-      except queue.Empty:
-        return False
-      if line is None:
-        return False
-      with contextlib.suppress(ValueError):
-        self.facts.update(json.loads(line))
-    return True
-
-  def end(self, timeout: float) -> int | None:
-    """Waits for the end. Returns the exit code; None if the process had to be killed."""
-    with contextlib.suppress(OSError):
-      assert self.child.stdin is not None
-      self.child.stdin.close()
-    try:
-      code = self.child.wait(timeout)
-    except subprocess.TimeoutExpired:
-      self.child.kill()
-      self.child.wait(30)
-      code = None
-    self.until("no such fact", 1.0)
-    return code
-
-
-def _environment() -> dict[str, str]:
-  return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+def _worker(side: str, name: str, run: pathlib.Path, **options: Any) -> Worker:
+  return Worker(_MODULE, side, name, str(run), json.dumps({"megabytes": 8} | options))
 
 
 @contextlib.contextmanager
@@ -170,20 +117,17 @@ def _life(
   enough = threading.Event()
 
   def listen(_: int, line: str) -> None:
-    with contextlib.suppress(ValueError):
-      message = json.loads(line)
-      if not isinstance(message, dict):
-        return
-      facts.update({k: v for k, v in message.items() if k != "begin"})
-      if "begin" in message:
-        begun.append(message["begin"])
-        if len(begun) > 1:
-          facts["next"] = True  # the previous save was accepted, and the one before it is committed
-        if len(begun) == wanted:
-          enough.set()
+    message = facts_of(line)
+    if "begin" in message:
+      begun.append(message.pop("begin"))
+      if len(begun) > 1:
+        message["next"] = True  # the previous save was accepted, and the one before it is committed
+      if len(begun) == wanted:
+        enough.set()
+    facts.update(message)
 
   options = json.dumps({"megabytes": megabytes, "saves": 10**6 if seed is not None else 2})
-  job = Job([*_WORKER, side, "live", str(run), options], processes=processes, on_line=listen, env=_environment())
+  job = Job(["-m", _MODULE, side, "live", str(run), options], processes=processes, on_line=listen)
   try:
     if seed is None:
       ended = job.wait(240)
@@ -213,12 +157,12 @@ def _fault(side: str, name: str, seed: int, disk: pathlib.Path) -> dict[str, Any
   run = disk / "run"
   clock = {"clock": 365 * 86400.0} if name == "clock_back" else {}
   timeout = 5.0 if name == "hang" else 60.0
-  worker = Worker(side, name, run, disk=str(disk), seed=seed, timeout=timeout, **clock)
+  worker = _worker(side, name, run, disk=str(disk), seed=seed, timeout=timeout, **clock)
   code = worker.end(150)
   facts = worker.facts
   if name == "odd_directories":
     facts["foreign kept"] = any(p.read_text() == "mine" for p in run.glob("5*/thesis.tex"))
-  new = Worker(side, "after", run)
+  new = _worker(side, "after", run)
   new.end(120)
   return _judged(name, facts, new.facts, code)
 
@@ -252,13 +196,13 @@ def _judged(name: str, facts: dict[str, Any], new: dict[str, Any], code: int | N
 
 def _two_jobs(side: str, name: str, seed: int, disk: pathlib.Path) -> dict[str, Any]:
   run = disk / "run"
-  first = Worker(side, "hold", run)
+  first = _worker(side, "hold", run)
   first.until("saved", 120)
-  second = Worker(side, "after", run, step=5)
+  second = _worker(side, "after", run, step=5)
   second.end(120)
   first.end(120)
   refused = not second.facts.get("next", True) and any("another job" in t for t in second.facts.get("told", []))
-  new = Worker(side, "after", run)
+  new = _worker(side, "after", run)
   new.end(120)
   judged = _judged(name, first.facts | {"errors": second.facts.get("told", []), "must stay": [0, 5]}, new.facts, 0)
   judged["told right"] = refused
@@ -267,14 +211,13 @@ def _two_jobs(side: str, name: str, seed: int, disk: pathlib.Path) -> dict[str, 
 
 
 def _copied(side: str, name: str, seed: int, disk: pathlib.Path) -> dict[str, Any]:
-  first = Worker(side, "clock_back", disk / "run", disk=str(disk), seed=seed)
+  first = _worker(side, "clock_back", disk / "run", disk=str(disk), seed=seed)
   first.end(120)
   subprocess.run(["rsync", "-r", f"{disk}/run/", f"{disk}/copy"], check=True)
   shutil.rmtree(disk / "run")
-  new = Worker(side, "after", disk / "copy")
+  new = _worker(side, "after", disk / "copy")
   code = new.end(120)
-  judged = _judged("clock_back", first.facts | {"must stay": [0, 1]}, new.facts, code)
-  return judged
+  return _judged("clock_back", first.facts | {"must stay": [0, 1]}, new.facts, code)
 
 
 _special: dict[str, Callable[..., dict[str, Any]]] = {"two_jobs": _two_jobs, "copied": _copied}
@@ -364,14 +307,12 @@ def _complaints(tries: list[dict[str, Any]]) -> str:
   return "; ".join(f"{text} ({count})" for text, count in found.items())
 
 
-def render(results: dict[str, Any], template: str) -> str:
-  """The text of a Markdown file with the table between its marks."""
-  head, _, rest = template.partition("<!-- faults -->")
-  _, _, tail = rest.partition("<!-- /faults -->")
+def render(results: dict[str, Any], page: str) -> str:
+  """A page with the table in its place."""
   text = table(results)
   if cost := results.get("fsync"):
     text += (
       f"\n\nSyncing: {cost['megabytes']:.0f} MB, {cost['files']} files commit in {cost['on_s'] * 1e3:.0f} ms with it, "
       f"in {cost['off_s'] * 1e3:.0f} ms without (medians of {cost['rounds']}, interleaved)."
     )
-  return f"{head}<!-- faults -->\n{text}\n<!-- /faults -->{tail}"
+  return filled(page, "faults", text)

@@ -35,3 +35,10 @@ def rewrite(page: str | pathlib.Path, change: Callable[[str], str]) -> None:
   """Replaces the text of a page by `change(text)`."""
   path = pathlib.Path(page)
   path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def filled(page: str, mark: str, text: str) -> str:
+  """A page with `text` between its `<!-- MARK -->` and `<!-- /MARK -->`; the page itself if it has none."""
+  head, begin, rest = page.partition(f"<!-- {mark} -->")
+  _, end, tail = rest.partition(f"<!-- /{mark} -->")
+  return f"{head}{begin}\n{text}\n{end}{tail}" if end else page

@@ -17,14 +17,18 @@ import pathlib
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
+from ckpt_jax.bench import flips_worker
+from ckpt_jax.bench.common import job_events
+from ckpt_jax.bench.variants import same_bits
+from ckpt_jax.config.units import count
 from ckpt_jax.errors import CheckpointError
 
-_WORKER = ["-m", "ckpt_jax.bench.flips_worker"]
 # How a restore after a flip ends. `harmless`: with the flipped step, bit for bit right, metrics and extras too; `fell
 # back`: with the step before, bit for bit right, and a report of it; `detected`: with an error; `silently wrong`: else.
 OUTCOMES = ("harmless", "fell back", "detected", "silently wrong")
@@ -44,7 +48,7 @@ class Case:
     """Its name in the table."""
     kind = "zstd" if self.compression == "on" else "raw"
     packed = ", packed" if self.pack == "on" else ""
-    return f"{self.storage}, {self.processes} process{'es' * (self.processes > 1)}, {kind}{packed}"
+    return f"{self.storage}, {count(self.processes, 'process')}, {kind}{packed}"
 
   @property
   def config(self) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def run(flips: int, seed: int, say: Callable[[str], None], *, plain: bool = True
         place = pathlib.Path(work)
         if case.storage == "s3":
           bucket = stack.enter_context(s3_server())
-          stack.enter_context(_environment(bucket.env))
+          stack.enter_context(mock.patch.dict(os.environ, bucket.env))
           ours = _bucket_campaign(case, f"{bucket.url}/run", count, random.Random(f"{seed} {i}"))
           theirs = None
         else:
@@ -115,13 +119,8 @@ def _campaign(outcomes: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def _save(case: Case, side: str, url: str) -> None:
-  from ckpt_jax.multihost import launch
-
-  command = [*_WORKER, side, url, json.dumps(case.config)]
-  results = launch(command, processes=case.processes, devices=1, timeout=240)
-  failed = [r for r in results if r.returncode]
-  if failed:
-    raise CheckpointError(f"{case.name}: {side} could not save: {failed[0].log[-2000:]}")
+  command = [flips_worker.__name__, side, url, json.dumps(case.config)]
+  job_events(f"{case.name}: {side} could not save", command, processes=case.processes, timeout=240)
 
 
 def _local_campaign(case: Case, side: str, place: pathlib.Path, count: int, rng: random.Random) -> dict[str, Any]:
@@ -174,12 +173,8 @@ def _generic(file: str) -> str:
 
 
 def _is(state: Any, step: int) -> bool:
-  from ckpt_jax.bench.flips_worker import values
-
-  want = values(step)
-  return set(state) == set(want) and all(
-    np.asarray(state[k]).dtype == v.dtype and np.asarray(state[k]).tobytes() == v.tobytes() for k, v in want.items()
-  )
+  want = flips_worker.values(step)
+  return set(state) == set(want) and all(same_bits(np.asarray(state[k]), np.asarray(v)) for k, v in want.items())
 
 
 def _restored_ours(url: str) -> str:
@@ -203,9 +198,7 @@ def _restored_orbax(directory: pathlib.Path) -> str:
   import jax
   import orbax.checkpoint as ocp
 
-  from ckpt_jax.bench.flips_worker import values
-
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), values(1))
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), flips_worker.values(1))
   try:
     with ocp.CheckpointManager(directory, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
       step = manager.latest_step()
@@ -216,17 +209,3 @@ def _restored_orbax(directory: pathlib.Path) -> str:
   if step == 1 and _is(state, 1):
     return "harmless"
   return "silently wrong"
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-  before = {name: os.environ.get(name) for name in variables}
-  os.environ.update(variables)
-  try:
-    yield
-  finally:
-    for name, value in before.items():
-      if value is None:
-        os.environ.pop(name, None)
-      else:
-        os.environ[name] = value

@@ -21,8 +21,6 @@ import multiprocessing
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_jax.bench.common import facts_of, output
 from ckpt_jax.errors import CheckpointError
 
 STEP_S = 0.05
@@ -163,15 +162,8 @@ def _tail(arm: Arm) -> str:
 def _outcome(arm: Arm, lived: list[tuple[float, float]], step_s: float) -> dict[str, Any]:
   from ckpt_jax.planning.simulate import Job, simulate
 
-  listed = subprocess.run(
-    [sys.executable, "-m", "ckpt_jax", "ls", arm.run, "--json"],
-    env={**os.environ, **arm.env},
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=True,
-  )
-  committed = max(s["step"] for s in json.loads(listed.stdout)) + 1
+  listed = json.loads(output(f"the steps of {arm.name}", ["ckpt_jax", "ls", arm.run, "--json"], arm.env, 120))
+  committed = max(s["step"] for s in listed) + 1
   events = _events(arm.log)
   saves = [e for e in events if "saved" in e]
   # Means, first saves included: short lives are full of them.
@@ -217,13 +209,8 @@ def _step_s(arm: Arm) -> float:
 
 
 def _events(log: pathlib.Path) -> list[dict[str, Any]]:
-  found = []
-  for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-    try:
-      found.append(json.loads(line))
-    except ValueError:  # cut short by a kill
-      continue
-  return found
+  lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+  return [event for line in lines if (event := facts_of(line))]
 
 
 def _train(run: str, schedule: dict[str, Any], log: str, env: dict[str, str]) -> None:

@@ -7,9 +7,7 @@ cores limit gets worse with each host.
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
 import os
 import statistics
 import sys
@@ -20,8 +18,10 @@ from typing import Any
 
 from ckpt_jax.bench.buckets import gcs_process
 from ckpt_jax.bench.cluster import Cluster, cluster
+from ckpt_jax.bench.common import conditions, emit, facts_of, job_events, quiet
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.multihost import free_port
+from ckpt_jax.multihost import Job, free_port
+from ckpt_jax.storage.show import drawn, new_figure
 
 OURS = ("direct", "gather", "broadcast", "auto")
 ORBAX = ("orbax", "orbax single replica")
@@ -51,16 +51,8 @@ def run(
   """
   leaves = max(1, round(megabytes * 1e6 / _LEAF_NBYTES))
   nbytes = leaves * _LEAF_NBYTES
-  found: dict[str, Any] = {
-    "measured": datetime.date.today().isoformat(),
-    "cpus": os.cpu_count(),
-    "mbit": mbit,
-    "nbytes": nbytes,
-    "leaves": leaves,
-    "repeats": repeats,
-    "one_copy_s": nbytes * 8 / (mbit * 1e6),
-    "hosts": {},
-  }
+  one_copy_s = nbytes * 8 / (mbit * 1e6)
+  found = conditions(mbit=mbit, nbytes=nbytes, leaves=leaves, repeats=repeats, one_copy_s=one_copy_s, hosts={})
   for count in hosts:
     with tempfile.TemporaryDirectory() as objects, cluster(count, mbit) as lab:
       port = free_port()
@@ -79,13 +71,9 @@ def run(
 
 def _local(leaves: int, turns: int) -> dict[str, Any]:
   """Four processes of this machine restore from its own disk, by direct and by auto in turn."""
-  from ckpt_jax.multihost import launch
-
   with tempfile.TemporaryDirectory() as directory:
-    results = launch(["-m", __name__, "local", str(leaves), str(turns), directory], processes=4, timeout=600)
-  if any(r.returncode for r in results):
-    raise CheckpointError(f"on the local disk: {results[0].log[-2000:]}")
-  events = [json.loads(text) for text in results[0].log.splitlines() if text.startswith('{"variant"')]
+    said = job_events("on the local disk", [__name__, "local", str(leaves), str(turns), directory], processes=4)
+  events = [event for event in said if "variant" in event]
   seconds = {n: [e["seconds"] for e in events if e["variant"] == n and e["turn"]] for n in ("direct", "auto")}
   return {
     "processes": 4,
@@ -103,18 +91,15 @@ def _local(leaves: int, turns: int) -> dict[str, Any]:
 def _job(
   lab: Cluster, env: dict[str, str], part: str, leaves: int, repeats: int, nbytes: int
 ) -> dict[str, dict[str, Any]]:
-  from ckpt_jax.multihost import Job
-
   variants: dict[str, dict[str, Any]] = {}
   counted = 0
 
   def line(process: int, text: str) -> None:
     nonlocal counted
-    if process or not text.startswith("{"):
-      return
-    event = json.loads(text)
+    event = facts_of(text)
     if "begins" in event:
       counted = lab.storage_nbytes()[0]
+    if "variant" not in event:
       return
     entry = variants.setdefault(
       event["variant"], {"cold_s": None, "warm_s": [], "link_copies": [], "bitwise": True, "report": None}
@@ -175,13 +160,9 @@ def plot(found: dict[str, Any], file: str | os.PathLike[str] | None = None) -> A
     file: the file to write; None: return matplotlib's figure, for notebooks.
 
   Raises:
-    CheckpointError: if matplotlib is not installed, or cannot write that kind of file.
+    ConfigError: if matplotlib is not installed, or cannot write the file.
   """
-  try:
-    from matplotlib.figure import Figure
-  except ImportError as e:
-    raise CheckpointError('plots need matplotlib: pip install "ckpt_jax[plots]"') from e
-  figure = Figure(figsize=(11, 3.6), layout="constrained")
+  figure = new_figure(11, 3.6)
   left, right = figure.subplots(1, 2)
   counts = sorted(int(n) for n in found["hosts"])
   for name in (*OURS, *ORBAX):
@@ -197,22 +178,14 @@ def plot(found: dict[str, Any], file: str | os.PathLike[str] | None = None) -> A
   left.set(xlabel="hosts", ylabel="seconds to restore", ylim=(0, None), title=title, xticks=counts)
   right.set(xlabel="hosts", ylabel="copies through the link", ylim=(0, None), title="bytes read", xticks=counts)
   figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-  if file is None:
-    return figure
-  try:
-    figure.savefig(file)
-  except (ValueError, OSError) as e:
-    raise CheckpointError(f"{os.fspath(file)}: cannot be drawn: {e}") from e
-  return None
+  return drawn(figure, file)
 
 
 # -- on a host
 
 
 def _main() -> None:
-  from absl import logging as absl_logging
-
-  absl_logging.set_verbosity("error")
+  quiet()
   part, leaves, repeats = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
   from ckpt_jax import multihost
 
@@ -233,7 +206,7 @@ def _main() -> None:
 
   def say(**event: Any) -> None:
     if jax.process_index() == 0:
-      print(json.dumps(event), flush=True)
+      emit(**event)
 
   def measure(variant: str, restore: Callable[[], tuple[Any, Any]], turns: Sequence[int] = range(repeats + 1)) -> None:
     for turn in turns:

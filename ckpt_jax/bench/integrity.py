@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -10,14 +11,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import jax
-import numpy as np
 
 import ckpt_jax as ckpt
+from ckpt_jax.bench.common import rotated, timed
 from ckpt_jax.bench.runner import fill_free_memory
+from ckpt_jax.bench.suites import SUITES, state_of
+from ckpt_jax.bench.variants import on_devices
 from ckpt_jax.bench.worker import drop_cache, give_memory_back
 from ckpt_jax.integrity import fingerprint, health, record
 from ckpt_jax.integrity.meant import Meant
@@ -27,32 +30,20 @@ from ckpt_jax.layout.structure import flatten
 from ckpt_jax.layout.unchanged import Round
 from ckpt_jax.save import saver
 
+_SIDES = ("without", "with")
 _SETTLE_S = 10.0  # a file system needs a while to discard the blocks of deleted files
 
 
-def adam_state() -> Any:
-  """1.0 GB of float32 in 604 leaves: parameters and Adam's moments of a small transformer (W1)."""
-  rng = np.random.default_rng(0)
-
-  def matrices() -> dict[str, Any]:
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys("qkvo", (768, 768))
-    shapes |= {"up": (768, 1024), "b1": (768,), "b2": (1024,), "ln": (768,)}
-    layers = {f"l{i}": {k: rng.standard_normal(s, dtype=np.float32) for k, s in shapes.items()} for i in range(25)}
-    return layers | {"emb": rng.standard_normal((8192, 768), dtype=np.float32)}
-
-  state = {"params": matrices(), "mu": matrices(), "nu": matrices(), "step": np.int32(0)}
-  return jax.block_until_ready(jax.tree.map(jax.numpy.asarray, state))
-
-
 def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[str, Any]:
-  """Medians over `rounds`, with fingerprints and without in turn; restores from cold and from warm storage.
+  """Medians over `rounds` on w1, with fingerprints and without in turn; restores from cold and from warm storage.
 
   Args:
     rounds: rounds that count.
     directory: where to write; default: the temporary directory.
     say: called with a line about each round.
   """
-  state = adam_state()
+  w1 = SUITES["w1"]
+  state = on_devices(state_of(w1), w1)
   nbytes, leaves = global_nbytes(state), len(jax.tree.leaves(state))
   say(f"{nbytes / 1e9:.2f} GB in {leaves} leaves")
   views = _median(rounds, lambda: fingerprint.take(flatten(state)))
@@ -94,10 +85,10 @@ def _speeds(rounds: int, state: Any, nbytes: int) -> dict[str, float]:
 
 def _saves(rounds: int, state: Any, work: pathlib.Path, say: Callable[[str], None]) -> dict[str, Any]:
   """Seconds of saves, with a record of the state and without. The last steps stay in `work`."""
-  found: dict[str, Any] = {name: {"with": [], "without": []} for name in ("save_blocking_s", "commit_s")}
+  found: dict[str, Any] = {name: {side: [] for side in _SIDES} for name in ("save_blocking_s", "commit_s")}
   for turn in range(rounds + 1):
     say(f"saves, round {turn} of {rounds}")
-    for side in _order(turn):
+    for side in rotated(_SIDES, turn):
       shutil.rmtree(work / side, ignore_errors=True)
       os.sync()
       fill_free_memory()
@@ -116,7 +107,7 @@ def _restores(rounds: int, state: Any, work: pathlib.Path, say: Callable[[str], 
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
   for turn in range(rounds + 1):
     say(f"restores, round {turn} of {rounds}")
-    for kind, side in ((kind, side) for kind in ("cold_restore_s", "warm_restore_s") for side in _order(turn)):
+    for kind, side in ((kind, side) for kind in ("cold_restore_s", "warm_restore_s") for side in rotated(_SIDES, turn)):
       with ckpt.Checkpointer(work / "with", {"restore": {"verify": side == "with"}}) as c:
         give_memory_back()
         if kind == "cold_restore_s" and not drop_cache(str(work / "with")):
@@ -125,30 +116,20 @@ def _restores(rounds: int, state: Any, work: pathlib.Path, say: Callable[[str], 
         started = time.perf_counter()
         got = c.restore(like=like)
         if turn:
-          found.setdefault(kind, {"with": [], "without": []})[side].append(time.perf_counter() - started)
+          found.setdefault(kind, {side: [] for side in _SIDES})[side].append(time.perf_counter() - started)
         assert got.report is not None
         assert got.report.verified == (len(jax.tree.leaves(state)) if side == "with" else 0)
         del got
   return found
 
 
-def _order(turn: int) -> tuple[str, str]:
-  return ("with", "without") if turn % 2 else ("without", "with")
-
-
 def _median(rounds: int, action: Callable[[], Any]) -> float:
-  seconds = []
-  for _ in range(rounds + 1):
-    started = time.perf_counter()
-    action()
-    seconds.append(time.perf_counter() - started)
-  return statistics.median(seconds[1:])
+  return statistics.median([timed(action) for _ in range(rounds + 1)][1:])
 
 
-@contextmanager
+@contextlib.contextmanager
 def _recording(on: bool) -> Iterator[None]:
   """Saves without a record if `on` is False, for comparison."""
-  original = saver.record_of
 
   def nothing(
     state: Any,
@@ -161,9 +142,5 @@ def _recording(on: bool) -> Iterator[None]:
   ) -> record.Recording:
     return record.Recording(fingerprint.Taken(copies=copies), None, meant, False, where, {})
 
-  if not on:
-    saver.record_of = nothing
-  try:
+  with contextlib.nullcontext() if on else mock.patch.object(saver, "record_of", nothing):
     yield
-  finally:
-    saver.record_of = original

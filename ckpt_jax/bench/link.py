@@ -45,24 +45,41 @@ def limited_link(mbit: float) -> Iterator[Link]:
     raise CheckpointError("a limited link needs root and iproute2 (ip, tc)")
   name = f"ck{uuid.uuid4().hex[:8]}"
   subnet = f"10.{100 + os.getpid() % 100}.{int(name[-2:], 16)}"
-  limit = ["root", "tbf", "rate", f"{mbit}mbit", "burst", "256kb", "latency", "200ms"]
-  try:
-    _run("ip", "netns", "add", name)
-    _run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
-    _run("ip", "addr", "add", f"{subnet}.1/24", "dev", name)
-    _run("ip", "link", "set", name, "up")
-    _run("ip", "-n", name, "addr", "add", f"{subnet}.2/24", "dev", "eth0")
-    _run("ip", "-n", name, "link", "set", "eth0", "up")
-    _run("ip", "-n", name, "link", "set", "lo", "up")
-    _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "eth0", *limit)
-    _run("tc", "qdisc", "add", "dev", name, *limit)
+  with namespace(name, f"{subnet}.2"):
+    command("ip", "addr", "add", f"{subnet}.1/24", "dev", name)
+    command("ip", "link", "set", name, "up")
+    limit(name, mbit, "256kb")
     yield Link(("ip", "netns", "exec", name), f"{subnet}.2", f"{subnet}.1")
+
+
+@contextlib.contextmanager
+def namespace(name: str, address: str) -> Iterator[None]:
+  """A network namespace while the block runs: `eth0` in it has the address, and the interface NAME here is its peer."""
+  try:
+    command("ip", "netns", "add", name)
+    command("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+    command("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+    for device in ("eth0", "lo"):
+      command("ip", "-n", name, "link", "set", device, "up")
+    yield
   finally:
     subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     subprocess.run(["ip", "link", "del", name], capture_output=True, check=False)
 
 
-def _run(*args: str) -> None:
+def limit(name: str, mbit: float, burst: str) -> None:
+  """Limits both directions of a namespace's link to `mbit` * 10**6 bits per second."""
+  bucket = ("root", "tbf", "rate", f"{mbit}mbit", "burst", burst, "latency", "200ms")
+  command("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "eth0", *bucket)
+  command("tc", "qdisc", "add", "dev", name, *bucket)
+
+
+def command(*args: str) -> None:
+  """Runs a command of the system.
+
+  Raises:
+    CheckpointError: if it fails.
+  """
   done = subprocess.run(args, capture_output=True, text=True, check=False, timeout=30)
   if done.returncode:
     raise CheckpointError(f"{' '.join(args)}: {done.stderr.strip()}")

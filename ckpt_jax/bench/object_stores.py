@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import pathlib
 import shutil
@@ -21,11 +20,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ckpt_jax.bench.buckets import Bucket, control, gcs_server, s3_server
+from ckpt_jax.bench.common import CPU, answer, emit, quiet, timed
 from ckpt_jax.errors import CheckpointError
 
 _LEAVES = 64
-
-
 PARTS = ("requests", "faults", "mount")
 _MEGABYTES = 268
 
@@ -60,12 +58,8 @@ def _server(scheme: str) -> Iterator[Bucket]:
 
 
 def _child(bucket: Bucket, variant: str, part: str, run_url: str, count: int, megabytes: int) -> Any:
-  command = [sys.executable, "-m", __name__, variant, part, run_url, bucket.endpoint, str(count), str(megabytes)]
-  env = {**os.environ, **bucket.env, "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
-  if done.returncode:
-    raise CheckpointError(f"{variant} {part}: {done.stderr[-2000:]}")
-  return json.loads(done.stdout.splitlines()[-1])
+  command = [__name__, variant, part, run_url, bucket.endpoint, str(count), str(megabytes)]
+  return answer(f"{variant} {part}", command, CPU | bucket.env)
 
 
 def _mounted(repeats: int) -> dict[str, Any]:
@@ -151,12 +145,6 @@ def _state(megabytes: float, seed: int) -> dict[str, Any]:
   return {f"leaf{i}": jnp.asarray(rng.standard_normal((rows, 1024), dtype=np.float32)) for i in range(_LEAVES)}
 
 
-def _timed(operation: Callable[[], Any]) -> float:
-  started = time.perf_counter()
-  operation()
-  return time.perf_counter() - started
-
-
 def _count_requests(make: Callable[[str, int | None], Any], url: str, endpoint: str) -> dict[str, Any]:
   state = _state(16, 0)
   found: dict[str, Any] = {}
@@ -194,11 +182,11 @@ def _save_under_faults(
       state = _state(megabytes, step)
       figures = found.setdefault(name, {"blocking_s": [], "commit_s": [], "restore_s": [], "bitwise": []})
       started = time.perf_counter()
-      figures["blocking_s"].append(_timed(lambda: target.save(step, state)))  # noqa: B023 - called at once
+      figures["blocking_s"].append(timed(lambda: target.save(step, state)))  # noqa: B023 - called at once
       target.wait()
       figures["commit_s"].append(time.perf_counter() - started)
       got: list[Any] = []
-      figures["restore_s"].append(_timed(lambda: got.append(target.restore(state))))  # noqa: B023
+      figures["restore_s"].append(timed(lambda: got.append(target.restore(state))))  # noqa: B023
       same = all(np.asarray(got[0][k]).tobytes() == np.asarray(v).tobytes() for k, v in state.items())
       figures["bitwise"].append(float(same))
       control(endpoint, 0.0)
@@ -207,9 +195,7 @@ def _save_under_faults(
 
 
 def _main() -> None:
-  from absl import logging as absl_logging
-
-  absl_logging.set_verbosity("error")
+  quiet()
   variant, part, url, endpoint, count, megabytes = sys.argv[1:]
   make = functools.partial(make_side, variant)
   if part == "requests":
@@ -225,9 +211,9 @@ def _main() -> None:
       target.save(1, state)
       target.wait()
 
-    found = {"commit_s": _timed(save)}
+    found = {"commit_s": timed(save)}
     target.close()
-  print(json.dumps(found))
+  emit(**found)
 
 
 if __name__ == "__main__":

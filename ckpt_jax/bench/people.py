@@ -7,24 +7,21 @@ if nothing is lost in silence: the right thing happens, or one error explains th
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import pathlib
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from ckpt_jax.bench.common import Worker, facts_of
+from ckpt_jax.bench.files import filled
 from ckpt_jax.bench.people_sides import SIDES
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.multihost import Job
 
-_WORKER = ["-m", "ckpt_jax.bench.people_worker"]
+_MODULE = "ckpt_jax.bench.people_worker"
 _LIMIT_S = 240.0  # for one scenario, which takes seconds on an idle machine
 PEOPLE: dict[str, str] = {
   "two_managers": "two runs in one process, and the save of one fails",
@@ -72,58 +69,8 @@ def one(side: str, name: str) -> dict[str, Any]:
   return {"good": good, "seen": seen}
 
 
-class _Process:
-  """A worker process, and the facts that it prints."""
-
-  def __init__(self, side: str, name: str, work: pathlib.Path, before: list[str] | None = None):
-    self.facts: dict[str, Any] = {}
-    self.child = subprocess.Popen(
-      [*(before or []), sys.executable, *_WORKER, side, name, str(work)],
-      env=_environment(),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
-      text=True,
-      start_new_session=True,  # a Ctrl-C here is not one there
-    )
-    self._reader = threading.Thread(target=self._read, daemon=True)
-    self._reader.start()
-
-  def _read(self) -> None:
-    assert self.child.stdout is not None
-    with self.child.stdout:
-      for text in self.child.stdout:
-        _take(text, self.facts)
-
-  def until(self, key: str) -> bool:
-    """Waits for a fact. Returns False if the process ends without it."""
-    deadline = time.monotonic() + _LIMIT_S
-    while key not in self.facts and self.child.poll() is None and time.monotonic() < deadline:
-      time.sleep(0.05)
-    return key in self.facts
-
-  def end(self, limit: float = _LIMIT_S) -> int | None:
-    """Waits for the end. Returns the exit code; None if the process had to be killed."""
-    try:
-      code: int | None = self.child.wait(limit)
-    except subprocess.TimeoutExpired:
-      os.killpg(self.child.pid, signal.SIGKILL)
-      self.child.wait(30)
-      code = None
-    self._reader.join(10)
-    return code
-
-
-def _take(text: str, facts: dict[str, Any]) -> None:
-  try:
-    said = json.loads(text)
-  except ValueError:
-    return
-  if isinstance(said, dict):
-    facts.update(said)
-
-
-def _environment() -> dict[str, str]:
-  return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+def _worker(side: str, name: str, work: pathlib.Path, under: Sequence[str] = ()) -> Worker:
+  return Worker(_MODULE, side, name, str(work), under=under)
 
 
 def _verdict(facts: dict[str, Any], code: int | None) -> tuple[bool, str]:
@@ -133,7 +80,7 @@ def _verdict(facts: dict[str, Any], code: int | None) -> tuple[bool, str]:
 
 
 def _plain(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
-  process = _Process(side, name, work)
+  process = _worker(side, name, work)
   return _verdict(process.facts, process.end())
 
 
@@ -142,12 +89,12 @@ def _unreadable(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
   if os.geteuid() == 0 and shutil.which("setpriv") is None:
     raise CheckpointError(f"{name}: needs setpriv (util-linux) to be refused anything as root")
   refused = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-  process = _Process(side, name, work, refused)
+  process = _worker(side, name, work, refused)
   return _verdict(process.facts, process.end())
 
 
 def _preempted(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
-  process = _Process(side, "train_until_sigterm", work)
+  process = _worker(side, "train_until_sigterm", work)
   process.until("at")
   time.sleep(1.0)
   process.child.terminate()
@@ -163,7 +110,7 @@ def _code(code: int | None) -> str:
 
 
 def _serving(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
-  process = _Process(side, "serve_until_sigterm", work)
+  process = _worker(side, "serve_until_sigterm", work)
   process.until("at")
   process.child.terminate()
   code = process.end(30)
@@ -171,8 +118,8 @@ def _serving(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
 
 
 def _evaluator(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
-  trainer = _Process(side, "train_and_keep_one", work)
-  process = _Process(side, "evaluator", work)
+  trainer = _worker(side, "train_and_keep_one", work)
+  process = _worker(side, "evaluator", work)
   code = process.end()
   (work / "stop").touch()
   trainer.end(60)
@@ -181,24 +128,22 @@ def _evaluator(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
 
 def _job_of_many(side: str, name: str, work: pathlib.Path) -> tuple[bool, str]:
   facts: dict[str, Any] = {}
-  said: list[bool] = []
+  good_everywhere: list[bool] = []
 
-  def listen(_: int, text: str) -> None:
-    before = facts.pop("good", None)
-    _take(text, facts)
-    if "good" in facts:
-      said.append(facts["good"])
-    elif before is not None:
-      facts["good"] = before
+  def listen(_: int, line: str) -> None:
+    said = facts_of(line)
+    facts.update(said)
+    if "good" in said:
+      good_everywhere.append(said["good"])
 
-  job = Job([*_WORKER, side, name, str(work)], processes=2, on_line=listen, env=_environment())
+  job = Job(["-m", _MODULE, side, name, str(work)], processes=2, on_line=listen, env={"PYTHONWARNINGS": "ignore"})
   try:
     ended = job.wait(_LIMIT_S)
   finally:
     job.stop(grace=0)
   code = max(r.returncode for r in ended)
   good, seen = _verdict(facts, code)
-  return good and said == [True, True], seen
+  return good and good_everywhere == [True, True], seen
 
 
 _SPECIAL: dict[str, Callable[[str, str, pathlib.Path], tuple[bool, str]]] = {
@@ -248,10 +193,6 @@ def _cell(tried: dict[str, Any] | None) -> str:
   return text if tried["good"] else f"**{text}**"
 
 
-def render(results: dict[str, Any], template: str) -> str:
-  """The text of a Markdown file with the table between its marks."""
-  head, mark, rest = template.partition("<!-- people -->")
-  if not mark:
-    return template
-  tail = rest.partition("<!-- /people -->")[2]
-  return f"{head}<!-- people -->\n{table(results)}\n<!-- /people -->{tail}"
+def render(results: dict[str, Any], page: str) -> str:
+  """A page with the table in its place."""
+  return filled(page, "people", table(results))

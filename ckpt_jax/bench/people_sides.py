@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Callable
 from typing import Any
 
 Verdict = tuple[bool, str]
-
-
-def emit(**facts: Any) -> None:
-  """Prints facts as a line of JSON."""
-  print(json.dumps(facts), flush=True)
 
 
 class Ours:

@@ -23,7 +23,8 @@ from typing import Any
 
 from ckpt_jax import multihost
 from ckpt_jax.bench import people_sides
-from ckpt_jax.bench.people_sides import SIDES, Orbax, Side, Verdict, emit, large, line, small
+from ckpt_jax.bench.common import emit
+from ckpt_jax.bench.people_sides import SIDES, Orbax, Side, Verdict, large, line, small
 
 # -- one process, several of everything
 

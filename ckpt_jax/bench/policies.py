@@ -11,13 +11,12 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
+from ckpt_jax.bench.common import output, timed
 from ckpt_jax.orbax.format import STEP_METADATA
 from ckpt_jax.run.steps import OURS, committed_steps, list_steps, our_metadata, run_directory, step_metadata
 
@@ -97,7 +96,7 @@ def _decisions(path: pathlib.Path, repeats: int) -> dict[str, float]:
     "list_steps": _timed(repeats, lambda: list_steps(path)),
     "committed_steps": _timed(repeats, lambda: committed_steps(run_directory(path))),
     # Pure computation: other work of the machine can only add to it.
-    "decide": min(_timed(1, lambda: rules.decide(listed)) for _ in range(5 * repeats)),
+    "decide": min(timed(lambda: rules.decide(listed)) for _ in range(5 * repeats)),
   }
 
 
@@ -143,14 +142,8 @@ def _not_due(path: pathlib.Path, calls: int = 1000) -> float:
 
 
 def _timed(repeats: int, function: Callable[[], Any]) -> float:
-  times = []
-  for _ in range(repeats):
-    started = time.perf_counter()
-    function()
-    times.append(time.perf_counter() - started)
-  return statistics.median(times)
+  return statistics.median(timed(function) for _ in range(repeats))
 
 
 def _command(repeats: int, *arguments: str) -> float:
-  command = [sys.executable, "-m", "ckpt_jax", *arguments]
-  return _timed(repeats, lambda: subprocess.run(command, capture_output=True, check=True, timeout=300))
+  return _timed(repeats, lambda: output(arguments[0], ["ckpt_jax", *arguments], timeout=300))

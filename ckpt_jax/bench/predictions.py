@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,16 +18,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ckpt_jax.bench.buckets import gcs_server
+from ckpt_jax.bench.common import CPU, answer, quiet, rotated
 from ckpt_jax.bench.link import available, limited_link
 from ckpt_jax.bench.suites import SUITES, state_of
 from ckpt_jax.errors import CheckpointError, ConfigError
 
 STATES = ("w1", "w2", "w3")
 COMPRESSIBLE = "compressible"
+_FIGURES = ("blocking_s", "commit_s", "restore_s", "nbytes")
 _LINK_MBIT = 400.0
 # Some hundred megabytes: less would only measure a disk's write-behind.
 _PROBE = {"disk": (6.0, "1GiB"), "50 MB/s": (6.0, "128MiB")}
-_TIMEOUT = 1500.0
 # A file system discards the blocks of a probe's files after it: saves took twice as long on this ext4.
 _SETTLE_S = 10.0
 
@@ -84,7 +84,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
   for setting in dict.fromkeys(row["setting"] for row in rows):
     mine = [row for row in rows if row["setting"] == setting]
     entry: dict[str, Any] = {"compression": mine[-1]["compression"]}
-    for key in ("blocking_s", "commit_s", "restore_s", "nbytes"):
+    for key in _FIGURES:
       predicted = statistics.median(row["predicted"][key] for row in mine)
       measured = statistics.median(row["measured"][key] for row in mine)
       entry[key] = {
@@ -114,7 +114,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
       for setting, entry in settings.items():
         figures = ", ".join(
           f"{key[:-2]} {entry[key]['predicted']:.2f} s predicted, {entry[key]['measured']:.2f} s measured"
-          for key in ("blocking_s", "commit_s", "restore_s")
+          for key in _FIGURES[:3]
         )
         yield f"{storage}, {state}, compression {setting}: {figures}"
 
@@ -134,18 +134,9 @@ def on_storage(name: str, directory: str | None) -> Iterator[tuple[str, Mapping[
 
 
 def _child(state: str, storage: str, where: str, rounds: int, env: Mapping[str, str]) -> list[dict[str, Any]]:
-  devices = SUITES[state].devices
-  command = [sys.executable, "-m", __name__, state, storage, where, str(rounds)]
-  full = {
-    **os.environ,
-    **env,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-  }
-  done = subprocess.run(command, env=full, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
-  if done.returncode:
-    raise CheckpointError(f"bench predictions: {state} on {storage}: {done.stderr[-2000:]}")
-  return json.loads(done.stdout.splitlines()[-1])
+  devices = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={SUITES[state].devices}"}
+  command = [__name__, state, storage, where, str(rounds)]
+  return answer(f"bench predictions: {state} on {storage}", command, {**env, **CPU, **devices})
 
 
 # -- in the child
@@ -168,7 +159,7 @@ def _measure(state_name: str, storage: str, where: str, rounds: int) -> list[dic
     measured = ckpt_jax.probe(where, budget, limit)
     time.sleep(_SETTLE_S)
     for turn in range(rounds + 1):
-      for setting in choices[turn % len(choices) :] + choices[: turn % len(choices)]:
+      for setting in rotated(choices, turn):
         user = Config(layout={"compression": setting})
         plan = ckpt_jax.make_plan(profile, measured, host, user)
         sample = measure(plan.apply(user))
@@ -177,15 +168,13 @@ def _measure(state_name: str, storage: str, where: str, rounds: int) -> list[dic
             {
               "setting": setting,
               "compression": plan.values["layout.compression"],
-              "predicted": {key: getattr(plan, key) for key in ("blocking_s", "commit_s", "restore_s", "nbytes")},
-              "measured": {key: getattr(sample, key) for key in ("blocking_s", "commit_s", "restore_s", "nbytes")},
+              "predicted": {key: getattr(plan, key) for key in _FIGURES},
+              "measured": {key: getattr(sample, key) for key in _FIGURES},
             }
           )
   return rows
 
 
 if __name__ == "__main__":
-  from absl import logging as absl_logging
-
-  absl_logging.set_verbosity("error")
+  quiet()
   print(json.dumps(_measure(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))))

@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from ckpt_jax.bench.aims import outcomes
 from ckpt_jax.bench.results import SPACE, TIMES, Measured, Spread, SuiteResults
 from ckpt_jax.errors import ConfigError
+from ckpt_jax.storage.show import drawn, new_figure
 
 _BASELINE = "orbax"
 
@@ -203,14 +204,10 @@ def plot(path: str, suites: Sequence[SuiteResults]) -> None:
   Each suite has a file of its own: `docs/bench.png` becomes `docs/bench-w1.png`, `docs/bench-w2.png` ...
 
   Raises:
-    ConfigError: if matplotlib is missing, or does not write files of that kind.
+    ConfigError: if matplotlib is not installed, or cannot write a file.
   """
-  try:
-    from matplotlib.figure import Figure
-  except ImportError as e:
-    raise ConfigError('a plot needs matplotlib: pip install "ckpt_jax[plots]"') from e
   for suite in suites:
-    figure = Figure(figsize=(9, 0.2 * len(suite.variants) + 0.9), layout="constrained")
+    figure = new_figure(9, 0.2 * len(suite.variants) + 0.9)
     grid: Any = figure.subplots(1, 3)
     cold = any(v.median("cold_s") is not None for v in suite.variants)
     synced = any(v.median("synced_s") is not None for v in suite.variants)
@@ -221,10 +218,7 @@ def plot(path: str, suites: Sequence[SuiteResults]) -> None:
       axes.set_yticklabels([])
     figure.suptitle(f"{suite.name}: {suite.what}", fontsize=8.5, fontweight="bold", x=0.01, ha="left")
     file = pathlib.Path(path)
-    try:
-      figure.savefig(file.with_stem(f"{file.stem}-{suite.name}"), dpi=130)
-    except ValueError as e:
-      raise ConfigError(f"{path}: {e}") from e
+    drawn(figure, file.with_stem(f"{file.stem}-{suite.name}"), dpi=130)
 
 
 def _bars(axes: Any, suite: SuiteResults, metric: str) -> None:

@@ -25,11 +25,13 @@ import psutil
 
 import ckpt_jax
 from ckpt_jax.bench.buckets import gcs_server, s3_server
+from ckpt_jax.bench.common import rotated
 from ckpt_jax.bench.suites import Suite
 from ckpt_jax.bench.variants import VARIANTS, Variant, left_out, python_of
 from ckpt_jax.bench.worker import drop_cache
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.multihost import Job
+from ckpt_jax.storage.space import count_files
 
 _START_TIMEOUT = 300.0
 _TURN_TIMEOUT = 600.0
@@ -189,13 +191,11 @@ def _rounds(
   suite: Suite, jobs: Mapping[str, WorkerJob], rounds: int, url: str, progress: Callable[[str], None], *, large: bool
 ) -> dict[str, Any]:
   """Measures all rounds. Returns lists by metric, and the settings chosen, for each variant."""
-  names = list(jobs)
   for job in jobs.values():
     job.ask("prepare")
-  turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+  turns: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
   for turn in range(rounds + 1):
-    shift = turn % max(1, len(names))
-    for name in names[shift:] + names[:shift]:
+    for name in rotated(jobs, turn):
       title = VARIANTS[name].title
       place = f"{url}/{name}" if suite.storage == "disk" else None
       found = _turn(jobs[name], turn, place, fill_free_memory if large else lambda: None)
@@ -215,7 +215,7 @@ def _turn(job: WorkerJob, step: int, place: str | None, settle: Callable[[], Non
   settle()
   saves = job.ask("save", step=step)
   found = {key: _most(saves, key) for key in ("blocking_s", "commit_s", "synced_s", "save_rss")}
-  found["stored_nbytes"], found["files"] = _stored(f"{place}/{step}") if place else (None, None)
+  found["files"], found["stored_nbytes"] = count_files(f"{place}/{step}") if place else (None, None)
   found["cold_s"] = None
   # An emulated bucket has caches of its own that cannot be dropped.
   if place and drop_cache(f"{place}/{step}"):
@@ -254,11 +254,6 @@ def _by_metric(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def _brief(found: dict[str, Any]) -> str:
   keys = {"blocking_s": "blocking", "synced_s": "commit + sync", "cold_s": "cold", "warm_s": "warm"}
   return ", ".join(f"{label} {found[key]:.2f} s" for key, label in keys.items() if found[key] is not None)
-
-
-def _stored(directory: str) -> tuple[int, int]:
-  files = [p for p in pathlib.Path(directory).rglob("*") if p.is_file()]
-  return sum(p.stat().st_size for p in files), len(files)
 
 
 _MIB = 2**20

@@ -6,27 +6,24 @@ All sides save the same state in one job, in turn, so that what else the machine
 from __future__ import annotations
 
 import collections
-import datetime
-import json
 import os
-import resource
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ckpt_jax.bench import suites
+from ckpt_jax.bench.common import conditions, emit, job_events, medians, quiet, rotated
+from ckpt_jax.bench.variants import VARIANTS, Target, jax_target
 from ckpt_jax.bench.worker import drop_cache
-from ckpt_jax.errors import CheckpointError
-from ckpt_jax.multihost import launch, who_wrote
+from ckpt_jax.multihost import who_wrote
 
 OURS, UNCUT, ORBAX = "ckpt_jax", "ckpt_jax, reshard off", "orbax"
 # No axis of most of these divides by 3, 5, 6 or 7.
 MIXED = [*[(1024, 512)] * 8, (17,), (3, 5, 7), (333, 77), (4096, 33), (128,), (50257, 16), (2, 3, 257), (1000, 64)]
 # One block of a transformer, three times, and what is beside it in embeddings.
 BLOCK = [(1024, 1024)] * 4 + [(1024, 4096), (4096, 1024), (1024,), (1024,)]
-_TIMEOUT_S = 600
 
 
 def shares(counts: Sequence[int], rounds: int, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -37,7 +34,7 @@ def shares(counts: Sequence[int], rounds: int, progress: Callable[[str], None] =
     rounds: saves that count, after one that does not.
     progress: called with a line before each measurement.
   """
-  found = _about(rounds)
+  found = conditions(rounds=rounds)
   for count in counts:
     progress(f"{count} processes")
     with tempfile.TemporaryDirectory() as directory:
@@ -63,38 +60,29 @@ def reshard(processes: int, rounds: int, progress: Callable[[str], None] = lambd
   """
   progress(f"{processes} processes")
   with tempfile.TemporaryDirectory() as directory:
-    return _about(rounds) | {"processes": processes, "sides": _job("reshard", processes, rounds, directory)}
-
-
-def _about(rounds: int) -> dict[str, Any]:
-  return {"measured": datetime.date.today().isoformat(), "cpus": os.cpu_count(), "rounds": rounds}
+    sides = _job("reshard", processes, rounds, directory)
+  return conditions(rounds=rounds, processes=processes, sides=sides)
 
 
 def _job(what: str, processes: int, rounds: int, directory: str) -> dict[str, dict[str, Any]]:
   """Medians over rounds: seconds of the slowest process; CPU seconds and bytes of all."""
-  results = launch(["-m", __name__, what, str(rounds), directory], processes=processes, timeout=_TIMEOUT_S)
-  if bad := [r for r in results if r.returncode]:
-    raise CheckpointError(f"{what} on {processes} processes: {bad[0].log[-2000:]}")
+  command = [__name__, what, str(rounds), directory]
   turns: dict[str, dict[int, list[dict[str, Any]]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-  for result in results:
-    for event in (json.loads(line) for line in result.log.splitlines() if line.startswith('{"side"')):
-      turns[event.pop("side")][event.pop("turn")].append(event)
+  for event in job_events(f"{what} on {processes} processes", command, processes=processes):
+    turns[event.pop("side")][event.pop("turn")].append(event)
   found: dict[str, dict[str, Any]] = {}
   for side, by_turn in turns.items():
     by_turn.pop(0)
-    found[side] = {
-      key: round(
-        statistics.median(
-          (max if key.endswith("_s") and "cpu" not in key else sum)(e[key] for e in events)
-          for events in by_turn.values()
-        ),
-        3,
-      )
-      for key in by_turn[1][0]
-    }
+    found[side] = medians([_of_job(events) for events in by_turn.values()], 3)
     if needed := found[side].get("needed"):
       found[side]["read_over_needed"] = round(found[side]["read"] / needed, 3)
   return found
+
+
+def _of_job(events: list[dict[str, Any]]) -> dict[str, float]:
+  """What the processes took together in one turn: a job is as slow as its slowest process."""
+  slowest = ("commit_s", "restore_s")
+  return {key: (max if key in slowest else sum)(event[key] for event in events) for key in events[0]}
 
 
 # -- in the processes
@@ -107,48 +95,15 @@ def _bytes_read() -> int:
   return int(sum(v["value"] for m in metrics for v in m["values"]))
 
 
-def _cpu_s() -> float:
-  used = resource.getrusage(resource.RUSAGE_SELF)
-  return used.ru_utime + used.ru_stime
-
-
-def _sides(directory: str, what: str) -> dict[str, tuple[Callable[[int, Any], None], Callable[[int, Any], Any]]]:
-  """How each side saves, to the commit, and restores."""
-  import jax
-  import orbax.checkpoint as ocp
-
-  import ckpt_jax
-
-  def ours(name: str, layout: dict[str, Any]) -> tuple[Callable[[int, Any], None], Callable[[int, Any], Any]]:
-    settings = {
-      "retention": {"last": None},
-      "layout": {"unchanged": "off", **layout},
-    }  # each save is to write all of it
-    c = ckpt_jax.Checkpointer(os.path.join(directory, name), settings)
-
-    def save(step: int, state: Any) -> None:
-      c.save(step, state)
-      c.wait()
-
-    return save, lambda step, like: c.restore(step, like=like, strategy="direct").state
-
-  manager = ocp.CheckpointManager(
-    os.path.join(directory, ORBAX),
-    options=ocp.CheckpointManagerOptions(max_to_keep=None),
-    item_handlers=ocp.PyTreeCheckpointHandler(use_compression=False),
-  )
-
-  def save(step: int, state: Any) -> None:
-    manager.save(step, args=ocp.args.PyTreeSave(state))
-    manager.wait_until_finished()
-
-  def restore(step: int, like: Any) -> Any:
-    args = ocp.checkpoint_utils.construct_restore_args(like)
-    return jax.block_until_ready(manager.restore(step, args=ocp.args.PyTreeRestore(item=like, restore_args=args)))
-
-  found = {OURS: ours(OURS, {}), ORBAX: (save, restore)}
+def _sides(directory: str, what: str, like: Any) -> dict[str, Target]:
+  direct = {"restore": {"strategy": "direct"}}
+  found = {
+    OURS: jax_target(VARIANTS[suites.OURS], like, f"{directory}/{OURS}", config=direct),
+    ORBAX: jax_target(VARIANTS[suites.ORBAX_PLAIN], like, f"{directory}/{ORBAX}"),
+  }
   if what == "reshard":
-    found[UNCUT] = ours(UNCUT, {"reshard": "off"})
+    uncut = direct | {"layout": {"reshard": "off"}}
+    found[UNCUT] = jax_target(VARIANTS[suites.OURS], like, f"{directory}/{UNCUT}", config=uncut)
   return found
 
 
@@ -160,12 +115,11 @@ def main() -> None:
   multihost.initialize()
   import jax
   import numpy as np
-  from absl import logging
   from jax.experimental import multihost_utils
   from jax.sharding import NamedSharding
   from jax.sharding import PartitionSpec as P
 
-  logging.set_verbosity("error")
+  quiet()
   mesh = jax.make_mesh((jax.device_count(),), ("x",))
   rng = np.random.default_rng(0)
   shapes = MIXED if what == "shares" else BLOCK * 3
@@ -177,27 +131,29 @@ def main() -> None:
   state = {n: jax.make_array_from_callback(x.shape, on(x.shape, 0), x.__getitem__) for n, x in values.items()}
   like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on(x.shape, 1)) for n, x in values.items()}
   needed = sum(x.dtype.itemsize * int(np.prod(x.sharding.shard_shape(x.shape))) for x in like.values())
-  sides = _sides(directory, what)
+  sides = _sides(directory, what, like)
   for turn in range(rounds + 1):
-    for side in [*sides][turn % len(sides) :] + [*sides][: turn % len(sides)]:
-      save, restore = sides[side]
+    for side in rotated(sides, turn):
+      target = sides[side]
+      target.state = state
       multihost_utils.sync_global_devices(f"{turn} {side}")
-      cpu, started = _cpu_s(), time.perf_counter()
-      save(turn, state)
+      cpu, started = time.process_time(), time.perf_counter()
+      target.save(turn)
+      target.wait()
       event: dict[str, Any] = {"side": side, "turn": turn, "commit_s": time.perf_counter() - started}
-      event["commit_cpu_s"] = _cpu_s() - cpu
+      event["commit_cpu_s"] = time.process_time() - cpu
       if what == "reshard":
         if jax.process_index() == 0:
           drop_cache(os.path.join(directory, side, str(turn)))
         multihost_utils.sync_global_devices(f"{turn} {side} dropped")
-        before, cpu, started = _bytes_read(), _cpu_s(), time.perf_counter()
-        got = restore(turn, like)
-        event |= {"restore_s": time.perf_counter() - started, "restore_cpu_s": _cpu_s() - cpu}
+        before, cpu, started = _bytes_read(), time.process_time(), time.perf_counter()
+        got = target.restore(turn)
+        event |= {"restore_s": time.perf_counter() - started, "restore_cpu_s": time.process_time() - cpu}
         event |= {"read": _bytes_read() - before, "needed": needed}
         for name, x in values.items():
           for shard in got[name].addressable_shards:
             assert np.asarray(shard.data).tobytes() == x[shard.index].tobytes(), name
-      print(json.dumps(event), flush=True)
+      emit(**event)
 
 
 if __name__ == "__main__":

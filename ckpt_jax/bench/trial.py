@@ -20,7 +20,7 @@ from ckpt_jax.checkpointer import Checkpointer
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout.structure import path_name
-from ckpt_jax.run.steps import is_object_store, run_directory
+from ckpt_jax.run.steps import is_object_store, run_directory, tree_nbytes
 from ckpt_jax.storage.connect import connect
 from ckpt_jax.tuning.search import Sample
 
@@ -50,7 +50,7 @@ class Trials:
     c.wait()
     committed = time.perf_counter()
     step = c.directory / str(self._step)
-    nbytes = _stored(step)
+    nbytes = tree_nbytes(step)
     if not is_object_store(step):
       drop_cache(os.fspath(step))
     reading = time.perf_counter()
@@ -140,7 +140,3 @@ def _abstract(x: Any) -> Any:
   if isinstance(x, jax.Array):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
   return x
-
-
-def _stored(step: epath.Path) -> int:
-  return sum(_stored(p) if p.is_dir() else p.stat().length for p in step.iterdir())

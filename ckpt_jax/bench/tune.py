@@ -82,7 +82,7 @@ def saved_state(step_dir: epath.Path, leaves: Sequence[LeafInfo], limit: int) ->
   from ckpt_jax.restore import stream
   from ckpt_jax.restore.step import Step
 
-  arrays = [x for x in leaves if not x.scalar and x.dtype != "str" and not x.dtype.startswith("key<")]
+  arrays = [x for x in leaves if not x.scalar and x.has_numbers]
   whole = profile_state([jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype)) for x in arrays], sample=False)
   step = Step(step_dir, Config())
   parts = [part for group in stream.parts(step, [x.path for x in arrays], max(limit // 4, 1)) for part in group]

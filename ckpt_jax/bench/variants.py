@@ -159,7 +159,8 @@ def jax_target(
   return _CkptJax(state, directory, {**variant.options, **retention})
 
 
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+  """Whether two arrays have the same dtype, shape and bits."""
   if a.dtype != b.dtype or a.shape != b.shape:
     return False
   return np.array_equal(np.ascontiguousarray(a).reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
@@ -214,7 +215,7 @@ class _Jax:
     return all(
       a.sharding == b.sharding
       and all(
-        _same_bits(np.asarray(x.data), np.asarray(y.data))
+        same_bits(np.asarray(x.data), np.asarray(y.data))
         for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True)
       )
       for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(self.state), strict=True)
@@ -322,7 +323,7 @@ class _Flat:
 
   def same(self, restored: Any) -> bool:
     return restored.keys() == self.state.keys() and all(
-      _same_bits(np.asarray(restored[name]), x) for name, x in self.state.items()
+      same_bits(np.asarray(restored[name]), x) for name, x in self.state.items()
     )
 
 

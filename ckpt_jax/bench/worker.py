@@ -20,6 +20,7 @@ import traceback
 from multiprocessing.connection import Client
 from typing import Any
 
+from ckpt_jax.bench.common import quiet
 from ckpt_jax.bench.suites import SUITES
 from ckpt_jax.bench.variants import VARIANTS, Target, make_target
 
@@ -185,12 +186,7 @@ def main() -> None:
     from ckpt_jax import multihost
 
     multihost.initialize()
-  try:
-    from absl import logging as absl_logging
-
-    absl_logging.set_verbosity("error")
-  except ImportError:  # torch's own environment
-    pass
+  quiet()
   with Client(address, "AF_UNIX") as connection:
     connection.send_bytes(os.environ.get("CKPT_JAX_PROCESS_INDEX", "0").encode())
     serve(connection, suite, variant, directory)

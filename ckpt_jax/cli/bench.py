@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ckpt_jax.bench import files
-from ckpt_jax.cli.common import Json, NearestName, PlainCommand, console, print_json, size
+from ckpt_jax.cli.common import Json, NearestName, PlainCommand, console, print_json, print_table, size
 from ckpt_jax.errors import ConfigError
 
 _MAIN = ["w1", "w2", "w3", "small", "moe", "multi", "bucket", "compressible"]
@@ -38,6 +38,7 @@ class _SuiteOrCommand(NearestName):
 bench = typer.Typer(
   cls=_SuiteOrCommand, no_args_is_help=True, help="Measure side by side with raw Orbax; `bench w1 w2` runs suites."
 )
+command = functools.partial(bench.command, cls=PlainCommand)
 
 Directory = Annotated[str | None, typer.Option("--dir", help="Write here; default: the temporary directory.")]
 Output = Annotated[str | None, typer.Option("-o", "--output", help="Write the JSON into this file.")]
@@ -55,15 +56,20 @@ def _progress(text: str) -> None:
   typer.echo(text, err=True)
 
 
-def _emit(found: Any, output: str | None) -> None:
-  """Writes results as JSON: into a file if one is given, else on stdout."""
+def _keep(output: str | None, found: Any) -> None:
+  """Writes results into a file if one is given."""
   if output:
     files.write(output, found)
-  else:
+
+
+def _emit(found: Any, output: str | None) -> None:
+  """Writes results as JSON: into a file if one is given, else on stdout."""
+  _keep(output, found)
+  if not output:
     typer.echo(json.dumps(found, indent=1))
 
 
-@bench.command("suites", cls=PlainCommand)
+@command()
 def suites(
   names: Annotated[
     list[str] | None, typer.Argument(metavar="[SUITE]...", help=f"Of {', '.join(_MAIN)}; default: all of them.")
@@ -94,7 +100,7 @@ def suites(
   _draw(results.load(output) if output else data, plot, fill)
 
 
-@bench.command("tables", cls=PlainCommand)
+@command()
 def tables(
   file: Annotated[str, typer.Argument(help="JSON that `bench suites -o` wrote.", show_default=False)],
   plot: Plot = None,
@@ -134,7 +140,7 @@ def _draw(data: dict[str, Any], plot: str | None, fill: list[str] | None) -> Non
     report.fill_file(file, found)
 
 
-@bench.command(cls=PlainCommand)
+@command()
 def bucket(
   parts: Annotated[
     list[str] | None, typer.Argument(help="gs, s3, requests, faults, mount; default: gs and s3.")
@@ -148,7 +154,6 @@ def bucket(
   """
   from ckpt_jax.bench import bucket as speed
   from ckpt_jax.bench import object_stores
-  from ckpt_jax.cli.common import print_table
 
   with files.continued(output) as found:
     for part in parts or speed.PARTS:
@@ -161,7 +166,7 @@ def bucket(
   print_table(("", "side", "blocking s", "commit s", "restore s", "requests: save", "restore"), speed.table(found))
 
 
-@bench.command("export", cls=PlainCommand)
+@command()
 def export(
   rounds: Annotated[int, typer.Option(min=1, help="Rounds that count; one more comes before them.")] = 5,
   directory: Directory = None,
@@ -169,15 +174,13 @@ def export(
 ) -> None:
   """Export and load 340 MB of parameters, beside plain Orbax with the safetensors library and Orbax's own reader."""
   from ckpt_jax.bench.export import run, table
-  from ckpt_jax.cli.common import print_table
 
   found = run(rounds, directory, _progress)
-  if output:
-    files.write(output, found)
+  _keep(output, found)
   print_table(("", "side", "seconds", "CPU s", "extra MB", "MB/s"), table(found))
 
 
-@bench.command(cls=PlainCommand)
+@command()
 def goodput(
   output: Annotated[str, typer.Option("-o", "--output", help="JSON file that the round is added to.")],
   kills: Annotated[int, typer.Option(min=1, help="Interruptions in this round.")] = 30,
@@ -192,7 +195,7 @@ def goodput(
   _emit(summary(rounds), None)
 
 
-@bench.command("faults", cls=PlainCommand)
+@command()
 def faults(
   names: Annotated[list[str] | None, typer.Argument(metavar="[FAULT]...", help="Default: all of them.")] = None,
   seeds: Annotated[int, typer.Option(min=1, help="Tries of each fault.")] = 3,
@@ -218,13 +221,13 @@ def faults(
   _show_campaign(campaign, results, pages, output, as_json)
 
 
-@bench.command("people", cls=PlainCommand)
+@command()
 def people(
   names: Annotated[
     list[str] | None, typer.Argument(metavar="[NAME]...", help="Tried again; default: those that the file lacks.")
   ] = None,
   minutes: Minutes = 60.0,
-  output: Annotated[str | None, typer.Option("-o", "--output", help="Add to this JSON file.")] = None,
+  output: Merged = None,
   fill: Annotated[
     list[str] | None, typer.Option(help="Put the table between <!-- people --> and <!-- /people --> of this file.")
   ] = None,
@@ -250,7 +253,7 @@ def _show_campaign(campaign: Any, results: dict[str, Any], pages: list[str], out
     typer.echo(campaign.table(results))
 
 
-@bench.command(cls=PlainCommand)
+@command()
 def predictions(
   states: Annotated[list[str] | None, typer.Argument(metavar="[STATE]...", help="Default: all.")] = None,
   output: Merged = None,
@@ -264,18 +267,16 @@ def predictions(
   before = files.read(output)
 
   def keep(found: dict[str, Any]) -> None:
-    if output:
-      _emit(bench_predictions.merged(before, found), output)
+    _keep(output, bench_predictions.merged(before, found))
 
   chosen = tuple(states or (*bench_predictions.STATES, bench_predictions.COMPRESSIBLE))
-  found = bench_predictions.run(
-    rounds, chosen, tuple(storage or ("disk", "50 MB/s")), directory, progress=_progress, done=keep
-  )
+  storages = tuple(storage or ("disk", "50 MB/s"))
+  found = bench_predictions.run(rounds, chosen, storages, directory, progress=_progress, done=keep)
   for line in bench_predictions.lines(found):
     typer.echo(line)
 
 
-@bench.command("policies", cls=PlainCommand)
+@command()
 def policies(
   output: Output = None,
   steps: Annotated[int, typer.Option(min=10, help="Steps in the run.")] = 5000,
@@ -287,7 +288,7 @@ def policies(
   _emit(measure(steps, repeats, _progress), output)
 
 
-@bench.command("flips", cls=PlainCommand)
+@command()
 def flips(
   output: Output = None,
   count: Annotated[int, typer.Option("--flips", min=1, help="Bits to flip, in all.")] = 200,
@@ -300,13 +301,12 @@ def flips(
   found = run(count, seed, _progress, plain=plain)
   for side, totals in found["totals"].items():
     typer.echo(f"{side}: " + ", ".join(f"{n} {outcome}" for outcome, n in totals.items()))
-  if output:
-    _emit(found, output)
+  _keep(output, found)
   if found["totals"]["ckpt_jax"]["silently wrong"]:
     raise typer.Exit(1)
 
 
-@bench.command("integrity", cls=PlainCommand)
+@command()
 def integrity(
   output: Output = None,
   rounds: Annotated[int, typer.Option(min=1, help="Rounds of each variant.")] = 5,
@@ -318,7 +318,7 @@ def integrity(
   _emit(run(rounds, directory, _progress), output)
 
 
-@bench.command("accelerator", cls=PlainCommand)
+@command()
 def accelerator(
   output: Output = None,
   state_size: Annotated[float, size("--size", help="Size of the state.")] = 2.95e9,
@@ -337,13 +337,8 @@ def accelerator(
   extent = bench_accelerator.Extent(int(state_size), rounds, minutes=minutes)
   if quick:
     extent = dataclasses.replace(extent, rounds=1, repeats=2, growth=20)
-
-  def keep(found: dict[str, Any]) -> None:
-    if output:
-      files.write(output, found)
-
-  found = bench_accelerator.run(extent, directory, _progress, keep)
-  keep(found)
+  found = bench_accelerator.run(extent, directory, _progress, functools.partial(_keep, output))
+  _keep(output, found)
   if as_json:
     print_json(found)
     return
@@ -355,7 +350,7 @@ def accelerator(
     raise typer.Exit(1)
 
 
-@bench.command("hosts", cls=PlainCommand)
+@command()
 def hosts(
   counts: Annotated[str, typer.Option("--hosts", help="Numbers of hosts, commas between.")] = "2,4,8",
   mbit: Annotated[float, typer.Option(min=1, help="Bandwidth of the storage's link, 10**6 bits per second.")] = 400,
@@ -374,7 +369,7 @@ def hosts(
     draw(found, plot)
 
 
-@bench.command("shares", cls=PlainCommand)
+@command()
 def shares(
   counts: Annotated[str, typer.Option("--processes", help="Numbers of processes, commas between.")] = "3,5,6,7",
   rounds: Annotated[int, typer.Option(min=1, help="Saves that count, after one that does not.")] = 5,
@@ -386,7 +381,7 @@ def shares(
   _emit(shares(_numbers("--processes", counts), rounds, _progress), output)
 
 
-@bench.command("reshard", cls=PlainCommand)
+@command()
 def reshard(
   processes: Annotated[int, typer.Option(min=2, help="Processes with one device each.")] = 4,
   rounds: Annotated[int, typer.Option(min=1, help="Saves and restores that count, after one that does not.")] = 9,
@@ -398,7 +393,7 @@ def reshard(
   _emit(reshard(processes, rounds, _progress), output)
 
 
-@bench.command("lora")
+@command()
 def lora(
   rounds: Annotated[int, typer.Option(min=1, help="Saves that count, after the first few.")] = 7,
   directory: Directory = None,
@@ -410,7 +405,7 @@ def lora(
   _emit(lora(rounds, directory, _progress), output)
 
 
-@bench.command("direct")
+@command()
 def direct(
   suite: Annotated[str, typer.Option(help="State to save: w1, w2 or w3.")] = "w1",
   rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after one that does not.")] = 10,
@@ -423,7 +418,7 @@ def direct(
   _emit(direct(suite, rounds, directory, _progress), output)
 
 
-@bench.command("codec")
+@command()
 def codec(
   steps: Annotated[int, typer.Option(min=1, help="Steps of training before the measurements.")] = 250,
   rounds: Annotated[int, typer.Option(min=1, help="Saves and restores of each side.")] = 3,
@@ -438,8 +433,7 @@ def codec(
 
   found = run(steps, rounds, directory, _progress)
   typer.echo(table(found))
-  if output:
-    _emit(found, output)
+  _keep(output, found)
   if fill:
     files.rewrite(fill, functools.partial(render, found))
 

@@ -16,6 +16,7 @@ from ckpt_jax.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
   from ckpt_jax.planning.estimate import SizeEstimate
+  from ckpt_jax.planning.simulate import StorageUse
   from ckpt_jax.planning.spread import Spread
 
 
@@ -107,18 +108,19 @@ def estimate(
     raise ConfigError("give the number of parameters once")
   sizes, state = of.make(hosts.params if size is None else size, mesh)
   job = _job(sizes, hosts, devices if mesh is None else _spread(state, mesh, devices))
-  stored = _stored(sizes, retention, every, days)
+  use = None
+  if every is not None:
+    from ckpt_jax.planning.simulate import storage_use
+
+    use = storage_use(retention.rules(), every, sizes.step_nbytes, days)
   if as_json:
-    print_json(sizes.to_dict() | {"job": job} | ({"stored": stored} if stored else {}))
+    stored = {} if use is None else {"stored": _as_json(use, retention)}
+    print_json(sizes.to_dict() | {"job": job} | stored)
     return
   _print_sizes(sizes)
   _print_job(job)
-  if stored:
-    money = "" if stored["cost_per_month"] is None else f", {retention.money(stored['cost_per_month'])} a month"
-    mean, most = size_text(stored["mean_nbytes"]), size_text(stored["peak_nbytes"])
-    typer.echo(
-      f"storage over {days:g} days: {count(stored['steps'])} at the end, {mean} on average, {most} at most{money}"
-    )
+  if use is not None:
+    typer.echo(retention.use_text(use, days))
 
 
 def _spread(state: Any, mesh: Any, devices: int) -> Spread:
@@ -205,15 +207,7 @@ def _job(sizes: SizeEstimate, hosts: HostOptions, of: int | Spread) -> dict[str,
   }
 
 
-def _stored(
-  sizes: SizeEstimate, retention: RetentionOptions, every: float | None, days: float
-) -> dict[str, Any] | None:
-  """What a retention keeps; None without an interval."""
-  if every is None:
-    return None
-  from ckpt_jax.planning.simulate import storage_use
-
-  use = storage_use(retention.rules(), every, sizes.step_nbytes, days)
+def _as_json(use: StorageUse, retention: RetentionOptions) -> dict[str, Any]:
   return {
     "steps": use.steps[-1] if use.steps else 0,
     "mean_nbytes": use.mean_nbytes,

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ckpt_jax.config import Config, load_config
+from ckpt_jax.config.units import count, size_text
 
 if TYPE_CHECKING:
+  from ckpt_jax.planning.simulate import StorageUse
   from ckpt_jax.policies.retention import Retention
 
 _GIB = 2**30
@@ -71,6 +73,15 @@ class RetentionOptions:
     """The price of storing bytes for a month; None if no price is known."""
     price = self._settings.storage.price_per_gib_month if self.price is None else self.price
     return None if price is None else nbytes / _GIB * price
+
+  def use_text(self, use: StorageUse, days: float) -> str:
+    """What the kept steps of `days` take, and cost if a price is known."""
+    cost = self.monthly_cost(use.mean_nbytes)
+    money = "" if cost is None else f", {self.money(cost)} a month"
+    return (
+      f"storage over {days:g} days: {count(use.steps[-1] if use.steps else 0)} at the end, "
+      f"{size_text(use.mean_nbytes)} on average, {size_text(use.peak_nbytes)} at most{money}"
+    )
 
   def money(self, amount: float) -> str:
     """`12.50 EUR`."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ckpt_jax.cli.common import Json, console, duration, grouped, print_json, size
+from ckpt_jax.cli.common import Json, duration, grouped, print_json, print_table, size
 from ckpt_jax.cli.hosts import HostOptions
 from ckpt_jax.cli.retention import RetentionOptions
-from ckpt_jax.config.units import count, duration_text, size_text
+from ckpt_jax.config.units import duration_text, size_text
 from ckpt_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,31 +104,19 @@ def simulate(
     )
     _print_rows(rows, {best: " best", interval: " asked"})
     if use.steps:
-      money = "" if cost is None else f", {retention.money(cost)} a month"
-      typer.echo(
-        f"storage over {days:g} days: {count(use.steps[-1])} at the end, {size_text(use.mean_nbytes)} on average, "
-        f"{size_text(use.peak_nbytes)} at most{money}"
-      )
+      typer.echo(retention.use_text(use, days))
   if plot is not None:
     _draw(plot, job, best, interval, use, retention, seed)
 
 
 def _print_rows(rows: dict[float, dict[str, Any]], marks: dict[float | None, str]) -> None:
-  from rich.table import Table
-
-  table = Table(
-    "interval", "goodput", "90% of runs", "closed form", "saving", "done again", "down", "lost at a failure"
-  )
+  headers = ("interval", "goodput", "90% of runs", "closed form", "saving", "done again", "down", "lost at a failure")
+  cells = []
   for length, row in rows.items():
-    shares = (row[name] for name in ("closed_form", "saving", "rework", "down"))
-    table.add_row(
-      duration_text(length) + marks.get(length, ""),
-      f"{row['goodput']:.2%}",
-      f"{row['low']:.2%} - {row['high']:.2%}",
-      *(f"{share:.2%}" for share in shares),
-      duration_text(row["lost_s"]),
-    )
-  console().print(table)
+    shares = [f"{row[name]:.2%}" for name in ("closed_form", "saving", "rework", "down")]
+    goodput = (f"{row['goodput']:.2%}", f"{row['low']:.2%} - {row['high']:.2%}")
+    cells.append((duration_text(length) + marks.get(length, ""), *goodput, *shares, duration_text(row["lost_s"])))
+  print_table(headers, cells)
 
 
 def _draw(
@@ -140,18 +128,13 @@ def _draw(
   retention: RetentionOptions,
   seed: int,
 ) -> None:
-  try:
-    from matplotlib.figure import Figure
-  except ImportError:
-    raise ConfigError("--plot needs matplotlib: pip install 'ckpt-jax[plots]'", topic="missing-package") from None
-  figure = Figure(figsize=(11, 4), layout="constrained")
+  from ckpt_jax.storage.show import drawn, new_figure
+
+  figure = new_figure(11, 4)
   left, right = figure.subplots(1, 2)
   _draw_goodput(left, job, best, interval, seed)
   _draw_storage(right, use, retention)
-  try:
-    figure.savefig(file)
-  except (OSError, ValueError) as e:
-    raise ConfigError(f"{file}: the plot cannot be written: {e}") from None
+  drawn(figure, file)
 
 
 def _draw_goodput(axes: Any, job: model.Job, best: float, interval: float | None, seed: int) -> None:

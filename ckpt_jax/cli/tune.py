@@ -138,14 +138,12 @@ class _Shown:
       self._console.print(self._line(update), markup=False, highlight=False, soft_wrap=True)
 
   def _line(self, update: Update) -> str:
-    from ckpt_jax.tuning.choices import seconds_text
-
     sample, name = update.sample, update.running.name
     assert sample is not None
     against = next((s.text for s in update.standings if s.candidate.name == name), "")
     return (
-      f"round {update.round}, {name}: commit {seconds_text(sample.commit_s)}, restore "
-      f"{seconds_text(sample.restore_s)}{f'; {against}' if against else ''}; {_left(update.left_s)}"
+      f"round {update.round}, {name}: commit {duration_text(sample.commit_s)}, restore "
+      f"{duration_text(sample.restore_s)}{f'; {against}' if against else ''}; {_left(update.left_s)}"
     )
 
   def __rich__(self) -> RenderableType:

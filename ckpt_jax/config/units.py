@@ -12,7 +12,8 @@ from pydantic import BeforeValidator, StrictStr
 from ckpt_jax.config.explain import did_you_mean
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-_BYTES = {"": 1, "b": 1} | {
+_COUNTS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+_BYTES = {"b": 1} | {
   prefix + suffix: base**power
   for power, prefix in enumerate("kmgtp", start=1)
   for suffix, base in (("b", 1000), ("ib", 1024))
@@ -44,10 +45,7 @@ def parse_bytes(value: Any) -> int:
   Raises:
     ValueError: if `value` is neither, or below one byte.
   """
-  size = _number(value)
-  match = re.fullmatch(rf"({_NUMBER})\s*([a-z]*)", value.strip().lower()) if isinstance(value, str) else None
-  if size is None and match and match[2] in _BYTES:
-    size = float(match[1]) * _BYTES[match[2]]
+  size = _with_unit(value, _BYTES)
   if size is None:
     raise ValueError(f"{value!r} is no size; write bytes or text such as 512MiB, 2TiB, 1.5GB")
   if not 1 <= size < 2**63:
@@ -61,10 +59,7 @@ def parse_count(value: Any) -> int:
   Raises:
     ValueError: if `value` is neither, or below one.
   """
-  number = _number(value)
-  match = re.fullmatch(rf"({_NUMBER})\s*([kmbt])", value.strip().lower()) if isinstance(value, str) else None
-  if number is None and match:
-    number = float(match[1]) * 1000.0 ** (1 + "kmbt".index(match[2]))
+  number = _with_unit(value, _COUNTS)
   if number is None:
     raise ValueError(f"{value!r} is no count; write a number or text such as 7b, 350M, 70e9")
   if not 1 <= number < 2**63:
@@ -134,6 +129,12 @@ def _number(value: Any) -> float | None:
   if isinstance(value, str) and re.fullmatch(_NUMBER, value.strip().lower()):
     return float(value)
   return None
+
+
+def _with_unit(value: Any, units: Mapping[str, float]) -> float | None:
+  """A number, or text of one with or without a unit behind it; None for anything else."""
+  match = re.fullmatch(rf"({_NUMBER})\s*([a-z]+)", value.strip().lower()) if isinstance(value, str) else None
+  return float(match[1]) * units[match[2]] if match and match[2] in units else _number(value)
 
 
 def _whole(least: int) -> Callable[[Any], int]:

@@ -23,6 +23,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
+from ckpt_jax.config.units import count
 from ckpt_jax.multihost import Job, Result, who_wrote
 from ckpt_jax.observe.report import gather, page
 from ckpt_jax.run.steps import committed_steps, run_directory
@@ -84,7 +85,7 @@ def _acts(work: pathlib.Path, args: argparse.Namespace, console: Console) -> int
   lost = victim_step - resumed_at
   console.print(
     f"killed while step {victim_step} was being written; resumed from step {resumed_at}: "
-    f"{lost} step{'s' * (lost != 1)} of work lost and trained again."
+    f"{count(lost)} of work lost and trained again."
   )
   report = pathlib.Path(args.report or tempfile.gettempdir()) / "ckpt-jax-report.html"
   report.write_text(page(gather(run)), encoding="utf-8")

@@ -177,7 +177,7 @@ def _leaves(source: Step, node: str, options: Options) -> tuple[list[Leaf], dict
   leaves, left_out = [], {}
   for path, (name, keys) in below.items():
     info = source.infos[name]
-    if info.dtype == "str" or info.dtype.startswith("key<"):
+    if not info.has_numbers:
       left_out[path] = info.dtype
       continue
     dtype = np.dtype(source.meta[name].dtype if info.scalar else jnp.dtype(info.dtype))

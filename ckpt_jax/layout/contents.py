@@ -62,6 +62,11 @@ class LeafInfo:
   nbytes: int
   scalar: bool = False
 
+  @property
+  def has_numbers(self) -> bool:
+    """Whether it is neither text nor PRNG keys."""
+    return self.dtype != "str" and not self.dtype.startswith("key<")
+
 
 @dataclasses.dataclass(frozen=True)
 class Item:

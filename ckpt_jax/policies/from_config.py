@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from ckpt_jax.config import ScheduleConfig
-from ckpt_jax.config.units import duration_text
+from ckpt_jax.config.units import count, duration_text
 from ckpt_jax.policies.schedule import AllOf, AnyOf, AtSteps, EveryMinutes, EverySteps, Never, Schedule
 from ckpt_jax.policies.youngdaly import YoungDaly, learned_mtti
 from ckpt_jax.run.attempts import exposure, read_attempts
@@ -46,8 +46,7 @@ def _young_daly(config: ScheduleConfig, directory: epath.Path) -> YoungDaly:
   attempts = read_attempts(directory) if jax.process_index() == 0 else []
   if config.mtti == "learned":
     seconds, interruptions = exposure(attempts)
-    times = f"{interruptions} interruption{'s' * (interruptions != 1)}"
-    source = f"learned: {times} in {duration_text(seconds)} of this run"
+    source = f"learned: {count(interruptions, 'interruption')} in {duration_text(seconds)} of this run"
     schedule = YoungDaly(learned_mtti(seconds, interruptions), config.overhead, mtti_source=source)
   else:
     schedule = YoungDaly(config.mtti, config.overhead, node_mtti=config.node_mtti, nodes=jax.process_count())

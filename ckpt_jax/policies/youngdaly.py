@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckpt_jax.config import parse_duration, parse_share
-from ckpt_jax.config.units import duration_text
+from ckpt_jax.config.units import count, duration_text
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.policies.schedule import ByClock
 
@@ -90,7 +90,7 @@ class YoungDaly(ByClock):
         if mtti is not None or nodes < 1:
           raise ValueError("give mtti, or node_mtti with nodes of at least 1")
         mtti = parse_duration(node_mtti) / nodes
-        mtti_source = f"{nodes} node{'s' * (nodes > 1)} of {duration_text(parse_duration(node_mtti))} each"
+        mtti_source = f"{count(nodes, 'node')} of {duration_text(parse_duration(node_mtti))} each"
       self.mtti: float | None = None if mtti is None else parse_duration(mtti)
       self.max_overhead: float | None = None if max_overhead is None else parse_share(max_overhead)
     except ValueError as e:

@@ -213,8 +213,7 @@ class _Comparison:
     a, b = self._a.infos.get(name), self._b.infos.get(name)
     if a is None or b is None or a.shape != b.shape or 0 in a.shape:
       return False
-    texts = [info.dtype == "str" or info.dtype.startswith("key<") for info in (a, b)]
-    return a.dtype == b.dtype or not any(texts)
+    return a.dtype == b.dtype or (a.has_numbers and b.has_numbers)
 
   def _figures(self, names: Sequence[str], on_progress: OnProgress | None) -> Iterator[tuple[str, _Tally]]:
     groups = stream.parts(self._a, names, _GROUP_NBYTES, chunks_of=self._b)

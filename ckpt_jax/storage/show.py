@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ckpt_jax.config.units import duration_text, size_text
-from ckpt_jax.errors import CheckpointError
+from ckpt_jax.errors import ConfigError
 from ckpt_jax.storage.probe import StorageProfile
 
 
@@ -50,13 +50,9 @@ def plot_profile(profile: StorageProfile, file: str | os.PathLike[str] | None = 
     file: the file to write; None returns matplotlib's figure, for notebooks.
 
   Raises:
-    CheckpointError: if matplotlib is not installed, or cannot write this kind of file.
+    ConfigError: if matplotlib is not installed, or cannot write the file.
   """
-  try:
-    from matplotlib.figure import Figure
-  except ImportError as e:
-    raise CheckpointError('plots need matplotlib: pip install "ckpt_jax[plots]"', topic="missing-package") from e
-  figure = Figure(figsize=(10, 4), layout="constrained")
+  figure = new_figure(10, 4)
   left, right = figure.subplots(1, 2)
   for name, curve in (("write, durable", profile.write), ("read", profile.read)):
     left.plot([t.streams for t in curve], [t.bytes_per_s / 1e6 for t in curve], "o-", label=name)
@@ -69,13 +65,34 @@ def plot_profile(profile: StorageProfile, file: str | os.PathLike[str] | None = 
   right.set_yscale("log")
   right.set(xlabel="bytes a request", ylabel="MB/s, one at a time", title="reads by request size")
   right.legend()
+  return drawn(figure, file)
+
+
+def new_figure(width: float, height: float) -> Any:
+  """An empty figure of matplotlib; sizes are in inches.
+
+  Raises:
+    ConfigError: if matplotlib is not installed.
+  """
+  try:
+    from matplotlib.figure import Figure
+  except ImportError as e:
+    raise ConfigError('plots need matplotlib: pip install "ckpt_jax[plots]"', topic="missing-package") from e
+  return Figure(figsize=(width, height), layout="constrained")
+
+
+def drawn(figure: Any, file: str | os.PathLike[str] | None, **settings: Any) -> Any:
+  """Writes a figure into a file; without one, returns the figure.
+
+  Raises:
+    ConfigError: if the file cannot be written, or is of a kind that matplotlib does not know.
+  """
   if file is None:
     return figure
   try:
-    figure.savefig(file)
+    figure.savefig(file, **settings)
   except (ValueError, OSError) as e:
-    raise CheckpointError(f"{os.fspath(file)}: cannot be drawn: {e}", topic="storage-failure") from e
-  return None
+    raise ConfigError(f"{os.fspath(file)}: the plot cannot be written: {e}") from e
 
 
 def _megabytes(bytes_per_s: float | None) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ckpt_jax.config import TIMEOUT_FLOOR_S, Config
-from ckpt_jax.config.units import count, decimal_text, is_uncompressed
+from ckpt_jax.config.units import count, decimal_text, duration_text, is_uncompressed
 from ckpt_jax.layout.codec import OFF, SHUFFLED, ZSTD, codec_of_kind
 from ckpt_jax.layout.shares import SLICE_NBYTES
 from ckpt_jax.storage.kinds import StorageKind
@@ -140,7 +140,7 @@ def _file_io(f: Facts) -> Choice:
 
 def _page_cache(f: Facts) -> Choice:
   kind, cache, expected = f.storage.kind, f.storage.page_cache, f.predict()
-  read_s = seconds_text(expected.nbytes / max(f.storage.read_bytes_per_s, 1.0))
+  read_s = duration_text(expected.nbytes / max(f.storage.read_bytes_per_s, 1.0))
   speeds = "not measured, see ckpt-jax probe"
   if cache is not None:
     speeds = f"one stream writes {rate_text(cache.write_behind)} past it, {rate_text(cache.write)} through it"
@@ -185,11 +185,11 @@ def _compression(f: Facts) -> Choice:
     for kind in kinds
   ]
   reason = (
-    f"{', '.join(said)}: commit {seconds_text(on.commit_s)} and restore {seconds_text(on.restore_s)} at best, "
-    f"{seconds_text(off.commit_s)} and {seconds_text(off.restore_s)} without"
+    f"{', '.join(said)}: commit {duration_text(on.commit_s)} and restore {duration_text(on.restore_s)} at best, "
+    f"{duration_text(off.commit_s)} and {duration_text(off.restore_s)} without"
   )
   orbax = f.predict(compression=ZSTD)
-  return f.choice("layout.compression", value, reason, f"zstd for all: commit {seconds_text(orbax.commit_s)}")
+  return f.choice("layout.compression", value, reason, f"zstd for all: commit {duration_text(orbax.commit_s)}")
 
 
 def _best_codec(codecs: Codecs) -> str:
@@ -205,8 +205,8 @@ def _pack(f: Facts) -> Choice:
   off, on = f.predict(pack=False), f.predict(pack=True)
   small = f.state.small_leaves
   pays = small >= _PACK_LEAVES and _time(on) <= _WORTH * _time(off)
-  gain = f"commit {seconds_text(off.commit_s)} -> {seconds_text(on.commit_s)}, restore "
-  gain += f"{seconds_text(off.restore_s)} -> {seconds_text(on.restore_s)}"
+  gain = f"commit {duration_text(off.commit_s)} -> {duration_text(on.commit_s)}, restore "
+  gain += f"{duration_text(off.restore_s)} -> {duration_text(on.restore_s)}"
   if small < _PACK_LEAVES:
     reason = f"{count(small, 'array')} below 1 MiB {'is' if small == 1 else 'are'} too few to pack"
   elif pays and f.set_by_user("layout.pack") == "off":  # the default, so that plain Orbax reads the steps
@@ -322,7 +322,7 @@ def _concurrency(saving: bool, f: Facts) -> Choice:
 
 def _strategy(f: Facts) -> Choice:
   copies = f.state.read_nbytes / max(f.state.nbytes, 1)
-  direct, gather = seconds_text(f.predict().restore_s), seconds_text(f.predict(gather=True).restore_s)
+  direct, gather = duration_text(f.predict().restore_s), duration_text(f.predict(gather=True).restore_s)
   if f.host.processes == 1:
     reason = "one process reads what its devices need, once"
   elif copies <= 1.01:
@@ -340,24 +340,24 @@ def _commit(f: Facts) -> Choice:
   default = "the same on gs://; none for s3://"
   if f.storage.kind is StorageKind.BUCKET_MOUNT:
     seconds = f.predict().files * f.storage.latency.get("create", 0.0)
-    default = f"renames, which copy every object: {seconds_text(seconds)} and twice the bytes"
+    default = f"renames, which copy every object: {duration_text(seconds)} and twice the bytes"
   return Choice("commit", "marker", "no rename is atomic here: a marker is written last", default)
 
 
 def _deletion(f: Facts) -> Choice:
   files = f.predict().files
   each = f.storage.latency.get("delete", 0.0)
-  reason = f"a step is {files} files at {seconds_text(each)} each: marked at once, removed in the background"
-  return Choice("deletion", "background", reason, f"one after the other, {seconds_text(files * each)} a step")
+  reason = f"a step is {files} files at {duration_text(each)} each: marked at once, removed in the background"
+  return Choice("deletion", "background", reason, f"one after the other, {duration_text(files * each)} a step")
 
 
 def _timeout(saving: bool, f: Facts) -> Choice:
   expected = f.predict().commit_s if saving else f.predict().restore_s
   value = max(TIMEOUT_FLOOR_S, float(math.ceil(_TIMEOUT_FACTOR * expected / 60) * 60))
   reason = (
-    f"{_TIMEOUT_FACTOR} times the {seconds_text(expected)} expected, and at least {seconds_text(TIMEOUT_FLOOR_S)}"
+    f"{_TIMEOUT_FACTOR} times the {duration_text(expected)} expected, and at least {duration_text(TIMEOUT_FLOOR_S)}"
   )
-  default = "1200 s, however large the state" if saving else "none for the whole restore"
+  default = "20 min, however large the state" if saving else "none for the whole restore"
   return f.choice(f"timeouts.{'save' if saving else 'restore'}", value, reason, default)
 
 
@@ -407,10 +407,3 @@ def value_text(key: str, value: Any) -> str:
 def rate_text(bytes_per_s: float) -> str:
   """1.02 GB/s."""
   return f"{decimal_text(bytes_per_s)}/s"
-
-
-def seconds_text(seconds: float) -> str:
-  """250 ms, 1.25 s, 1250 s."""
-  if seconds < 1:
-    return f"{seconds * 1e3:.3g} ms"
-  return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:.0f} s"

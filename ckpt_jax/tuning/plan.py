@@ -14,14 +14,14 @@ import pydantic
 
 from ckpt_jax.config import Config
 from ckpt_jax.config.html import html_table
-from ckpt_jax.config.units import count, decimal_text
+from ckpt_jax.config.units import count, decimal_text, duration_text
 from ckpt_jax.layout.staging import PINNED_LIMIT
 from ckpt_jax.storage.connect import connect
 from ckpt_jax.storage.kinds import StorageKind, detect
 from ckpt_jax.storage.paths import given
 from ckpt_jax.storage.probe import StorageProfile, cached_profile, quick_probe
 from ckpt_jax.tuning.assumed import assumed_profile, is_assumed
-from ckpt_jax.tuning.choices import CHOICES, Choice, Facts, rate_text, seconds_text, value_text
+from ckpt_jax.tuning.choices import CHOICES, Choice, Facts, rate_text, value_text
 from ckpt_jax.tuning.costs import ORBAX, Layout, Prediction, predict
 from ckpt_jax.tuning.profile import HostProfile, StateProfile, profile_host, profile_state
 
@@ -67,8 +67,8 @@ class Plan(Prediction):
     decided = (f"{c.key.split('.')[-1]} {c.text}" for c in self.choices if c.is_setting and c.value != "auto")
     return (
       f"for {decimal_text(self.state.nbytes)} in {count(self.state.leaves, 'array')} on {self.storage.kind}: "
-      f"{', '.join(decided)}; expected: save blocks {seconds_text(self.blocking_s)}, commits in "
-      f"{seconds_text(self.commit_s)}, restore {seconds_text(self.restore_s)}"
+      f"{', '.join(decided)}; expected: save blocks {duration_text(self.blocking_s)}, commits in "
+      f"{duration_text(self.commit_s)}, restore {duration_text(self.restore_s)}"
     )
 
   def __repr__(self) -> str:
@@ -90,11 +90,11 @@ class Plan(Prediction):
       f"host: {count(h.cores, 'core')}, {decimal_text(h.memory_nbytes)} of memory, copies at "
       f"{rate_text(h.copy_bytes_per_s)}; {count(h.processes, 'process')} with "
       f"{count(h.devices_per_process, 'device')} each",
-      f"expected: save blocks {seconds_text(self.blocking_s)} and commits in {seconds_text(self.commit_s)}, restore "
-      f"{seconds_text(self.restore_s)}; {decimal_text(self.nbytes)} in {count(self.files, 'file')}, "
+      f"expected: save blocks {duration_text(self.blocking_s)} and commits in {duration_text(self.commit_s)}, restore "
+      f"{duration_text(self.restore_s)}; {decimal_text(self.nbytes)} in {count(self.files, 'file')}, "
       f"{count(self.requests, 'read')}, {decimal_text(self.peak_host_bytes)} of host memory besides the state",
-      f"plain Orbax with its defaults: blocks {seconds_text(orbax.blocking_s)}, commits in "
-      f"{seconds_text(orbax.commit_s)}, restore {seconds_text(orbax.restore_s)}; {decimal_text(orbax.nbytes)}",
+      f"plain Orbax with its defaults: blocks {duration_text(orbax.blocking_s)}, commits in "
+      f"{duration_text(orbax.commit_s)}, restore {duration_text(orbax.restore_s)}; {decimal_text(orbax.nbytes)}",
     ]
     if s.accelerator_nbytes:
       lines.insert(4, self._snapshot_line())
@@ -104,15 +104,15 @@ class Plan(Prediction):
     """What a save from accelerators costs."""
     link = self.host.link
     if link is None:
-      return f"snapshot: {seconds_text(self.snapshot_s)}, assumed: the link to the accelerators was not measured"
+      return f"snapshot: {duration_text(self.snapshot_s)}, assumed: the link to the accelerators was not measured"
     sent = f"{decimal_text(self.pinned_bytes)} of pinned" if self.pinned_bytes else "ordinary"
     rate = (link.to_pinned if self.pinned_bytes else None) or link.to_pageable
     line = (
-      f"snapshot: into {sent} host memory in {seconds_text(self.snapshot_s)} at {rate_text(rate)}; a step that donates "
-      "the state right after save waits for it"
+      f"snapshot: into {sent} host memory in {duration_text(self.snapshot_s)} at {rate_text(rate)}; a step that "
+      "donates the state right after save waits for it"
     )
     if self.pinned_bytes and link.first_pinned:
-      line += f"; {seconds_text(self.pinned_bytes / link.first_pinned)} the first time, which pins the memory"
+      line += f"; {duration_text(self.pinned_bytes / link.first_pinned)} the first time, which pins the memory"
     if self.pinned_bytes and (limit := self.host.pinned_limit) is not None:
       line += f"; {PINNED_LIMIT} allows {decimal_text(limit)}"
       if limit < self.pinned_bytes:

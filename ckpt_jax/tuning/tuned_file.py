@@ -10,8 +10,8 @@ from typing import Any
 import pydantic
 
 from ckpt_jax.config import Config
-from ckpt_jax.config.units import decimal_text
-from ckpt_jax.tuning.choices import seconds_text, value_text
+from ckpt_jax.config.units import decimal_text, duration_text
+from ckpt_jax.tuning.choices import value_text
 from ckpt_jax.tuning.plan import Plan
 from ckpt_jax.tuning.search import LEAST_ROUNDS, Candidate, Standing, Tuned
 
@@ -55,7 +55,7 @@ def rows(standings: Sequence[Standing], best: Candidate | None = None) -> list[t
   found = []
   for s in standings:
     c = s.candidate
-    seconds = [seconds_text(c.median(f)) for f in ("blocking_s", "commit_s", "restore_s")]
+    seconds = [duration_text(c.median(f)) for f in ("blocking_s", "commit_s", "restore_s")]
     mark = "  <- taken" if best is not None and c.name == best.name else ""
     cells = (c.name, *seconds, decimal_text(c.median("nbytes")), str(len(c.samples)))
     found.append((*cells, f"{s.text}{mark}".strip()))

@@ -1,0 +1,162 @@
+"""What the suites share: conditions, the order of turns, medians, and programs in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ckpt_jax.errors import CheckpointError
+from ckpt_jax.multihost import launch
+
+CPU = {"JAX_PLATFORMS": "cpu"}
+_LIMIT_S = 240.0  # for a worker, which takes seconds on an idle machine
+_T = TypeVar("_T")
+
+
+def conditions(**more: Any) -> dict[str, Any]:
+  """When and on how many CPUs results were measured, and what else is to be noted of them."""
+  return {"measured": datetime.date.today().isoformat(), "cpus": os.cpu_count(), **more}
+
+
+def rotated(sides: Iterable[_T], turn: int) -> list[_T]:
+  """The order of sides in a turn. Each turn begins with the next side, so that none always follows the same one."""
+  order = list(sides)
+  shift = turn % max(1, len(order))
+  return order[shift:] + order[:shift]
+
+
+def timed(action: Callable[[], Any]) -> float:
+  """Seconds of a call."""
+  started = time.perf_counter()
+  action()
+  return time.perf_counter() - started
+
+
+def medians(rows: Sequence[Mapping[str, float]], digits: int = 4) -> dict[str, float]:
+  """The median of each column."""
+  return {key: round(statistics.median(row[key] for row in rows), digits) for key in rows[0]}
+
+
+# -- programs in processes of their own
+
+
+def emit(**facts: Any) -> None:
+  """Prints facts as a line of JSON, for the process that started this one."""
+  print(json.dumps(facts), flush=True)
+
+
+def facts_of(line: str) -> dict[str, Any]:
+  """The facts that `emit` printed on a line; none if the line is something else, or was cut short by a kill."""
+  try:
+    said = json.loads(line)
+  except ValueError:
+    return {}
+  return said if isinstance(said, dict) else {}
+
+
+def quiet() -> None:
+  """Leaves only errors in the log of Orbax and others that use absl."""
+  with contextlib.suppress(ImportError):  # torch's own environment
+    from absl import logging
+
+    logging.set_verbosity("error")
+
+
+def output(what: str, command: Sequence[str], env: Mapping[str, str] = CPU, timeout: float = 1500.0) -> str:
+  """Runs `python -m COMMAND`, with `env` on top of this process's. Returns what it prints.
+
+  Raises:
+    CheckpointError: if it fails, or takes longer than `timeout` seconds.
+  """
+  argv, full = [sys.executable, "-m", *command], {**os.environ, **env}
+  try:
+    done = subprocess.run(argv, env=full, capture_output=True, text=True, timeout=timeout, check=False)
+  except subprocess.TimeoutExpired as e:
+    raise CheckpointError(f"{what}: took longer than {timeout:.0f} s") from e
+  if done.returncode:
+    raise CheckpointError(f"{what}: exit code {done.returncode}: {done.stderr[-2000:].strip()}")
+  return done.stdout
+
+
+def answer(what: str, command: Sequence[str], env: Mapping[str, str] = CPU, timeout: float = 1500.0) -> Any:
+  """The JSON on the last line that `python -m COMMAND` prints. See `output`."""
+  return json.loads(output(what, command, env, timeout).splitlines()[-1])
+
+
+def job_events(
+  what: str, command: Sequence[str], *, processes: int = 1, devices: int = 1, timeout: float = 900.0
+) -> list[dict[str, Any]]:
+  """Runs `python -m COMMAND` as a job, and returns what its processes have emitted, process after process.
+
+  Raises:
+    CheckpointError: if a process fails.
+    TimeoutError: after `timeout` seconds.
+  """
+  results = launch(["-m", *command], processes=processes, devices=devices, timeout=timeout)
+  if bad := [r for r in results if r.returncode]:
+    raise CheckpointError(f"{what}: {bad[0].log[-2000:]}")
+  return [facts for result in results for line in result.log.splitlines() if (facts := facts_of(line))]
+
+
+class Worker:
+  """`python -m COMMAND` in a process of its own, and the facts that it emits.
+
+  Args:
+    command: the module and its arguments.
+    under: the command that it runs under.
+
+  Attributes:
+    child: the process; `end` closes its standard input.
+    facts: all facts so far; a later one replaces an earlier one of the same name.
+  """
+
+  def __init__(self, *command: str, under: Sequence[str] = ()):
+    self.facts: dict[str, Any] = {}
+    self.child = subprocess.Popen(
+      [*under, sys.executable, "-m", *command],
+      env={**os.environ, **CPU, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+      start_new_session=True,  # a Ctrl-C here is not one there
+    )
+    self._reader = threading.Thread(target=self._read, daemon=True)
+    self._reader.start()
+
+  def _read(self) -> None:
+    assert self.child.stdout is not None
+    with self.child.stdout:
+      for line in self.child.stdout:
+        self.facts.update(facts_of(line))
+
+  def until(self, key: str, timeout: float = _LIMIT_S) -> bool:
+    """Waits for a fact. Returns False if the process ends, or the time is over, without it."""
+    deadline = time.monotonic() + timeout
+    while key not in self.facts and self._reader.is_alive() and time.monotonic() < deadline:
+      time.sleep(0.02)
+    return key in self.facts
+
+  def end(self, timeout: float = _LIMIT_S) -> int | None:
+    """Waits for the end. Returns the exit code; None if the process had to be killed."""
+    with contextlib.suppress(OSError):
+      assert self.child.stdin is not None
+      self.child.stdin.close()
+    try:
+      code: int | None = self.child.wait(timeout)
+    except subprocess.TimeoutExpired:
+      os.killpg(self.child.pid, signal.SIGKILL)
+      self.child.wait(30)
+      code = None
+    self._reader.join(10)
+    return code
