@@ -32,6 +32,15 @@ def is_prng_key(leaf: Any) -> bool:
   return dtype is not None and is_prng_dtype(dtype)
 
 
+def as_words(leaf: Any) -> Any:
+  """A leaf; of a typed PRNG key, concrete or abstract, the numbers in it."""
+  if not is_prng_key(leaf):
+    return leaf
+  if isinstance(leaf, jax.Array):
+    return jax.random.key_data(leaf)
+  return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+
+
 def is_traced(leaf: Any) -> bool:
   """True for the tracers that jax puts in place of arrays."""
   return isinstance(leaf, jax.core.Tracer)

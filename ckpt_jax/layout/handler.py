@@ -17,7 +17,7 @@ from etils import epath
 from ckpt_jax.config import Config, LayoutConfig
 from ckpt_jax.config.units import is_uncompressed
 from ckpt_jax.layout import codec, packing, shares, writing
-from ckpt_jax.layout.encoding import is_prng_key
+from ckpt_jax.layout.encoding import as_words, is_prng_key
 from ckpt_jax.layout.ring import Ring
 from ckpt_jax.layout.splitting import Small, split
 from ckpt_jax.layout.staging import HostCopies
@@ -184,7 +184,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       assert small is None
       return await super().serialize(values, infos, args)  # type: ignore[arg-type]
     impls = {info.name: str(jax.random.key_impl(v)) for v, info in zip(values, infos, strict=True) if is_prng_key(v)}
-    arrays = [jax.random.key_data(v) if is_prng_key(v) else v for v in values]
+    arrays = [as_words(v) for v in values]
     written = writing.on_host(arrays, infos, args, copies, self._compression)
     pieces = writing.small_on_host(shares.slices(packed, shares.WHOLE), copies) if small else []
     copies.settled()

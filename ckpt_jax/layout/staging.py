@@ -23,7 +23,7 @@ from jax import lax
 
 from ckpt_jax.config.units import size_text
 from ckpt_jax.errors import CheckpointError, ConfigError
-from ckpt_jax.layout.encoding import is_prng_key
+from ckpt_jax.layout.encoding import as_words, is_prng_key
 from ckpt_jax.layout.link import PINNED, has_pinned, known_link, pageable
 from ckpt_jax.layout.ring import Copy, Cut, Late, Part, Ring, Values
 from ckpt_jax.layout.sharding import Box, box_of, one_device, shape_of, split_box, whole_box
@@ -268,7 +268,7 @@ def _size(box: Box) -> int:
 def _arrays(leaves: Sequence[Any]) -> list[jax.Array]:
   """The jax arrays among leaves of which this process has values; of typed PRNG keys their words."""
   found = [x for x in leaves if isinstance(x, jax.Array) and x.size > 0 and x.sharding.addressable_devices]
-  return [jax.random.key_data(x) if is_prng_key(x) else x for x in found]
+  return [as_words(x) for x in found]
 
 
 def _finer(

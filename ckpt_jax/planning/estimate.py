@@ -311,14 +311,12 @@ def _cast(tree: PyTree, dtype: str | None) -> PyTree:
 
 
 def arrays_of(tree: PyTree) -> list[Any]:
-  """The arrays of a tree, described; typed PRNG keys as their words."""
+  """The arrays of a tree; typed PRNG keys as the numbers in them."""
   import jax
 
-  def described(leaf: Any) -> Any:
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+  from ckpt_jax.layout.encoding import as_words
 
-  return [described(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+  return [as_words(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
 
 def _nbytes(leaf: Any) -> int:

@@ -21,8 +21,9 @@ import psutil
 from ckpt_jax.layout.link import Link, measured_link
 from ckpt_jax.layout.staging import belongs_to_accelerators, has_accelerators, pinned_limit
 from ckpt_jax.layout.structure import flatten
+from ckpt_jax.planning.estimate import arrays_of
 from ckpt_jax.storage.cache import boot_id, recall, remember
-from ckpt_jax.tuning.sampling import Compressibility, Kind, as_words, measure_codecs, sample_kinds
+from ckpt_jax.tuning.sampling import Compressibility, Kind, measure_codecs, sample_kinds
 
 PyTree = Any
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
@@ -125,7 +126,7 @@ def profile_state(state: PyTree, *, sample: bool = True) -> StateProfile:
     state: what would be saved.
     sample: whether to measure compression on some 8 MB of its values (some 50 ms).
   """
-  arrays = _arrays(state)
+  arrays = arrays_of(state)
   # Thousands of leaves are of few kinds; names of dtypes and cuts of shardings are too slow to look up for each leaf.
   counts = collections.Counter((tuple(x.shape), x.dtype, getattr(x, "sharding", None)) for x in arrays)
   kinds = [(n, _cut(shape, dtype.itemsize, sharding)) for (shape, dtype, sharding), n in counts.items()]
@@ -215,11 +216,6 @@ def _shares(arrays: Sequence[Any]) -> dict[str, Any]:
 
 def _chunks(shape: Sequence[int], chunk: Sequence[int]) -> int:
   return math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
-
-
-def _arrays(state: PyTree) -> list[Any]:
-  """The leaves that are arrays; typed PRNG keys as the numbers in them."""
-  return [as_words(x) for x in jax.tree.leaves(state) if hasattr(x, "shape") and hasattr(x, "dtype")]
 
 
 # -- the host

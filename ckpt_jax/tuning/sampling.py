@@ -17,6 +17,7 @@ import numpy as np
 
 from ckpt_jax.layout import codec
 from ckpt_jax.layout.codec import kind_of
+from ckpt_jax.layout.encoding import as_words
 from ckpt_jax.layout.staging import HostCopies, is_on_accelerator
 from ckpt_jax.layout.structure import Flat, Structure
 
@@ -75,9 +76,8 @@ def sample_kinds(state: Flat) -> tuple[Kind, ...]:
   found = []
   for name, (nbytes, numbers) in kinds.items():
     if nbytes and nbytes >= _WORTH_A_SAMPLE * total:
-      values = [
-        np.asarray(x) if isinstance(x, np.generic) else as_words(x) for x in map(state.leaves.__getitem__, numbers)
-      ]
+      leaves = [state.leaves[i] for i in numbers]
+      values = [np.asarray(x) if isinstance(x, np.generic) else as_words(x) for x in leaves]
       codecs = measure_codecs([x for x in values if _has_values(x)], max(1, round(_BLOCKS * nbytes / total)))
       if codecs:
         found.append(Kind(name, nbytes, codecs))
@@ -91,18 +91,11 @@ def _kinds(structure: Structure) -> dict[str, tuple[int, list[int]]]:
   for i, (name, leaf) in enumerate(zip(structure.names, structure.abstract, strict=True)):
     if leaf is None:
       continue
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    leaf = as_words(leaf)
     kind = kind_of(name, np.dtype(leaf.dtype))
     nbytes[kind] += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
     numbers.setdefault(kind, []).append(i)
   return {kind: (n, numbers[kind]) for kind, n in nbytes.most_common()}
-
-
-def as_words(x: Any) -> Any:
-  """A leaf; the numbers in it if it is a typed PRNG key."""
-  is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-  return jax.random.key_data(x) if is_key else x
 
 
 def _has_values(x: Any) -> bool:
