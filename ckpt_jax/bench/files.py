@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,9 +16,26 @@ def read(file: str | None) -> dict[str, Any]:
   return json.loads(path.read_text(encoding="utf-8")) if file and path.exists() else {}
 
 
-def write(file: str, results: Any) -> None:
-  """Writes results into a file."""
-  pathlib.Path(file).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+def write(file: str | os.PathLike[str], results: Any) -> None:
+  """Writes results into a file, whose directory is made if necessary. An interrupted write leaves no half of a file."""
+  path = pathlib.Path(file)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  aside = path.with_name(f".{path.name}.tmp")
+  aside.write_text(_compact(results) + "\n", encoding="utf-8")
+  os.replace(aside, path)
+
+
+def _compact(data: Any, indent: int = 0) -> str:
+  """JSON with lists of numbers or text on one line."""
+  if isinstance(data, dict) and data:
+    items = [f"{json.dumps(k)}: {_compact(v, indent + 1)}" for k, v in data.items()]
+  elif isinstance(data, list) and any(isinstance(v, (dict, list)) for v in data):
+    items = [_compact(v, indent + 1) for v in data]
+  else:
+    return json.dumps(data)
+  begin, end = "{}" if isinstance(data, dict) else "[]"
+  inner = ",".join(f"\n{' ' * (indent + 1)}{item}" for item in items)
+  return f"{begin}{inner}\n{' ' * indent}{end}"
 
 
 @contextlib.contextmanager

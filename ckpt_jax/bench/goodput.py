@@ -79,7 +79,7 @@ def measure(kills: int, seed: int, progress: Callable[[str], None] = lambda _: N
       _life(tried, 20.0)
       saves = [e for e in _events(tried.log) if "saved" in e]
       work = statistics.median(np.diff([e["time"] for e in saves])) - statistics.median(e["blocking"] for e in saves)
-      steps = work / _step_s(tried)
+      steps = work / _mean_step_s(tried)
       arms = [Arm("young_daly", young_daly, buckets[0].url + "/run", buckets[0].env, here)]
       for name, factor, bucket in (("half", 0.5, buckets[1]), ("double", 2.0, buckets[2])):
         every = {"every_steps": max(1, round(steps * factor))}
@@ -88,7 +88,7 @@ def measure(kills: int, seed: int, progress: Callable[[str], None] = lambda _: N
       with concurrent.futures.ThreadPoolExecutor(len(arms)) as pool:
         lived = list(pool.map(lambda arm: _lives(arm, lives, progress), arms))
       # Undisturbed: these arms write nothing behind training, and other work of the machine slows all of them alike.
-      step_s = statistics.mean(e["s"] for arm in arms[:3] for e in _events(arm.log) if "s" in e)
+      step_s = _mean_step_s(*arms[:3])
       found = {arm.name: _outcome(arm, times, step_s) for arm, times in zip(arms, lived, strict=True)}
   return {"seed": seed, "kills": kills, "mtti_s": MTTI_S, "step_s": step_s, "arms": found}
 
@@ -204,8 +204,8 @@ def _slow_bucket(directory: pathlib.Path, name: str) -> Iterator[Any]:
     yield bucket
 
 
-def _step_s(arm: Arm) -> float:
-  return statistics.mean(e["s"] for e in _events(arm.log) if "s" in e)
+def _mean_step_s(*arms: Arm) -> float:
+  return statistics.mean(e["s"] for arm in arms for e in _events(arm.log) if "s" in e)
 
 
 def _events(log: pathlib.Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckpt_jax.bench.buckets import gcs_server
@@ -23,30 +23,30 @@ from ckpt_jax.bench.link import available, limited_link
 from ckpt_jax.bench.suites import SUITES, state_of
 from ckpt_jax.errors import CheckpointError, ConfigError
 
-STATES = ("w1", "w2", "w3")
 COMPRESSIBLE = "compressible"
+STATES = ("w1", "w2", "w3", COMPRESSIBLE)
 _FIGURES = ("blocking_s", "commit_s", "restore_s", "nbytes")
 _LINK_MBIT = 400.0
 # Some hundred megabytes: less would only measure a disk's write-behind.
 _PROBE = {"disk": (6.0, "1GiB"), "50 MB/s": (6.0, "128MiB")}
+STORAGES = tuple(_PROBE)
 # A file system discards the blocks of a probe's files after it: saves took twice as long on this ext4.
 _SETTLE_S = 10.0
 
 
 def run(
-  rounds: int = 5,
-  states: tuple[str, ...] = (*STATES, COMPRESSIBLE),
-  storages: tuple[str, ...] = ("disk", "50 MB/s"),
-  directory: str | None = None,
-  progress: Callable[[str], None] = lambda _: None,
-  done: Callable[[dict[str, Any]], None] = lambda _: None,
+  rounds: int,
+  states: Sequence[str],
+  storages: Sequence[str],
+  directory: str | None,
+  progress: Callable[[str], None],
+  done: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
   """Runs all measurements. Returns JSON-able data.
 
   Args:
     rounds: on the disk; the slow link gets 3 at most.
-    states: of `STATES` and `COMPRESSIBLE`.
-    storages: `disk`, `50 MB/s`.
+    states, storages: of `STATES` and `STORAGES`.
     directory: on the disk to measure; None: the temporary directory.
     progress: called with a line before each measurement.
     done: called with all results so far after each state, since a long run may be cut off.
@@ -55,10 +55,10 @@ def run(
     ConfigError: for a state or storage that there is not.
     CheckpointError: if a measurement fails, or if this process may not limit a link.
   """
-  for name, known in ((states, (*STATES, COMPRESSIBLE)), (storages, tuple(_PROBE))):
-    for one in name:
-      if one not in known:
-        raise ConfigError(f"no {one!r}; there are {', '.join(known)}")
+  for names, known in ((states, STATES), (storages, STORAGES)):
+    for name in names:
+      if name not in known:
+        raise ConfigError(f"no {name!r}; there are {', '.join(known)}")
   found: dict[str, Any] = {
     "rounds": rounds,
     "cpus": os.cpu_count(),

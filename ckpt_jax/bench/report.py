@@ -8,9 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table as RichTable
-
 from ckpt_jax.bench.aims import outcomes
 from ckpt_jax.bench.results import SPACE, TIMES, Measured, Spread, SuiteResults
 from ckpt_jax.errors import ConfigError
@@ -21,20 +18,11 @@ _BASELINE = "orbax"
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table before it is drawn."""
+  """A table of text."""
 
   title: str
   header: tuple[str, ...]
   rows: tuple[tuple[str, ...], ...]
-
-  def rich(self) -> RichTable:
-    """For a terminal."""
-    table = RichTable(title=escape(self.title), title_justify="left")
-    for i, name in enumerate(self.header):
-      table.add_column(escape(name), justify="left" if i == 0 else "right")
-    for row in self.rows:
-      table.add_row(*map(escape, row))
-    return table
 
   def markdown(self) -> str:
     """For a Markdown file."""

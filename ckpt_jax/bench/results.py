@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckpt_jax.bench import files
 from ckpt_jax.bench.suites import SUITES
 from ckpt_jax.bench.variants import VARIANTS
 from ckpt_jax.errors import ConfigError
@@ -144,17 +145,5 @@ def save(path: str | os.PathLike[str], new: Mapping[str, Any]) -> dict[str, Any]
   """Merges results into a file, which need not exist, and returns all of them."""
   file = pathlib.Path(path)
   merged = merge(load(file) if file.exists() else {}, new)
-  file.parent.mkdir(parents=True, exist_ok=True)
-  aside = file.with_name(f".{file.name}.tmp")  # an interrupted write must not leave half a file
-  aside.write_text(_compact(merged) + "\n", encoding="utf-8")
-  os.replace(aside, file)
+  files.write(file, merged)
   return merged
-
-
-def _compact(data: Any, indent: int = 0) -> str:
-  """JSON with lists of numbers on one line."""
-  pad = " " * (indent + 1)
-  if isinstance(data, dict) and data:
-    items = [f"{pad}{json.dumps(k)}: {_compact(v, indent + 1)}" for k, v in data.items()]
-    return "{\n" + ",\n".join(items) + "\n" + " " * indent + "}"
-  return json.dumps(data)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ckpt_jax.bench import files
-from ckpt_jax.cli.common import Json, NearestName, PlainCommand, console, print_json, print_table, size
+from ckpt_jax.cli.common import Json, NearestName, PlainCommand, print_json, print_table, size
 from ckpt_jax.errors import ConfigError
 
 _MAIN = ["w1", "w2", "w3", "small", "moe", "multi", "bucket", "compressible"]
@@ -123,7 +123,7 @@ def _show(data: dict[str, Any], as_json: bool) -> None:
     return
   found = results.all_results(data)
   for table in report.tables(found):
-    console().print(table.rich())
+    print_table(table.header, table.rows, table.title)
   for suite in found:
     typer.echo("\n  ".join(report.machine_lines(suite)))
 
@@ -269,9 +269,8 @@ def predictions(
   def keep(found: dict[str, Any]) -> None:
     _keep(output, bench_predictions.merged(before, found))
 
-  chosen = tuple(states or (*bench_predictions.STATES, bench_predictions.COMPRESSIBLE))
-  storages = tuple(storage or ("disk", "50 MB/s"))
-  found = bench_predictions.run(rounds, chosen, storages, directory, progress=_progress, done=keep)
+  chosen, storages = states or bench_predictions.STATES, storage or bench_predictions.STORAGES
+  found = bench_predictions.run(rounds, chosen, storages, directory, _progress, keep)
   for line in bench_predictions.lines(found):
     typer.echo(line)
 
@@ -343,7 +342,7 @@ def accelerator(
     print_json(found)
     return
   for table in bench_accelerator.tables(found):
-    console().print(table.rich())
+    print_table(table.header, table.rows, table.title)
   for line in found["failed"]:
     typer.echo(f"failed: {line}", err=True)
   if found["failed"]:

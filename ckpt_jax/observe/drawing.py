@@ -56,11 +56,11 @@ def parts(shares: Mapping[str, float]) -> str:
   return keys(list(shares)) + f'<div class="parts">{"".join(spans)}</div>'
 
 
-def bars(values: Mapping[str, float], told: Callable[[float], str]) -> str:
+def bars(values: Mapping[str, float], label: Callable[[float], str]) -> str:
   """A bar for each name, the longest as wide as the page."""
   most = max(values.values(), default=0.0) or 1.0
   rows = [
-    f'<tr><td>{escape(name)}</td><td data-value="{value:g}">{escape(told(value))}</td>'
+    f'<tr><td>{escape(name)}</td><td data-value="{value:g}">{escape(label(value))}</td>'
     f'<td style="width:50%"><div class="bar k0" style="width:{100 * value / most:.1f}%"></div></td></tr>'
     for name, value in values.items()
   ]
@@ -68,13 +68,13 @@ def bars(values: Mapping[str, float], told: Callable[[float], str]) -> str:
 
 
 def chart(
-  series: Mapping[str, Series], told: Callable[[float], str], told_x: Callable[[float], str], *, log: bool = False
+  series: Mapping[str, Series], label: Callable[[float], str], label_x: Callable[[float], str], *, log: bool = False
 ) -> str:
   """Lines over a common axis. Of many points the highest in each interval is drawn.
 
   Args:
     series: points of finite numbers by name, in the order of x; up to five.
-    told, told_x: numbers as text, for the axes.
+    label, label_x: numbers as text, for the axes.
     log: a logarithmic y axis; points that are not positive are left out.
   """
   kept = {n: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)] for n, points in series.items()}
@@ -94,7 +94,7 @@ def chart(
     across = _LEFT + (x - left) / (right - left) * (_WIDTH - _LEFT - 8)
     return across, 8 + (high - y) / (high - low) * (_HEIGHT - _BOTTOM - 8)
 
-  shapes = [_axes(low, high, left, right, told, told_x, log)]
+  shapes = [_axes(low, high, left, right, label, label_x, log)]
   for i, points in enumerate(kept.values()):
     placed = [at(x, y) for x, y in points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
@@ -105,16 +105,16 @@ def chart(
   return f'{keys(names)}<svg viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img">{"".join(shapes)}</svg>'
 
 
-def _axes(low: float, high: float, left: float, right: float, told: Any, told_x: Any, log: bool) -> str:
+def _axes(low: float, high: float, left: float, right: float, label: Any, label_x: Any, log: bool) -> str:
   shapes = []
   for share in (0.0, 0.5, 1.0):
     y = 8 + (1 - share) * (_HEIGHT - _BOTTOM - 8)
     value = low + share * (high - low)
     shapes.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
-    text = escape(told(10**value if log else value))
+    text = escape(label(10**value if log else value))
     shapes.append(f'<text x="{_LEFT - 4}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
   for x, anchor, value in ((_LEFT, "start", left), (_WIDTH - 8, "end", right)):
-    shapes.append(f'<text x="{x}" y="{_HEIGHT - 4}" text-anchor="{anchor}">{escape(told_x(value))}</text>')
+    shapes.append(f'<text x="{x}" y="{_HEIGHT - 4}" text-anchor="{anchor}">{escape(label_x(value))}</text>')
   return "".join(shapes)
 
 

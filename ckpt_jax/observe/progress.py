@@ -65,15 +65,15 @@ class Bar:
       columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[told]}"),
+        TextColumn("{task.fields[how_far]}"),
         TimeRemainingColumn(),
       )
       self._shown = RichProgress(*columns, console=self._console, transient=True)
       self._shown.start()
     if progress.what not in self._tasks:
-      self._tasks[progress.what] = self._shown.add_task(progress.what, total=progress.total, told="")
+      self._tasks[progress.what] = self._shown.add_task(progress.what, total=progress.total, how_far="")
     task = self._tasks[progress.what]
-    self._shown.update(task, completed=progress.done, total=progress.total, told=_told(progress, speed))
+    self._shown.update(task, completed=progress.done, total=progress.total, how_far=_how_far(progress, speed))
     if progress.finished:
       self._shown.remove_task(self._tasks.pop(progress.what))
       if not self._tasks:
@@ -84,9 +84,9 @@ class Bar:
     from IPython.display import HTML, display
 
     # rich would need ipywidgets for this.
-    what, told = html.escape(progress.what), html.escape(_told(progress, speed))
+    what, how_far = html.escape(progress.what), html.escape(_how_far(progress, speed))
     value = f'value="{progress.done}" max="{progress.total}"' if progress.total else ""
-    shown = HTML(f"{what} <progress {value}></progress> {told}")
+    shown = HTML(f"{what} <progress {value}></progress> {how_far}")
     if progress.what not in self._tasks:
       self._tasks[progress.what] = display(shown, display_id=True)
     else:
@@ -102,10 +102,10 @@ class Bar:
     left = ""
     if progress.total and speed > 0 and not progress.finished:
       left = f", {duration_text(max(0.0, progress.total - progress.done) / speed)} left"
-    self._console.print(f"{progress.what}: {_told(progress, speed)}{left}", markup=False, highlight=False)
+    self._console.print(f"{progress.what}: {_how_far(progress, speed)}{left}", markup=False, highlight=False)
 
 
-def _told(progress: Progress, speed: float) -> str:
+def _how_far(progress: Progress, speed: float) -> str:
   """`1.5 GiB of 4 GiB, 512 MiB/s`, `3 of 10 steps`."""
   done, total, unit = progress.done, progress.total, progress.unit
   if unit == "B":

@@ -248,7 +248,7 @@ def _storage(facts: Facts) -> str:
 
 
 def _troubles(facts: Facts) -> str:
-  def told(event: Event) -> tuple[str, int | None, str] | None:
+  def trouble(event: Event) -> tuple[str, int | None, str] | None:
     if isinstance(event, Failure):
       return f"{event.what} failed", event.step, event.error
     if isinstance(event, Fallback):
@@ -262,7 +262,7 @@ def _troubles(facts: Facts) -> str:
   rows: _Rows = [
     [Cell(_stamp(e.time), e.time), Cell(row[0], bad=True), Cell(str(row[1] if row[1] is not None else "")), row[2]]
     for e in facts.records.events
-    if (row := told(e)) is not None
+    if (row := trouble(e)) is not None
   ]
   return section("Trouble", table(("when (UTC)", "what", "step", ""), rows[-_MOST_ROWS:]) if rows else "", wide=True)
 
