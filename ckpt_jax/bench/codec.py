@@ -18,7 +18,7 @@ from typing import Any
 
 from ckpt_jax.bench import suites
 from ckpt_jax.bench.common import CPU, answer, conditions, emit, output, quiet, rotated, timed
-from ckpt_jax.bench.files import filled
+from ckpt_jax.bench.files import filled, markdown
 from ckpt_jax.bench.link import available
 from ckpt_jax.bench.predictions import on_storage
 from ckpt_jax.bench.worker import drop_cache
@@ -70,10 +70,7 @@ _ZIPNN = {"params float32": "83%", "params bfloat16": "67%"}
 def table(found: Mapping[str, Any]) -> str:
   """The results as Markdown: what is left of the values, and MB/s of a commit and of a cold restore."""
   trained = found["trained"]
-  rows = [
-    f"| values | storage | ZipNN | {' | '.join((*OURS, *ORBAX))} |",
-    f"|---|---|---|{'---|' * len((*OURS, *ORBAX))}",
-  ]
+  rows = []
   for storage, by_values in found["results"].items():
     for values, entry in by_values.items():
       sides = entry["sides"]
@@ -81,13 +78,13 @@ def table(found: Mapping[str, Any]) -> str:
         f"{e['share']:.0%}, {e['write_mb_s']:.0f} / {e['read_mb_s']:.0f}" if (e := sides.get(side)) else ""
         for side in (*OURS, *ORBAX)
       ]
-      rows.append(f"| {values} | {storage} | {_ZIPNN.get(values, '')} | {' | '.join(cells)} |")
+      rows.append((values, storage, _ZIPNN.get(values, ""), *cells))
   about = (
     f"{trained['parameters']} parameters of `examples.lm` after {trained['steps']} steps (loss {trained['loss']}), "
     f"measured on {found['measured']} with {found['cpus']} CPUs, medians of {found['rounds']}: bytes left, MB/s of "
     "values written / read."
   )
-  return "\n".join([about, "", *rows])
+  return f"{about}\n\n{markdown(('values', 'storage', 'ZipNN', *OURS, *ORBAX), rows)}"
 
 
 def render(found: Mapping[str, Any], page: str) -> str:

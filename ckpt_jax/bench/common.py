@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import json
 import os
 import signal
@@ -45,6 +46,15 @@ def timed(action: Callable[[], Any]) -> float:
 def medians(rows: Sequence[Mapping[str, float]], digits: int = 4) -> dict[str, float]:
   """The median of each column."""
   return {key: round(statistics.median(row[key] for row in rows), digits) for key in rows[0]}
+
+
+def public_functions(module: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+  """The public functions that a module, given by its `globals()`, has defined so far."""
+  return {
+    name: value
+    for name, value in module.items()
+    if inspect.isfunction(value) and value.__module__ == module["__name__"] and not name.startswith("_")
+  }
 
 
 # -- programs in processes of their own

@@ -23,7 +23,7 @@ from typing import Any
 
 from ckpt_jax.bench.common import Worker, facts_of
 from ckpt_jax.bench.fault_worker import SIDES
-from ckpt_jax.bench.files import filled
+from ckpt_jax.bench.files import filled, markdown
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.multihost import Job
 
@@ -280,13 +280,12 @@ def fsync_cost(rounds: int = 15, megabytes: float = 8.0) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
   """The results as a Markdown table: the number of good tries, and what went wrong in the others."""
-  lines = ["| fault | ckpt_jax | plain Orbax | what went wrong with Orbax |", "|---|---|---|---|"]
+  rows = []
   for name, sides in results["faults"].items():
-    cells = [
-      f"{sum(t['good'] for t in sides[side])} of {len(sides[side])}" if sides.get(side) else "-" for side in SIDES
-    ]
-    lines.append(f"| {FAULTS[name]} | {cells[0]} | {cells[1]} | {_complaints(sides.get('orbax', []))} |")
-  return "\n".join(lines)
+    tries = [sides.get(side, []) for side in SIDES]
+    good = [f"{sum(t['good'] for t in of)} of {len(of)}" if of else "-" for of in tries]
+    rows.append((FAULTS[name], *good, _complaints(sides.get("orbax", []))))
+  return markdown(("fault", "ckpt_jax", "plain Orbax", "what went wrong with Orbax"), rows)
 
 
 def _complaints(tries: list[dict[str, Any]]) -> str:

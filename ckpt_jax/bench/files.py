@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -53,6 +53,12 @@ def rewrite(page: str | pathlib.Path, change: Callable[[str], str]) -> None:
   """Replaces the text of a page by `change(text)`."""
   path = pathlib.Path(page)
   path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A table in Markdown."""
+  first, *others = (f"| {' | '.join(cells)} |" for cells in (header, *rows))
+  return "\n".join([first, f"|{'---|' * len(header)}", *others])
 
 
 def filled(page: str, mark: str, text: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from ckpt_jax.bench.buckets import gcs_process
 from ckpt_jax.bench.cluster import Cluster, cluster
 from ckpt_jax.bench.common import conditions, emit, facts_of, job_events, quiet
+from ckpt_jax.bench.files import markdown
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.multihost import Job, free_port
 from ckpt_jax.storage.show import drawn, new_figure
@@ -136,20 +137,16 @@ def _job(
 
 def table(found: dict[str, Any]) -> str:
   """The results as a Markdown table."""
-  lines = [
-    "| hosts | variant | first, s | compiled, s (median) | times one copy | copies through the link | bitwise |",
-    "|---|---|---|---|---|---|---|",
-  ]
+  times = ("first, s", "compiled, s (median)", "times one copy")
+  rows = []
   for count, variants in found["hosts"].items():
     for name, v in variants.items():
       if v.get("warm_median_s") is None:
         continue
-      copies = statistics.median(v["link_copies"])
-      lines.append(
-        f"| {count} | {name} | {v['cold_s']:.2f} | {v['warm_median_s']:.2f} | "
-        f"{v['warm_median_s'] / found['one_copy_s']:.2f} | {copies:.2f} | {'yes' if v['bitwise'] else 'NO'} |"
-      )
-  return "\n".join(lines)
+      warm_s, copies = v["warm_median_s"], statistics.median(v["link_copies"])
+      figures = (f"{x:.2f}" for x in (v["cold_s"], warm_s, warm_s / found["one_copy_s"], copies))
+      rows.append((count, name, *figures, "yes" if v["bitwise"] else "NO"))
+  return markdown(("hosts", "variant", *times, "copies through the link", "bitwise"), rows)
 
 
 def plot(found: dict[str, Any], file: str | os.PathLike[str] | None = None) -> Any:

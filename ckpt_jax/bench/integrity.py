@@ -27,7 +27,6 @@ from ckpt_jax.integrity.meant import Meant
 from ckpt_jax.layout.sharding import global_nbytes
 from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.layout.structure import flatten
-from ckpt_jax.layout.unchanged import Round
 from ckpt_jax.save import saver
 
 _SIDES = ("without", "with")
@@ -132,13 +131,7 @@ def _recording(on: bool) -> Iterator[None]:
   """Saves without a record if `on` is False, for comparison."""
 
   def nothing(
-    state: Any,
-    nbytes: int,
-    nonfinite: str,
-    where: str,
-    meant: Meant,
-    copies: HostCopies,
-    unchanged: Round | None = None,
+    _state: Any, _nbytes: int, _nonfinite: str, where: str, meant: Meant, copies: HostCopies, *_: Any
   ) -> record.Recording:
     return record.Recording(fingerprint.Taken(copies=copies), None, meant, False, where, {})
 

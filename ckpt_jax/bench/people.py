@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ckpt_jax.bench.common import Worker, facts_of
-from ckpt_jax.bench.files import filled
+from ckpt_jax.bench.files import filled, markdown
 from ckpt_jax.bench.people_sides import SIDES
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.multihost import Job
@@ -176,14 +176,12 @@ def campaign(
 def table(results: dict[str, Any]) -> str:
   """The results as Markdown."""
   version = results.get("versions", {}).get("orbax-checkpoint", "")
-  lines = [f"| what people do | ckpt_jax | plain Orbax {version} |", "|---|---|---|"]
-  for name, sides in results["people"].items():
-    cells = [_cell(sides.get(side)) for side in SIDES]
-    lines.append(f"| {PEOPLE[name]} | {cells[0]} | {cells[1]} |")
+  found = results["people"].items()
+  rows = [(PEOPLE[name], *(_cell(sides.get(side)) for side in SIDES)) for name, sides in found]
   good = {side: sum(bool(s.get(side, {}).get("good")) for s in results["people"].values()) for side in SIDES}
   count = len(results["people"])
-  lines += ["", f"{good['ckpt_jax']} of {count} end well with ckpt_jax, {good['orbax']} of {count} with plain Orbax."]
-  return "\n".join(lines)
+  text = f"{good['ckpt_jax']} of {count} end well with ckpt_jax, {good['orbax']} of {count} with plain Orbax."
+  return f"{markdown(('what people do', 'ckpt_jax', f'plain Orbax {version}'), rows)}\n\n{text}"
 
 
 def _cell(tried: dict[str, Any] | None) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
+from ckpt_jax.bench.common import public_functions
 from ckpt_jax.bench.people_sides import Verdict, brief, is_right, line, small
 
 
@@ -242,21 +242,4 @@ def nan_by_accident(side: Any, work: pathlib.Path) -> Verdict:
   return finite, f"an error: {error}" if error else "saved without a word, and the last finite step is deleted"
 
 
-STATES: dict[str, Callable[[Any, pathlib.Path], Verdict]] = {
-  f.__name__: f
-  for f in (
-    hydra_path,
-    odd_names,
-    nnx_sequential,
-    single_array,
-    float_into_float32,
-    weak_types,
-    x64_to_x32,
-    abstract_mesh,
-    destroyed_item,
-    unreadable,
-    donation,
-    infinity_meant,
-    nan_by_accident,
-  )
-}
+STATES = public_functions(globals())

@@ -18,12 +18,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 from ckpt_jax import multihost
 from ckpt_jax.bench import people_sides
-from ckpt_jax.bench.common import emit
+from ckpt_jax.bench.common import emit, public_functions
 from ckpt_jax.bench.people_sides import SIDES, Orbax, Side, Verdict, large, line, small
 
 # -- one process, several of everything
@@ -330,31 +329,7 @@ def job_of_many(side: Side, work: pathlib.Path) -> Verdict:
   return right, f"saved and restored, the scalar is {int(got['step'].addressable_data(0))}"
 
 
-SCENARIOS: dict[str, Callable[[Any, pathlib.Path], Verdict]] = {
-  f.__name__: f
-  for f in (
-    two_managers,
-    four_threads,
-    two_threads_one_manager,
-    ctrl_c,
-    cell_twice,
-    orbax_run,
-    flax_files,
-    step_prefix,
-    padded_steps,
-    step_directory,
-    unset_variable,
-    began_anew,
-    last_step,
-    step_removed,
-    train_until_sigterm,
-    serve_until_sigterm,
-    train_and_keep_one,
-    evaluator,
-    forked_worker,
-    job_of_many,
-  )
-}
+SCENARIOS = public_functions(globals())
 
 
 def main() -> None:
