@@ -66,9 +66,7 @@ class Output:
   def open(self, plan: str, nbytes: int) -> Iterator[None]:
     """Within it units may be written; what was left by an export of another `plan` is removed first.
 
-    Args:
-      plan: describes all bytes of the export.
-      nbytes: how many there will be.
+    `plan` describes all bytes of the export, and there will be `nbytes` of them.
 
     Raises:
       OutOfSpaceError: if the disk has no room, before or while files are written; then nothing is left.

@@ -102,14 +102,7 @@ class Magnitudes:
 
 
 def quantized(values: np.ndarray, box: Box, scheme: Scheme, scales: np.ndarray) -> tuple[np.ndarray, Loss]:
-  """The integers of a box of an array, as int8, and what was lost.
-
-  Args:
-    values: of the box.
-    box: its place in the array.
-    scheme: of the array.
-    scales: of the whole array.
-  """
+  """The integers of a box of an array, as int8, and what was lost; `scales` are of the whole array."""
   out = np.empty(values.shape, np.int8)
   loss = Loss()
   rows = max(1, BLOCK * len(values) // values.size)

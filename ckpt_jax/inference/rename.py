@@ -80,10 +80,7 @@ def path_of(name: str, given: Sequence[Rule]) -> Named:
 
 
 def refuse_shared(names: Iterable[tuple[str, str]]) -> None:
-  """Checks that no two leaves get one name.
-
-  Args:
-    names: path and name of each.
+  """Checks that no two leaves, each with path and name, get one name.
 
   Raises:
     ConfigError: naming two that do.

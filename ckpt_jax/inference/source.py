@@ -21,12 +21,9 @@ EVERYTHING = "."
 
 
 def open_step(run: str | os.PathLike[str], step: int | str, item: str | None = None) -> tuple[int, Step]:
-  """Opens a step.
+  """Opens a step, the training state of it or another `item`.
 
-  Args:
-    run: the run.
-    step: its number; `latest`; `best`: that with the lowest metric `loss`, or `best:METRIC`, `best:METRIC:max`.
-    item: the item that holds the state, in steps with several.
+  `step` is its number; `latest`; `best`: that with the lowest metric `loss`, or `best:METRIC`, `best:METRIC:max`.
 
   Raises:
     NoCheckpointError: if there is no such step.
@@ -59,12 +56,11 @@ def open_step(run: str | os.PathLike[str], step: int | str, item: str | None = N
 def parameters(paths: Collection[str], subtree: str | None, *, ema: bool, where: str) -> str:
   """The node of a state that holds the parameters, as a path; empty for the whole state.
 
-  Without `subtree` it is the node nearest to the top with a name that parameters have, and it must be the only one.
+  It is `subtree`, of which `.` is all of the state; else the node nearest to the top with a name that parameters have,
+  with `ema` averaged ones, and it must be the only one.
 
   Args:
     paths: of all leaves.
-    subtree: the node to take; `.` for all of the state.
-    ema: whether the averaged parameters are wanted.
     where: the step, for messages.
 
   Raises:

@@ -28,7 +28,7 @@ class Values:
   def __init__(self, source: Step, leaves: Sequence[Leaf], options: Options):
     """Takes the leaves of a step in the order in which they will be converted; begins to read with the first."""
     self._options = options
-    self._record = record.read_record(source.directory, source.item_name)
+    self._record = record.read_record(source.directory, source.item_name, source.ours)
     self._where = str(source)
     groups = stream.parts(source, [leaf.source for leaf in leaves], options.memory // 8)
     boxes: dict[str, list[list[stream.Part]]] = {}
@@ -112,9 +112,7 @@ class Values:
       array = np.asarray(value)
       box = part.box or whole_box(leaf.shape)
       if saved is not None and part.plan.scalar is None:
-        bits = fingerprint.bits_of(array)
-        start = tuple(first for first, _ in box) + (0,) * (bits.ndim - array.ndim)
-        tally.add(sums.tally_block(bits, start, (*leaf.shape, *bits.shape[array.ndim :])))
+        tally.add(fingerprint.tally_of_box(array, box, leaf.shape))
       covered += max(1, array.size)
       yield box, array
     if saved is not None and part.plan.scalar is None and tally.total != saved.total:

@@ -41,12 +41,7 @@ class Verifier:
   """
 
   def __init__(self, record: Record, host_memory: int | Literal["auto"] = "auto"):
-    """Begins with no leaf.
-
-    Args:
-      record: of the step that is being restored.
-      host_memory: the limit, in bytes, of which leaves that wait for their sum take an eighth.
-    """
+    """Begins with no leaf. Leaves that wait for their sum take an eighth of `host_memory`, in bytes."""
     self._saved = record.leaves
     self._saved_as = {path: leaf.dtype for path, leaf in record.leaves.items()}
     self._threads = min(_MOST_THREADS, usable_cores())

@@ -24,13 +24,9 @@ _PATIENCE_S = 60.0  # for what another host wrote: NFS may answer from a cached 
 
 
 def check_written(item: epath.Path, processes: Sequence[int]) -> None:
-  """Checks that what processes wrote is in the item, before it is merged and committed.
+  """Checks that what these processes wrote is in an item, before it is merged and committed.
 
   Orbax merges whatever databases it finds, even none, and reports success.
-
-  Args:
-    item: the item, not committed yet.
-    processes: those that wrote arrays.
 
   Raises:
     StorageError: naming what is missing.
@@ -103,9 +99,7 @@ def unreadable(database: epath.Path) -> str | None:
 def files_of(item: epath.Path, name: str) -> list[str]:
   """The files, relative to the item, that hold the chunks of a leaf; empty if that cannot be found out.
 
-  Args:
-    item: the item's directory.
-    name: the leaf as it is stored: names separated by dots.
+  `name` is the leaf as it is stored: names separated by dots.
   """
   if not (item / MANIFEST).exists():
     return [name] if (item / name).exists() else []

@@ -77,12 +77,9 @@ def read_export(directory: epath.Path) -> ExportRecord | None:
 def wrong_files(
   directory: epath.Path, files: dict[str, list[Hashed]], progress: Callable[[int], None] = lambda nbytes: None
 ) -> Iterator[tuple[str, str, str]]:
-  """Reads files and compares them with their hashes: name, array and problem of each piece that differs.
+  """Reads files of an export and compares them with their hashes: name, array and problem of each piece that differs.
 
-  Args:
-    directory: of the export.
-    files: their pieces.
-    progress: called with the bytes of each file once it is read.
+  `progress` is called with the bytes of each file once it is read.
 
   Raises:
     StorageError: if storage does not answer.

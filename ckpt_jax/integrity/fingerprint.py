@@ -12,7 +12,6 @@ speed of memory, but can be compared only if a restore delivers the same shards,
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -32,6 +31,7 @@ from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.sharding import Box, box_of, one_device, replicas
 from ckpt_jax.layout.staging import HostCopies, is_on_accelerator
 from ckpt_jax.layout.structure import Flat
+from ckpt_jax.storage.parallel import in_threads
 
 _TASK_NBYTES = 32 << 20  # larger pieces are cut for the threads to share
 _SCALARS = {"bool": np.uint8, "int": np.int64, "float": np.float64, "complex": np.complex128}
@@ -193,9 +193,7 @@ class Taken:
 def take(state: Flat, copies: HostCopies | None = None) -> Taken:
   """Views of a state that is about to be saved; of replicated values one copy is counted.
 
-  Args:
-    state: arrays, PRNG keys, scalars and text.
-    copies: of its arrays, for the writing of the same ones.
+  `copies` are of its arrays, for the writing of the same ones.
   """
   structure, leaves = state.structure, state.leaves
   copies = HostCopies() if copies is None else copies
@@ -225,13 +223,10 @@ def take(state: Flat, copies: HostCopies | None = None) -> Taken:
 
 
 def take_restored(leaves: Mapping[str, Any], saved_as: Mapping[str, str]) -> Taken:
-  """Views of restored leaves; every copy of replicated values is counted, since each may be wrong.
+  """Views of restored leaves, by path; every copy of replicated values is counted, since each may be wrong.
 
-  Of copies that went, or will go, to accelerators of this process from the same memory one is summed.
-
-  Args:
-    leaves: by path; `Unplaced` before they go to accelerators.
-    saved_as: dtypes by path, for leaves that may have come back as another type of number (a Python int as int32).
+  Of copies that went, or will go (`Unplaced`), to accelerators of this process from the same memory one is summed.
+  `saved_as` has the dtypes, for leaves that may have come back as another type of number (a Python int as int32).
   """
   values = [_as_saved(leaf, saved_as.get(path)) for path, leaf in leaves.items()]
   copies = HostCopies()
@@ -368,6 +363,14 @@ def bits_of(array: np.ndarray) -> np.ndarray:
   return bits if (mask := _mask(dtype)) is None else bits & mask
 
 
+def tally_of_box(values: np.ndarray, box: Box, shape: tuple[int, ...]) -> Tally:
+  """The sum of the bits of one box of an array of this shape."""
+  bits = bits_of(values)
+  halves = bits.shape[values.ndim :]  # of complex128
+  start = (*(first for first, _ in box), *[0] * len(halves))
+  return sums.tally_block(bits, start, (*shape, *halves))
+
+
 @functools.cache
 def _mask(dtype: np.dtype) -> np.uint8 | None:
   """The bits of a byte that count, for types of fewer than eight."""
@@ -405,8 +408,7 @@ def _run(tasks: Sequence[_Task], threads: int) -> list[dict[str, Tally]]:
 
   if threads == 1:
     return [run(tasks)]
-  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-    return list(pool.map(run, [tasks[i::threads] for i in range(threads)]))
+  return in_threads(run, [tasks[i::threads] for i in range(threads)], threads=threads)
 
 
 def sum_over_processes(mine: np.ndarray) -> np.ndarray:

@@ -28,46 +28,35 @@ Counts = tuple[int, int]  # infinities, NaNs
 _NONE: Counts = (0, 0)
 
 
+@dataclasses.dataclass(eq=False)
 class Meant:
   """What each leaf of a run may hold of non-finite numbers. Process 0's answers count.
 
   Reads storage when a leaf is not finite for the first time, or after the first save.
 
   Attributes:
+    directory, item: where the state is saved.
+    count: counts the non-finite numbers of leaves in an item of a step, by path; those that it lacks are left out.
+    decide: calls a function on process 0 and returns its result on all.
     norms: norms by group of the last few saves.
   """
 
-  def __init__(
-    self,
-    directory: epath.Path,
-    item: str,
-    count: Callable[[epath.Path, str, Collection[str]], Mapping[str, Counts]],
-    decide: Callable[[Callable[[], Sequence[int]]], Sequence[int]],
-  ):
-    """Reads nothing.
+  directory: epath.Path
+  item: str
+  count: Callable[[epath.Path, str, Collection[str]], Mapping[str, Counts]]
+  decide: Callable[[Callable[[], Sequence[int]]], Sequence[int]]
 
-    Args:
-      directory: the run.
-      item: the item that is saved.
-      count: counts the non-finite numbers of leaves in an item of a step, by path; those that it lacks are left out.
-      decide: calls a function on process 0 and returns its result on all.
-    """
+  def __post_init__(self) -> None:
     self.norms: collections.deque[Mapping[str, float]] = collections.deque(maxlen=_PAST)
-    self._directory = directory
-    self._item = item
-    self._count = count
-    self._decide = decide
     self._loaded = False
     self._notes: dict[str, Counts] = {}
     self._seen: set[str] = set()  # leaves that were saved, and whose notes are known
     self._old: epath.Path | None = None  # a step without notes, for the leaves that are not in `_seen`
 
   def judge(self, health: Health, *, alone: bool = False) -> Health:
-    """Adds what is meant to be there to the health of a state before it is committed.
+    """Adds what is meant to be there to the health of a whole state before it is committed.
 
-    Args:
-      health: of the whole state.
-      alone: only process 0 calls it; else all processes call it alike.
+    All processes call it alike, unless process 0 calls it `alone`.
     """
     if not health.nonfinite:
       return health
@@ -76,7 +65,7 @@ class Meant:
     def allowed() -> list[int]:
       return [n for path in paths for n in self._allowed(path, health)]
 
-    numbers = allowed() if alone else self._decide(allowed)
+    numbers = allowed() if alone else self.decide(allowed)
     meant = dict(zip(paths, zip(numbers[::2], numbers[1::2], strict=True), strict=True))
     return dataclasses.replace(health, meant=meant)
 
@@ -104,7 +93,7 @@ class Meant:
     if infinities:
       _log.info(
         "%s: %s holds %d infinite numbers at its first save: as many are allowed in it from now on",
-        self._directory,
+        self.directory,
         path,
         infinities,
       )
@@ -114,7 +103,7 @@ class Meant:
     if self._old is None:
       return None
     try:
-      return self._count(self._old, self._item_of(self._old), [path]).get(path)
+      return self.count(self._old, self._item_of(self._old), [path]).get(path)
     except (CheckpointError, OSError) as e:
       _log.warning("%s: cannot be read to count the non-finite numbers of %s: %s", self._old, path, e)
       return None
@@ -125,10 +114,10 @@ class Meant:
       return
     self._loaded = True
     try:
-      steps = committed_steps(self._directory)
+      steps = committed_steps(self.directory)
       if not steps:
         return
-      newest = self._old = step_path(self._directory, steps[-1])
+      newest = self._old = step_path(self.directory, steps[-1])
       data = untrusted.read_json(newest / self._item_of(newest) / RECORD, is_intact_file)
       known = data.get("health") or {}
       if "meant" in known:
@@ -138,10 +127,10 @@ class Meant:
       elif known:  # of an earlier version, or under `ignore`: which leaves were not finite, but not how
         self._seen = set(data["leaves"]) - set(known["nonfinite"])
     except (CheckpointError, OSError, KeyError, TypeError, ValueError, AttributeError) as e:
-      _log.debug("%s: no notes on non-finite numbers: %s", self._directory, e)
+      _log.debug("%s: no notes on non-finite numbers: %s", self.directory, e)
 
   def _item_of(self, step_dir: epath.Path) -> str:
     try:
-      return item_name(step_dir, self._item)
+      return item_name(step_dir, self.item)
     except ConfigError:  # another program has named it differently
       return item_name(step_dir)

@@ -8,7 +8,6 @@ commits adds them up.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -39,9 +38,10 @@ from ckpt_jax.layout.unchanged import Round, nothing_unchanged
 from ckpt_jax.orbax.format import ARRAY_METADATAS, DEFAULT_ITEM, ITEM_METADATA, SHARDINGS, STEP_METADATA, TEXTS
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.checksums import FILE_KEY, is_intact_file, with_file_digest
-from ckpt_jax.run.steps import RECORD, our_item, our_metadata
+from ckpt_jax.run.steps import RECORD, our_item
 from ckpt_jax.storage import look
 from ckpt_jax.storage.objects import BACKEND, snapshot
+from ckpt_jax.storage.parallel import in_threads
 from ckpt_jax.tuning.profile import usable_cores
 
 _log = logging.getLogger(__name__)
@@ -112,10 +112,7 @@ class Recording:
     return min(_SUMMING_THREADS, max(1, usable_cores() // 2)) if has_accelerators() else 1
 
   def complete(self, others: Sequence[dict[str, Any]]) -> None:
-    """Judges the state, unless that was done before the save, and makes `prints_json`.
-
-    Args:
-      others: the parts of the other processes.
+    """Judges the state, unless that was done before the save, and makes `prints_json`, given the parts of the others.
 
     Raises:
       UnhealthyStateError: if the state is unhealthy and `refuse` is set.
@@ -189,8 +186,7 @@ def record_of(
   """The record of a state that is about to be saved. All processes call it alike.
 
   Args:
-    state: what training holds.
-    nbytes: size of the state, over all processes.
+    state, nbytes: what training holds, and its size over all processes.
     nonfinite: `health.nonfinite`.
     where: run and step, for messages.
     meant: the non-finite numbers that are meant to be there.
@@ -277,7 +273,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
       self._inner.finalize(directory)
       return
     recording.written()
-    others = _read_parts(directory)
+    others = in_threads(lambda i: json.loads(_part(directory, i).read_text()), range(1, jax.process_count()))
     recording.check_own(others)
     recording.complete(others)
     writers = [process for process, part in enumerate([recording.part, *others]) if part["writes"]]
@@ -310,19 +306,11 @@ def _part(directory: epath.Path, process: int) -> epath.Path:
   return directory / f"ckpt_jax.process_{process}.json"
 
 
-def _read_parts(directory: epath.Path) -> list[dict[str, Any]]:
-  """The parts of all processes but the first."""
-  parts = [_part(directory, i) for i in range(1, jax.process_count())]
-  with concurrent.futures.ThreadPoolExecutor(min(16, len(parts) or 1)) as pool:
-    return [json.loads(text) for text in pool.map(lambda p: p.read_text(), parts)]
-
-
 def file_digests(item_dir: epath.Path) -> dict[str, str]:
   """Digests, by name, of the item's files that carry no checksum of their own: everything but OCDBT data."""
   names = [*_NEEDED, *(f"{ARRAY_METADATAS}/{name}" for name in sorted(look.names(item_dir / ARRAY_METADATAS)))]
-  with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    found = zip(names, pool.map(lambda name: _digest(item_dir / name), names), strict=True)
-    return {name: digest for name, digest in found if digest is not None}
+  found = zip(names, in_threads(lambda name: _digest(item_dir / name), names), strict=True)
+  return {name: digest for name, digest in found if digest is not None}
 
 
 def changed_files(item_dir: epath.Path, record: Record) -> list[str]:
@@ -347,23 +335,20 @@ class Record:
   health: dict[str, Any]
 
 
-def read_record(step_dir: epath.Path, item: str | None = None) -> Record | None:
-  """The record of an item; None if it was saved without one, by plain Orbax or an older version.
+def read_record(step_dir: epath.Path, item: str, ours: dict[str, Any]) -> Record | None:
+  """The record of an item; None if plain Orbax or an older version saved it without one.
 
-  Args:
-    step_dir: a committed step.
-    item: default: the one that holds the training state.
+  `ours` is `run.our_metadata` of the step.
 
   Raises:
     CorruptCheckpointError: if it is missing although the step was saved with it, damaged, or at odds with the files.
   """
-  ours = our_metadata(step_dir)
-  item_dir = contents.item_directory(step_dir, item)
+  item_dir = step_dir / item
   file = item_dir / FILE
   try:
     data = untrusted.read_json(file, is_intact_file)
   except FileNotFoundError:
-    if "fingerprints" not in ours or item_dir.name != our_item(ours):
+    if "fingerprints" not in ours or item != our_item(ours):
       return None
     raise CorruptCheckpointError(f"{file}: missing; the step was saved with it") from None
   if not ours:

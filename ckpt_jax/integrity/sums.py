@@ -219,8 +219,7 @@ def tally_alike(
   Args:
     blocks: their bits, C-contiguous; none is empty or larger than SMALL_NBYTES.
     floats: as for `tally_block`.
-    fingerprint: whether to sum the bits.
-    hashed: whether to hash them too.
+    fingerprint, hashed: whether to sum and to hash the bits.
   """
   if not blocks[0].shape:
     blocks = [block.reshape(1) for block in blocks]

@@ -37,31 +37,26 @@ def from_all_processes(mine: np.ndarray) -> np.ndarray:
   return everyone.view(mine.dtype).reshape(jax.process_count(), *mine.shape)
 
 
-def decided_by_process_zero(decide: Callable[[], Sequence[int]], rendezvous: Rendezvous, timeout: float) -> list[int]:
-  """The result of `decide` on process 0, or the error that it raises there, on every process.
+def decided_by_process_zero(decide: Callable[[], Sequence[Any]], rendezvous: Rendezvous, timeout: float) -> list[Any]:
+  """The result of `decide`, which JSON can hold, on process 0, or the error that it raises there, on every process.
 
-  A bug, an error that is not a CheckpointError, is raised as it is on process 0 and as a CheckpointError on the others.
-
-  Args:
-    decide: called on process 0 only; may take its time.
-    rendezvous: where the others wait meanwhile.
-    timeout: seconds that the others wait for it, and a minute.
+  A bug, an error that is not a CheckpointError, is raised as it is on process 0 and as a CheckpointError on the others,
+  which wait at `rendezvous` for `timeout` seconds and a minute.
   """
   if jax.process_count() == 1:
     return list(decide())
-  answer: dict[str, Any] = {}
+  said = ""
   bug: Exception | None = None
   if jax.process_index() == 0:
     try:
-      answer = {"decided": [int(n) for n in decide()]}
+      said = json.dumps({"decided": list(decide())})
     except CheckpointError as e:
-      answer = error_to_json(e)
+      said = json.dumps(error_to_json(e))
     except Exception as e:
       bug = e
-      answer = error_to_json(
-        CheckpointError(f"process 0 failed: {type(e).__name__}: {e}", topic="another-process-failed")
-      )
-  answer = json.loads(rendezvous.exchange("what process 0 decides", json.dumps(answer), timeout + 60)[0])
+      failed = CheckpointError(f"process 0 failed: {type(e).__name__}: {e}", topic="another-process-failed")
+      said = json.dumps(error_to_json(failed))
+  answer = json.loads(rendezvous.exchange("what process 0 decides", said, timeout + 60)[0])
   if bug is not None:
     raise bug
   if "error" in answer:

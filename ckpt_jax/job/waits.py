@@ -25,11 +25,7 @@ _LOG_EVERY_S = 30.0
 
 
 class Together:
-  """The waits of one restore. Made and used alike by all processes.
-
-  Args:
-    rendezvous: of the Checkpointer.
-    limit: seconds that the restore may take, `timeouts.restore`.
+  """The waits of one restore, which may take `limit` seconds. Made and used alike by all processes.
 
   Attributes:
     expected_s: predicted seconds of the restore; raises the limit of each wait.
@@ -51,12 +47,9 @@ class Together:
     return max(0.1, min(wanted, self._limit - elapsed))
 
   def meet(self, what: str, error: BaseException | None = None, text: str = "") -> list[str]:
-    """Waits for all processes, and returns the texts of all of them, by process.
+    """Waits for all processes to do `what`, and returns the texts of all of them, by process.
 
-    Args:
-      what: what is waited for.
-      error: the error of this process, if any; then all of them raise.
-      text: this process's contribution.
+    If this process had an `error`, all raise.
 
     Raises:
       RestoreTimeoutError: naming the processes that did not arrive.

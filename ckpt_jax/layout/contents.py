@@ -12,17 +12,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from ckpt_jax.errors import CheckpointError, ConfigError, CorruptCheckpointError
-from ckpt_jax.orbax.format import (
-  AGGREGATE,
-  COMMIT_MARKER,
-  DEFAULT_ITEM,
-  ITEM_HANDLERS,
-  ITEM_METADATA,
-  METRICS_ITEM,
-  STEP_METADATA,
-  is_number,
-  is_text,
-)
+from ckpt_jax.orbax import format as fmt
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.steps import (
   is_gone,
@@ -40,7 +30,7 @@ from ckpt_jax.storage import look
 if TYPE_CHECKING:
   from ckpt_jax.layout.stored import Stored
 
-JSON_FILES = ("metadata", METRICS_ITEM)
+JSON_FILES = ("metadata", fmt.METRICS_ITEM)
 V1_ITEM = "state"  # what Orbax v1's training.Checkpointer saves and asks for
 
 
@@ -101,7 +91,7 @@ class StepDescription:
   metrics: dict[str, Any]
   extras: Any
   leaves: list[LeafInfo]
-  item: str | None = DEFAULT_ITEM
+  item: str | None = fmt.DEFAULT_ITEM
   items: tuple[Item, ...] = ()
   content: Any = None
   stored: dict[str, Stored] = dataclasses.field(default_factory=dict)
@@ -109,7 +99,7 @@ class StepDescription:
 
 def items(step_dir: epath.Path) -> list[Item]:
   """All items of a committed step, by name; those within items (random keys are two in one) after a slash."""
-  handlers = step_metadata(step_dir).get(ITEM_HANDLERS)
+  handlers = step_metadata(step_dir).get(fmt.ITEM_HANDLERS)
   if is_tree(step_dir):
     return [Item("", "tree", _class_name(handlers))]
   return sorted(_items(step_dir, "", handlers if isinstance(handlers, dict) else {}), key=lambda item: item.name)
@@ -120,8 +110,8 @@ def _items(directory: epath.Path, prefix: str, handlers: dict[str, Any]) -> Iter
     if path.name.startswith(".") or not look.is_dir(path):
       continue
     name, handler = f"{prefix}{path.name}", _class_name(handlers.get(path.name))
-    files = set(look.names(path)) - {COMMIT_MARKER, STEP_METADATA}
-    if AGGREGATE in files and look.exists(path / AGGREGATE / ".zarray"):
+    files = set(look.names(path)) - {fmt.COMMIT_MARKER, fmt.STEP_METADATA}
+    if fmt.AGGREGATE in files and look.exists(path / fmt.AGGREGATE / ".zarray"):
       yield Item(name, "array", handler)
     elif is_tree(path):
       yield Item(name, "tree", handler)
@@ -154,11 +144,8 @@ class SeveralItemsError(CheckpointError):
 def item_name(step_dir: epath.Path, name: str | None = None, ours: dict[str, Any] | None = None) -> str:
   """The item of a step that holds the training state, ours or plain Orbax's.
 
-  Args:
-    step_dir: a committed step.
-    name: the one asked for. Default: the one that ckpt_jax wrote, else `default` (of Orbax's CheckpointManager), else
-      `state` (of Orbax v1), else the only tree.
-    ours: `run.our_metadata`, if it was read.
+  `name` is the one asked for. Default: the one that ckpt_jax wrote, else `default` (of Orbax's CheckpointManager), else
+  `state` (of Orbax v1), else the only tree. `ours` is `run.our_metadata`, if it was read.
 
   Raises:
     ConfigError: if the step has no such item.
@@ -167,12 +154,12 @@ def item_name(step_dir: epath.Path, name: str | None = None, ours: dict[str, Any
   """
   if not name and ours is None:
     ours = our_metadata(step_dir)
-  for usual in [name] if name else [our_item(ours)] if ours else [DEFAULT_ITEM, V1_ITEM]:
+  for usual in [name] if name else [our_item(ours)] if ours else [fmt.DEFAULT_ITEM, V1_ITEM]:
     if is_tree(step_dir / usual):
       return usual
   if ours and not name:
     raise CorruptCheckpointError(
-      f"{step_dir / our_item(ours)}: no {ITEM_METADATA}; the step was saved with its state there"
+      f"{step_dir / our_item(ours)}: no {fmt.ITEM_METADATA}; the step was saved with its state there"
     )
   found = items(step_dir)
   trees = [item.name for item in found if item.kind == "tree" and "/" not in item.name]
@@ -199,7 +186,7 @@ def item_name(step_dir: epath.Path, name: str | None = None, ours: dict[str, Any
     there = ", ".join(f"{item.name} ({item.kind})" for item in found) or "nothing"
     raise CorruptCheckpointError(f"{step_dir}: holds no state: no item of it is a tree of arrays, it has {there}")
   raise SeveralItemsError(
-    f"{step_dir}: several items ({', '.join(trees)}), and none is called {DEFAULT_ITEM} or {V1_ITEM}; say which "
+    f"{step_dir}: several items ({', '.join(trees)}), and none is called {fmt.DEFAULT_ITEM} or {V1_ITEM}; say which "
     f'holds the state: restore(item="{trees[0]}"), Config(item="{trees[0]}"), or --item {trees[0]}',
     trees,
   )
@@ -294,7 +281,7 @@ def leaf_infos(tree: Any, encoded: dict[str, Any]) -> list[LeafInfo]:
 
   leaves = []
   for path, meta in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    kind = "text" if is_text(meta) else "number" if is_number(meta) else "array"
+    kind = "text" if fmt.is_text(meta) else "number" if fmt.is_number(meta) else "array"
     shape, dtype = (tuple(meta.shape), meta.dtype) if kind != "text" else ((), None)
     leaves.append(_leaf_info(name := path_name(path), kind, shape, dtype, encoded.get(name, {})))
   return leaves

@@ -29,25 +29,8 @@ from ckpt_jax.layout import packing, reading
 from ckpt_jax.layout.splitting import SEQUENCE
 from ckpt_jax.layout.stored import tree_entries
 from ckpt_jax.layout.structure import path_name
+from ckpt_jax.orbax import format as fmt
 from ckpt_jax.orbax import private
-from ckpt_jax.orbax.format import (
-  AGGREGATE,
-  ARRAY_METADATAS,
-  ARRAY_TYPES,
-  ITEM_METADATA,
-  KEY_TYPE,
-  KEYS,
-  MANIFEST,
-  NUMBER_TYPE,
-  TEXT_TYPE,
-  USE_OCDBT,
-  USE_ZARR3,
-  VALUE,
-  VALUE_TREE,
-  VALUE_TYPE,
-  WRITE_SHAPE,
-  key_path,
-)
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.steps import tree_nbytes
 from ckpt_jax.storage import look
@@ -144,35 +127,36 @@ def item_info(item: epath.Path, limits: LimitsConfig, *, ocdbt: bool, zarr3: boo
 
 def _from_json(item: epath.Path, limits: LimitsConfig) -> ItemDescription:
   data, entries = tree_entries(item)
-  ocdbt = bool(data.get(USE_OCDBT, look.exists(item / MANIFEST)))
-  info = item_info(item, limits, ocdbt=ocdbt, zarr3=bool(data.get(USE_ZARR3)))
-  types = {entry[VALUE].get(VALUE_TYPE) for entry in entries}
-  if VALUE_TREE in data or not types <= {*_EMPTY, *ARRAY_TYPES, NUMBER_TYPE, TEXT_TYPE}:
+  ocdbt = bool(data.get(fmt.USE_OCDBT, look.exists(item / fmt.MANIFEST)))
+  info = item_info(item, limits, ocdbt=ocdbt, zarr3=bool(data.get(fmt.USE_ZARR3)))
+  types = {entry[fmt.VALUE].get(fmt.VALUE_TYPE) for entry in entries}
+  if fmt.VALUE_TREE in data or not types <= {*_EMPTY, *fmt.ARRAY_TYPES, fmt.NUMBER_TYPE, fmt.TEXT_TYPE}:
     return ItemDescription(ocp.PyTreeCheckpointHandler().metadata(item).tree, info)
   index = packing.read_index(item)
   rows = []
   for entry in entries:
-    names, kinds = key_path(entry), tuple([key[KEY_TYPE] for key in entry[KEYS]])
-    rows.append((names, kinds, ".".join(names), entry[VALUE]))
-  stored = [n for _, _, n, v in rows if v[VALUE_TYPE] in (*ARRAY_TYPES, NUMBER_TYPE) and n not in index]
+    names, kinds = fmt.key_path(entry), tuple([key[fmt.KEY_TYPE] for key in entry[fmt.KEYS]])
+    rows.append((names, kinds, ".".join(names), entry[fmt.VALUE]))
+  stored = [n for _, _, n, v in rows if v[fmt.VALUE_TYPE] in (*fmt.ARRAY_TYPES, fmt.NUMBER_TYPE) and n not in index]
   stores = reading.open_stores(info, stored)
   flat = []
   for names, kinds, name, value in rows:
-    kind = value[VALUE_TYPE]
+    kind = value[fmt.VALUE_TYPE]
     if kind in _EMPTY and name not in index:
       leaf = _EMPTY[kind]()
     else:
-      leaf = _describe(kind, name, item, index.get(name) or stores.get(name), value.get(WRITE_SHAPE))
+      leaf = _describe(kind, name, item, index.get(name) or stores.get(name), value.get(fmt.WRITE_SHAPE))
     flat.append((names, kinds, leaf))
   return ItemDescription(_nested(flat), info, index, stores)
 
 
 def prng_keys(item: epath.Path) -> dict[str, str]:
   """The implementations of the arrays of an item that are the words of PRNG keys, by name, as Orbax notes them."""
-  files = sorted(look.names(item / ARRAY_METADATAS))
+  files = sorted(look.names(item / fmt.ARRAY_METADATAS))
   if not files:
     return {}
-  notes = [entry["array_metadata"] for entry in untrusted.read_json(item / ARRAY_METADATAS / files[0])[ARRAY_METADATAS]]
+  arrays = untrusted.read_json(item / fmt.ARRAY_METADATAS / files[0])[fmt.ARRAY_METADATAS]
+  notes = [entry["array_metadata"] for entry in arrays]
   impls = {note["param_name"]: (note.get("ext_metadata") or {}).get("random_key_impl") for note in notes}
   return {name: impl for name, impl in impls.items() if impl is not None}
 
@@ -185,12 +169,11 @@ def _describe(
   Args:
     kind: its type in Orbax's JSON.
     name: its name in the database.
-    item: the directory of its item.
     found: its place in slabs, its open store, or its value; None for text.
     write_shape: of the pieces in which it was written, if that is known.
   """
   types, chunk = ocp.metadata, None
-  if kind == TEXT_TYPE:
+  if kind == fmt.TEXT_TYPE:
     return types.StringMetadata(name=name, directory=item)
   assert found is not None
   shape = tuple(found.shape)
@@ -200,7 +183,7 @@ def _describe(
     dtype, chunk = np.dtype(found.dtype.numpy_dtype), found.chunk_layout.read_chunk_template.shape
   else:
     dtype = found.dtype
-  if kind == NUMBER_TYPE:
+  if kind == fmt.NUMBER_TYPE:
     return types.ScalarMetadata(name=name, directory=item, shape=(), sharding=None, dtype=dtype)
   write_shape = None if write_shape is None else tuple(write_shape)
   storage = None if chunk is None else types.StorageMetadata(chunk_shape=chunk, write_shape=write_shape)
@@ -247,22 +230,23 @@ def _list(node: dict[str, Any]) -> Any:
 
 def _from_aggregate(item: epath.Path, limits: LimitsConfig) -> ItemDescription | None:
   """The description of an item by its MessagePack file; None if it has none, or `_METADATA` says as much."""
-  file = item / AGGREGATE
+  file = item / fmt.AGGREGATE
   if look.exists(file / ".zarray"):
-    tree = {AGGREGATE: f"{_ELSEWHERE}{AGGREGATE}"}
+    tree = {fmt.AGGREGATE: f"{_ELSEWHERE}{fmt.AGGREGATE}"}
   elif look.exists(file) and not look.is_dir(file):
     tree = msgpack_utils.msgpack_restore(look.read_bytes(file))
   else:
     return None
   flat = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
   values = {name: v for name, v in flat.items() if not (isinstance(v, str) and v.startswith(_ELSEWHERE))}
-  described = look.exists(item / ITEM_METADATA)
+  described = look.exists(item / fmt.ITEM_METADATA)
   if not values and described and not look.is_dir(file):
     return None
   types: dict[str, str] = {}
   if described:
-    types = {"/".join(key_path(entry)): str(entry[VALUE].get(VALUE_TYPE)) for entry in tree_entries(item)[1]}
-  info = item_info(item, limits, ocdbt=look.exists(item / MANIFEST), zarr3=False)
+    entries = tree_entries(item)[1]
+    types = {"/".join(fmt.key_path(entry)): str(entry[fmt.VALUE].get(fmt.VALUE_TYPE)) for entry in entries}
+  info = item_info(item, limits, ocdbt=look.exists(item / fmt.MANIFEST), zarr3=False)
   elsewhere = {name: str(v).removeprefix(_ELSEWHERE) for name, v in flat.items() if name not in values}
   stores = reading.open_stores(info, [stored for name, stored in elsewhere.items() if types.get(name) not in _EMPTY])
 
@@ -270,7 +254,7 @@ def _from_aggregate(item: epath.Path, limits: LimitsConfig) -> ItemDescription |
     name = path_name(path)
     kind = types.get(name, "")
     if name in values:
-      kind = TEXT_TYPE if isinstance(leaf, str) else NUMBER_TYPE if isinstance(leaf, (bool, int, float)) else ""
+      kind = fmt.TEXT_TYPE if isinstance(leaf, str) else fmt.NUMBER_TYPE if isinstance(leaf, (bool, int, float)) else ""
       return _describe(kind, name, item, np.asarray(leaf), None)
     return _EMPTY[kind]() if kind in _EMPTY else _describe(kind, elsewhere[name], item, stores[elsewhere[name]], None)
 

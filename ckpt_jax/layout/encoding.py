@@ -19,6 +19,7 @@ import tensorstore as ts
 
 from ckpt_jax.layout.forms import form_of, refusal, shown, why_not_flat
 from ckpt_jax.layout.structure import Flat, flatten, path_name
+from ckpt_jax.storage.paths import is_utf8
 
 PyTree = Any
 # Orbax's zarr driver knows int2 and int4 but not their unsigned twins; uint8 holds every value of them.
@@ -156,17 +157,9 @@ def _no_value(leaf: Any) -> str | None:
     return f"a {name} is no array or scalar; put it into extras= or leave it out"
   if kind is int and not -(2**63) <= leaf < 2**63:
     return f"the integer {leaf} needs more than 64 bits; store it as text in extras="
-  if kind is str and not _is_unicode(leaf):
+  if kind is str and not is_utf8(leaf):
     return f"the text {leaf!r:.60} is no Unicode; store bytes as np.frombuffer(..., np.uint8)"
   return None
-
-
-def _is_unicode(text: str) -> bool:
-  try:
-    text.encode()
-  except UnicodeEncodeError:  # lone surrogates
-    return False
-  return True
 
 
 def _encode_array(leaf: jax.Array | np.ndarray) -> tuple[Any, dict[str, Any] | None]:

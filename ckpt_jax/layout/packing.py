@@ -94,7 +94,7 @@ class Slab:
   @functools.cached_property
   def leaves_json(self) -> str:
     """The index as JSON."""
-    return _leaves_json(self.index)
+    return leaves_json(self.index)
 
   def chunks(self, pieces: Sequence[Values], memory: Callable[[], np.ndarray]) -> Iterator[tuple[int, int, np.ndarray]]:
     """Offset, length and content of each chunk, given the pieces in order and a source of buffers."""
@@ -196,7 +196,7 @@ def dtype_of(name: str) -> np.dtype:
 def write_part(item: epath.Path, process: int, slab: Slab) -> None:
   """Writes a process's part of the index, which names also leaves that have no piece on this process."""
   if jax.process_count() == 1:
-    _write_index(item, slab.leaves_json)
+    write_index(item, slab.leaves_json)
   else:
     _part(item, process).write_text(slab.leaves_json)
 
@@ -209,17 +209,13 @@ def merge_parts(item: epath.Path, processes: int) -> None:
   for process in range(processes):
     for name, (dtype, shape, pieces) in json.loads(_part(item, process).read_text()).items():
       index.setdefault(name, [dtype, shape, []])[2].extend(pieces)
-  _write_index(item, json.dumps(index))
+  write_index(item, json.dumps(index))
   for process in range(processes):
     _part(item, process).unlink()
 
 
-def write_index(item: epath.Path, index: Index) -> None:
-  """Writes the whole index."""
-  _write_index(item, _leaves_json(index))
-
-
-def _write_index(item: epath.Path, leaves: str) -> None:
+def write_index(item: epath.Path, leaves: str) -> None:
+  """Writes the whole index, given as `leaves_json`."""
   (item / PACK_INDEX).write_text(f'{{"format": {_FORMAT}, "leaves": {leaves}}}')
 
 
@@ -251,7 +247,8 @@ def _part(item: epath.Path, process: int) -> epath.Path:
   return item / f"ckpt_jax_pack.process_{process}.json"
 
 
-def _leaves_json(index: Index) -> str:
+def leaves_json(index: Index) -> str:
+  """An index as JSON."""
   return json.dumps(
     {
       name: [packed.dtype, packed.shape, [[p.process, p.offset, *p.box] for p in packed.pieces]]

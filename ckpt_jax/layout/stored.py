@@ -14,23 +14,7 @@ import tensorstore as ts
 from etils import epath
 
 from ckpt_jax.layout.keys import PACK_INDEX, prefix
-from ckpt_jax.orbax.format import (
-  AGGREGATE,
-  ARRAY_TYPES,
-  EMPTY_TYPES,
-  ITEM_METADATA,
-  MANIFEST,
-  NUMBER_TYPE,
-  SHARDINGS,
-  TEXT_TYPE,
-  TREE,
-  USE_OCDBT,
-  USE_ZARR3,
-  VALUE,
-  VALUE_TREE,
-  VALUE_TYPE,
-  key_path,
-)
+from ckpt_jax.orbax import format as fmt
 from ckpt_jax.run import untrusted
 from ckpt_jax.storage import look
 from ckpt_jax.storage.clients import kvstore_spec
@@ -66,10 +50,10 @@ def tree_entries(item: epath.Path) -> tuple[dict[str, Any], list[dict[str, Any]]
   Raises:
     CorruptCheckpointError: if it is damaged.
   """
-  file = item / ITEM_METADATA
+  file = item / fmt.ITEM_METADATA
   data = untrusted.read_json(file)
   untrusted.check_tree(data, str(file))
-  return data, list(data.get(TREE, {}).values())
+  return data, list(data.get(fmt.TREE, {}).values())
 
 
 def stored_leaves(item: epath.Path) -> dict[str, Stored] | None:
@@ -77,11 +61,11 @@ def stored_leaves(item: epath.Path) -> dict[str, Stored] | None:
 
   That is so of early Orbax's items, of trees with nodes that JSON cannot describe, and of whatever is damaged.
   """
-  if look.exists(item / AGGREGATE):
+  if look.exists(item / fmt.AGGREGATE):
     return None
   data, entries = tree_entries(item)
-  kinds = {entry[VALUE].get(VALUE_TYPE) for entry in entries}
-  if VALUE_TREE in data or not kinds <= {*EMPTY_TYPES, *ARRAY_TYPES, NUMBER_TYPE, TEXT_TYPE}:
+  kinds = {entry[fmt.VALUE].get(fmt.VALUE_TYPE) for entry in entries}
+  if fmt.VALUE_TREE in data or not kinds <= {*fmt.EMPTY_TYPES, *fmt.ARRAY_TYPES, fmt.NUMBER_TYPE, fmt.TEXT_TYPE}:
     return None
   try:
     return _leaves(item, data, entries, _packed(item))
@@ -92,9 +76,9 @@ def stored_leaves(item: epath.Path) -> dict[str, Stored] | None:
 def _leaves(
   item: epath.Path, data: dict[str, Any], entries: list[dict[str, Any]], packed: dict[str, Any]
 ) -> dict[str, Stored]:
-  rows = [(path := key_path(entry), entry[VALUE][VALUE_TYPE], ".".join(path)) for entry in entries]
-  rows = [(path, kind, name) for path, kind, name in rows if kind not in EMPTY_TYPES or name in packed]
-  arrays = [name for _, kind, name in rows if kind != TEXT_TYPE and name not in packed]
+  rows = [(path := fmt.key_path(entry), entry[fmt.VALUE][fmt.VALUE_TYPE], ".".join(path)) for entry in entries]
+  rows = [(path, kind, name) for path, kind, name in rows if kind not in fmt.EMPTY_TYPES or name in packed]
+  arrays = [name for _, kind, name in rows if kind != fmt.TEXT_TYPE and name not in packed]
 
   def in_order(row: tuple[tuple[str, ...], str, str]) -> list[tuple[bool, Any]]:
     return [(not key.isdecimal(), int(key) if key.isdecimal() else key) for key in row[0]]
@@ -117,9 +101,9 @@ def _packed(item: epath.Path) -> dict[str, Any]:
 
 
 def _stored(kind: str, name: str, own: dict[str, Any] | None, packed: Sequence[Any] | None, sharding: str) -> Stored:
-  if kind == TEXT_TYPE:
+  if kind == fmt.TEXT_TYPE:
     return Stored(name, "text")
-  what = "number" if kind == NUMBER_TYPE else "array"
+  what = "number" if kind == fmt.NUMBER_TYPE else "array"
   if packed is not None:
     slabs = tuple(sorted({piece[0] for piece in packed[2]}))
     return Stored(name, what, tuple(packed[1]), np.dtype(packed[0]), None, "packed", sharding, slabs)
@@ -153,18 +137,18 @@ def _array_metadata(item: epath.Path, data: dict[str, Any], names: Sequence[str]
     ValueError: if that of one is missing or cannot be read.
   """
   spec = kvstore_spec(str(item).rstrip("/") + "/")
-  if data.get(USE_OCDBT, look.exists(item / MANIFEST)):
+  if data.get(fmt.USE_OCDBT, look.exists(item / fmt.MANIFEST)):
     spec = {"driver": "ocdbt", "base": spec}
   store = ts.KvStore.open(spec).result()
-  file = "zarr.json" if data.get(USE_ZARR3) else ".zarray"
+  file = "zarr.json" if data.get(fmt.USE_ZARR3) else ".zarray"
   return [json.loads(r.result().value) for r in [store.read(prefix(name) + file) for name in names]]
 
 
 def _shardings(item: epath.Path) -> dict[str, str]:
   """The sharding of each array in words, by name."""
-  if not look.exists(item / SHARDINGS):
+  if not look.exists(item / fmt.SHARDINGS):
     return {}
-  found = untrusted.read_json(item / SHARDINGS)
+  found = untrusted.read_json(item / fmt.SHARDINGS)
   words = {text: _in_words(json.loads(text)) for text in set(found.values())}  # thousands of leaves share a few
   return {base64.b64decode(name).decode(): words[text] for name, text in found.items()}
 

@@ -47,13 +47,9 @@ class Wanted:
 def read_leaves(
   item: ItemDescription, wanted: Mapping[str, Wanted], config: Config, arrived: Arrived | None = None
 ) -> dict[str, Any]:
-  """The stored values of leaves, by path.
+  """The stored values of the `wanted` leaves, by path. The limits of `config` bound how much is read at a time.
 
-  Args:
-    item: its description.
-    wanted: by path.
-    config: its limits bound what is read at a time.
-    arrived: called from this thread with path and value of each array while the others are still being read.
+  `arrived` is called from this thread with path and value of each array while the others are still being read.
 
   Raises:
     ValueError: naming the array that cannot be read.

@@ -104,13 +104,9 @@ class RunManager(ocp.CheckpointManager):
     ended: Callable[[int, BaseException | None], None] = lambda step, error: None,
     **options: Any,
   ):
-    """Opens the run.
+    """Opens the run; `steps` is asked when it opens and reloads.
 
-    Args:
-      directory: the run.
-      steps: asked when it opens and reloads.
-      ended: called in the background when the last thread of a save ends, with its step, and its error if it failed.
-      options: Orbax's.
+    `ended` is called in the background when the last thread of a save ends, with its step, and its error if it failed.
     """
     self._steps_there = steps
     self._ended = ended

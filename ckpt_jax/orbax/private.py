@@ -71,10 +71,7 @@ async def write_array_metadatas(store: Any, item_dir: Any, arrays: Any, chunks: 
   Why private: the class of the notes is not public either.
 
   Args:
-    store: see `array_metadata_store`.
-    item_dir: the item.
-    arrays: `layout.writing.Written`s.
-    chunks: the chunk shape of each.
+    arrays, chunks: `layout.writing.Written`s, and the chunk shape of each.
     impls: of those that are the words of PRNG keys.
   """
   import jax
@@ -100,10 +97,7 @@ def shardings_json(shardings: Mapping[str, Any]) -> str:
   """The content of an item's `_sharding` file, from which plain Orbax restores without shardings as an argument.
 
   Why private: the text of a sharding is Orbax's own. Orbax writes the file array by array through TensorStore's json
-  driver, half a millisecond each.
-
-  Args:
-    shardings: by the names of the arrays in the database.
+  driver, half a millisecond each. `shardings` are by the names of the arrays in the database.
   """
   from orbax.checkpoint._src.metadata import sharding as metadata
 
@@ -133,16 +127,13 @@ def rename_by(path: Any, rename: Callable[[], None]) -> None:
 
 
 def array_as(array: Any, *, weak: bool, committed: bool) -> Any:
-  """The same buffers as an array that gives way to the types of others, as Python numbers do, or to other devices.
+  """The buffers of a jax array as one that gives way to the types of others, as Python numbers do, or to other devices.
+
+  It is then weakly typed (`weak`), or does not stay on its devices, whatever it is used with (not `committed`).
 
   Why private: jax makes weakly typed arrays of Python numbers only, and uncommitted ones of what it puts on the default
   device itself; its own function that keeps the bits (`lax._convert_element_type`) is private too, and compiles a
   program for each kind.
-
-  Args:
-    array: a jax array.
-    weak: whether it is to be weakly typed.
-    committed: whether it is to stay on its devices, whatever it is used with.
   """
   one = len(array.sharding.device_set) == 1
   shards = [array] if one else [shard.data for shard in array.addressable_shards]
@@ -166,14 +157,12 @@ _taught = False
 def teach_object_stores(backend: Any, kvstore_spec: Callable[[str], dict[str, Any]]) -> None:
   """Lets Orbax read and write s3:// as it does gs://, both with our clients. Does so once in a process.
 
+  `backend` is epath's back end for both, `kvstore_spec` makes TensorStore's JSON of a URL.
+
   Why private: Orbax takes every path for a local one but gs:// (google/orbax#2739 is open). All its decisions about
   object stores (commit by marker file instead of rename, size of data files, how to delete, which TensorStore driver)
   hang on the functions replaced here. epath has a table of back ends and no way to register one; with TensorFlow
   installed it would use that, without our retries and without S3.
-
-  Args:
-    backend: epath back end for gs:// and s3://.
-    kvstore_spec: TensorStore's JSON for a URL.
   """
   global _taught
   if _taught:

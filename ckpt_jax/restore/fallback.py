@@ -76,10 +76,8 @@ def newest_sound(
   may be elsewhere. A step that is deleted while it is read is not damaged: the newest is then looked up again.
 
   Args:
-    directory: the run.
     steps, look_again: the steps to try, best first, and how to look them up anew; the same on all processes.
     attempt: reads a step; raises the same error on all processes.
-    together: the waits of the restore.
     fallback: whether to go on to older steps; else the first error is raised.
 
   Raises:

@@ -39,7 +39,7 @@ def fetch(
 
   Args:
     routes: one for each leaf.
-    read: `Reader.read`; called from one thread at a time.
+    read: `Step.read`; called from one thread at a time.
     together: waits, and agrees on errors.
     bound: bytes of leaves that may be under way beside the state itself; one leaf that is larger goes alone.
     deliver: given each plan and its value, in the stored form and where the plan wants it.

@@ -85,14 +85,11 @@ class LeafPlan:
 def plan_leaf(
   name: str, meta: Any, note: Note | None, like: Any, cast: Any = None, weak: bool | None = None
 ) -> LeafPlan:
-  """The plan for a leaf.
+  """The plan for a leaf; see `LeafPlan`.
 
   Args:
-    name: its path.
     meta: Orbax's ArrayMetadata, ScalarMetadata or StringMetadata.
     note: what `encoding.encode` noted.
-    like: the leaf wanted, or AS_SAVED.
-    cast: the dtype to change to.
     weak: whether it was weakly typed when it was saved; None if that was not recorded, and `like` decides.
   """
   if is_text(meta):

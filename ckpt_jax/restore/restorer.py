@@ -51,6 +51,7 @@ _log = logging.getLogger(__name__)
 Check = Callable[[str, Any], None]
 
 
+@dataclasses.dataclass(eq=False)
 class Restorer:
   """The restores of one run. All processes of the job call it alike, and each step below ends on all before the next.
 
@@ -66,23 +67,15 @@ class Restorer:
   All errors are raised on all processes, through `Together.meet`.
   """
 
-  def __init__(
-    self,
-    directory: epath.Path,
-    config: Config,
-    planner: Planner,
-    restoring: set[int],
-    journal: Journal,
-    on_progress: OnProgress | None = None,
-  ):
-    """Reads nothing. `restoring` holds the steps of the run that are being read, which must not be deleted."""
-    self._directory = directory
-    self._config = config
-    self._planner = planner
-    self._restoring = restoring
-    self._journal = journal
-    self._on_progress = on_progress
-    self._rendezvous = Rendezvous(f"restore {directory}")
+  directory: epath.Path
+  config: Config
+  planner: Planner
+  restoring: set[int]  # steps of the run that are being read, which must not be deleted
+  journal: Journal
+  on_progress: OnProgress | None
+
+  def __post_init__(self) -> None:
+    self._rendezvous = Rendezvous(f"restore {self.directory}")
 
   def is_empty(self) -> bool:
     """Whether the run never had a step.
@@ -93,13 +86,13 @@ class Restorer:
     together = self._together()
     if self._candidates(None, False, together):
       return False
-    fallback.refuse_to_start_afresh(self._directory, together)
+    fallback.refuse_to_start_afresh(self.directory, together)
     return True
 
   def rollback(self, step: int, *, delete: bool) -> list[int]:
     """Process 0 rolls back, and all processes get the outcome; see `roll_back`."""
     what = f"process 0 to go back to step {step}"
-    later = self._together().decided(what, lambda: roll_back(self._directory, step, delete=delete))
+    later = self._together().decided(what, lambda: roll_back(self.directory, step, delete=delete))
     self._note(*(Quarantine(step=s, place=place_of(delete), reason=f"rollback to step {step}") for s in later))
     return later
 
@@ -116,18 +109,18 @@ class Restorer:
       raise
     self._note(*_events(restored, traffic().since(before)))
     if restored.report is not None and restored.report.quarantined:
-      self._journal.begin()  # the run has changed, be it by one who only reads
+      self.journal.begin()  # the run has changed, be it by one who only reads
     return restored
 
   # -- inside
 
   def _note(self, *events: Event) -> None:
     for event in events:
-      self._journal.emit(event)
+      self.journal.emit(event)
 
   def _together(self) -> Together:
     """The waits of a new restore."""
-    return Together(self._rendezvous, self._config.timeouts.restore_s)
+    return Together(self._rendezvous, self.config.timeouts.restore_s)
 
   def _restore(self, step: int | None, request: RestoreRequest, strategy: str, *, healthy: bool) -> Restored:
     together = self._together()
@@ -140,12 +133,12 @@ class Restorer:
     look_again = functools.partial(self._candidates, None, healthy, together)
     read = functools.partial(self._read, request=request, strategy=strategy, together=together)
     if step is not None:
-      return fallback.unless_gone(self._directory, int(step), read, together)
-    may_fall_back = self._config.restore.on_corruption == "fallback"
-    restored = fallback.newest_sound(self._directory, steps, look_again, read, together, fallback=may_fall_back)
+      return fallback.unless_gone(self.directory, int(step), read, together)
+    may_fall_back = self.config.restore.on_corruption == "fallback"
+    restored = fallback.newest_sound(self.directory, steps, look_again, read, together, fallback=may_fall_back)
     if restored is None:
       which = "no committed checkpoint that is not tagged unhealthy" if healthy else "no committed checkpoint"
-      raise NoCheckpointError(f"{self._directory}: {which}; save one first, or check the path")
+      raise NoCheckpointError(f"{self.directory}: {which}; save one first, or check the path")
     return restored
 
   def _candidates(
@@ -158,27 +151,27 @@ class Restorer:
     found: list[int] = []
     if jax.process_index() == 0 and step is None and error is None:
       try:
-        with snapshot(self._directory):
-          found = fallback.candidates(self._directory, healthy=healthy)
+        with snapshot(self.directory):
+          found = fallback.candidates(self.directory, healthy=healthy)
       except Exception as e:
         error = e
-    said = together.meet(f"all processes to restore from {self._directory}", error, json.dumps([step, found]))
+    said = together.meet(f"all processes to restore from {self.directory}", error, json.dumps([step, found]))
     answers = [json.loads(text) for text in said]
     if any(asked != answers[0][0] for asked, _ in answers):
       who = ", ".join(f"process {process}: {asked}" for process, (asked, _) in enumerate(answers[:20]))
       raise CheckpointError(
-        f"{self._directory}: the processes ask for different steps ({who})", topic="processes-differ"
+        f"{self.directory}: the processes ask for different steps ({who})", topic="processes-differ"
       )
     return answers[0][1]
 
   def _read(self, number: int, request: RestoreRequest, strategy: str, together: Together) -> Restored:
     started = time.perf_counter()
-    step_dir = step_path(self._directory, number)
-    self._restoring.add(number)
+    step_dir = step_path(self.directory, number)
+    self.restoring.add(number)
     verifier: Verifier | None = None
     try:
       with snapshot(step_dir):
-        settings = self._planner.for_restore(request.like)
+        settings = self.planner.for_restore(request.like)
         error: Exception | None = None
         try:
           step, metrics, record, reading = self._opened(number, request, settings)
@@ -187,14 +180,14 @@ class Restorer:
           error = e
         together.meet("all processes to compare like= with the step", error)
         counter = Counter()
-        check = verifier if self._on_progress is None else _counting(reading, counter, verifier)
+        check = verifier if self.on_progress is None else _counting(reading, counter, verifier)
         total = sum(plan.nbytes for plan in reading.plans)
-        with reported(self._on_progress, f"restoring step {number}", total, counter):
+        with reported(self.on_progress, f"restoring step {number}", total, counter):
           state, choice = fetch_state(step, reading, settings, together, strategy, check)
       jax.block_until_ready(state)
       verified = verifier.finish(str(step_dir), together) if verifier is not None else 0
     finally:
-      self._restoring.discard(number)
+      self.restoring.discard(number)
       if verifier is not None:
         verifier.stop()
     report = RestoreReport(
@@ -210,29 +203,29 @@ class Restorer:
       unverified=""
       if verified
       else "the step has no fingerprints"
-      if self._config.restore.verify
+      if self.config.restore.verify
       else "restore.verify is off",
     )
-    _log.info("restored step %d of %s in %.2f s", number, self._directory, report.seconds)
+    _log.info("restored step %d of %s in %.2f s", number, self.directory, report.seconds)
     return Restored(state, number, number + 1, metrics, step.ours.get("extras"), report)
 
   def _opened(
     self, number: int, request: RestoreRequest, settings: Config
   ) -> tuple[Step, dict[str, Any], Record | None, Reading]:
     """A step, its metrics and fingerprints, and what to read of it."""
-    damaged = fallback.damage(self._directory, number)
+    damaged = fallback.damage(self.directory, number)
     if damaged is not None:
       raise damaged
-    step_dir = step_directory(self._directory, number)
+    step_dir = step_directory(self.directory, number)
     step = Step(step_dir, settings, request.item, request.like)
-    record = read_record(step_dir, step.item_name) if self._config.restore.verify else None
+    record = read_record(step_dir, step.item_name, step.ours) if self.config.restore.verify else None
     # `ours` was read once, at first: the file that holds it is among the first that a deletion removes, and a step
     # without it looks like one of an old Orbax, which has no extras.
     if not step.ours and look.exists(step.item_dir / RECORD):
       raise CorruptCheckpointError(f"{step_dir / STEP_METADATA}: what ckpt_jax wrote there is missing")
     metrics = step.ours.get("metrics")
     if not isinstance(metrics, dict):
-      metrics = step_info(self._directory, number).metrics
+      metrics = step_info(self.directory, number).metrics
     return step, metrics, record, plan_reading(step, request)
 
 

@@ -134,10 +134,9 @@ def refuse_shared(by_name: Collection[str], leaves: Sequence[tuple[tuple[Any, ..
 
 
 def item_to_read(step_dir: epath.Path, config: Config, item: str | None, like: Any, ours: dict[str, Any]) -> str:
-  """The name of the item that a restore takes.
+  """The name of the item of a committed step that a restore takes.
 
   Args:
-    step_dir: a committed step.
     config: its `item` says where the state is in steps that another program wrote.
     item: the one asked for, which must be there.
     like: the tree that is to be restored, or None. If several items are trees and none has the name that states have,

@@ -203,12 +203,9 @@ def totals(routes: Sequence[Route]) -> Totals:
 
 
 def plan_routes(plans: Sequence[LeafPlan], strategy: str, processes: int | None = None) -> list[Route]:
-  """The route of each leaf under a strategy; the same on all processes.
+  """The route of each leaf under a strategy, a key of STRATEGIES; the same on all processes.
 
-  Args:
-    plans: all leaves to read.
-    strategy: a key of STRATEGIES.
-    processes: of the job; default: jax's.
+  `processes` of the job; default: jax's.
   """
   processes = jax.process_count() if processes is None else processes
   routes = [_direct(plan, processes) for plan in plans]

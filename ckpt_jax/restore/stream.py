@@ -47,13 +47,8 @@ def parts(
   """Divides leaves (default: all) into groups to be read one after the other, in the order of the tree.
 
   A group has at most 256 leaves and about `nbytes` bytes. A larger leaf is cut between its chunks, one group for each
-  part, in C order; a chunk is never cut, since it is read whole, nor is a packed leaf.
-
-  Args:
-    step: the step.
-    names: paths of its leaves.
-    nbytes: of a group.
-    chunks_of: a step that has these leaves too, whose chunks are not cut either where they are multiples of the others.
+  part, in C order; a chunk is never cut, since it is read whole, nor is a packed leaf. Nor are the chunks of
+  `chunks_of`, another step with these leaves, where they are multiples of those.
   """
   groups: list[list[Part]] = []
   open_group, room = False, 0

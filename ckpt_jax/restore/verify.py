@@ -128,11 +128,7 @@ def verify(
 def verdicts(
   run: str | os.PathLike[str], step: int | None = None, on_progress: OnProgress | None = None
 ) -> Iterator[Verdict]:
-  """`verify`, step by step.
-
-  Args:
-    run, step, on_progress: as for `verify`.
-  """
+  """`verify`, step by step."""
   directory = run_directory(run)
   if (export := exported.read_export(directory)) is not None:
     yield _exported(directory, export, step, on_progress)
@@ -187,7 +183,7 @@ class _Check:
     self._on_progress = on_progress
     self._findings: list[Finding] = []
     self._checked: dict[str, _Checked] = {}
-    self._done = 0
+    self._read = Counter()  # bytes
 
   @transfers_asked_for()
   def verdict(self) -> Verdict:
@@ -196,7 +192,7 @@ class _Check:
       self._check()
     except StorageError as e:
       self._unreadable(e)
-      return Verdict(self._number, nbytes=self._done, how_far=_UNREAD, findings=tuple(self._findings))
+      return Verdict(self._number, nbytes=int(self._read()), how_far=_UNREAD, findings=tuple(self._findings))
     except CorruptCheckpointError as e:
       self._found("metadata", str(e))
       return Verdict(self._number, how_far=_METADATA_DAMAGED, findings=tuple(self._findings))
@@ -228,7 +224,7 @@ class _Check:
           self._checked[part.name] = self._other(part)
     plans = {name: [step.plan(leaf) for leaf in step.meta] for name, step in steps.items()}
     total = sum(plan.nbytes for of_item in plans.values() for plan in of_item)
-    with reported(self._on_progress, f"verifying step {self._number}", total, lambda: self._done):
+    with reported(self._on_progress, f"verifying step {self._number}", total, self._read):
       for name, step in steps.items():
         with self._item(name):
           self._checked[name] = self._tree(step, plans[name], ours if name == state else {})
@@ -289,8 +285,8 @@ class _Check:
     """Checks an item's files other than its arrays; `ours` if the item is a state of ours. Returns its record."""
     known, item = None, step.item_dir
     try:
-      known = record.read_record(self._directory, step.item_name)
-    except (ConfigError, CorruptCheckpointError) as e:  # the item was there a moment ago
+      known = record.read_record(self._directory, step.item_name, step.ours)
+    except CorruptCheckpointError as e:
       self._found("metadata", str(e), file=self._below_step(item / record.FILE))
     if known is not None:
       for file in record.changed_files(item, known):
@@ -330,7 +326,7 @@ class _Check:
     except Exception as e:
       if len(plans) == 1:
         self._unread_leaf(step, plans[0].name, e)
-        self._advance(plans[0].nbytes)
+        self._read.add(plans[0].nbytes)
       else:
         for plan in plans:  # one by one, to find the damaged ones
           self._read_group(step, [plan], known)
@@ -347,16 +343,14 @@ class _Check:
           self._leaf(step, path, f"is {leaf.dtype}{list(leaf.shape)}, {was}")
         else:
           self._compare(step, path, known, tallies[path].total * pow(leaf.copies, -1, 1 << 64) & sums.MASK)
-    self._advance(sum(p.nbytes for p in plans))
+    self._read.add(sum(p.nbytes for p in plans))
 
   def _read_boxes(self, step: Step, name: str, groups: list[list[stream.Part]], known: record.Record | None) -> None:
     tally = sums.Tally()
     try:
       for (part,), (value,) in stream.stream(step, groups):
-        bits = fingerprint.bits_of(value)
-        start = tuple(first for first, _ in part.box or ()) + (0,) * (bits.ndim - value.ndim)
-        tally.add(sums.tally_block(bits, start, (*part.plan.shape, *bits.shape[value.ndim :])))
-        self._advance(value.nbytes)
+        tally.add(fingerprint.tally_of_box(value, part.box or (), part.plan.shape))
+        self._read.add(value.nbytes)
     except Exception as e:
       self._unread_leaf(step, name, e)
       return
@@ -368,9 +362,6 @@ class _Check:
       self._leaf(step, path, "its bits are not those that training held when it saved")
 
   # -- what was found
-
-  def _advance(self, nbytes: int) -> None:
-    self._done += nbytes
 
   def _unread_leaf(self, step: Step, path: str, error: Exception) -> None:
     if is_unreachable(error):

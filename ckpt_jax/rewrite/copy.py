@@ -21,19 +21,11 @@ from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.integrity.databases import files_by_key
 from ckpt_jax.layout import text
 from ckpt_jax.layout.keys import UNCHANGED, bounds, owner
-from ckpt_jax.orbax.format import (
-  ARRAY_METADATAS,
-  COMMIT_MARKER,
-  ITEM_METADATA,
-  MANIFEST,
-  SHARDINGS,
-  TEXTS,
-  TREE,
-  key_path,
-)
+from ckpt_jax.layout.stored import tree_entries
+from ckpt_jax.orbax import format as fmt
 from ckpt_jax.storage import look
 from ckpt_jax.storage.clients import kvstore_spec
-from ckpt_jax.storage.clone import CloneError, clone, files_beneath, stamp
+from ckpt_jax.storage.clone import CloneError, clone, stamp
 
 _AT_ONCE = 4
 _BATCH_NBYTES = 256 * 2**20  # of a transaction, which holds what it writes
@@ -45,7 +37,7 @@ def leaf_names(item: epath.Path) -> list[tuple[str, ...]]:
   Raises:
     CorruptCheckpointError: if the item's metadata cannot be read.
   """
-  return [key_path(entry) for entry in item_metadata(item)[TREE].values()]
+  return list(map(fmt.key_path, tree_entries(item)[1]))
 
 
 def copy_leaves(
@@ -56,20 +48,16 @@ def copy_leaves(
   pause: Callable[[], None],
   chunks_of: Collection[tuple[str, ...]] | None = None,
 ) -> None:
-  """Makes `target` an item with the leaves `names` of the item `source`.
+  """Makes `target`, which does not exist, an item with the leaves `names` of the item `source`.
 
-  Args:
-    source: an item directory, e.g. RUN/STEP/default.
-    target: a directory that does not exist.
-    names: leaves, as `leaf_names` gives them.
-    pause: called between chunks; may wait, or raise to give up.
-    chunks_of: the leaves whose values are copied too; default: all.
+  `pause` is called between chunks, and may wait, or raise to give up. `chunks_of` are the leaves whose values are
+  copied too; default: all.
 
   Raises:
     CheckpointError: if `source` is not an OCDBT database.
     CorruptCheckpointError: if a chunk read back differs from what was copied.
   """
-  if not (source / MANIFEST).exists():
+  if not (source / fmt.MANIFEST).exists():
     raise CheckpointError(
       f"{source}: not saved through OCDBT; only such steps can be copied in part", topic="rewriting-steps"
     )
@@ -77,43 +65,27 @@ def copy_leaves(
   stored = {".".join(name) for name in names}
   _copy_descriptions(source, target, set(names), stored)
   _copy_chunks(source, target, stored if chunks_of is None else {".".join(name) for name in chunks_of}, pause)
-  if (source / COMMIT_MARKER).exists():
-    (source / COMMIT_MARKER).copy(target / COMMIT_MARKER)
-
-
-def item_metadata(item: epath.Path) -> dict[str, Any]:
-  """The JSON of an item's tree.
-
-  Raises:
-    CorruptCheckpointError: if it cannot be read.
-  """
-  file = item / ITEM_METADATA
-  try:
-    data = json.loads(look.read_bytes(file))
-    if not isinstance(data[TREE], dict):
-      raise TypeError("tree_metadata is no object")
-  except (ValueError, KeyError, TypeError) as e:
-    raise CorruptCheckpointError(f"{file}: cannot be read: {e}") from e
-  return data
+  if (source / fmt.COMMIT_MARKER).exists():
+    (source / fmt.COMMIT_MARKER).copy(target / fmt.COMMIT_MARKER)
 
 
 def _copy_descriptions(source: epath.Path, target: epath.Path, names: set[tuple[str, ...]], stored: set[str]) -> None:
   """Copies the files beside the database, reduced to some leaves."""
-  data = item_metadata(source)
-  data[TREE] = {key: entry for key, entry in data[TREE].items() if key_path(entry) in names}
-  (target / ITEM_METADATA).write_text(json.dumps(data))
+  data, _ = tree_entries(source)
+  data[fmt.TREE] = {key: entry for key, entry in data[fmt.TREE].items() if fmt.key_path(entry) in names}
+  (target / fmt.ITEM_METADATA).write_text(json.dumps(data))
 
   def shardings(found: Any) -> Any:
     return {k: v for k, v in found.items() if base64.urlsafe_b64decode(k).decode() in stored}
 
   def array_metadatas(found: Any) -> Any:
-    kept = [m for m in found[ARRAY_METADATAS] if m["array_metadata"]["param_name"] in stored]
-    return found | {ARRAY_METADATAS: kept}
+    kept = [m for m in found[fmt.ARRAY_METADATAS] if m["array_metadata"]["param_name"] in stored]
+    return found | {fmt.ARRAY_METADATAS: kept}
 
-  reduced = {SHARDINGS: shardings, TEXTS: lambda found: text.select(found, stored)}
-  for name in look.names(source / ARRAY_METADATAS):
-    (target / ARRAY_METADATAS).mkdir(exist_ok=True)
-    reduced[f"{ARRAY_METADATAS}/{name}"] = array_metadatas
+  reduced = {fmt.SHARDINGS: shardings, fmt.TEXTS: lambda found: text.select(found, stored)}
+  for name in look.names(source / fmt.ARRAY_METADATAS):
+    (target / fmt.ARRAY_METADATAS).mkdir(exist_ok=True)
+    reduced[f"{fmt.ARRAY_METADATAS}/{name}"] = array_metadatas
   for file, reduce in reduced.items():
     if (source / file).exists():
       (target / file).write_text(json.dumps(reduce(json.loads((source / file).read_text()))))
@@ -184,7 +156,7 @@ def _link_homes(
       continue
     home, there = source / directory, target / f"{UNCHANGED}{number}"
     try:
-      clone(home, there, {name: stamp(home / name) for name in files_beneath(home)})
+      clone(home, there, {str(file.relative_to(home)): stamp(file) for file in look.files_below(home)})
     except CloneError:
       with contextlib.suppress(FileNotFoundError):
         there.rmtree()

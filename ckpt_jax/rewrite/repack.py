@@ -22,10 +22,11 @@ from ckpt_jax.layout.description import ItemDescription, describe_item, item_inf
 from ckpt_jax.layout.reading import open_stores
 from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.sharding import whole_box
+from ckpt_jax.layout.stored import tree_entries
 from ckpt_jax.layout.values import Wanted, read_leaves
 from ckpt_jax.layout.writing import Writer, Written
-from ckpt_jax.orbax.format import ARRAY_TYPES, TREE, USE_ZARR3, VALUE, VALUE_TYPE, key_path
-from ckpt_jax.rewrite.copy import copy_leaves, item_metadata, leaf_names
+from ckpt_jax.orbax.format import ARRAY_TYPES, USE_ZARR3, VALUE, VALUE_TYPE, key_path
+from ckpt_jax.rewrite.copy import copy_leaves, leaf_names
 from ckpt_jax.rewrite.swap import finish_rewrites, rewrite_step
 from ckpt_jax.run.steps import our_metadata, step_directory, step_info
 
@@ -84,7 +85,7 @@ def _moving(item: epath.Path, *, pack: bool) -> dict[str, int]:
   index = packing.read_index(item)
   if not pack:
     return {name: packed.nbytes for name, packed in index.items()}
-  entries = item_metadata(item)[TREE].values()
+  entries = tree_entries(item)[1]
   arrays = {".".join(key_path(entry)) for entry in entries if entry[VALUE][VALUE_TYPE] == ARRAY_TYPES[0]}
   names = arrays - index.keys() - prng_keys(item).keys()
   stores = describe_item(item).open(sorted(names)) if names else {}
@@ -108,7 +109,7 @@ def _move(
 ) -> None:
   index: packing.Index = {}
   old = describe_item(source)
-  info = item_info(target, LimitsConfig(), ocdbt=True, zarr3=bool(item_metadata(target).get(USE_ZARR3)))
+  info = item_info(target, LimitsConfig(), ocdbt=True, zarr3=bool(tree_entries(target)[0].get(USE_ZARR3)))
   compressed = _are_compressed(old, moving)
   compression = codec.SHUFFLED if compressed else codec.OFF
   for number, batch in enumerate(_batches(moving)):
@@ -135,7 +136,7 @@ def _move(
       writer.write(arrays)
     moved(sum(moving[name] for name in batch))
   if index:
-    packing.write_index(target, index)
+    packing.write_index(target, packing.leaves_json(index))
 
 
 def _are_compressed(item: ItemDescription, names: Collection[str]) -> bool:

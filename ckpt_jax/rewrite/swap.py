@@ -44,18 +44,13 @@ def rewrite_step(
   *,
   swapping: contextlib.AbstractContextManager[Any] | None = None,
 ) -> bool:
-  """Replaces a step.
+  """Replaces a committed step, and returns whether it did; False if it was deleted or saved again meanwhile.
 
   Args:
-    directory: the run.
-    step: a committed step.
     write: called with the step's directory and an empty one. Writes items into the second (the others are copied as
       they are), and returns the new `run.our_metadata` of the step.
     check: called with both directories once the new one is complete; raises if its content is wrong.
     swapping: entered for the swap.
-
-  Returns:
-    Whether the step was replaced; False if it was deleted or saved again meanwhile.
 
   Raises:
     NoCheckpointError: if there is no such step.

@@ -7,8 +7,8 @@ step saved again under the same number is never taken for the old one.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -24,14 +24,16 @@ from etils import epath
 from ckpt_jax.orbax.format import AGGREGATE, COMMIT_MARKER, COMMITTED_AT, CUSTOM, ITEM_METADATA, STEP_METADATA
 from ckpt_jax.run.notes import DELETING, note_of, noted_steps, read_note, write_note
 from ckpt_jax.run.steps import OURS, is_step, step_metadata, step_path
+from ckpt_jax.storage.parallel import in_threads
+from ckpt_jax.storage.paths import files_beneath
 from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
 _WORKERS = 8
-_MARKS_AT_ONCE = 16
 _HEADS = (ITEM_METADATA, AGGREGATE, COMMIT_MARKER, STEP_METADATA)  # the files that make a directory a step
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class StepDeleter:
   """Deletes steps in a thread of its own; an Orbax CheckpointDeleter.
 
@@ -39,36 +41,24 @@ class StepDeleter:
 
   Attributes:
     directory: the run.
+    active: False on all processes but one, where calls do nothing.
+    timeout: seconds that `finish` waits.
+    files_per_second: the most files to remove in a second; 0 for no limit.
+    why: the reason, for the log, why Orbax's manager deletes a step.
+    removed: called with each step that is gone, and why.
     failed: steps that could not be marked or removed, and why.
   """
 
-  def __init__(
-    self,
-    directory: epath.Path,
-    *,
-    active: bool = True,
-    timeout: float = 60.0,
-    files_per_second: float = 0,
-    why: Callable[[int], str] = lambda step: "",
-    removed: Callable[[int, str], None] = lambda step, why: None,
-  ):
-    """Starts nothing yet.
+  directory: epath.Path = dataclasses.field(kw_only=False)
+  active: bool = True
+  timeout: float = 60.0
+  files_per_second: float = 0
+  why: Callable[[int], str] = lambda step: ""
+  removed: Callable[[int, str], None] = lambda step, why: None
 
-    Args:
-      directory: the run.
-      active: False on all processes but one, where calls do nothing.
-      timeout: seconds that `finish` waits.
-      files_per_second: the most files to remove in a second; 0 for no limit.
-      why: the reason, for the log, why Orbax's manager deletes a step.
-      removed: called with each step that is gone, and why.
-    """
-    self.directory = directory
+  def __post_init__(self) -> None:
     self.failed: dict[int, str] = {}
-    self._why = why
-    self._removed = removed
-    self._active = active
-    self._timeout = timeout
-    self._pause = 1 / files_per_second if files_per_second else 0.0
+    self._pause = 1 / self.files_per_second if self.files_per_second else 0.0
     self._waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     self._open: set[int] = set()  # given to delete() and not removed yet
     self._changed = threading.Condition()
@@ -98,22 +88,19 @@ class StepDeleter:
     self.delete_steps([step], {step: why})
 
   def delete_steps(self, steps: Sequence[int], why: Mapping[int, str] = types.MappingProxyType({})) -> None:
-    """Marks steps, which no longer count from then on, and returns. A step whose mark cannot be written stays.
+    """Marks steps, which no longer count from then on, and returns; `why` has the reason of each, for the log.
 
-    Args:
-      steps: committed steps.
-      why: the reason of each, for the log.
+    A step whose mark cannot be written stays.
     """
-    if not self._active or not steps:
+    if not self.active or not steps:
       return
-    reasons = [why.get(step) or self._why(step) for step in steps]
-    with concurrent.futures.ThreadPoolExecutor(min(_MARKS_AT_ONCE, len(steps))) as pool:
-      marked = [step for step, ok in zip(steps, pool.map(self._mark, steps, reasons), strict=True) if ok]
-    self._enqueue(marked)
+    reasons = [why.get(step) or self.why(step) for step in steps]
+    marked = in_threads(self._mark, steps, reasons)
+    self._enqueue([step for step, ok in zip(steps, marked, strict=True) if ok])
 
   def resume(self) -> list[int]:
     """Continues with the steps that an earlier process marked and did not remove. Returns them."""
-    if not self._active:
+    if not self.active:
       return []
     left = []
     for step in sorted(noted_steps(self.directory, DELETING) - self.pending):
@@ -129,7 +116,7 @@ class StepDeleter:
 
   def wait_for(self, steps: Collection[int] | None = None, timeout: float | None = None) -> bool:
     """Waits until these steps (default: all given so far) are removed. False if the time ran out."""
-    limit = self._timeout if timeout is None else timeout
+    limit = self.timeout if timeout is None else timeout
     with self._changed:
       return self._changed.wait_for(
         lambda: not (self._open if steps is None else self._open & set(steps)), timeout=limit
@@ -148,7 +135,7 @@ class StepDeleter:
         "`ckpt-jax prune` goes on",
         self.directory,
         len(self.pending),
-        self._timeout,
+        self.timeout,
       )
     self._stop.set()
     self._waiting.put(None)
@@ -225,7 +212,7 @@ class StepDeleter:
     file.unlink(missing_ok=True)
     self.failed.pop(step, None)
     foreign, why = mark.get("ours") is False, mark.get("why") or "it was marked for deletion"
-    self._removed(step, why)
+    self.removed(step, why)
     _log.log(
       logging.WARNING if foreign else logging.INFO,
       "%s: removed step %d%s: %s",
@@ -237,9 +224,7 @@ class StepDeleter:
 
   def _remove_files(self, directory: str) -> None:
     self._remove_heads(directory)
-    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names)
-    with concurrent.futures.ThreadPoolExecutor(1 if self._pause else _WORKERS) as pool:
-      list(pool.map(self._unlink, files))
+    in_threads(self._unlink, sorted(files_beneath(directory)), threads=1 if self._pause else _WORKERS)
     for folder, _, _ in os.walk(directory, topdown=False):
       # Another process may be removing it too.
       with self._moving, contextlib.suppress(FileNotFoundError):
@@ -251,7 +236,7 @@ class StepDeleter:
 
     Commit metadata goes last, since it distinguishes this commit from a later one.
     """
-    files = [os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names if name in _HEADS]
+    files = [file for file in files_beneath(directory) if os.path.basename(file) in _HEADS]
     for file in sorted(files, key=lambda f: os.path.basename(f) == STEP_METADATA):
       self._unlink(file)
 

@@ -7,7 +7,9 @@ A field that has its default is left out of the line, and one that is not known 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
 import time
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NamedTuple
@@ -286,22 +288,8 @@ class RolledUp(Event):
   replaces: tuple[str, ...] = ()
 
 
-_Any = Annotated[
-  Start
-  | PlanMade
-  | Save
-  | Restore
-  | Fallback
-  | Quarantine
-  | Deletion
-  | Failure
-  | RetryStorm
-  | End
-  | Attempt
-  | RolledUp,
-  pydantic.Field(discriminator="kind"),
-]
-_any: pydantic.TypeAdapter[Event] = pydantic.TypeAdapter(_Any)
+_kinds: Any = functools.reduce(operator.or_, Event.__subclasses__())
+_any: pydantic.TypeAdapter[Event] = pydantic.TypeAdapter(Annotated[_kinds, pydantic.Field(discriminator="kind")])
 
 
 def to_line(event: Event) -> str:

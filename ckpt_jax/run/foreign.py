@@ -46,11 +46,7 @@ def refuse(directory: epath.Path) -> None:
 def warn_of_others(directory: epath.Path, names: Iterable[str]) -> None:
   """For a run with steps named by plain numbers: logs checkpoints of another name, which are not counted.
 
-  An earlier job may have overlooked them, and have begun anew beside them.
-
-  Args:
-    directory: the run.
-    names: its entries.
+  An earlier job may have overlooked them, and have begun anew beside them. `names` are the entries of the run.
   """
   others = [path for path in _numbered(directory, names) if is_step(path) or is_message_pack(path)]
   if others:

@@ -8,7 +8,6 @@ being written. What is older than the newest 2 MiB or 256 files is rolled up int
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import logging
 import os
@@ -27,6 +26,7 @@ from ckpt_jax.run.notes import NOTES
 from ckpt_jax.run.steps import run_directory
 from ckpt_jax.storage import look
 from ckpt_jax.storage.objects import BACKEND
+from ckpt_jax.storage.parallel import in_threads
 from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ _SEGMENT_NBYTES = {True: 128 << 10, False: 64 << 10}  # appended to; written who
 _MOST_NBYTES, _MOST_FILES = 2 << 20, 256
 _MOST_PENDING = 1000
 _CLOSE_S = 10.0
-_READERS = 16
 Sink = Callable[[Event], None]
 
 
@@ -54,10 +53,8 @@ class Journal:
   def __init__(self, directory: epath.Path, *, keep: bool = True, appends: bool = True):
     """Starts nothing yet.
 
-    Args:
-      directory: the run.
-      keep: whether records are written into the run; else `sinks` alone get them.
-      appends: whether its storage can append to files.
+    `keep`: whether records are written into the run, else `sinks` alone get them. `appends`: whether its storage can
+    append to files.
     """
     self.sinks: list[Sink] = []
     self._directory = directory
@@ -270,8 +267,7 @@ def _summed_up(rolled: dict[str, Attempt], live: _Live) -> list[Attempt]:
 def _read(place: epath.Path, names: Sequence[str] | None = None) -> tuple[dict[str, Attempt], _Live, set[str]]:
   """Attempts that are rolled up, the records that are not, and names of replaced files that are still there."""
   found = sorted(n for n in (look.names(place) if names is None else names) if n.endswith(_SUFFIX))
-  with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-    texts = dict(zip(found, pool.map(lambda name: _text(place / name), found), strict=True))
+  texts = dict(zip(found, in_threads(lambda name: _text(place / name), found), strict=True))
   heads = {name: list(_events(text)) for name, text in texts.items() if name.startswith(_ROLLED)}
   gone = {old for events in heads.values() for e in events if isinstance(e, RolledUp) for old in e.replaces}
   rolled = {e.attempt: e for n, events in heads.items() if n not in gone for e in events if isinstance(e, Attempt)}

@@ -117,10 +117,8 @@ class Lease:
   def __init__(self, directory: epath.Path, *, patience: float = 60.0, mode: int | None = None):
     """Writes nothing.
 
-    Args:
-      directory: the run.
-      patience: seconds without a heartbeat after which an owner on another host counts as dead.
-      mode: permission bits of the file; None: as the umask says.
+    An owner on another host counts as dead after `patience` seconds without a heartbeat. `mode` has the permission bits
+    of the file; None: as the umask says.
     """
     self.held = False
     self._directory = directory
@@ -159,8 +157,7 @@ class Lease:
   def acquire(self, wait: float | None = None) -> None:
     """Takes the lease if no living process holds it; else a StorageError names the owner, its host and the way out.
 
-    Args:
-      wait: seconds to wait for an owner that may be dead; default: one and a half times `patience`, and a moment.
+    Waits `wait` seconds for an owner that may be dead; default: one and a half times `patience`, and a moment.
     """
     with self._lock:
       self.ensure_ours()
@@ -398,13 +395,6 @@ def _start_of(pid: int) -> str | None:
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return None if fields[0] in "ZX" else fields[19]
   except (OSError, IndexError):
-    if pathlib.Path("/proc/self/stat").exists():
-      return None
-  import psutil
-
-  try:
-    return str(int(psutil.Process(pid).create_time()))
-  except psutil.Error:
     return None
 
 

@@ -53,15 +53,9 @@ def is_temporary(name: str) -> bool:
 def naming_of(
   names: Iterable[str], is_step: Callable[[str], bool], is_empty: Callable[[str], bool], where: str
 ) -> Naming | None:
-  """The naming of a run's steps; None if there are no steps.
+  """The naming of a run's steps, given the entries of its directory; None if there are no steps.
 
-  Plain numbers take precedence: `old_10` beside `20` is somebody's copy.
-
-  Args:
-    names: the entries of the run's directory.
-    is_step: whether a directory holds a committed step; called as rarely as possible.
-    is_empty: whether a directory is empty.
-    where: the run, for messages.
+  Plain numbers take precedence: `old_10` beside `20` is somebody's copy. `is_step` is called as rarely as possible.
 
   Raises:
     NotARunError: if the steps are named in several ways, so that some would hide others.

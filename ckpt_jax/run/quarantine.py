@@ -7,7 +7,6 @@ that step number again. `put_back` undoes either.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -27,12 +26,12 @@ from ckpt_jax.run.steps import counts, is_step, naming_in, step_path, uncounted_
 from ckpt_jax.storage import look
 from ckpt_jax.storage.clone import doubt_links
 from ckpt_jax.storage.objects import BACKEND
+from ckpt_jax.storage.parallel import in_threads
 from ckpt_jax.storage.paths import literal
 from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
 QUARANTINE, SET_ASIDE = "quarantine", "set_aside"
-_COPIES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +59,9 @@ class AsideStep:
 
 
 def put_aside(directory: epath.Path, steps: Collection[int], kind: str, reasons: dict[int, str]) -> None:
-  """Makes `steps` no longer count. To be called by one process.
+  """Makes steps, damaged or not, no longer count. To be called by one process.
 
-  Args:
-    directory: the run.
-    steps: steps that exist, damaged or not.
-    kind: QUARANTINE or SET_ASIDE.
-    reasons: why, by step; kept beside the step.
+  `kind` is QUARANTINE or SET_ASIDE; `reasons`, by step, are kept beside the steps.
 
   Raises:
     StorageError: if it fails.
@@ -158,8 +153,7 @@ def listed(directory: epath.Path) -> list[AsideStep]:
     when = datetime.datetime.fromtimestamp(time_, datetime.timezone.utc) if isinstance(time_, (int, float)) else None
     return AsideStep(step, kind or note.get("kind", QUARANTINE), str(note.get("reason", "")), when, str(path))
 
-  with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
-    steps = list(pool.map(lambda f: described(*f), found))
+  steps = in_threads(lambda f: described(*f), found)
   return sorted(steps, key=lambda a: (a.step, a.time.timestamp() if a.time else 0.0, a.path))
 
 
@@ -206,8 +200,7 @@ def move_step(source: epath.Path, target: epath.Path) -> None:
     return
   keys = list(BACKEND.tree(source))
   markers = [key for key in keys if key.endswith(COMMIT_MARKER)]
-  with concurrent.futures.ThreadPoolExecutor(_COPIES) as pool:
-    list(pool.map(lambda k: BACKEND.copy(source / k, target / k, True), [k for k in keys if k not in markers]))
+  in_threads(lambda k: BACKEND.copy(source / k, target / k, True), [k for k in keys if k not in markers])
   for key in sorted(markers, key=lambda k: k.count("/"), reverse=True):  # the step's own last of all
     BACKEND.copy(source / key, target / key, True)
   source.rmtree(missing_ok=True)

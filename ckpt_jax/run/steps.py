@@ -6,7 +6,6 @@ NotARunError if the steps of a run are named in several ways.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import datetime
 import os
@@ -18,16 +17,7 @@ from etils import epath
 from ckpt_jax.config.arguments import step_number
 from ckpt_jax.config.units import is_uncompressed, pairs_text, size_text
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, NoCheckpointError, StorageError
-from ckpt_jax.orbax.format import (
-  AGGREGATE,
-  COMMIT_MARKER,
-  COMMITTED_AT,
-  CUSTOM,
-  DEFAULT_ITEM,
-  ITEM_METADATA,
-  METRICS_ITEM,
-  STEP_METADATA,
-)
+from ckpt_jax.orbax import format as fmt
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.checksums import is_intact
 from ckpt_jax.run.naming import PLAIN, Naming, naming_of
@@ -35,6 +25,7 @@ from ckpt_jax.run.notes import ASIDE, DELETING, NOTES, PINS, noted_steps
 from ckpt_jax.storage import look
 from ckpt_jax.storage.connect import connect
 from ckpt_jax.storage.objects import snapshot
+from ckpt_jax.storage.parallel import in_threads
 from ckpt_jax.storage.paths import given, literal, url_scheme
 from ckpt_jax.storage.urls import SCHEMES, is_object_store
 
@@ -43,7 +34,6 @@ EXPORT = "ckpt_jax_export.json"  # of an export, see integrity/exported.py: a di
 OURS = "ckpt_jax"  # our key inside Orbax's custom_metadata
 THINNED = "thinned"  # in our metadata: which part a step still holds, if it was thinned
 _LISTINGS = 30  # at most, of a run whose steps are being deleted
-_READERS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +101,7 @@ def committed_steps(run: epath.Path) -> list[int]:
       naming = naming_in(run, names)
       there = [step for name in names if (step := naming.step(name)) is not None]
       steps = [step for step in there if step not in uncounted]
-      with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        good = list(pool.map(counts, [run / naming.name(step) for step in steps]))
+      good = in_threads(counts, [run / naming.name(step) for step in steps])
     # A step that vanished during the listing may have made way for a newer one, which the listing lacks.
     if (len(steps) == len(there) and all(good)) or seen == set(names):
       return sorted(step for step, ok in zip(steps, good, strict=True) if ok)
@@ -125,10 +114,8 @@ _namings: dict[str, Naming] = {}
 def naming_in(run: epath.Path, names: Sequence[str] | None = None, *, opening: bool = False) -> Naming:
   """The naming of a run's steps, as found when it was last listed.
 
-  Args:
-    run: the run.
-    names: the entries of its directory, if they were just listed.
-    opening: whether to forget the naming of a run whose steps are all gone.
+  `names` are the entries of its directory, if they were just listed. `opening` forgets the naming of a run whose steps
+  are all gone.
   """
   key = os.fspath(run)
   if names is not None or opening or key not in _namings:
@@ -239,8 +226,8 @@ def is_step(directory: epath.Path) -> bool:
   """Whether a directory holds a committed Orbax step."""
   if is_object_store(directory):
     # Buckets have no rename: a step is committed once its marker is written, last of all.
-    return (directory / COMMIT_MARKER).exists()
-  if look.exists(directory / STEP_METADATA) or look.exists(directory / DEFAULT_ITEM / ITEM_METADATA):
+    return (directory / fmt.COMMIT_MARKER).exists()
+  if look.exists(directory / fmt.STEP_METADATA) or look.exists(directory / fmt.DEFAULT_ITEM / fmt.ITEM_METADATA):
     return True
   # Orbax before 0.5.20 wrote nothing about a step as a whole.
   return is_tree(directory) or any(_is_bare_item(directory / name) for name in look.names(directory))
@@ -248,12 +235,12 @@ def is_step(directory: epath.Path) -> bool:
 
 def is_tree(directory: epath.Path) -> bool:
   """Whether a directory holds a pytree that some version of Orbax wrote."""
-  return look.exists(directory / ITEM_METADATA) or is_message_pack(directory / AGGREGATE)
+  return look.exists(directory / fmt.ITEM_METADATA) or is_message_pack(directory / fmt.AGGREGATE)
 
 
 def _is_bare_item(path: epath.Path) -> bool:
   """Whether a directory is an item of a step, rather than a checkpoint by itself in a run of such."""
-  return not path.name[-1:].isdigit() and is_tree(path) and not look.exists(path / STEP_METADATA)
+  return not path.name[-1:].isdigit() and is_tree(path) and not look.exists(path / fmt.STEP_METADATA)
 
 
 def is_message_pack(file: epath.Path) -> bool:
@@ -293,7 +280,7 @@ def is_gone(run: epath.Path, step: int) -> bool:
 
 def step_metadata(step_dir: epath.Path) -> dict[str, Any]:
   """The step's JSON as Orbax keeps it; ours is under custom_metadata/ckpt_jax. Empty if an old Orbax wrote none."""
-  file = step_dir / STEP_METADATA
+  file = step_dir / fmt.STEP_METADATA
   try:
     data = untrusted.read_json(file)
   except FileNotFoundError:
@@ -305,20 +292,18 @@ def step_metadata(step_dir: epath.Path) -> dict[str, Any]:
 def our_metadata(step_dir: epath.Path, data: dict[str, Any] | None = None) -> dict[str, Any]:
   """What ckpt_jax recorded in a step; empty for a step that plain Orbax wrote.
 
-  Args:
-    step_dir: the step.
-    data: its `step_metadata`, if that was just read.
+  `data` is its `step_metadata`, if that was just read.
   """
-  custom = (step_metadata(step_dir) if data is None else data).get(CUSTOM)
+  custom = (step_metadata(step_dir) if data is None else data).get(fmt.CUSTOM)
   ours = custom.get(OURS) if isinstance(custom, dict) else None
   if ours is not None and not (isinstance(ours, dict) and is_intact(ours)):
-    raise CorruptCheckpointError(f"{step_dir / STEP_METADATA}: what ckpt_jax wrote there has changed")
+    raise CorruptCheckpointError(f"{step_dir / fmt.STEP_METADATA}: what ckpt_jax wrote there has changed")
   return ours or {}
 
 
 def our_item(ours: dict[str, Any]) -> str:
   """The item that holds the state in a step whose `our_metadata` is `ours`."""
-  return str(ours.get("item", DEFAULT_ITEM))
+  return str(ours.get("item", fmt.DEFAULT_ITEM))
 
 
 def list_steps(path: str | os.PathLike[str]) -> list[StepInfo]:
@@ -340,8 +325,7 @@ def list_readable_steps(path: str | os.PathLike[str]) -> tuple[list[StepInfo], d
   listed: list[int] = []
   for _ in range(_LISTINGS):
     before, listed = listed, committed_steps(run)
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-      found = list(pool.map(lambda step: _info_or_error(run, step), listed))
+    found = in_threads(lambda step: _info_or_error(run, step), listed)
     if None not in found or listed == before:  # else newer steps may have replaced those that vanished
       break
   pins = noted_steps(run, PINS)
@@ -365,7 +349,7 @@ def step_info(run: epath.Path, step: int) -> StepInfo:
   data = step_metadata(step_dir)
   try:
     ours = our_metadata(step_dir, data)
-    stamp = data.get(COMMITTED_AT)
+    stamp = data.get(fmt.COMMITTED_AT)
     time = datetime.datetime.fromtimestamp(stamp / 1e9, datetime.timezone.utc) if stamp else None
     if ours:
       layout = (ours.get("config") or {}).get("layout") or {}
@@ -389,7 +373,7 @@ def step_info(run: epath.Path, step: int) -> StepInfo:
 
 def _orbax_metrics(step_dir: epath.Path) -> dict[str, Any]:
   """The metrics item that Orbax keeps of a step; empty without one."""
-  file = step_dir / METRICS_ITEM / METRICS_ITEM
+  file = step_dir / fmt.METRICS_ITEM / fmt.METRICS_ITEM
   if not look.exists(file):
     return {}
   metrics = untrusted.read_json(file)
@@ -406,7 +390,7 @@ def tree_nbytes(directory: epath.Path) -> int:
 def orbax_can_list(step_dir: epath.Path) -> bool:
   """Whether Orbax's manager, which reads the metadata of all steps when it opens a run, can read this one's."""
   try:
-    untrusted.check_step_metadata(step_metadata(step_dir), str(step_dir / STEP_METADATA))
+    untrusted.check_step_metadata(step_metadata(step_dir), str(step_dir / fmt.STEP_METADATA))
     _orbax_metrics(step_dir)
   except (CorruptCheckpointError, OSError):
     return False

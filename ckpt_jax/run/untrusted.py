@@ -28,11 +28,7 @@ _LAST_NS = 253402300799 * 10**9  # the end of the year 9999, where datetime ends
 
 
 def read_json(file: epath.Path, is_intact: Callable[[bytes], bool] = lambda text: True) -> Any:
-  """The content of a JSON file.
-
-  Args:
-    file: the file.
-    is_intact: whether a text is as it was written.
+  """The content of a JSON file, if `is_intact` finds its bytes as they were written.
 
   Raises:
     FileNotFoundError: if it does not exist.

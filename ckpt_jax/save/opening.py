@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import socket
 
@@ -172,13 +171,10 @@ def start() -> Start:
 def _continued(directory: epath.Path, item: str | None, timeout: float) -> str:
   """The item that the state is saved as. Process 0 looks how the run continues; all processes name its steps alike.
 
-  Args:
-    directory: the run.
-    item: `Config.item`.
-    timeout: seconds that the other processes wait for process 0.
+  `item` is `Config.item`. The other processes wait `timeout` seconds for process 0.
   """
 
-  def look_at_run() -> list[int]:
+  def look_at_run() -> tuple[str, int, str]:
     with snapshot(directory):
       names = look.names(directory)
       found = naming_in(directory, names, opening=True)
@@ -188,13 +184,12 @@ def _continued(directory: epath.Path, item: str | None, timeout: float) -> str:
       elif found == PLAIN:
         with contextlib.suppress(StorageError):  # what cannot be looked into is no reason to stop
           foreign.warn_of_others(directory, names)
-      return list(json.dumps([found.prefix, found.width, _item_of(directory, newest, item)]).encode())
+      return found.prefix, found.width, _item_of(directory, newest, item)
 
-  decided = decided_by_process_zero(look_at_run, Rendezvous(f"open {directory}"), timeout)
-  prefix, width, name = json.loads(bytes(decided))
+  prefix, width, name = decided_by_process_zero(look_at_run, Rendezvous(f"open {directory}"), timeout)
   if jax.process_index() > 0:
     use_naming(directory, Naming(prefix, width))
-  return str(name)
+  return name
 
 
 def _item_of(directory: epath.Path, newest: int | None, wanted: str | None) -> str:

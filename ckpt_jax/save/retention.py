@@ -17,6 +17,7 @@ from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
 from ckpt_jax.job.agreement import from_process_zero
 from ckpt_jax.policies.retention import Retention, RetentionContext
 from ckpt_jax.run.steps import PINS, StepInfo, noted_steps, step_info, step_path
+from ckpt_jax.storage.parallel import in_threads
 
 _log = logging.getLogger(__name__)
 
@@ -153,8 +154,7 @@ class LiveRetention(ocp_policies.PreservationPolicy):
         _log.warning("%s: step %d cannot be read for now, and stays: %s", self._directory, step, e)
         return nothing
 
-    with concurrent.futures.ThreadPoolExecutor(min(16, len(missing))) as pool:
-      found = dict(zip(missing, pool.map(info, missing), strict=True))
+    found = dict(zip(missing, in_threads(info, missing), strict=True))
     with self._lock:
       self._known = {step: s for step, s in found.items() if step not in unread} | self._known
     return unread

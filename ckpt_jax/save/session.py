@@ -53,12 +53,7 @@ class Session:
   """
 
   def __init__(self, run: OpenRun, others: Any = ()):
-    """Opens Orbax's manager.
-
-    Args:
-      run: the run, which exists.
-      others: whatever else must not be destroyed in a forked child.
-    """
+    """Opens Orbax's manager. `others` is whatever else must not be destroyed in a forked child."""
     self.run = run
     self.saver = Saver(run)
     self.order = StepOrder(run.directory, self.saver)
@@ -146,8 +141,7 @@ class Session:
   def wait_for_predecessors(self, *, dropped: bool = False) -> None:
     """Waits for the writes of earlier Checkpointers of this process into this run, so that their steps count.
 
-    Args:
-      dropped: only for Checkpointers that were dropped, whose writes nothing else waits for.
+    With `dropped` only for Checkpointers that were dropped, whose writes nothing else waits for.
     """
     for other in sorted((s for s in list(_open) if s.writes and s._number < self._number), key=lambda s: s._number):
       if (other._dropped or not dropped) and _same_run(other._place, self._place):

@@ -6,7 +6,6 @@ it is damage to each, and what is no longer as it was written is not linked.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import errno
 import os
@@ -15,10 +14,10 @@ from typing import NamedTuple
 
 from etils import epath
 
-from ckpt_jax.storage.objects import BACKEND
+from ckpt_jax.storage.parallel import in_threads
+from ckpt_jax.storage.paths import files_beneath
 from ckpt_jax.storage.urls import is_object_store
 
-_AT_ONCE = 16
 _MOST_LINKS = 30_000  # ext4 allows 65,000 of a file, NetApp 100,000, Btrfs 65,535
 # What a file system that has no hard links answers, and one that has none across its parts.
 _NEVER = (errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EINVAL)
@@ -51,14 +50,6 @@ def stamp(file: epath.Path) -> Stamp:
   return Stamp(found.st_size, found.st_mtime_ns)
 
 
-def files_beneath(directory: epath.Path) -> list[str]:
-  """The files of a directory and those below it, relative to it."""
-  if is_object_store(directory):
-    return sorted(BACKEND.tree(directory))
-  top = os.fspath(directory)
-  return sorted(os.path.relpath(os.path.join(folder, n), top) for folder, _, names in os.walk(top) for n in names)
-
-
 def clone(source: epath.Path, target: epath.Path, files: Mapping[str, Stamp]) -> None:
   """Puts the files of `source`, named relative to it, into `target`.
 
@@ -77,8 +68,7 @@ def clone(source: epath.Path, target: epath.Path, files: Mapping[str, Stamp]) ->
       _link(os.fspath(source / name), os.fspath(target / name), files[name])
 
   try:
-    with concurrent.futures.ThreadPoolExecutor(min(_AT_ONCE, max(1, len(files)))) as pool:
-      list(pool.map(one, files))
+    in_threads(one, files)
   except CloneError:
     raise
   except FileNotFoundError as e:
@@ -92,12 +82,10 @@ def doubt_links(directory: str) -> None:
 
   What has the same files may be damaged too. Changes their times, so that they are not what their stamps say.
   """
-  for folder, _, names in os.walk(directory):
-    for name in names:
-      file = os.path.join(folder, name)
-      with contextlib.suppress(OSError):  # gone, or somebody else's, which is not cloned anyway
-        if os.lstat(file).st_nlink > 1:
-          os.utime(file)
+  for file in files_beneath(directory):
+    with contextlib.suppress(OSError):  # gone, or somebody else's, which is not cloned anyway
+      if os.lstat(file).st_nlink > 1:
+        os.utime(file)
 
 
 def _link(source: str, target: str, then: Stamp) -> None:

@@ -131,7 +131,7 @@ def check_local(text: str) -> None:
     "TensorStore reserves names that end with .__lock": any(part.endswith(".__lock") for part in text.split("/")),
     f"epath reads /{first}/ at the beginning of a path as {first}://": first in _SCHEME_NAMES,
     "Orbax reads gs:/ inside a path as gs://": "gs:/" in text,
-    "the name is no UTF-8, which is all that TensorStore takes": not _is_utf8(text),
+    "the name is no UTF-8, which is all that TensorStore takes": not is_utf8(text),
   }
   for problem, found in problems.items():
     if found:
@@ -170,13 +170,19 @@ def check_url(text: str) -> None:
     raise StorageError(
       f"{text}: s3fs reads ?versionId= as the version of an object; use another name", topic="run-directory"
     )
-  if not _is_utf8(text):
+  if not is_utf8(text):
     raise StorageError(f"{text!r}: is no UTF-8, which is all that a bucket takes", topic="run-directory")
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+  """Whether a text has a form in UTF-8: not one with lone surrogates."""
   try:
     text.encode()
   except UnicodeEncodeError:
     return False
   return True
+
+
+def files_beneath(directory: str) -> Iterator[str]:
+  """The paths of all files beneath a local directory, and of links; what cannot be listed is left out."""
+  return (os.path.join(folder, name) for folder, _, names in os.walk(directory) for name in names)

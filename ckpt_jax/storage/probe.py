@@ -7,7 +7,6 @@ bounded number of bytes for a bounded time, and removes it again, also on Ctrl-C
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import datetime
 import os
@@ -15,7 +14,7 @@ import pathlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pydantic
@@ -26,6 +25,7 @@ from ckpt_jax.config.units import decimal_text, size_text
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.storage.cache import recall, remember
 from ckpt_jax.storage.kinds import StorageKind, detect, storage_identity
+from ckpt_jax.storage.parallel import in_threads
 from ckpt_jax.storage.targets import BLOCK, FileTarget, Target, file_target, object_target, random_bytes
 from ckpt_jax.storage.urls import is_object_store
 
@@ -256,7 +256,7 @@ class _Measurement:
     until = time.monotonic() + budget
     target = self._target
     seconds: dict[str, list[float]] = {}
-    _in_threads(8, target.create, [f"small-{i}" for i in range(10)])
+    in_threads(target.create, [f"small-{i}" for i in range(10)], threads=8)
     for i in range(20):
       name, renamed = f"new-{i}", f"renamed-{i}"
       operations: list[tuple[Callable[..., Any], *tuple[str, ...]]] = [
@@ -290,7 +290,8 @@ class _Measurement:
       each = max(4 * BLOCK, min(each, len(self._data), self._limit // streams // BLOCK * BLOCK))
       self._drop()  # the files of the last measurement stay for the reads
       started = time.perf_counter()
-      _in_threads(streams, lambda name: self._store(name, each), [f"data-{streams}-{i}" for i in range(streams)])
+      names = [f"data-{streams}-{i}" for i in range(streams)]
+      in_threads(lambda name: self._store(name, each), names, threads=streams)
       speed = each * streams / (time.perf_counter() - started)
       return speed
 
@@ -304,7 +305,7 @@ class _Measurement:
       parts = self._parts(streams, int(speed * slice_s) if speed else (2 if self._quick else 16) * BLOCK)
       self._target.make_cold(list(self._stored))
       started = time.perf_counter()
-      got = sum(_in_threads(streams, lambda part: sum(self._target.read(*piece) for piece in part), parts))
+      got = sum(in_threads(lambda part: sum(self._target.read(*piece) for piece in part), parts, threads=streams))
       measured = got / (time.perf_counter() - started)
       self._read += got
       speed = max(speed, measured)
@@ -404,13 +405,8 @@ class _Measurement:
     self._written += nbytes
 
   def _drop(self) -> None:
-    _in_threads(8, self._target.delete, [*self._stored])
+    in_threads(self._target.delete, [*self._stored], threads=8)
     self._stored.clear()
-
-
-def _in_threads(count: int, function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
-  with concurrent.futures.ThreadPoolExecutor(count) as pool:
-    return list(pool.map(function, arguments))
 
 
 def cached_profile(path: str | os.PathLike[str]) -> StorageProfile | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
+from ckpt_jax.storage.paths import files_beneath
 from ckpt_jax.storage.urls import is_object_store
 
 
@@ -64,7 +65,7 @@ def shared_nbytes(directories: Iterable[str]) -> int:
 
 
 def _files(directory: str) -> Iterator[os.stat_result]:
-  return (os.lstat(os.path.join(folder, name)) for folder, _, names in os.walk(directory) for name in names)
+  return map(os.lstat, files_beneath(directory))
 
 
 def count_files(directory: str) -> tuple[int, int]:

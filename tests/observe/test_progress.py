@@ -74,7 +74,7 @@ def test_a_restore_counts_each_byte_once_and_a_wait_the_bytes_written(tmp_path, 
   fetched = slowed(_fetch_state)
   with ckpt.Checkpointer(tmp_path, on_progress=seen.append) as c:
     for checked in (True, False):
-      c._restorer._config = c.config.model_copy(update={"restore": ckpt.Config(restore={"verify": checked}).restore})
+      c._restorer.config = c.config.model_copy(update={"restore": ckpt.Config(restore={"verify": checked}).restore})
       c.save(int(checked), STATE, force=True)
       c.wait()
       c.restore(int(checked), like=STATE)
