@@ -86,25 +86,12 @@ def page(facts: Facts) -> str:
   """The report as HTML."""
   template = importlib.resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
   now = datetime.datetime.now(datetime.timezone.utc)
-  parts_ = (
-    _time,
-    _saves,
-    _sizes,
-    _norms,
-    _restarts,
-    _calendar,
-    _groups,
-    _processes,
-    _storage,
-    _troubles,
-    _plan,
-    _table,
-  )
+  shown = (_time, _saves, _sizes, _norms, _restarts, _calendar, _groups, _processes, _storage, _troubles, _plan, _table)
   return string.Template(template).substitute(
     title=escape(facts.directory),
     subtitle=escape(f"ckpt-jax report of {now:%Y-%m-%d %H:%M} UTC, version {__version__}"),
     tiles="".join(f'<div class="tile"><b>{escape(value)}</b>{escape(name)}</div>' for name, value in _tiles(facts)),
-    sections="".join(part(facts) for part in parts_),
+    sections="".join(part(facts) for part in shown),
   )
 
 

@@ -94,17 +94,13 @@ def closed_form(job: Job, interval: float) -> float:
 def best_interval(job: Job) -> float:
   """Seconds of work between saves at which `closed_form` is highest, at least as long as the background write.
 
-  Its exact optimum is M (1 + W(-e^(-delta/M - 1))) with Lambert's W, found here by bisection of
-  1 - y = e^(-y - delta/M), y = tau / M. It does not depend on restarts or the background write.
+  Its exact optimum is M (1 + W(-e^(-delta/M - 1))) with Lambert's W. It does not depend on restarts or the background
+  write.
   """
-  low, high = 0.0, 1.0
-  for _ in range(200):
-    y = (low + high) / 2
-    if 1 - y > math.exp(-y - job.blocking_s / job.mtti):
-      low = y
-    else:
-      high = y
-  return max(job.mtti * low, job.background_s)
+  from scipy.special import lambertw
+
+  best = job.mtti * (1 + lambertw(-math.exp(-job.blocking_s / job.mtti - 1)).real)
+  return max(float(best), job.background_s)
 
 
 def simulate(

@@ -8,9 +8,10 @@ and they are to be fitted again when that code changes.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import NamedTuple
+
+import numpy as np
 
 from ckpt_jax.config.units import is_uncompressed
 from ckpt_jax.layout.codec import OFF, ZSTD, Compression, codec_of_kind
@@ -297,11 +298,6 @@ def knee_of(storage: StorageProfile) -> int:
 
 def request_s(storage: StorageProfile, nbytes: float) -> float:
   """Seconds of one read of `nbytes`: interpolated between the sizes measured, beyond them at the full rate."""
-  ranges = storage.ranges
-  if nbytes <= ranges[0].nbytes:
-    return ranges[0].seconds
-  for a, b in itertools.pairwise(ranges):
-    if nbytes <= b.nbytes:
-      return a.seconds + (b.seconds - a.seconds) * (nbytes - a.nbytes) / (b.nbytes - a.nbytes)
-  last = ranges[-1]
-  return last.seconds + (nbytes - last.nbytes) / max(storage.read_bytes_per_s, last.nbytes / last.seconds)
+  sizes, seconds = zip(*((r.nbytes, r.seconds) for r in storage.ranges), strict=True)
+  full_rate = max(storage.read_bytes_per_s, sizes[-1] / seconds[-1])
+  return float(np.interp(nbytes, sizes, seconds)) + max(nbytes - sizes[-1], 0) / full_rate
