@@ -112,6 +112,7 @@ class Job:
     env: variables on top of this process's.
     python: the interpreter; default: this one.
     prefixes: for each process the command that it runs under, e.g. `ip netns exec HOST`.
+    stdin: standard input of each process, as `subprocess.Popen` takes it; by default nothing.
     on_line: called with (process index, line) for each line that a process writes, as it comes.
 
   Attributes:
@@ -128,6 +129,7 @@ class Job:
     env: Mapping[str, str] | None = None,
     python: str = sys.executable,
     prefixes: Sequence[Sequence[str]] | None = None,
+    stdin: int = subprocess.DEVNULL,
     on_line: Callable[[int, str], None] = lambda process, line: None,
   ):
     shared = {
@@ -144,7 +146,7 @@ class Job:
       subprocess.Popen(
         [*(prefixes[index] if prefixes else ()), python, *argv],
         env={**shared, _INDEX: str(index)},
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

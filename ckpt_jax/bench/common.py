@@ -7,17 +7,19 @@ import datetime
 import inspect
 import json
 import os
+import queue
 import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.multihost import launch
+from ckpt_jax.multihost import Job, launch
 
 CPU = {"JAX_PLATFORMS": "cpu"}
 _LIMIT_S = 240.0  # for a worker, which takes seconds on an idle machine
@@ -62,7 +64,8 @@ def public_functions(module: Mapping[str, Any]) -> dict[str, Callable[..., Any]]
 
 def emit(**facts: Any) -> None:
   """Prints facts as a line of JSON, for the process that started this one."""
-  print(json.dumps(facts), flush=True)
+  sys.stdout.write(json.dumps(facts) + "\n")  # at once, so that no other output comes between the line and its end
+  sys.stdout.flush()
 
 
 def facts_of(line: str) -> dict[str, Any]:
@@ -170,3 +173,84 @@ class Worker:
       code = None
     self._reader.join(10)
     return code
+
+
+class RemoteWorker:
+  """An object in each process of a job, whose methods are called from here. Its program calls `serve`.
+
+  Args:
+    what: for messages.
+    command: the module and its arguments.
+    processes: how many.
+    settings: of `multihost.Job`.
+  """
+
+  def __init__(self, what: str, command: Sequence[str], processes: int = 1, **settings: Any):
+    self.what = what
+    self._heard: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
+    self._job = Job(["-m", *command], processes=processes, stdin=subprocess.PIPE, on_line=self._hear, **settings)
+
+  def _hear(self, process: int, line: str) -> None:
+    facts = facts_of(line)
+    if "answer" in facts or "error" in facts:
+      self._heard.put((process, facts))
+
+  def send(self, do: str, **arguments: Any) -> None:
+    """Calls a method in every process; `receive` returns what it returns."""
+    for child in self._job.children:
+      assert child.stdin is not None
+      with contextlib.suppress(OSError):  # `receive` reports a process that has ended
+        child.stdin.write(json.dumps({"do": do, "with": arguments}) + "\n")
+        child.stdin.flush()
+
+  def receive(self, what: str, timeout: float = 600.0) -> list[Any]:
+    """The answers of all processes to the last call.
+
+    Raises:
+      CheckpointError: if one failed, ended, or took longer than `timeout` seconds.
+    """
+    answers: dict[int, Any] = {}
+    children, deadline = self._job.children, time.monotonic() + timeout
+    while len(answers) < len(children):
+      ended = any(child.poll() is not None for i, child in enumerate(children) if i not in answers)
+      try:
+        process, facts = self._heard.get(timeout=0.5)
+      except queue.Empty:
+        if ended:
+          raise self._failure(f"ended while asked to {what}") from None
+        if time.monotonic() > deadline:
+          raise self._failure(f"waited {timeout:.0f} s for it to {what}") from None
+        continue
+      if "error" in facts:
+        raise CheckpointError(f"bench: {self.what}: cannot {what}: {facts['error']}\n{facts['trace']}")
+      answers[process] = facts["answer"]
+    return [answer for _, answer in sorted(answers.items())]
+
+  def ask(self, do: str, **arguments: Any) -> list[Any]:
+    """Calls a method in every process. Returns the answers."""
+    self.send(do, **arguments)
+    return self.receive(do)
+
+  def _failure(self, what: str) -> CheckpointError:
+    return CheckpointError(f"bench: {self.what}: {what}; it wrote last:\n{self._job.log(0)[-2000:]}")
+
+  def stop(self) -> None:
+    """Ends the processes."""
+    for child in self._job.children:
+      assert child.stdin is not None
+      with contextlib.suppress(OSError):
+        child.stdin.close()
+    self._job.stop(grace=5)
+
+
+def serve(begin: Callable[[], tuple[Any, Any]]) -> None:
+  """Answers a `RemoteWorker` until its end; `begin` returns the object that it calls, and what is answered first."""
+  try:
+    worker, first = begin()
+    emit(answer=first)
+    for line in sys.stdin:
+      call = json.loads(line)
+      emit(answer=getattr(worker, call["do"])(**call["with"]))
+  except Exception as e:
+    emit(error=f"{type(e).__name__}: {e}", trace=traceback.format_exc())
+    raise

@@ -9,114 +9,43 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import json
 import os
 import pathlib
 import platform
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection, Listener
 from typing import Any
 
 import psutil
 
 import ckpt_jax
 from ckpt_jax.bench.buckets import gcs_server, s3_server
-from ckpt_jax.bench.common import rotated
+from ckpt_jax.bench.common import RemoteWorker, rotated
 from ckpt_jax.bench.suites import Suite
 from ckpt_jax.bench.variants import VARIANTS, Variant, left_out, python_of
 from ckpt_jax.bench.worker import drop_cache
 from ckpt_jax.errors import CheckpointError, ConfigError
-from ckpt_jax.multihost import Job
 from ckpt_jax.storage.space import count_files
 
 _START_TIMEOUT = 300.0
-_TURN_TIMEOUT = 600.0
 
 
-class WorkerJob:
-  """The process of one variant, or several in a multi-process suite, and the connection to each."""
+class WorkerJob(RemoteWorker):
+  """The process of one variant, or several in a multi-process suite; they answer with what `worker.Worker` returns."""
 
   def __init__(self, suite: Suite, variant: Variant, directory: str, env: Mapping[str, str]):
-    self.what = f"{suite.name}, {variant.title}"
-    self._meeting = tempfile.mkdtemp(prefix="ckpt-bench-")
-    address = f"{self._meeting}/socket"
-    listener = Listener(address, "AF_UNIX", backlog=suite.processes)
     package = str(pathlib.Path(ckpt_jax.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    self._job = Job(
-      ["-m", "ckpt_jax.bench.worker", address, suite.name, variant.name, directory],
-      processes=suite.processes,
+    super().__init__(
+      f"{suite.name}, {variant.title}",
+      ["ckpt_jax.bench.worker", suite.name, variant.name, directory],
+      suite.processes,
       devices=suite.devices,
       env={**env, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "2"},
       python=python_of(variant),
     )
-    self._connections: dict[int, Connection] = {}
-    try:
-      with listener:
-        self._accept(listener, suite.processes)
-    except BaseException:
-      self.stop()
-      raise
-
-  def _accept(self, listener: Listener, processes: int) -> None:
-    socket: Any = listener._listener._socket  # type: ignore[attr-defined]  # accept has no timeout of its own
-    socket.settimeout(0.5)
-    deadline = time.monotonic() + _START_TIMEOUT
-    while len(self._connections) < processes:
-      try:
-        connection: Any = listener.accept()
-      except TimeoutError as e:
-        if any(child.poll() is not None for child in self._job.children):
-          raise self._failure("ended before it connected") from e
-        if time.monotonic() > deadline:
-          raise self._failure(f"waited {_START_TIMEOUT:.0f} s for it to start") from e
-        continue
-      if not connection.poll(_START_TIMEOUT):
-        raise self._failure("connected and sent nothing")
-      self._connections[int(connection.recv_bytes())] = connection
-
-  def send(self, do: str, **arguments: Any) -> None:
-    """Sends every process a command; `receive` returns the answers."""
-    for connection in self._connections.values():
-      connection.send_bytes(json.dumps({"do": do, "with": arguments}).encode())
-
-  def receive(self, what: str, timeout: float = _TURN_TIMEOUT) -> list[Any]:
-    """The answers of all processes to the last command.
-
-    Raises:
-      CheckpointError: if one failed, ended, or took longer than `timeout` seconds.
-    """
-    answers = []
-    for _, connection in sorted(self._connections.items()):
-      if not connection.poll(timeout):
-        raise self._failure(f"waited {timeout:.0f} s for it to {what}")
-      try:
-        message = json.loads(connection.recv_bytes())
-      except (EOFError, ConnectionResetError) as e:
-        raise self._failure(f"ended while asked to {what}") from e
-      if "error" in message:
-        raise CheckpointError(f"bench: {self.what}: cannot {what}: {message['error']}\n{message['trace']}")
-      answers.append(message["answer"])
-    return answers
-
-  def ask(self, do: str, **arguments: Any) -> list[Any]:
-    """Sends every process a command. Returns the answers."""
-    self.send(do, **arguments)
-    return self.receive(do)
-
-  def _failure(self, what: str) -> CheckpointError:
-    return CheckpointError(f"bench: {self.what}: {what}; it wrote last:\n{self._job.log(0)[-2000:]}")
-
-  def stop(self) -> None:
-    """Ends the processes."""
-    for connection in self._connections.values():
-      connection.close()
-    self._job.stop(grace=5)
-    shutil.rmtree(self._meeting, ignore_errors=True)
 
 
 def run_suite(

@@ -1,7 +1,7 @@
 """The process of one variant: holds its state, and saves and restores when the runner asks.
 
 It stays alive over all rounds, so that imports, compilation and the first save are paid once, before anything counts.
-Commands and answers are JSON over a Unix socket; several processes of one job get the same command.
+Several processes of one job get the same command.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import contextlib
 import ctypes
 import gc
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
 import sys
 import time
-import traceback
-from multiprocessing.connection import Client
 from typing import Any
 
-from ckpt_jax.bench.common import quiet
+from ckpt_jax.bench.common import quiet, serve
 from ckpt_jax.bench.suites import SUITES
 from ckpt_jax.bench.variants import VARIANTS, Target, make_target
 
@@ -131,6 +128,10 @@ class Worker:
     """Returns freed memory to the system, outside of the timings: other variants need it."""
     give_memory_back()
 
+  def end(self) -> None:
+    """Releases what the target holds."""
+    self.target.close()
+
   def _extra(self) -> int | None:
     peak = peak_rss()
     return None if peak is None or self.idle_rss is None else max(0, peak - self.idle_rss)
@@ -158,38 +159,15 @@ def start(suite_name: str, variant_name: str, directory: str) -> tuple[Worker, d
   return Worker(target, suite.storage == "disk"), about
 
 
-def serve(connection: Any, suite_name: str, variant_name: str, directory: str) -> None:
-  """Makes the state, then answers the runner's commands until `end`."""
-
-  def send(**message: Any) -> None:
-    connection.send_bytes(json.dumps(message).encode())
-
-  try:
-    worker, about = start(suite_name, variant_name, directory)
-    send(answer=about)
-    while True:
-      command = json.loads(connection.recv_bytes())
-      if command["do"] == "end":
-        worker.target.close()
-        send(answer=None)
-        return
-      send(answer=getattr(worker, command["do"])(**command["with"]))
-  except Exception as e:
-    send(error=f"{type(e).__name__}: {e}", trace=traceback.format_exc())
-    raise
-
-
 def main() -> None:
-  """Serves the runner at the address of the command line."""
-  address, suite, variant, directory = sys.argv[1:]
+  """Serves the runner."""
+  suite, variant, directory = sys.argv[1:]
   if SUITES[suite].processes > 1:
     from ckpt_jax import multihost
 
     multihost.initialize()
   quiet()
-  with Client(address, "AF_UNIX") as connection:
-    connection.send_bytes(os.environ.get("CKPT_JAX_PROCESS_INDEX", "0").encode())
-    serve(connection, suite, variant, directory)
+  serve(lambda: start(suite, variant, directory))
 
 
 if __name__ == "__main__":

@@ -161,8 +161,12 @@ def test_other_bits_than_were_saved_are_noticed(tmp_path, name):
 
 def test_a_process_that_fails_is_reported_with_its_output(tmp_path):
   nameless = dataclasses.replace(suites.SUITES["tiny"], name="no-such-suite")
-  with pytest.raises(CheckpointError, match=r"(?s)no-such-suite, raw file.*ended before it connected.*KeyError"):
-    WorkerJob(nameless, VARIANTS["raw"], str(tmp_path), {})
+  job = WorkerJob(nameless, VARIANTS["raw"], str(tmp_path), {})
+  try:
+    with pytest.raises(CheckpointError, match=r"(?s)no-such-suite, raw.*ended while asked to make.*KeyError"):
+      job.receive("make its state", 60)
+  finally:
+    job.stop()
   blocked = tmp_path / "0"
   blocked.write_text("in the way")
   job = WorkerJob(suites.SUITES["tiny"], VARIANTS["raw"], str(tmp_path), {})
