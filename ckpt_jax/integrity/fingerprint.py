@@ -392,7 +392,8 @@ def _hashed(leaf: Leaf, bits: np.ndarray, start: tuple[int, ...]) -> Tally:
   assert leaf.part is not None
   for begin, size, part in zip(start, leaf.bits_shape, leaf.part, strict=False):  # the halves of complex128 are not cut
     number = number * (size // max(1, part)) + begin // max(1, part)
-  return Tally(hash=sums.hash_bits(bits, number))
+  low, high = sums.hash_bits(bits, number)
+  return Tally(hash=low, high=high)
 
 
 def _run(tasks: Sequence[_Task], threads: int) -> list[dict[str, Tally]]:

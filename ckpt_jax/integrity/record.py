@@ -83,14 +83,17 @@ class Recording:
   written: Callable[[], None] = lambda: None
 
   @transfers_asked_for()
-  def sum_up(self) -> None:
+  def sum_up(self, wait: Callable[[], None] = lambda: None) -> None:
     """Sums and hashes the state; takes as long as reading it from memory a few times.
+
+    Args:
+      wait: called before it looks at what is to be written anyway.
 
     Raises:
       UnhealthyStateError: see `complete`.
     """
     try:
-      tallies = proofs.tallies(self.taken, self.unchanged, self.threads, health=self.health is None)
+      tallies = proofs.tallies(self.taken, self.unchanged, self.threads, wait, health=self.health is None)
     except BaseException as e:
       self.unchanged.give_up()
       self.taken.copies.ring.close(e)  # what writes the state must not wait for it to be summed
@@ -238,7 +241,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     self.typestr = inner.typestr  # type: ignore[method-assign]
 
   async def async_save(self, directory: epath.Path, args: RecordedSave) -> list[ocp.future.Future]:  # type: ignore[override]
-    """See Orbax's; sums the state in the background, once enough of the arrays is queued."""
+    """See Orbax's; sums the state in the background, most of it once enough of the arrays is queued."""
     self._recording = args.recording
     self._inner.copies, self._inner.unchanged = args.recording.taken.copies, args.recording.unchanged
     futures = await self._inner.async_save(directory, args=args.args)
@@ -250,8 +253,7 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     return [*(futures or []), write]
 
   async def _sum_up(self, recording: Recording, directory: epath.Path) -> None:
-    self._inner.wait_until_queued()
-    recording.sum_up()
+    recording.sum_up(self._inner.wait_until_queued)
     if jax.process_index() > 0:  # process 0 commits, and has its own part in memory
       _part(directory, jax.process_index()).write_text(json.dumps(recording.part))
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # commands that read metadata start without jax
   from ckpt_jax.layout.sharding import Box
 
 FILE = "ckpt_jax_unchanged.json"  # in the database of a process: its homes, for the next job
-_FORMAT = 1
+_FORMAT = 2
 _INSIDE = re.compile(r"(d/)?\w+(\.\w+)?")
 
 
@@ -32,6 +32,7 @@ class Tally(Protocol):
 
   total: int
   hash: int
+  high: int
 
 
 @dataclasses.dataclass
@@ -40,6 +41,7 @@ class Seen:
 
   total: int
   hash: int
+  high: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Kept:
     boxes: the parts of it.
     metadata: of the array in the database, as JSON has it: dtype, chunks, codec.
     nbytes: bytes of the parts.
-    seen: sum and hash of the parts; None until the save that wrote them has ended.
+    seen: sum and hashes of the parts; None until the save that wrote them has ended.
   """
 
   path: str
@@ -121,7 +123,7 @@ def write_homes(database: epath.Path, homes: Mapping[str, Home]) -> None:
   found = {}
   for name, home in homes.items():
     leaves = {
-      leaf: [kept.path, kept.boxes, kept.metadata, kept.nbytes, [kept.seen.total, kept.seen.hash]]
+      leaf: [kept.path, kept.boxes, kept.metadata, kept.nbytes, [kept.seen.total, kept.seen.hash, kept.seen.high]]
       for leaf, kept in home.leaves.items()
       if kept.seen is not None
     }
@@ -146,8 +148,8 @@ def _home(name: str, data: Mapping[str, Any]) -> Home:
     if not _INSIDE.fullmatch(file):  # what names it is not to be trusted: it may be a path to somewhere else
       raise ValueError(f"{file!r:.80} is not in the database")
   leaves = {}
-  for leaf, (path, boxes, metadata, nbytes, (total, hash_)) in data["leaves"].items():
+  for leaf, (path, boxes, metadata, nbytes, seen) in data["leaves"].items():
     there = tuple([tuple([(int(a), int(b)) for a, b in box]) for box in boxes])
-    leaves[leaf] = Kept(path, there, metadata, int(nbytes), Seen(int(total), int(hash_)))
+    leaves[leaf] = Kept(path, there, metadata, int(nbytes), Seen(*map(int, seen)))
   files = {file: Stamp(int(nbytes), int(mtime)) for file, (nbytes, mtime) in data["files"].items()}
   return Home(name, files, int(data["nbytes"]), leaves, bool(data["whole"]), int(data["saves"]))

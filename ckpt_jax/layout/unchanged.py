@@ -15,9 +15,9 @@ OCDBT refers to a value by the file that holds it, relative to the database, and
 below it: so Orbax merges those of the processes. A home is below the database of its process. So each step has all of
 its files, plain Orbax reads it, and no deletion of another step harms it.
 
-The proof: the same `jax.Array` in the memory of an accelerator, which nothing can change; elsewhere the sum of its bits
-and their XXH3 hash (see `integrity.fingerprint`), both; of the same `jax.Array` on a CPU, whose memory may be that of a
-numpy array, the hash. Name, place, dtype, chunks and codec must be the same too, and each file of the home what it was.
+The proof: the same `jax.Array` in the memory of an accelerator, which nothing can change; elsewhere the XXH3 hash of
+its bits, of 128 bits (see `integrity.proofs`). Name, place, dtype, chunks and codec must be the same too, and each file
+of the home what it was.
 What cannot be proven, or cloned, is written.
 """
 
@@ -270,12 +270,18 @@ class Round:
     """
     number = jax.process_index()
     plain, own, first = self._sorted(writer, arrays)
-    if plain or slab is not None or not (own or first):
-      writer.write(plain, slab, pieces, number)
-    writer.queued.set()
     place = item / process_database(number)
-    if first:
-      again, moved = self._linked(writer, first, place)
+    with concurrent.futures.ThreadPoolExecutor(1, "ckpt_jax-links") as beside:
+      links = beside.submit(self._linked, writer, first, place) if first else None
+      try:
+        if plain or slab is not None or not (own or first):
+          writer.write(plain, slab, pieces, number)
+      except BaseException:
+        writer.stop.set()  # nobody waits for proofs any more
+        raise
+      writer.queued.set()
+    if links is not None:
+      again, moved = links.result()
       own += again
       if moved:
         writer.write(moved)
@@ -414,7 +420,7 @@ def _nbytes(arrays: Collection[Written]) -> int:
 
 
 def _are_equal(now: Tally, then: Tally) -> bool:
-  return (now.total, now.hash) == (then.total, then.hash)
+  return (now.total, now.hash, now.high) == (then.total, then.hash, then.high)
 
 
 def _numbers(leaves: Sequence[Any]) -> list[int]:

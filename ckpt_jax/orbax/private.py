@@ -93,6 +93,36 @@ async def write_array_metadatas(store: Any, item_dir: Any, arrays: Any, chunks: 
   await store.write(checkpoint_dir=item_dir, array_metadatas=notes, process_index=jax.process_index())
 
 
+def shorten_saves(handler: Any, context: Callable[[Any], Any]) -> None:
+  """Has an ocp.PyTreeCheckpointHandler write `_METADATA` while the arrays are written, and open those in a context.
+
+  Why private: Orbax writes the file when the last array is in storage, although all that it says was known before (9 ms
+  for 256 leaves, 0.2 s for 5,000), and makes a new context for each save, without asking.
+
+  Args:
+    handler: its futures of arrays may have a future `described`, of their `array_metadatas`, which are read for it.
+    context: returns the TensorStore context to use, of Orbax's.
+  """
+  inner = handler._handler_impl  # pylint: disable=protected-access
+  param_infos, write_metadata = inner._get_param_infos, inner._write_metadata_after_commits
+
+  def in_context(*args: Any, **options: Any) -> Any:
+    import jax
+
+    infos = param_infos(*args, **options)
+    found: Any = None
+    for info in jax.tree.leaves(infos):
+      found = found or context(info.ts_context)
+      info.ts_context = found
+    return infos
+
+  async def once_described(commit_futures: Any, **options: Any) -> None:
+    await write_metadata([getattr(future, "described", future) for future in commit_futures], **options)
+
+  inner._get_param_infos = in_context
+  inner._write_metadata_after_commits = once_described
+
+
 def shardings_json(shardings: Mapping[str, Any]) -> str:
   """The content of an item's `_sharding` file, from which plain Orbax restores without shardings as an argument.
 

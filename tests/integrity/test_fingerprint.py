@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401, registers the dtypes that numpy lacks
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -260,3 +261,12 @@ def test_saves_and_restores_of_accelerators_make_and_check_the_same_record(tmp_p
   assert hashes[0] == hashes[1]
   with ckpt.Checkpointer(tmp_path / "host") as c:
     assert c.restore(like=state).report.verified == 5
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 16, 128, 240, 241, 512, 1024, 4096, 10**6])
+def test_both_halves_of_a_hash_are_those_of_xxh3(nbytes):
+  bits = np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8)
+  for seed in (0, 5):
+    low, high = sums.hash_bits(bits, seed)
+    assert low == xxhash.xxh3_64_intdigest(bits.tobytes(), seed=seed)
+    assert high == xxhash.xxh3_128_intdigest(bits.tobytes(), seed=seed) >> 64

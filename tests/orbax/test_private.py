@@ -2,6 +2,7 @@
 
 import datetime
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from etils import epath
 import ckpt_jax as ckpt
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.integrity.record import RecordingHandler
+from ckpt_jax.layout import writing
 from ckpt_jax.orbax import manager as manager_module
 from ckpt_jax.orbax import private, saves
 from ckpt_jax.orbax.manager import RunManager, end_save, forget_failure, forget_steps, leave_behind, use_deleter
@@ -289,3 +291,45 @@ def test_deprecated_functions_are_still_there():
   with pytest.raises(ValueError, match="mismatch"):
     private.check_input_arguments([1], [])
   assert callable(private.tensorstore_read_spec) and callable(private.tensorstore_write_spec)
+
+
+def test_metadata_is_written_while_arrays_are(tmp_path, monkeypatch):
+  write, there = writing.Writer.write, []
+
+  def late(self, *args):
+    deadline = time.monotonic() + 60
+    while not there and time.monotonic() < deadline:
+      there.extend(tmp_path.rglob("_METADATA"))
+      time.sleep(0.01)
+    write(self, *args)
+
+  monkeypatch.setattr(writing.Writer, "write", late)
+  with ckpt.Checkpointer(tmp_path) as c:
+    c.save(0, {"x": jnp.ones(4), "n": np.ones(3)})
+  assert there and ckpt.verify(tmp_path) == []
+
+
+def test_what_arrays_die_of_before_they_are_described_is_raised(tmp_path, monkeypatch):
+  async def refuse(*args):
+    raise OSError("no notes today")
+
+  monkeypatch.setattr(private, "write_array_metadatas", refuse)
+  c = ckpt.Checkpointer(tmp_path)
+  with pytest.raises(ckpt.SaveFailedError, match="no notes today"):
+    c.save(0, {"x": jnp.ones(4)})
+    c.wait()
+  c.close()
+
+
+@pytest.mark.parametrize("file_io", ["direct", "buffered"])
+def test_tensorstore_syncs_only_what_nobody_else_does(tmp_path, monkeypatch, file_io):
+  seen, write = [], writing.Writer.write
+
+  def noted(self, arrays, *args):
+    seen.extend(array.info.ts_context.spec.to_json().get("file_io_sync", True) for array in arrays)
+    write(self, arrays, *args)
+
+  monkeypatch.setattr(writing.Writer, "write", noted)
+  with ckpt.Checkpointer(tmp_path, {"limits": {"file_io": file_io}}) as c:
+    c.save(0, {"x": jnp.ones(4)})
+  assert seen == [file_io == "buffered"]
