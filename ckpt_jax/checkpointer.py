@@ -15,7 +15,7 @@ import jax
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
-from ckpt_jax.config import BestConfig, Config, as_config
+from ckpt_jax.config import BestConfig, Config
 from ckpt_jax.config.arguments import check_schedule, step_number
 from ckpt_jax.config.html import html_table
 from ckpt_jax.config.units import size_text
@@ -102,13 +102,13 @@ class Checkpointer:
     check_not_forked()
     if schedule is not None:
       check_schedule(schedule)
-    self.config = as_config(config)
-    self._run = run = open_run(directory, self.config, schedule)
+    self._run = run = open_run(directory, config, schedule)
+    self.config = run.config
     self.directory: epath.Path = run.directory
     self.storage: StorageKind = run.storage
     self.schedule: SaveDecisionPolicy = run.schedule
-    if jax.process_index() == 0:
-      run.journal.sinks += make_sinks(self.config.observe, run.directory, on_event)
+    # On process 0, whose errors are raised on all: a package that is missing, a port that is taken.
+    run.meeting.decided(lambda: run.journal.sinks.extend(make_sinks(self.config.observe, run.directory, on_event)))
     run.journal.emit(start())
     self._restoring = threading.RLock()  # reading a step may take minutes, for which a save elsewhere need not wait
     if on_progress is None and (progress or self.config.observe.progress) and jax.process_index() == 0:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Callable, Sequence
-from typing import Any
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,56 +15,120 @@ from jax.experimental import multihost_utils
 
 from ckpt_jax import errors
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.job.rendezvous import Rendezvous
+from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
+
+T = TypeVar("T")
+_SHOWN = 3  # processes that differ, and differences of each
 
 
-def from_process_zero(steps: Sequence[int]) -> list[int]:
-  """Process 0's step numbers, on every process. All of them must call it at the same point; one process: no cost."""
-  if jax.process_count() == 1:
-    return list(steps)
-  count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
-  if count == 0:
-    return []
-  mine = list(steps) if jax.process_index() == 0 else [0] * count
-  # As bytes: jax without x64 would cut 64-bit numbers to 32.
-  sent = multihost_utils.broadcast_one_to_all(np.array(mine, np.int64).view(np.uint8))
-  return [int(s) for s in np.asarray(sent, np.uint8).view(np.int64)]
+def meet(
+  rendezvous: Rendezvous, what: str, text: str = "", *, timeout: float, error: BaseException | None = None
+) -> list[str]:
+  """Waits for all processes, and returns the texts of all of them, by process. A single process waits for nothing.
+
+  Args:
+    rendezvous: where they meet.
+    what: what is waited for, the same on all processes.
+    text: this process's contribution; short.
+    timeout: seconds.
+    error: what went wrong on this process; then all of them raise. One that is no CheckpointError, a bug, is raised as
+      it is here, and the others raise a PeerFailedError.
+
+  Raises:
+    CheckpointError: of the kind of the first `error`, with the same message on all processes.
+    TimeoutError, PeerFailedError: see `Rendezvous.exchange`.
+  """
+  if error is not None and (jax.process_count() == 1 or not isinstance(error, CheckpointError)):
+    rendezvous.fail(f"{type(error).__name__}: {error}")
+    raise error
+  said = json.dumps({"text": text} if error is None else error_to_json(error))
+  answers = [json.loads(answer) for answer in rendezvous.exchange(what, said, timeout)]
+  failed = {process: answer for process, answer in enumerate(answers) if "error" in answer}
+  if failed:
+    raise _common(failed, len(answers)) from error
+  return [answer["text"] for answer in answers]
 
 
-def from_all_processes(mine: np.ndarray) -> np.ndarray:
-  """64-bit numbers of every process, [processes, *shape], on every process. All call it alike; one process: no cost."""
-  if jax.process_count() == 1:
-    return mine[None]
-  # As bytes: jax without x64 would cut 64-bit numbers to 32.
-  everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8).reshape(-1)
-  return everyone.view(mine.dtype).reshape(jax.process_count(), *mine.shape)
+def decided_by_process_zero(
+  decide: Callable[[], T], rendezvous: Rendezvous, timeout: float, what: str = "what process 0 decides"
+) -> T:
+  """The result of `decide` on process 0, or the error that it raises there, on every process.
 
+  A bug, an error that is not a CheckpointError, is raised as it is on process 0 and as a PeerFailedError on the others.
 
-def decided_by_process_zero(decide: Callable[[], Sequence[Any]], rendezvous: Rendezvous, timeout: float) -> list[Any]:
-  """The result of `decide`, which JSON can hold, on process 0, or the error that it raises there, on every process.
+  Args:
+    decide: called on process 0 only; may take its time. What it returns fits into JSON.
+    rendezvous: where the others wait meanwhile.
+    timeout: seconds that the others wait for it, and a minute.
+    what: what they wait for.
 
-  A bug, an error that is not a CheckpointError, is raised as it is on process 0 and as a CheckpointError on the others,
-  which wait at `rendezvous` for `timeout` seconds and a minute.
+  Raises:
+    PeerFailedError: if not all processes arrive; it names them.
   """
   if jax.process_count() == 1:
-    return list(decide())
-  said = ""
+    return decide()
+  answer: dict[str, Any] = {}
   bug: Exception | None = None
   if jax.process_index() == 0:
     try:
-      said = json.dumps({"decided": list(decide())})
+      answer = {"decided": decide()}
     except CheckpointError as e:
-      said = json.dumps(error_to_json(e))
+      answer = error_to_json(e)
     except Exception as e:
       bug = e
-      failed = CheckpointError(f"process 0 failed: {type(e).__name__}: {e}", topic="another-process-failed")
-      said = json.dumps(error_to_json(failed))
-  answer = json.loads(rendezvous.exchange("what process 0 decides", said, timeout + 60)[0])
+      answer = error_to_json(PeerFailedError(f"process 0 failed: {type(e).__name__}: {e}"))
+  try:
+    answer = json.loads(rendezvous.exchange(what, json.dumps(answer), timeout + 60)[0])
+  except TimeoutError as e:
+    raise PeerFailedError(str(e)) from None
   if bug is not None:
     raise bug
   if "error" in answer:
     raise error_from_json(answer)
   return answer["decided"]
+
+
+def digest(facts: Mapping[str, str]) -> str:
+  """A short text, the same on all processes whose facts, and their order, are the same."""
+  return hashlib.sha256(_text(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def who_differs(
+  facts: Mapping[str, str],
+  digests: Sequence[str],
+  decided: Callable[[Callable[[], str]], str],
+  exchange: Callable[[str], Sequence[str]],
+) -> str:
+  """Which processes have other facts than process 0, and which; empty if none has. All processes call it alike.
+
+  All that is sent while they agree is a digest: the coordinator passes the texts of all processes to all.
+
+  Args:
+    facts: of this process, by name; the order counts, since what is done for each is done in this order.
+    digests: of the facts of all processes, by process.
+    decided: gives process 0's text to all.
+    exchange: gives the texts of all to all.
+  """
+  if len(set(digests)) == 1:
+    return ""
+  packed = decided(lambda: base64.b85encode(zlib.compress(_text(facts).encode("utf-8", "surrogatepass"))).decode())
+  text = zlib.decompress(base64.b85decode(packed)).decode("utf-8", "surrogatepass")
+  first = dict(line.split("\t", 1) for line in text.split("\n") if line)
+  found = [f"process {p}: {text}" for p, text in enumerate(exchange(_differences(facts, first))) if text]
+  more = f" (and {len(found) - _SHOWN} more processes)" if len(found) > _SHOWN else ""
+  return "; ".join(found[:_SHOWN]) + more
+
+
+def from_all_processes(mine: np.ndarray) -> np.ndarray:
+  """64-bit numbers of every process, [processes, *shape], on every process. All call it alike; one process: no cost.
+
+  They travel between the devices, since there may be many; a wait for a process that does not come has no limit here.
+  """
+  if jax.process_count() == 1:
+    return mine[None]
+  # As bytes: jax without x64 would cut 64-bit numbers to 32.
+  everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8).reshape(-1)
+  return everyone.view(mine.dtype).reshape(jax.process_count(), *mine.shape)
 
 
 def error_to_json(error: BaseException) -> dict[str, Any]:
@@ -77,3 +144,30 @@ def error_from_json(data: dict[str, Any]) -> CheckpointError:
     kind = CheckpointError
   step = [data["step"]] if issubclass(kind, errors.SaveFailedError) else []
   return kind(data["message"], *step, topic=data["topic"])
+
+
+def _common(failed: dict[int, dict[str, Any]], count: int) -> CheckpointError:
+  """The error of the first process that failed, with the processes that share it."""
+  first = failed[min(failed)]
+  same = [p for p, answer in failed.items() if answer["message"] == first["message"]]
+  if len(same) == count:
+    return error_from_json(first)
+  who = ", ".join(map(str, same[:10])) + (" and others" if len(failed) > min(len(same), 10) else "")
+  return error_from_json(
+    first | {"message": f"{'process' if len(same) == 1 else 'processes'} {who}: {first['message']}"}
+  )
+
+
+def _text(facts: Mapping[str, str]) -> str:
+  return "\n".join(f"{name}\t{fact}" for name, fact in facts.items())
+
+
+def _differences(mine: Mapping[str, str], first: Mapping[str, str]) -> str:
+  if list(mine.items()) == list(first.items()):
+    return ""
+  both = [(name, fact) for name, fact in first.items() if name in mine]
+  found = [f"{name} is {mine[name]}, on process 0 {fact}" for name, fact in both if mine[name] != fact]
+  found += [f"{name} ({fact}) is not on process 0" for name, fact in mine.items() if name not in first]
+  found += [f"{name} ({fact}) is only on process 0" for name, fact in first.items() if name not in mine]
+  more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+  return ", ".join(found[:_SHOWN] or ["the order of what it holds"]) + more

@@ -8,7 +8,9 @@ notes its arrival in jax's coordination service, process 0 counts, and a failure
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
+import logging
 import threading
 import time
 from typing import Any
@@ -18,6 +20,8 @@ import jax
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.orbax import private
 
+_log = logging.getLogger(__name__)
+_LOG_EVERY_S = 60.0
 _SLICE_S = 2.0  # how long a failure elsewhere may go unnoticed
 _NOTHING = "-"  # the coordination service treats an empty value as missing
 _POLL_S = (0.005, 0.25)  # shortest and longest pause of process 0 between two looks
@@ -59,7 +63,8 @@ class Rendezvous:
   def fail(self, reason: str) -> None:
     """Reports that this process will not arrive; those that wait, or will, raise `reason`."""
     if self._store is not None:
-      self._store.key_value_set(f"{self._key}/failed/{jax.process_index()}", reason, allow_overwrite=True)
+      with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone, and with it whoever would listen
+        self._store.key_value_set(f"{self._key}/failed/{jax.process_index()}", reason or _NOTHING, allow_overwrite=True)
 
   def wait(self, what: str, timeout: float) -> None:
     """Returns once all processes are here. See `exchange`."""
@@ -81,9 +86,12 @@ class Rendezvous:
       return [text]
     self._uses[what] += 1
     place = f"{self._key}/{what}/{self._uses[what]}"
-    self._store.key_value_set(f"{place}/here/{jax.process_index()}", text or _NOTHING)
     collect = self._count if jax.process_index() == 0 else self._listen
-    return ["" if text == _NOTHING else text for text in collect(place, what, timeout)]
+    try:
+      self._store.key_value_set(f"{place}/here/{jax.process_index()}", text or _NOTHING)
+      return ["" if text == _NOTHING else text for text in collect(place, what, timeout)]
+    except jax.errors.JaxRuntimeError as e:
+      raise PeerFailedError(f"waiting for {what}: the coordination service is gone (process 0): {e}") from e
 
   def note(self, text: str) -> None:
     """Records how far this process is, for `notes`; replaces its last record."""
@@ -103,7 +111,8 @@ class Rendezvous:
 
   def _count(self, place: str, what: str, timeout: float) -> list[str]:
     """For process 0: waits until all have arrived, and lets them go."""
-    deadline = time.monotonic() + timeout
+    started = time.monotonic()
+    deadline, log_at = started + timeout, started + _LOG_EVERY_S
     pause, longest = _POLL_S
     while True:
       here = self._by_process(f"{place}/here/")
@@ -115,6 +124,9 @@ class Rendezvous:
         message = _timed_out(what, timeout, missing)
         self._store.key_value_set(f"{place}/go", json.dumps(message))
         raise TimeoutError(message)
+      if time.monotonic() > log_at:
+        log_at += _LOG_EVERY_S
+        _log.warning("still waiting for %s, up to %.0f s; not there yet: %s", what, timeout, _listed(missing))
       time.sleep(pause)
       pause = min(pause * 1.5, longest)
     self._raise_failure(what)
@@ -135,7 +147,7 @@ class Rendezvous:
         message = self._store.blocking_key_value_get(f"{place}/go", int(min(left, _SLICE_S) * 1000))
       except jax.errors.JaxRuntimeError as e:
         if "DEADLINE_EXCEEDED" not in str(e):
-          raise PeerFailedError(f"waiting for {what}: the coordination service is gone (process 0): {e}") from e
+          raise
       if message is None:  # out of the handler, so that the deadline of a slice is no part of what is raised
         self._raise_failure(what)
         continue
@@ -154,5 +166,10 @@ class Rendezvous:
 
 
 def _timed_out(what: str, timeout: float, missing: list[int]) -> str:
-  names = ", ".join(str(p) for p in missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-  return f"waited {timeout:.0f} s for {what}; of {jax.process_count()} processes these did not arrive: {names}"
+  return (
+    f"waited {timeout:.0f} s for {what}; of {jax.process_count()} processes these did not arrive: {_listed(missing)}"
+  )
+
+
+def _listed(processes: list[int]) -> str:
+  return ", ".join(map(str, processes[:20])) + (f" and {len(processes) - 20} more" if len(processes) > 20 else "")

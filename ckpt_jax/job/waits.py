@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 
 from ckpt_jax.errors import CheckpointError, RestoreTimeoutError
-from ckpt_jax.job.agreement import error_from_json, error_to_json
+from ckpt_jax.job.agreement import meet
 from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
 
 _log = logging.getLogger(__name__)
@@ -81,20 +81,14 @@ class Together:
     return error is self._told
 
   def _meet(self, what: str, error: BaseException | None, text: str) -> list[str]:
-    if error is not None and (jax.process_count() == 1 or not isinstance(error, CheckpointError)):
-      self._rendezvous.fail(f"{type(error).__name__}: {error}")
-      raise error
-    said = json.dumps({"text": text} if error is None else error_to_json(error))
     try:
-      answers = [json.loads(answer) for answer in self._rendezvous.exchange(what, said, self.patience())]
+      return meet(self._rendezvous, what, text, timeout=self.patience(), error=error)
     except TimeoutError as e:
+      if e is error:
+        raise
       raise RestoreTimeoutError(f"restore: {e} (timeouts.restore is {self._limit:.0f} s)") from None
     except PeerFailedError as e:
       raise CheckpointError(f"restore: {e}", topic="another-process-failed") from None
-    failed = {process: answer for process, answer in enumerate(answers) if "error" in answer}
-    if failed:
-      raise _common(failed, len(answers)) from error
-    return [answer["text"] for answer in answers]
 
   def wait(self, what: str, future: concurrent.futures.Future[T]) -> T:
     """The result of work that this process, or the devices of all, are doing.
@@ -128,15 +122,3 @@ class Together:
     done = {p: int(text) for p, text in self._rendezvous.notes().items()}
     behind = [p for p in range(jax.process_count()) if done.get(p, 0) < self._done]
     return f"; processes that are behind: {', '.join(map(str, behind[:20]))}" if behind else ""
-
-
-def _common(failed: dict[int, dict[str, Any]], count: int) -> CheckpointError:
-  """The error of the first process that failed, with the processes that share it."""
-  first = failed[min(failed)]
-  same = [p for p, answer in failed.items() if answer["message"] == first["message"]]
-  if len(same) == count:
-    return error_from_json(first)
-  who = ", ".join(map(str, same[:10])) + (" and others" if len(failed) > min(len(same), 10) else "")
-  return error_from_json(
-    first | {"message": f"{'process' if len(same) == 1 else 'processes'} {who}: {first['message']}"}
-  )

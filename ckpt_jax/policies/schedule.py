@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ClassVar
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as ocp_policies
 
 from ckpt_jax.config.arguments import check_schedule, whole_number
 from ckpt_jax.errors import ConfigError
+from ckpt_jax.job.agreement import decided_by_process_zero
+from ckpt_jax.job.rendezvous import Rendezvous
+
+_PATIENCE_S = 1200.0  # for the other processes to come to the same step
 
 
 class Schedule(ocp_policies.SaveDecisionPolicy):
@@ -115,6 +116,7 @@ class ByClock(Schedule):
     self._clock = clock
     self._last_save = clock()
     self._first = (0, self._last_save)  # the first step trained, and when
+    self._meeting: Rendezvous | None = None  # made late: jax may not be initialized yet
     self._asked = -1
     self._ask_at = -1
 
@@ -134,9 +136,9 @@ class ByClock(Schedule):
     self._asked = number
     if number < self._ask_at:
       return False
-    due, wait = self._decide(number) if jax.process_index() == 0 else (0, 0)
-    if jax.process_count() > 1:
-      due, wait = (int(x) for x in multihost_utils.broadcast_one_to_all(np.array([due, wait], np.int32)))
+    self._meeting = self._meeting or Rendezvous("schedule")
+    what = f"process 0 to say whether step {number} is due"
+    due, wait = decided_by_process_zero(lambda: self._decide(number), self._meeting, _PATIENCE_S, what)
     self._ask_at = number + wait
     if due:
       self._last_save = self._clock()

@@ -24,13 +24,16 @@ from ckpt_jax.errors import (
 )
 from ckpt_jax.integrity.comparison import Verifier
 from ckpt_jax.integrity.record import Record, read_record
+from ckpt_jax.job.agreement import who_differs
 from ckpt_jax.job.garbage import paused
 from ckpt_jax.job.progress import Counter, OnProgress, reported
 from ckpt_jax.job.rendezvous import Rendezvous
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.job.waits import Together
+from ckpt_jax.layout import alike
 from ckpt_jax.layout.forms import why_not_flat
 from ckpt_jax.layout.sharding import global_nbytes
+from ckpt_jax.layout.structure import flatten
 from ckpt_jax.orbax.format import STEP_METADATA
 from ckpt_jax.orbax.saves import quietly
 from ckpt_jax.restore import fallback
@@ -130,6 +133,7 @@ class Restorer:
     except Exception as e:
       wrong = e
     steps = self._candidates(step, healthy, together, wrong)
+    self._agree_on(request, strategy, together)
     look_again = functools.partial(self._candidates, None, healthy, together)
     read = functools.partial(self._read, request=request, strategy=strategy, together=together)
     if step is not None:
@@ -163,6 +167,29 @@ class Restorer:
         f"{self.directory}: the processes ask for different steps ({who})", topic="processes-differ"
       )
     return answers[0][1]
+
+  def _agree_on(self, request: RestoreRequest, strategy: str, together: Together) -> None:
+    """Makes sure that all processes want the same leaves in the same form, since they read and exchange them together.
+
+    Raises:
+      StructureMismatchError: on all processes, naming who differs and in which leaves.
+    """
+    if jax.process_count() == 1:
+      return
+    flat = flatten(request.like)
+    named = (request.only, request.item, request.cast, tuple(request.init_missing or ()), strategy)
+    what = "all processes to ask for the same leaves"
+    told = [json.loads(text) for text in together.meet(what, text=json.dumps([alike.digest_of(flat), repr(named)]))]
+    digests, names = zip(*told, strict=True)
+    decided = functools.partial(together.decided, what)
+    who = who_differs(alike.kinds(flat), digests, decided, lambda text: together.meet(what, text=text))
+    if other := [process for process, text in enumerate(names) if text != names[0]]:
+      arguments = "(only, item, cast, init_missing, strategy)"
+      who = who or f"{arguments} are {names[0]} on process 0, and {names[other[0]]} on process {other[0]}"
+    if who:
+      raise StructureMismatchError(
+        f"{self.directory}: the processes do not ask for the same; nothing was read: {who}", topic="processes-differ"
+      )
 
   def _read(self, number: int, request: RestoreRequest, strategy: str, together: Together) -> Restored:
     started = time.perf_counter()

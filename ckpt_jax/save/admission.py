@@ -18,8 +18,6 @@ from ckpt_jax.config import Config
 from ckpt_jax.config.units import decimal_text
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, SaveStorageError, StorageError
 from ckpt_jax.failures import is_out_of_space, is_read_only, storage_errors
-from ckpt_jax.job.agreement import decided_by_process_zero
-from ckpt_jax.job.rendezvous import Rendezvous
 from ckpt_jax.planning.estimate import room_nbytes
 from ckpt_jax.policies.retention import RetentionContext
 from ckpt_jax.run import leftovers, quarantine
@@ -38,6 +36,7 @@ from ckpt_jax.run.steps import (
   step_path,
 )
 from ckpt_jax.save.commit import Hooks, StepNames, step_path_class, sync_own_files
+from ckpt_jax.save.meeting import Meeting
 from ckpt_jax.save.retention import LiveRetention
 from ckpt_jax.storage.durable import Sealing, restrict
 from ckpt_jax.storage.kinds import StorageKind
@@ -58,16 +57,22 @@ class Admission:
   """
 
   def __init__(
-    self, directory: epath.Path, config: Config, kind: StorageKind, retention: LiveRetention, deleter: StepDeleter
+    self,
+    directory: epath.Path,
+    config: Config,
+    kind: StorageKind,
+    retention: LiveRetention,
+    deleter: StepDeleter,
+    meeting: Meeting,
   ):
-    """Writes nothing."""
+    """Writes nothing. `meeting` is where the processes meet during a save."""
     self.sealing = sealing_of(config, kind)
     self.lease = Lease(directory, patience=config.timeouts.lease, mode=self.sealing.mode)
     self._directory = directory
     self._config = config
     self._retention = retention
     self._deleter = deleter
-    self._rendezvous = Rendezvous(f"admit {directory}")
+    self._meeting = meeting
     self._abandoned: set[int] = set()
     self._failed: set[int] = set()
     self._vacant: set[int] = set()  # steps with nothing of others in their place, so that all there is ours
@@ -109,9 +114,10 @@ class Admission:
       OutOfSpaceError: if there is no room; a SaveFailedError too. Nothing was written.
     """
     if self._failed:
-      self._rendezvous.wait("the failed save to end on every process", self._config.timeouts.save_s)
+      self._meeting.wait("the failed save to end on every process")
     admit = functools.partial(self._admit_or_full, step, nbytes, leaves, compressed)
-    decided = decided_by_process_zero(admit, self._rendezvous, self._config.timeouts.save_s)
+    what = f"process 0 to see whether the storage admits step {step}"
+    decided = self._meeting.decided(admit, what)
     self._failed.clear()
     return decided
 
@@ -142,7 +148,8 @@ class Admission:
         self.lease.renew()
       return []
 
-    decided_by_process_zero(renew, self._rendezvous, self._config.timeouts.save_s)
+    what = "process 0 to see whether the storage answers again"
+    self._meeting.decided(renew, what)
 
   def close(self) -> None:
     """Releases the lease."""

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,6 @@ from etils import epath
 
 from ckpt_jax.config import Config
 from ckpt_jax.config.units import size_text
-from ckpt_jax.job.agreement import from_all_processes
 from ckpt_jax.job.threads import Worker
 from ckpt_jax.layout.sharding import local_nbytes
 from ckpt_jax.layout.shares import Limits
@@ -74,7 +73,13 @@ def _planned(state: Flat, config: Config, unchanged: Round | None = None) -> tup
   return copies, _Need(needed, free if isinstance(limit, str) else min(free, limit), why, beside)
 
 
-def copies_for(directory: epath.Path, state: Flat, config: Config, unchanged: Round) -> HostCopies:
+def copies_for(
+  directory: epath.Path,
+  state: Flat,
+  config: Config,
+  unchanged: Round,
+  all_numbers: Callable[[list[int]], Sequence[Sequence[int]]],
+) -> HostCopies:
   """Copies of a state that take no more host memory than there is; nothing is copied yet.
 
   All processes call it alike, and all get a ring or none does, of the same size: large leaves are stored in its slices.
@@ -84,11 +89,13 @@ def copies_for(directory: epath.Path, state: Flat, config: Config, unchanged: Ro
     state: what is to be saved.
     config: `limits.host_memory` bounds the copies.
     unchanged: which leaves have not changed, of which some need no copies.
+    all_numbers: gives the numbers of each process to all.
   """
   copies, need = _planned(state, config, unchanged)
-  everyone = from_all_processes(np.array([need.needed <= need.free, need.ring, unchanged.expected], np.int64))
-  unchanged.spared = int(everyone[:, 2].sum())
-  if np.all(everyone[:, 0]):
+  mine = [int(need.needed <= need.free), need.ring, unchanged.expected]
+  fits, rings, expected = zip(*all_numbers(mine), strict=True)
+  unchanged.spared = sum(expected)
+  if all(fits):
     _note_arena(int(need.needed / _PINNED_HEADROOM))
     return copies
   _log.log(
@@ -101,7 +108,7 @@ def copies_for(directory: epath.Path, state: Flat, config: Config, unchanged: Ro
     need.why,
   )
   unchanged.drop()
-  ring = int(everyone[:, 1].min())
+  ring = min(rings)
   _note_arena(ring)
   return copies.again(ring)
 

@@ -13,7 +13,6 @@ from etils import epath
 
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.job.agreement import from_process_zero
 from ckpt_jax.orbax.manager import RunManager, forget_steps, use_deleter
 from ckpt_jax.policies.schedule import Schedule
 from ckpt_jax.run.steps import committed_steps, step_info
@@ -75,7 +74,7 @@ def open_manager(
       ),
     )
     use_deleter(manager, run.deleter)
-    forget_steps(manager, from_process_zero(sorted(run.deleter.pending)))
+    forget_steps(manager, run.meeting.decided(lambda: sorted(run.deleter.pending)))
   run.retention.read_ahead(manager.all_steps())
   return manager
 

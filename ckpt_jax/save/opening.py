@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from etils import epath
@@ -14,7 +17,7 @@ from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 from ckpt_jax.config import Config
 from ckpt_jax.errors import CheckpointError, StorageError
 from ckpt_jax.failures import storage_errors
-from ckpt_jax.job.agreement import decided_by_process_zero, from_process_zero
+from ckpt_jax.job.agreement import decided_by_process_zero
 from ckpt_jax.job.preemption import PreemptionNotice
 from ckpt_jax.job.rendezvous import Rendezvous
 from ckpt_jax.layout import contents
@@ -35,17 +38,15 @@ from ckpt_jax.run.steps import (
   newest_step,
   our_item,
   our_metadata,
-  run_directory,
   step_path,
   use_naming,
 )
 from ckpt_jax.save.admission import Admission
+from ckpt_jax.save.meeting import Meeting, Settings, agreed_run
 from ckpt_jax.save.retention import LiveRetention
 from ckpt_jax.storage import look
-from ckpt_jax.storage.connect import connect
 from ckpt_jax.storage.kinds import StorageKind, check_suitable
 from ckpt_jax.storage.objects import snapshot
-from ckpt_jax.storage.paths import given
 from ckpt_jax.tuning.planner import Planner
 from ckpt_jax.version import __version__
 
@@ -68,6 +69,7 @@ class OpenRun:
     notice: catches SIGTERM; None if the configuration says not to.
     admission: admits saves to the storage and makes commits durable.
     item: what the state is saved as within a step; empty where steps have no items, and none can be added.
+    meeting: where the processes meet during a save.
   """
 
   directory: epath.Path
@@ -83,6 +85,7 @@ class OpenRun:
   notice: PreemptionNotice | None
   admission: Admission
   item: str
+  meeting: Meeting
 
   def check_writable(self) -> None:
     """Raises CheckpointError if steps of ours cannot stand beside those in storage."""
@@ -95,25 +98,25 @@ class OpenRun:
       )
 
 
-def open_run(directory: str | os.PathLike[str], config: Config, schedule: SaveDecisionPolicy | None) -> OpenRun:
+def open_run(directory: str | os.PathLike[str], config: Settings, schedule: SaveDecisionPolicy | None) -> OpenRun:
   """Opens a run, which need not exist. All processes call it alike; process 0 looks at storage.
 
   Args:
     directory: the run.
-    config: the user's settings.
+    config: the user's settings, or what `as_config` makes them of.
     schedule: in place of the configuration's; None for that.
 
   Raises:
     NotARunError: if there are checkpoints but no steps; the message says how to open them.
     StorageError: if the run cannot be reached, or is on a disk that the job's other hosts do not share.
+    ConfigError: if the settings are wrong, or not the same on all processes.
   """
-  directory = given(directory)
-  connect(directory, config.storage)
-  path = run_directory(directory)
-  kind = check_suitable(path, config.storage.kind, jax.process_count())
+  path, config, hosts = agreed_run(directory, config)
+  kind = check_suitable(path, config.storage.kind, hosts)
   first = jax.process_index() == 0
   # No callback here may hold the Checkpointer: one that is dropped must be gone at once, see `session`.
-  retention = LiveRetention(Retention.from_config(config.retention), path)
+  meeting = Meeting(path, config.timeouts.save_s)
+  retention = LiveRetention(Retention.from_config(config.retention), path, meeting.decided)
   journal = Journal(path, keep=first and config.observe.events, appends=kind is not StorageKind.BUCKET_MOUNT)
   deleter = StepDeleter(
     path,
@@ -135,16 +138,14 @@ def open_run(directory: str | os.PathLike[str], config: Config, schedule: SaveDe
   retention.thin = thinner.thin
   notice = PreemptionNotice() if config.preemption.enabled else None
   with storage_errors(f"{path}: cannot open the run"), snapshot(path):
-    if first:
-      finish_rewrites(path)
     item = _continued(path, config.item, config.timeouts.restore_s)  # nothing lists steps before their names are known
     schedule = schedule or make_schedule(config.schedule, path)
-    (admission := Admission(path, config, kind, retention, deleter)).opened()
+    (admission := Admission(path, config, kind, retention, deleter, meeting)).opened()
   return OpenRun(
     path,
     config,
     kind,
-    Planner(path, config, kind, from_process_zero),
+    Planner(path, config, kind, _plans_of(path, config)),
     schedule,
     AnyOf([OnPreemption(lambda: notice is not None and notice.received), schedule]),
     retention,
@@ -154,6 +155,7 @@ def open_run(directory: str | os.PathLike[str], config: Config, schedule: SaveDe
     notice,
     admission,
     item,
+    meeting,
   )
 
 
@@ -168,6 +170,13 @@ def start() -> Start:
   )
 
 
+def _plans_of(path: epath.Path, config: Config) -> Callable[[Callable[[], Any]], Any]:
+  """Gives process 0's plans to all; no meeting of a save, since a restore plans too, maybe beside a save."""
+  return functools.partial(
+    decided_by_process_zero, rendezvous=Rendezvous(f"plan {path}"), timeout=config.timeouts.save_s, what="a plan"
+  )
+
+
 def _continued(directory: epath.Path, item: str | None, timeout: float) -> str:
   """The item that the state is saved as. Process 0 looks how the run continues; all processes name its steps alike.
 
@@ -175,6 +184,7 @@ def _continued(directory: epath.Path, item: str | None, timeout: float) -> str:
   """
 
   def look_at_run() -> tuple[str, int, str]:
+    finish_rewrites(directory)
     with snapshot(directory):
       names = look.names(directory)
       found = naming_in(directory, names, opening=True)

@@ -57,7 +57,7 @@ class StepOrder:
     known = self._saver.manager.all_steps()
     if not known or step > max(known):
       return True
-    there = self._saver.steps_in_storage()
+    there = self._saver.steps_in_storage(step)
     if not there or step > there[-1]:
       return True
     if step in there:

@@ -14,12 +14,12 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as ocp_policies
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
-from ckpt_jax.job.agreement import from_process_zero
 from ckpt_jax.policies.retention import Retention, RetentionContext
 from ckpt_jax.run.steps import PINS, StepInfo, noted_steps, step_info, step_path
 from ckpt_jax.storage.parallel import in_threads
 
 _log = logging.getLogger(__name__)
+Agree = Callable[[Callable[[], list[int]]], list[int]]
 
 
 class LiveRetention(ocp_policies.PreservationPolicy):
@@ -34,8 +34,10 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     thin: called on process 0 with the steps to thin.
   """
 
-  def __init__(self, rules: Retention, directory: epath.Path):
+  def __init__(self, rules: Retention, directory: epath.Path, agree: Agree):
+    """Reads nothing. `agree` calls a function on process 0 and returns its result on all."""
     self.rules = rules
+    self._agree = agree
     self.restoring: set[int] = set()
     self.thin: Callable[[Collection[int]], None] = lambda steps: None
     self._directory = directory
@@ -89,13 +91,15 @@ class LiveRetention(ocp_policies.PreservationPolicy):
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> Sequence[bool]:
     if self._idle or not checkpoints:
       return [True] * len(checkpoints)
-    removed: list[int] = []
-    if jax.process_index() == 0:
+
+    def removed() -> list[int]:
       try:
-        removed = self._decide(checkpoints)
+        return self._decide(checkpoints)
       except (CheckpointError, OSError) as e:  # an unreadable note must neither lose a step nor fail a save
         _log.warning("%s: retention cannot be decided, every step stays: %s", self._directory, e)
-    gone = set(from_process_zero(removed))
+        return []
+
+    gone = set(self._agree(removed))
     return [c.step not in gone for c in checkpoints]
 
   def _decide(self, checkpoints: Sequence[Any]) -> list[int]:

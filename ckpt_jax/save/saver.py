@@ -23,7 +23,6 @@ from ckpt_jax.failures import is_timeout, root_cause, storage_errors
 from ckpt_jax.integrity.meant import Meant
 from ckpt_jax.integrity.record import RecordedSave, Recording, RecordingHandler, as_item, record_of
 from ckpt_jax.job import garbage
-from ckpt_jax.job.agreement import decided_by_process_zero
 from ckpt_jax.job.errand import Errand, wait_for
 from ckpt_jax.job.progress import OnProgress, reported
 from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
@@ -121,8 +120,7 @@ class Saver:
     self._hung = 0  # writes that were given up
     self._collect_again = threading.Event()  # set once the last save has ended, or failed to start
     self._rendezvous = Rendezvous(f"save {run.directory}")
-    self._asking = Rendezvous(f"steps of {run.directory}")
-    self._meant = Meant(run.directory, run.item, count_nonfinite, self._decided)
+    self._meant = Meant(run.directory, run.item, count_nonfinite, run.meeting.decided)
     self._unchanged = Unchanged()
     run.thinner.busy = lambda: self.under_way is not None
     with storage_errors(f"{run.directory}: cannot open the run"), quietly():
@@ -132,6 +130,7 @@ class Saver:
   def manager(self) -> RunManager:
     """Orbax's manager; replaced when a save needs another handler, or hangs."""
     if self._manager is None:
+      self._run.meeting.begin()
       self._run.admission.probe()
       with quietly():
         self._manager = self._opened(pytree_handler(self._config))
@@ -146,12 +145,14 @@ class Saver:
     """
     self._collect_again = threading.Event()
     garbage.pause(self._collect_again, _NO_COLLECTION_S)
+    self._run.meeting.begin()
     try:
       snapshot, computing_s = self._snapshot(step, state, metrics, extras)
       self._beginning = snapshot.record
       self._do(functools.partial(self._begin, snapshot, started + computing_s))
     except BaseException as e:
       self._collect_again.set()
+      self._run.meeting.fail(f"step {step} was not saved: {root_cause(e)}")  # wherever the others are by now
       if isinstance(e, CheckpointError):
         self._after.failed(step, e)
       raise
@@ -201,18 +202,23 @@ class Saver:
     self._unchanged.forget()
     self.manager.reload()
 
-  def steps_in_storage(self) -> list[int]:
+  def steps_in_storage(self, step: int) -> list[int]:
     """The committed steps as process 0 lists them now, once the last save has ended. All processes call it alike.
 
     Orbax's manager forgets steps that are gone, as when somebody has deleted them by hand.
+
+    Raises:
+      CheckpointError: if not all processes ask, each because of this `step` that it is to save.
     """
     self.wait()
+    self._run.meeting.begin()
+    self._run.meeting.exchange(f"asks whether step {step} is there already")
 
     def listed() -> list[int]:
       with storage_errors(f"{self._directory}: its steps cannot be listed"):
         return committed_steps(self._directory)
 
-    there = self._decided(listed)
+    there = self._run.meeting.decided(listed)
     forget_steps(self.manager, set(self.manager.all_steps()) - set(there))
     return there
 
@@ -229,7 +235,7 @@ class Saver:
     self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any
   ) -> tuple[_Snapshot, float]:
     """What is to be written, and seconds until the state was computed. The previous save has ended when it returns."""
-    flat, tree, notes, numbers, computing_s = encoded(state, metrics)
+    flat, tree, notes, numbers, computing_s = self._run.meeting.agreed(step, lambda: encoded(state, metrics))
     config = self._run.planner.for_save(flat)
     record = SaveRecord(step, global_nbytes(flat))
     metadata = run_metadata(config, flat, record.nbytes) | {
@@ -244,7 +250,7 @@ class Saver:
     warmup.stop()
     self._unchanged.look_back(self._newest_item)
     unchanged = self._unchanged.begin(step_path(self._directory, step) / self._run.item, flat, config.layout)
-    copies = copies_for(self._directory, flat, config, unchanged)
+    copies = copies_for(self._directory, flat, config, unchanged, self._run.meeting.numbers)
     recording = record_of(flat, record.nbytes, config.health.nonfinite, where, self._meant, copies, unchanged)
     metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._run.item}
     return _Snapshot(tree, metadata, recording, record, config, copies), computing_s
@@ -307,10 +313,6 @@ class Saver:
     if write.error is not None and (until_written or jax.process_count() == 1):  # else some would raise, and others not
       raise write.error
 
-  def _decided(self, decide: Callable[[], Sequence[int]]) -> list[int]:
-    """The numbers that `decide` returns on process 0. All processes call it alike."""
-    return decided_by_process_zero(decide, self._asking, self._config.timeouts.save_s)
-
   def _do(self, work: Callable[[], None]) -> None:
     """Runs `work` to its end, even if the caller is interrupted; then the next call of `_finish` raises its error."""
     with quietly():
@@ -347,7 +349,9 @@ class Saver:
     if error is None:
       write = self._write
       written = write is not None and "async_write_complete" in key
-      told = self._rendezvous.exchange(key, write.written() if write and written else "", timeout_ms / 1000)
+      what = f"all processes to reach {key.strip('_')}"
+      text = write.written() if write and written else ""
+      told = self._rendezvous.exchange(what, text, timeout_ms / 1000)
       if write and written:
         write.all_written(told)
       if "async_commit_complete" in key and self._write is not None:  # process 0 comes here once storage has the step

@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,12 +25,26 @@ _log = logging.getLogger(__name__)
 PyTree = Any
 
 
-def encoded(
-  state: PyTree, metrics: Mapping[str, Any] | None
-) -> tuple[Flat, PyTree, dict[str, dict[str, Any]], dict[str, float | int], float]:
-  """The flat state, the tree that Orbax takes, notes on leaves that differ, metrics as numbers, seconds of waiting.
+class Encoded(NamedTuple):
+  """A state and what is to be stored of it.
 
-  The seconds are those until state and metrics were computed, which are not the save's cost.
+  Attributes:
+    flat: the state.
+    tree: what Orbax takes.
+    notes: on leaves that differ in the two.
+    metrics: as Python numbers.
+    computing_s: seconds until state and metrics were computed, which are not the save's cost.
+  """
+
+  flat: Flat
+  tree: PyTree
+  notes: dict[str, dict[str, Any]]
+  metrics: dict[str, float | int]
+  computing_s: float
+
+
+def encoded(state: PyTree, metrics: Mapping[str, Any] | None) -> Encoded:
+  """What is to be stored of a state.
 
   Raises:
     CheckpointError: naming the leaf or metric that cannot be saved.
@@ -41,7 +55,7 @@ def encoded(
     seconds = time.perf_counter() - computing
     numbers = plain_metrics(metrics)
     flat = stored_once(flatten(state))
-    return flat, *encode(flat), numbers, seconds
+    return Encoded(flat, *encode(flat), numbers, seconds)
   except CheckpointError:
     raise
   except Exception:

@@ -8,15 +8,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import hashlib
 import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable
 
 from ckpt_jax.errors import StorageError
-from ckpt_jax.storage.cache import boot_id
 from ckpt_jax.storage.paths import given, url_scheme
 
 _log = logging.getLogger(__name__)
@@ -297,26 +294,23 @@ def _text(file: pathlib.Path) -> str:
 def check_suitable(
   path: str | os.PathLike[str],
   wanted: str = "auto",
-  processes: int = 1,
+  hosts: int = 1,
   mounts: str | None = None,
-  *,
-  hosts: Callable[[], int] | None = None,
 ) -> StorageKind:
   """The kind of storage of `path`, with an error or a warning where checkpoints would suffer.
 
   Args:
     path: directory or URL of the run.
     wanted: `storage.kind` of the configuration; anything but `auto` overrides what `detect` finds.
-    processes: processes of the job.
+    hosts: hosts of the job.
     mounts: as for `detect`.
-    hosts: counts the hosts of the job, where it matters; default: asks jax's processes.
 
   Raises:
     StorageError: if several hosts would write on a disk of one of them.
   """
   found, mount = _detect(path, mounts)
   kind = found if wanted == "auto" else StorageKind(wanted)
-  if not kind.traits.shared and processes > 1 and (hosts or _count_hosts)() > 1:
+  if not kind.traits.shared and hosts > 1:
     raise StorageError(
       f"{os.fspath(path)}: is on {kind} storage, which only one host sees, and this job runs on several: each would "
       "write its shards where no other can read them. Use shared storage (gs://, s3://, NFS, Lustre ...); if it is "
@@ -344,18 +338,6 @@ def _better_url(path: str | os.PathLike[str], mount: Mount | None) -> str:
 @functools.cache
 def _warn_once(message: str) -> None:
   _log.warning("%s", message)
-
-
-def _count_hosts() -> int:
-  import jax
-  import numpy as np
-  from jax.experimental import multihost_utils
-
-  if jax.process_count() == 1:
-    return 1
-  # Containers of one host may have names of their own.
-  number = int.from_bytes(hashlib.sha256(boot_id().encode()).digest()[:4], "big") & 0x7FFFFFFF
-  return len(np.unique(multihost_utils.process_allgather(np.int32(number))))
 
 
 def storage_identity(path: str | os.PathLike[str]) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import jax
 
 from ckpt_jax.config import Config
 from ckpt_jax.layout.structure import Flat, flatten
@@ -50,7 +47,7 @@ class Planner:
     directory: str | os.PathLike[str],
     config: Config,
     kind: StorageKind,
-    agree: Callable[[Sequence[int]], list[int]],
+    agree: Callable[[Callable[[], Any]], Any],
   ):
     """Measures nothing yet.
 
@@ -110,11 +107,14 @@ class Planner:
     """A plan, or the one in force if there is none to be had."""
     started = time.perf_counter()
     again = self.plan if signature == self._planned_for else None
-    plan = self._decide(state, again, signature[1], sample) if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-      # One process's plan for all: a step has one layout.
-      sent = self._agree(list(json.dumps(plan.to_dict()).encode()) if plan else [])
-      plan = plan or (Plan.from_dict(json.loads(bytes(sent))) if sent else None)
+    decided: list[Plan | None] = []
+
+    def decide() -> dict[str, Any] | None:
+      decided.append(plan := self._decide(state, again, signature[1], sample))
+      return None if plan is None else plan.to_dict()
+
+    sent = self._agree(decide)  # one process's plan for all: a step has one layout
+    plan = decided[0] if decided else sent and Plan.from_dict(sent)
     if plan is None:
       return self.plan
     if again is not None:

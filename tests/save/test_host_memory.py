@@ -105,7 +105,9 @@ def test_the_arena_that_xla_holds_counts_as_free(monkeypatch):
   held, config = {"w": jnp.ones(500_000)}, ckpt.Config()
   for left in (5_000_000, 1_000_000):  # the first save has taken the rest
     monkeypatch.setattr(host_memory, "available_memory", lambda left=left: left)
-    copies = host_memory.copies_for(pathlib.Path("run"), host_memory.flatten(held), config, nothing_unchanged())
+    copies = host_memory.copies_for(
+      pathlib.Path("run"), host_memory.flatten(held), config, nothing_unchanged(), lambda mine: [mine]
+    )
     assert not copies.in_turn
 
 

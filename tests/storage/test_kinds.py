@@ -85,10 +85,10 @@ def test_disk_is_a_network_disk_if_its_model_in_sys_says_so(tmp_path):
 def test_disk_of_one_host_is_refused_to_a_job_on_several(tmp_path):
   table = (MOUNTS / "cloud-nfs.txt").read_text()
   with pytest.raises(ckpt.StorageError, match="only one host sees"):
-    check_suitable("/data/run", processes=8, mounts=table, hosts=lambda: 2)
-  assert check_suitable("/data/run", processes=8, mounts=table, hosts=lambda: 1) == "local"
-  assert check_suitable("/data/run", "nfs", processes=8, mounts=table, hosts=lambda: 2) == "nfs"
-  assert check_suitable("/mnt/shared/run", processes=8, mounts=table, hosts=lambda: 2) == "nfs"
+    check_suitable("/data/run", mounts=table, hosts=2)
+  assert check_suitable("/data/run", mounts=table, hosts=1) == "local"
+  assert check_suitable("/data/run", "nfs", mounts=table, hosts=2) == "nfs"
+  assert check_suitable("/mnt/shared/run", mounts=table, hosts=2) == "nfs"
 
 
 def test_bucket_mount_warns_once_with_the_url_to_use(caplog):
