@@ -6,7 +6,6 @@ Each measurement is a process of its own, since what counts is also how much mem
 from __future__ import annotations
 
 import os
-import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -81,9 +80,3 @@ def table(found: dict[str, Any]) -> list[tuple[str, ...]]:
         (kind, side, f"{one['seconds']:.2f}", f"{one['cpu']:.2f}", f"{one['memory'] / 1e6:.0f}", f"{rate:.0f}")
       )
   return rows
-
-
-def data_files(run_path: str) -> list[pathlib.Path]:
-  """The files of a run that hold its arrays, the largest last."""
-  files = [file for file in pathlib.Path(run_path).rglob("*") if file.is_file()]
-  return sorted(files, key=lambda file: file.stat().st_size)

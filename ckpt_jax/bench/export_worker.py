@@ -16,9 +16,9 @@ from etils import epath
 
 import ckpt_jax as ckpt
 from ckpt_jax.bench.common import emit
-from ckpt_jax.bench.export import data_files
 from ckpt_jax.bench.worker import peak_rss, reset_peak, resident
 from ckpt_jax.storage.durable import sync_file
+from ckpt_jax.storage.paths import files_beneath
 
 
 def export(side: str, source: str, out: str) -> None:
@@ -29,7 +29,7 @@ def export(side: str, source: str, out: str) -> None:
   elif side == "read":
     left = 4 * sum(np.prod(x.shape) for x in jax.tree.leaves(_described(source)["params"]))
     buffer = memoryview(bytearray(4 << 20))
-    for file in reversed(data_files(source)):
+    for file in sorted(files_beneath(source), key=os.path.getsize, reverse=True):
       with open(file, "rb", buffering=0) as opened:
         while left > 0 and (count := opened.readinto(buffer)):
           left -= count
