@@ -11,25 +11,21 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import datetime
 import io
 import itertools
-import json
-import os
 import pathlib
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ckpt_jax.bench.buckets import gcs_process, s3_bucket_at, s3_process
+from ckpt_jax.bench.common import RemoteWorker, conditions, medians, quiet, serve
 from ckpt_jax.bench.link import distant
+from ckpt_jax.bench.object_stores import make_side
+from ckpt_jax.bench.variants import same_bits
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.multihost import free_port
 
@@ -37,7 +33,6 @@ MBIT, ROUND_TRIP_S = 400.0, 0.03
 OURS, ORBAX, MULTIPART, PUTS = "ckpt_jax", "orbax", "boto3 multipart", "parallel PUTs"
 SIDES = {"gs": (ORBAX, OURS), "s3": (MULTIPART, PUTS, OURS)}
 PARTS, PLACES = tuple(SIDES), ("near", "far")
-_TURN_TIMEOUT_S = 300.0
 _SETTLE_S = 0.5  # for deletions that follow a commit, whose requests count too
 _PUTS_AT_A_TIME = 32
 
@@ -70,11 +65,7 @@ SHAPES = {
 
 def run(scheme: str, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
   """Runs all measurements of gs or s3. Returns JSON-able data: medians by place, shape and side."""
-  found: dict[str, Any] = {
-    "measured": datetime.date.today().isoformat(),
-    "cpus": os.cpu_count(),
-    "link": {"mbit": MBIT, "round_trip_s": ROUND_TRIP_S},
-  }
+  found = conditions(link={"mbit": MBIT, "round_trip_s": ROUND_TRIP_S})
   for place in PLACES:
     for shape in SHAPES[scheme]:
       progress(f"{scheme}:// {place}: {shape}")
@@ -98,17 +89,26 @@ def _compare(scheme: str, far: bool, shape: Shape) -> dict[str, dict[str, Any]]:
   rounds = shape.far_rounds if far else shape.rounds
   turns: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES[scheme]}
   with _server(scheme, far) as server, contextlib.ExitStack() as stack:
-    workers = {side: stack.enter_context(_Worker(side, scheme, server, shape)) for side in turns}
+    workers = {side: _worker(side, scheme, server, shape) for side in turns}
+    for worker in workers.values():
+      stack.callback(worker.stop)
+      worker.receive("start")
     for turn in range(rounds + 1):
       figures: dict[str, dict[str, Any]] = {side: {} for side in turns}
       for what in ("save", "restore"):
         for side in sorted(turns, reverse=bool(turn % 2)):
           before = server.requests()
-          figures[side] |= workers[side].ask(f"{what} {turn}")
+          figures[side] |= workers[side].ask(what, step=turn)[0]
+          time.sleep(_SETTLE_S)
           figures[side][f"{what}_requests"] = server.requests() - before
       for side, of_turn in figures.items():
         turns[side] += [of_turn] if turn else []
-  return {side: {k: round(statistics.median(t[k] for t in of), 4) for k in of[0]} for side, of in turns.items()}
+  return {side: medians(of) for side, of in turns.items()}
+
+
+def _worker(side: str, scheme: str, server: _Server, shape: Shape) -> RemoteWorker:
+  url = f"{scheme}://bucket/{side.replace(' ', '-')}"
+  return RemoteWorker(side, [__name__, side, url, str(shape.leaves), str(shape.nbytes)], env=server.env)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,55 +148,6 @@ def _address(own: str, far: bool) -> Iterator[str]:
   assert parts.hostname is not None and parts.port is not None
   with distant((parts.hostname, parts.port), MBIT, ROUND_TRIP_S) as (host, port):
     yield f"http://{host}:{port}"
-
-
-class _Worker:
-  """The process of a side."""
-
-  def __init__(self, side: str, scheme: str, server: _Server, shape: Shape):
-    url = f"{scheme}://bucket/{side.replace(' ', '-')}"
-    command = [sys.executable, "-m", __name__, side, url, str(shape.leaves), str(shape.nbytes)]
-    self._side = side
-    self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-    self._process = subprocess.Popen(
-      command,
-      env={**os.environ, **server.env, "JAX_PLATFORMS": "cpu"},
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=self._errors,
-      text=True,
-    )
-
-  def __enter__(self) -> _Worker:
-    return self
-
-  def __exit__(self, *error: object) -> None:
-    self._process.kill()
-    self._process.communicate()
-    self._errors.close()
-
-  def ask(self, what: str) -> dict[str, Any]:
-    """The figures of a turn.
-
-    Raises:
-      CheckpointError: if the process ends, or takes too long.
-    """
-    assert self._process.stdin is not None and self._process.stdout is not None
-    timer = threading.Timer(_TURN_TIMEOUT_S, self._process.kill)
-    timer.start()
-    try:
-      self._process.stdin.write(what + "\n")
-      self._process.stdin.flush()
-      answer = self._process.stdout.readline()
-    except BrokenPipeError:
-      answer = ""
-    finally:
-      timer.cancel()
-    if not answer.startswith("{"):
-      self._errors.seek(0)
-      text = self._errors.read().decode(errors="replace")
-      raise CheckpointError(f"{self._side}: {what!r} gave {answer!r}: {text[-2000:]}")
-    return json.loads(answer)
 
 
 # -- in the process of a side
@@ -239,51 +190,61 @@ class _Puts(_Multipart):
       list(pool.map(put, state.items()))
 
 
-def _cpu_s() -> float:
-  used = resource.getrusage(resource.RUSAGE_SELF)
-  return used.ru_utime + used.ru_stime
+class _Uploads:
+  """Saves of boto3, timed."""
+
+  def __init__(self, target: _Multipart, state: Callable[[int], dict[str, Any]]):
+    self._target, self._state = target, state
+
+  def save(self, step: int) -> dict[str, float]:
+    """Seconds."""
+    now = self._state(step)
+    cpu, started = time.process_time(), time.perf_counter()
+    self._target.save(step, now)
+    return {"commit_s": time.perf_counter() - started, "save_cpu_s": time.process_time() - cpu}
+
+  def restore(self, step: int) -> dict[str, float]:
+    """Nothing: objects that were uploaded are not compared."""
+    return {}
 
 
-def _checkpoints(target: Any, state: Callable[[int], dict[str, Any]]) -> Callable[[str, int], dict[str, Any]]:
-  """Turns of ckpt_jax and Orbax. Each restore is compared with what was saved, bit for bit."""
-  import jax
-  import numpy as np
+class _Checkpoints:
+  """Saves and restores of ckpt_jax and Orbax, timed. Each restore is compared with what was saved, bit for bit."""
 
-  def turn(what: str, step: int) -> dict[str, Any]:
-    now = jax.block_until_ready({k: jax.numpy.asarray(v) for k, v in state(step).items()})
-    cpu, started = _cpu_s(), time.perf_counter()
-    if what == "restore":
-      got = jax.block_until_ready(target.restore(now))
-      figures = {"restore_s": time.perf_counter() - started, "restore_cpu_s": _cpu_s() - cpu}
-      wrong = [k for k, v in now.items() if np.asarray(got[k]).tobytes() != np.asarray(v).tobytes()]
-      if wrong:
-        raise CheckpointError(f"restored wrong: {wrong[:5]}")
-      return figures
-    target.save(step, now)
+  def __init__(self, target: Any, state: Callable[[int], dict[str, Any]]):
+    self._target, self._state = target, state
+
+  def _on_device(self, step: int) -> dict[str, Any]:
+    import jax
+
+    return jax.block_until_ready({k: jax.numpy.asarray(v) for k, v in self._state(step).items()})
+
+  def save(self, step: int) -> dict[str, float]:
+    """Seconds."""
+    now = self._on_device(step)
+    cpu, started = time.process_time(), time.perf_counter()
+    self._target.save(step, now)
     blocking = time.perf_counter() - started
-    target.wait()
-    return {"blocking_s": blocking, "commit_s": time.perf_counter() - started, "save_cpu_s": _cpu_s() - cpu}
+    self._target.wait()
+    commit = time.perf_counter() - started
+    return {"blocking_s": blocking, "commit_s": commit, "save_cpu_s": time.process_time() - cpu}
 
-  return turn
+  def restore(self, step: int) -> dict[str, float]:
+    """Seconds."""
+    import jax
+    import numpy as np
+
+    now = self._on_device(step)
+    cpu, started = time.process_time(), time.perf_counter()
+    got = jax.block_until_ready(self._target.restore(now))
+    figures = {"restore_s": time.perf_counter() - started, "restore_cpu_s": time.process_time() - cpu}
+    wrong = [k for k, v in now.items() if not same_bits(np.asarray(got[k]), np.asarray(v))]
+    if wrong:
+      raise CheckpointError(f"restored wrong: {wrong[:5]}")
+    return figures
 
 
-def _uploads(target: _Multipart, state: Callable[[int], dict[str, Any]]) -> Callable[[str, int], dict[str, Any]]:
-  def turn(what: str, step: int) -> dict[str, Any]:
-    if what == "restore":
-      return {}
-    now = state(step)
-    cpu, started = _cpu_s(), time.perf_counter()
-    target.save(step, now)
-    return {"commit_s": time.perf_counter() - started, "save_cpu_s": _cpu_s() - cpu}
-
-  return turn
-
-
-def _main() -> None:
-  from absl import logging as absl_logging
-
-  absl_logging.set_verbosity("error")
-  side, url, leaves, nbytes = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+def _begin(side: str, url: str, leaves: int, nbytes: int) -> tuple[_Uploads | _Checkpoints, None]:
   import numpy as np
 
   rng = np.random.default_rng(0)
@@ -294,17 +255,10 @@ def _main() -> None:
     return {k: (v if step else v[: len(v) // 16]) + np.float32(step) for k, v in base.items()}
 
   if side in (MULTIPART, PUTS):
-    turn = _uploads((_Multipart if side == MULTIPART else _Puts)(url), state)
-  else:
-    from ckpt_jax.bench.object_stores import make_side
-
-    turn = _checkpoints(make_side(side, url, 2), state)
-  for line in sys.stdin:
-    what, step = line.split()
-    answer = turn(what, int(step))
-    time.sleep(_SETTLE_S)
-    print(json.dumps(answer), flush=True)
+    return _Uploads((_Multipart if side == MULTIPART else _Puts)(url), state), None
+  return _Checkpoints(make_side(side, url, 2), state), None
 
 
 if __name__ == "__main__":
-  _main()
+  quiet()
+  serve(lambda: _begin(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
