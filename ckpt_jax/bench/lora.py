@@ -7,10 +7,7 @@ hands frozen parameters on in two ways: as the same arrays, or, donated with the
 from __future__ import annotations
 
 import datetime
-import functools
-import json
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -19,16 +16,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ckpt_jax.bench import suites
+from ckpt_jax.bench.common import emit, job_events, quiet, rotated
 from ckpt_jax.bench.runner import machine
-from ckpt_jax.errors import CheckpointError
-from ckpt_jax.multihost import launch
+from ckpt_jax.bench.suites import ORBAX, ORBAX_PLAIN
+from ckpt_jax.bench.variants import VARIANTS, Target, jax_target
+from ckpt_jax.storage.paths import files_beneath
 
 SAME, DONATED, OFF = "ckpt_jax", "ckpt_jax, all donated", "ckpt_jax, unchanged off"
-ORBAX, ORBAX_PLAIN = "orbax", "orbax-uncompressed"
 _FROZEN, _ROWS, _COLUMNS, _RANK = 128, 1024, 1024, 5  # 537 MB of float32, and 1% of that
 _BEFORE = 4  # saves until what does not change is known, in storage once, and linked
-_TIMEOUT_S = 900
-_Save = Callable[[int, Any], float]  # returns the seconds that it blocked
 
 
 def lora(rounds: int, directory: str | None = None, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -42,10 +39,7 @@ def lora(rounds: int, directory: str | None = None, progress: Callable[[str], No
   progress(f"{rounds + _BEFORE} saves of 5 sides")
   with tempfile.TemporaryDirectory(dir=directory) as work:
     about = {"measured": datetime.date.today().isoformat(), "rounds": rounds, "machine": machine(work)}
-    (result,) = launch(["-m", __name__, str(rounds), work], processes=1, timeout=_TIMEOUT_S)
-  if result.returncode:
-    raise CheckpointError(f"lora: {result.log[-2000:]}")
-  events = [json.loads(line) for line in result.log.splitlines() if line.startswith('{"side"')]
+    events = job_events("lora", [__name__, str(rounds), work])
   sides: dict[str, Any] = {}
   for event in events:
     side = sides.setdefault(event["side"], {"first_written_nbytes": event["written_nbytes"]})
@@ -61,38 +55,23 @@ def lora(rounds: int, directory: str | None = None, progress: Callable[[str], No
 # -- in the process
 
 
-def _sides(work: str) -> dict[str, tuple[_Save, Callable[[], None]]]:
-  """How each side saves and waits; a side keeps its steps in the directory of its name."""
-  import orbax.checkpoint as ocp
+def _sides(work: str, state: Any) -> dict[str, Target]:
+  """A side keeps its steps in the directory of its name."""
 
-  import ckpt_jax
-
-  def ours(name: str, unchanged: str) -> tuple[_Save, Callable[[], None]]:
-    c = ckpt_jax.Checkpointer(os.path.join(work, name), {"layout": {"unchanged": unchanged}})
-    return functools.partial(_timed, lambda step, state: c.save(step, state)), c.wait
-
-  def orbaxs(name: str, **options: Any) -> tuple[_Save, Callable[[], None]]:
-    m = ocp.CheckpointManager(os.path.join(work, name), item_handlers=ocp.PyTreeCheckpointHandler(**options))
-    save = functools.partial(_timed, lambda step, state: m.save(step, args=ocp.args.PyTreeSave(state)))
-    return save, m.wait_until_finished
+  def ours(name: str, unchanged: str) -> Target:
+    return jax_target(VARIANTS[suites.OURS], state, f"{work}/{name}", config={"layout": {"unchanged": unchanged}})
 
   return {
     SAME: ours(SAME, "auto"),
     DONATED: ours(DONATED, "auto"),
     OFF: ours(OFF, "off"),
-    ORBAX: orbaxs(ORBAX),
-    ORBAX_PLAIN: orbaxs(ORBAX_PLAIN, use_compression=False),
+    ORBAX: jax_target(VARIANTS[ORBAX], state, f"{work}/{ORBAX}"),
+    ORBAX_PLAIN: jax_target(VARIANTS[ORBAX_PLAIN], state, f"{work}/{ORBAX_PLAIN}"),
   }
 
 
-def _timed(save: Callable[[int, Any], Any], step: int, state: Any) -> float:
-  started = time.perf_counter()
-  save(step, state)
-  return time.perf_counter() - started
-
-
 def _files(step_dir: str) -> dict[int, int]:
-  found = (os.lstat(os.path.join(top, name)) for top, _, names in os.walk(step_dir) for name in names)
+  found = map(os.lstat, files_beneath(step_dir))
   return {info.st_ino: info.st_size for info in found}
 
 
@@ -101,35 +80,32 @@ def main() -> None:
   rounds, work = int(sys.argv[1]), sys.argv[2]
   import jax
   import numpy as np
-  from absl import logging
 
-  logging.set_verbosity("error")
+  quiet()
   rng = np.random.default_rng(0)
   frozen = {f"w{i}": jax.numpy.asarray(rng.standard_normal((_ROWS, _COLUMNS), np.float32)) for i in range(_FROZEN)}
   adapters = {f"w{i}": rng.standard_normal((2 * _RANK, _ROWS), np.float32) for i in range(_FROZEN)}
   copied = {name: jax.numpy.array(x, copy=True) for name, x in frozen.items()}
   pass_on = jax.jit(lambda tree: jax.tree.map(lambda x: x, tree), donate_argnums=0)
-  sides = _sides(work)
+  sides: dict[str, Target] = {}
   for step in range(_BEFORE + rounds):
     moving = {name: jax.numpy.asarray(x + np.float32(step)) for name, x in adapters.items()}
-    for side in [*sides][step % len(sides) :] + [*sides][: step % len(sides)]:
+    sides = sides or _sides(work, {"params": frozen, "lora": moving})
+    for side in rotated(sides, step):
       if side == DONATED:
         copied = pass_on(copied)
-      save, wait = sides[side]
-      state = {"params": copied if side == DONATED else frozen, "lora": moving}
-      jax.block_until_ready(state)
+      target = sides[side]
+      target.state = jax.block_until_ready({"params": copied if side == DONATED else frozen, "lora": moving})
       os.sync()
-      before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-      blocking = save(step, state)
-      wait()
-      used = resource.getrusage(resource.RUSAGE_SELF)
-      event: dict[str, Any] = {"side": side, "step": step, "blocking_s": blocking}
-      event["commit_s"] = time.perf_counter() - started
-      event["cpu_s"] = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+      cpu, started = time.process_time(), time.perf_counter()
+      target.save(step)
+      event: dict[str, Any] = {"side": side, "step": step, "blocking_s": time.perf_counter() - started}
+      target.wait()
+      event |= {"commit_s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
       known = _files(os.path.join(work, side, str(step - 1)))
       there = _files(os.path.join(work, side, str(step)))
       event["written_nbytes"] = sum(nbytes for inode, nbytes in there.items() if inode not in known)
-      print(json.dumps(event), flush=True)
+      emit(**event)
       shutil.rmtree(os.path.join(work, side, str(step - 2)), ignore_errors=True)
 
 
