@@ -24,7 +24,7 @@ from ckpt_jax.storage.space import free_bytes
 from ckpt_jax.tuning.plan import Plan, make_plan
 from ckpt_jax.tuning.profile import StateProfile, profile_state
 from ckpt_jax.tuning.sampling import sample_kinds
-from ckpt_jax.tuning.search import LEAST_ROUNDS, SINGLE_SHARE, Sample, Tuned, Update, candidates, changed, search
+from ckpt_jax.tuning.search import LEAST_ROUNDS, SINGLE_SHARE, Sample, Tuned, Update, candidates, search
 from ckpt_jax.tuning.tuned_file import to_yaml
 
 _LEAST_NBYTES = 16 << 20
@@ -134,7 +134,7 @@ def tune(
   for key in ("limits.save_concurrency", "limits.restore_concurrency"):
     if isinstance(changes.get(key), int):  # a limit that suits the sample may be below an array of the whole state
       changes[key] = max(changes[key], plan.state.largest_local_nbytes)
-  whole = dataclasses.replace(tuned, config=changed(plan.apply(task.user), changes))
+  whole = dataclasses.replace(tuned, config=plan.apply(task.user).changed(changes))
   return whole, to_yaml(whole, plan, task.user, header)
 
 

@@ -83,7 +83,7 @@ def tune(
   """Find the settings that save and restore a state fastest on a storage; write them with the measurements."""
   user = load_config(config) if config else Config()
   if pack:
-    user = user.model_copy(update={"layout": user.layout.model_copy(update={"pack": "auto"})})
+    user = user.changed({"layout.pack": "auto"})
   if output and not explain:
     _check_writable(output)
   profile, sample, what = options.make(path)

@@ -428,6 +428,14 @@ class Config(_Section):
       return data
     return {k: v for k, v in data.items() if not (v is None and k in cls.model_fields)}
 
+  def changed(self, settings: Mapping[str, Any]) -> Config:
+    """These settings with others at some key paths, `{"layout.pack": "on"}`, which then count as set."""
+    sections: dict[str, dict[str, Any]] = {}
+    for path, value in settings.items():
+      section, key = path.split(".")
+      sections.setdefault(section, {})[key] = value
+    return self.model_copy(update={name: getattr(self, name).model_copy(update=of) for name, of in sections.items()})
+
   def to_dict(self) -> dict[str, Any]:
     """All settings, defaults included, as data for JSON; `Config(**config.to_dict()) == config`."""
     return self.model_dump(mode="json")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -94,8 +95,7 @@ class Facts:
 
   def set_by_user(self, path: str) -> Any:
     """What the user set, or None."""
-    section, key = path.split(".")
-    value = getattr(getattr(self.config, section), key)
+    value = operator.attrgetter(path)(self.config)
     return None if value == "auto" else value
 
   def choice(self, path: str, value: Any, reason: str, default: str) -> Choice:

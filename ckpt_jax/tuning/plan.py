@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -54,13 +55,8 @@ class Plan(Prediction):
 
   def apply(self, config: Config) -> Config:
     """`config` with the plan's values in place of each `auto`; what the user chose stays."""
-    sections: dict[str, Any] = {}
-    for path, value in self.values.items():
-      section, key = path.split(".")
-      if value != "auto" and getattr(getattr(config, section), key) == "auto":
-        sections.setdefault(section, {})[key] = value
-    updates = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
-    return config.model_copy(update=updates)
+    decided = {path: value for path, value in self.values.items() if value != "auto"}
+    return config.changed({p: value for p, value in decided.items() if operator.attrgetter(p)(config) == "auto"})
 
   def summary(self) -> str:
     """State, storage, the settings that were decided and what to expect, in one line."""

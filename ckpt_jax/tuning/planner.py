@@ -75,8 +75,7 @@ class Planner:
   def unplanned(self) -> Config:
     """The user's settings, with values for those that cannot stay `auto`."""
     timeouts = self._user.timeouts
-    known = timeouts.model_copy(update={"save": timeouts.save_s, "restore": timeouts.restore_s})
-    return self._user.model_copy(update={"timeouts": known})
+    return self._user.changed({"timeouts.save": timeouts.save_s, "timeouts.restore": timeouts.restore_s})
 
   def for_save(self, state: PyTree | Flat) -> Config:
     """The settings to save `state` with."""

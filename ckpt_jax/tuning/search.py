@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import random
 import statistics
 import time
@@ -149,19 +150,10 @@ def candidates(plan: Plan, user: Config, *, pack: bool = False) -> list[Candidat
     wanted += [("layout.pack", "off" if values["layout.pack"] == "on" else "on")]
   found = [Candidate(PLAN, {})]
   for key, value in wanted:
-    section, name = key.split(".")
-    free = getattr(getattr(user, section), name) == "auto" or key == "layout.pack"
+    free = operator.attrgetter(key)(user) == "auto" or key == "layout.pack"
     if free and value != values.get(key) and {key: value} not in [c.changes for c in found]:
-      found.append(Candidate(f"{name} {value_text(key, value)}", {key: value}))
+      found.append(Candidate(f"{key.split('.')[1]} {value_text(key, value)}", {key: value}))
   return found
-
-
-def changed(config: Config, changes: Mapping[str, Any]) -> Config:
-  """`config` with `{key path: value}`."""
-  for path, value in changes.items():
-    section, key = path.split(".")
-    config = config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
-  return config
 
 
 def search(
@@ -211,7 +203,7 @@ def search(
   best = next(iter(trials.faster_than_plan()), trials.tried[PLAN])
   spent = clock() - (trials.ends - budget_s)
   noise = trials.comparison().noise
-  return Tuned(changed(trials.base, best.changes), best, trials.standings(), tuple(trials.untried), noise, spent)
+  return Tuned(trials.base.changed(best.changes), best, trials.standings(), tuple(trials.untried), noise, spent)
 
 
 @dataclasses.dataclass
@@ -308,7 +300,7 @@ class _Trials:
     known = self.tried.get(candidate.name, candidate)
     self._report(known, None, racing)
     started = self.clock()
-    sample = self.measure(changed(self.base, candidate.changes))
+    sample = self.measure(self.base.changed(candidate.changes))
     self._costs[candidate.name] = self.clock() - started
     self._rounds[-1][candidate.name] = sample.score
     self.tried[candidate.name] = dataclasses.replace(known, samples=(*known.samples, sample))
