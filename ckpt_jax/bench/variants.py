@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def left_out(variant: Variant, suite: Suite) -> str | None:
   return None
 
 
-class Target(Protocol):
+class Target:
   """What the process of a variant does. `save` returns once the state may be overwritten, `wait` once it is committed.
 
   Attributes:
@@ -100,23 +100,25 @@ class Target(Protocol):
 
   def prepare(self) -> None:
     """Prepares the first save, while no other variant runs."""
-    ...
 
   def save(self, step: int) -> None:
     """Starts the save of a step."""
+    raise NotImplementedError
 
   def wait(self) -> None:
     """Waits until the last save is committed."""
 
   def restore(self, step: int) -> Any:
     """The state of a step, in memory or on its devices."""
+    raise NotImplementedError
 
   def same(self, restored: Any) -> bool:
     """Whether a restored state has every bit of the saved one."""
+    raise NotImplementedError
 
   def about(self) -> dict[str, Any]:
     """The `settings` that it chose and its `predicted` costs; empty if it has none."""
-    ...
+    return {}
 
   def close(self) -> None:
     """Releases what the target holds."""
@@ -190,7 +192,7 @@ def on_devices(state: suites.Tree, suite: Suite) -> Any:
   return jax.block_until_ready(placed)
 
 
-class _Jax:
+class _Jax(Target):
   """A state on jax devices, and the check of a restored one."""
 
   def __init__(self, state: Any):
@@ -199,12 +201,6 @@ class _Jax:
     self.state = state
     self.sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
     self.like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-  def prepare(self) -> None:
-    pass
-
-  def about(self) -> dict[str, Any]:
-    return {}
 
   def same(self, restored: Any) -> bool:
     import jax
@@ -298,7 +294,7 @@ class _CkptJax(_Jax):
 # -- others
 
 
-class _Flat:
+class _Flat(Target):
   """A state in host memory under flat names, and the check of a restored one."""
 
   def __init__(self, state: suites.Tree, directory: str):
@@ -308,18 +304,6 @@ class _Flat:
 
   def path(self, step: int) -> str:
     return f"{self.directory}/{step}"
-
-  def prepare(self) -> None:
-    pass
-
-  def wait(self) -> None:
-    pass
-
-  def about(self) -> dict[str, Any]:
-    return {}
-
-  def close(self) -> None:
-    pass
 
   def same(self, restored: Any) -> bool:
     return restored.keys() == self.state.keys() and all(
