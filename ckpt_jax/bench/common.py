@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import inspect
+import itertools
 import json
 import os
 import queue
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.multihost import Job, launch
+from ckpt_jax.multihost import Job
 
 CPU = {"JAX_PLATFORMS": "cpu"}
 _LIMIT_S = 240.0  # for a worker, which takes seconds on an idle machine
@@ -115,10 +116,19 @@ def job_events(
     CheckpointError: if a process fails.
     TimeoutError: after `timeout` seconds.
   """
-  results = launch(["-m", *command], processes=processes, devices=devices, timeout=timeout)
+  heard: list[list[dict[str, Any]]] = [[] for _ in range(processes)]
+
+  def hear(process: int, line: str) -> None:
+    heard[process] += [facts] if (facts := facts_of(line)) else []
+
+  job = Job(["-m", *command], processes=processes, devices=devices, on_line=hear)
+  try:
+    results = job.wait(timeout)
+  finally:
+    job.stop(grace=0)
   if bad := [r for r in results if r.returncode]:
     raise CheckpointError(f"{what}: {bad[0].log[-2000:]}")
-  return [facts for result in results for line in result.log.splitlines() if (facts := facts_of(line))]
+  return list(itertools.chain(*heard))
 
 
 class Worker:
