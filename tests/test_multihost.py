@@ -184,6 +184,19 @@ def test_failed_write_of_one_process_is_raised_on_all_and_the_next_save_works(tm
     assert [s.step for s in c.steps()] == [0, 2]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
+def test_process_that_does_not_see_the_run_of_the_others_is_named_at_once(tmp_path):
+  own = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {tmp_path} && exec "$@"', "sh"]
+  job = Job([str(pathlib.Path(TRAIN).with_name("own_disks.py")), str(tmp_path)], processes=2, prefixes=[[], own])
+  try:
+    results = job.wait(120)
+  finally:
+    job.stop(grace=0)
+  for r in results:
+    assert r.returncode == 0 and "made by another process of this job and is not there for this one" in r.log, r.log
+  assert "process 1 failed" in results[0].log and not (tmp_path / "1").exists()
+
+
 def test_processes_that_do_not_arrive_are_named(tmp_path):
   for r in run_all("one_is_late", tmp_path, 4):
     if r.process != 1:

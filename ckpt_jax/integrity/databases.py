@@ -11,7 +11,7 @@ from typing import Any
 import tensorstore as ts
 from etils import epath
 
-from ckpt_jax.errors import StorageError
+from ckpt_jax.errors import CorruptCheckpointError, StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.layout.homes import read_homes
 from ckpt_jax.layout.keys import ARRAY_FILES
@@ -19,8 +19,6 @@ from ckpt_jax.orbax.format import MANIFEST, VALUES, is_process_database, process
 from ckpt_jax.storage import look
 from ckpt_jax.storage.clients import kvstore_spec
 from ckpt_jax.storage.urls import is_object_store
-
-_PATIENCE_S = 60.0  # for what another host wrote: NFS may answer from a cached directory for so long
 
 
 def check_written(item: epath.Path, processes: Sequence[int]) -> None:
@@ -31,7 +29,7 @@ def check_written(item: epath.Path, processes: Sequence[int]) -> None:
   Raises:
     StorageError: naming what is missing.
   """
-  deadline = time.monotonic() + (_PATIENCE_S if len(processes) > 1 else 0.0)
+  deadline = time.monotonic() + (look.PATIENCE_S if len(processes) > 1 else 0.0)
   while missing := [name for name in map(process_database, processes) if not _has_data(item / name)]:
     if time.monotonic() >= deadline:
       verb, it = ("is", "it") if len(missing) == 1 else ("are", "them")
@@ -122,11 +120,20 @@ def linked_keys(database: epath.Path) -> set[str]:
 
 
 def _database(directory: epath.Path) -> Iterator[tuple[bytes, str, int]]:
-  """The keys of a database, each with the file and the bytes of its value; no file for a value within a node."""
+  """The keys of a database, each with the file and the bytes of its value; no file for a value within a node.
+
+  Raises:
+    CorruptCheckpointError: if a part of it is missing, or cannot be decoded.
+    StorageError: if storage does not answer, or refuses access.
+  """
   if not look.exists(directory / MANIFEST):  # to TensorStore's readers an empty one
     return
-  base = ts.KvStore.open(_base(directory)).result()
-  yield from _values(base, ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"], b"")
+  try:
+    base = ts.KvStore.open(_base(directory)).result()
+    yield from _values(base, ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"], b"")
+  except Exception as e:
+    kind = StorageError if is_unreachable(e) else CorruptCheckpointError
+    raise kind(f"{directory}: its keys cannot be listed: {root_cause(e)}") from e
 
 
 def _values(base: Any, location: str, prefix: bytes) -> Iterator[tuple[bytes, str, int]]:

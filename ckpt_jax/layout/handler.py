@@ -27,6 +27,7 @@ from ckpt_jax.layout.text import TextHandler
 from ckpt_jax.layout.unchanged import Round, nothing_unchanged
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import SHARDINGS, VALUES, process_database
+from ckpt_jax.storage import look
 from ckpt_jax.storage.page_cache import write_behind
 from ckpt_jax.storage.urls import is_object_store
 
@@ -245,6 +246,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
   ) -> None:
     await written[0].info.await_path_creation()
     item, process = written[0].info.parent_dir, jax.process_index()
+    if process:
+      await asyncio.to_thread(look.wait_for_other_host, item)
     for array in written:  # waiting for each costs 12 us in Python 3.11
       array.info.parent_dir = item
     chunks = [writer.chunk_shape(array) for array in written]

@@ -8,6 +8,7 @@ what cannot be read, and FileNotFoundError only for what is missing.
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import time
 
@@ -20,6 +21,7 @@ from ckpt_jax.storage.urls import is_object_store
 
 # How long to watch a step that cannot be read for a deletion by others, and to wait for the end of it.
 _LOOKS, _BETWEEN_LOOKS_S, _DELETION_S = 5, 0.05, 60.0
+PATIENCE_S = 60.0  # for what another host wrote: NFS may answer from a cached directory for so long
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 
 
@@ -51,6 +53,23 @@ class _Reading:
       raise FileNotFoundError(f"{self._path}: {error.strerror or error}") from error
     if isinstance(error, OSError):
       raise cannot_be_read(self._path, error) from error
+
+
+def wait_for_other_host(directory: epath.Path) -> None:
+  """Waits until this process sees a directory that another one has made.
+
+  Raises:
+    StorageError: if it does not.
+  """
+  deadline = time.monotonic() + PATIENCE_S
+  while not is_object_store(directory) and not exists(directory):
+    if time.monotonic() >= deadline:
+      raise StorageError(
+        f"{directory}: was made by another process of this job and is not there for this one {PATIENCE_S:.0f} s later: "
+        f"the run is not on storage that all of them share, or it is not mounted on {socket.gethostname()}",
+        topic="disk-of-one-host",
+      )
+    time.sleep(0.1)
 
 
 def exists(path: epath.Path) -> bool:

@@ -119,3 +119,12 @@ def test_commands_that_read_metadata_start_without_jax(model, command):
   )
   done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [["who", "RUN", 0], ["show", "RUN", 0, "--stored"]])
+def test_database_of_a_process_that_is_damaged_is_named(command, tmp_path):
+  database = save(tmp_path, {"w": jnp.ones(3)}) / "0" / "default" / "ocdbt.process_0"
+  (database / "manifest.ocdbt").write_bytes(b"junk")
+  done = cli(*[tmp_path if word == "RUN" else word for word in command])
+  assert done.returncode == 1 and "explain damaged-step" in done.stderr
+  assert f"{database}: its keys cannot be listed: " in " ".join(done.stderr.split()).replace("- ", "-")
