@@ -6,25 +6,24 @@ hands frozen parameters on in two ways: as the same arrays, or, donated with the
 
 from __future__ import annotations
 
-import datetime
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ckpt_jax.bench import suites
-from ckpt_jax.bench.common import emit, job_events, quiet, rotated
+from ckpt_jax.bench.common import conditions, emit, job_events, medians, quiet, rotated
 from ckpt_jax.bench.runner import machine
 from ckpt_jax.bench.suites import ORBAX, ORBAX_PLAIN
 from ckpt_jax.bench.variants import VARIANTS, Target, jax_target
 from ckpt_jax.storage.paths import files_beneath
 
 SAME, DONATED, OFF = "ckpt_jax", "ckpt_jax, all donated", "ckpt_jax, unchanged off"
-_FROZEN, _ROWS, _COLUMNS, _RANK = 128, 1024, 1024, 5  # 537 MB of float32, and 1% of that
+_MATRICES = 128
+_SIZES = {1024: 5, 2048: 10}  # rows, as many as columns, and rank of the adapters: 0.54 and 2.2 GB, 1% of it adapters
 _BEFORE = 4  # saves until what does not change is known, in storage once, and linked
 
 
@@ -32,24 +31,32 @@ def lora(rounds: int, directory: str | None = None, progress: Callable[[str], No
   """Saves a frozen model with adapters by each side. Returns JSON-able data.
 
   Args:
-    rounds: saves that count, after the first few.
+    rounds: saves that count, after the first few; half as many of the larger state.
     directory: where to write; None: the system's temporary directory.
     progress: called with a line before the measurement.
   """
-  progress(f"{rounds + _BEFORE} saves of 5 sides")
-  with tempfile.TemporaryDirectory(dir=directory) as work:
-    about = {"measured": datetime.date.today().isoformat(), "rounds": rounds, "machine": machine(work)}
-    events = job_events("lora", [__name__, str(rounds), work])
-  sides: dict[str, Any] = {}
+  states = []
+  about = conditions(machine=machine(directory or tempfile.gettempdir()))
+  for (rows, rank), saves in zip(_SIZES.items(), (rounds, -(-rounds // 2)), strict=True):
+    nbytes = 4 * _MATRICES * rows * (rows + 2 * rank)
+    progress(f"{saves + _BEFORE} saves of {nbytes / 1e9:.1f} GB by 5 sides")
+    with tempfile.TemporaryDirectory(dir=directory) as work:
+      events = job_events("lora", [__name__, str(saves), str(rows), work])
+    trainable = round(2 * rank / (rows + 2 * rank), 4)
+    states.append({"state_nbytes": nbytes, "trainable": trainable, "rounds": saves, "sides": _sides_of(events)})
+  return about | {"states": states}
+
+
+def _sides_of(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  sides: dict[str, list[dict[str, Any]]] = {}
   for event in events:
-    side = sides.setdefault(event["side"], {"first_written_nbytes": event["written_nbytes"]})
-    if event["step"] >= _BEFORE:
-      for key in ("written_nbytes", "blocking_s", "commit_s", "cpu_s"):
-        side.setdefault(key, []).append(event[key])
-  for side in sides.values():
-    side |= {key: round(statistics.median(found), 4) for key, found in side.items() if isinstance(found, list)}
-  state_nbytes = 4 * _FROZEN * (_ROWS * _COLUMNS + 2 * _RANK * _ROWS)
-  return about | {"state_nbytes": state_nbytes, "trainable": round(2 * _RANK / _COLUMNS, 4), "sides": sides}
+    sides.setdefault(event.pop("side"), []).append(event)
+  columns = ("written_nbytes", "blocking_s", "commit_s", "cpu_s")
+  return {
+    side: {"first_written_nbytes": saves[0]["written_nbytes"]}
+    | medians([{key: save[key] for key in columns} for save in saves[_BEFORE:]])
+    for side, saves in sides.items()
+  }
 
 
 # -- in the process
@@ -76,15 +83,15 @@ def _files(step_dir: str) -> dict[int, int]:
 
 
 def main() -> None:
-  """The process: `python -m ckpt_jax.bench.lora ROUNDS DIRECTORY`."""
-  rounds, work = int(sys.argv[1]), sys.argv[2]
+  """The process: `python -m ckpt_jax.bench.lora ROUNDS ROWS DIRECTORY`."""
+  rounds, rows, work = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
   import jax
   import numpy as np
 
   quiet()
   rng = np.random.default_rng(0)
-  frozen = {f"w{i}": jax.numpy.asarray(rng.standard_normal((_ROWS, _COLUMNS), np.float32)) for i in range(_FROZEN)}
-  adapters = {f"w{i}": rng.standard_normal((2 * _RANK, _ROWS), np.float32) for i in range(_FROZEN)}
+  frozen = {f"w{i}": jax.numpy.asarray(rng.standard_normal((rows, rows), np.float32)) for i in range(_MATRICES)}
+  adapters = {f"w{i}": rng.standard_normal((2 * _SIZES[rows], rows), np.float32) for i in range(_MATRICES)}
   copied = {name: jax.numpy.array(x, copy=True) for name, x in frozen.items()}
   pass_on = jax.jit(lambda tree: jax.tree.map(lambda x: x, tree), donate_argnums=0)
   sides: dict[str, Target] = {}

@@ -33,12 +33,14 @@ def list_steps(
   if goodput:
     _show_goodput(run, as_json)
     return
+  from ckpt_jax.layout.homes import shared_by_step
   from ckpt_jax.run.quarantine import listed
   from ckpt_jax.run.steps import list_readable_steps, run_directory, why_no_step
 
   directory = run_directory(run)
   steps, damaged = list_readable_steps(run)
   aside = listed(directory)
+  shared = {} if as_json else shared_by_step(directory, [s.step for s in steps])
   if as_json:
     unread = [
       {"step": number, "damaged" if isinstance(e, CorruptCheckpointError) else "unreadable": str(e)}
@@ -52,7 +54,7 @@ def list_steps(
         s.time.strftime("%Y-%m-%d %H:%M:%S") if s.time else "?",
         size_text(s.nbytes),
         pairs_text(s.metrics),
-        _remarks(s, directory),
+        _remarks(s, directory, sum(shared[s.step].values())),
       ]
       for s in steps
     ]
@@ -69,7 +71,7 @@ def list_steps(
     fail(NoCheckpointError(why_no_step(directory)))
 
 
-def _remarks(step: StepInfo, directory: epath.Path) -> str:
+def _remarks(step: StepInfo, directory: epath.Path, shared: int) -> str:
   from ckpt_jax.run.steps import step_path
   from ckpt_jax.storage.space import tree_nbytes
   from ckpt_jax.storage.urls import is_object_store
@@ -78,6 +80,7 @@ def _remarks(step: StepInfo, directory: epath.Path) -> str:
   if step.compressed and step.nbytes and not is_object_store(directory):  # where asking costs no requests
     compressed += f" to {tree_nbytes(os.fspath(step_path(directory, step.step))) / step.nbytes:.0%}"
   remarks = {
+    f"{size_text(shared)} shared with others": shared > 0,
     compressed: step.compressed,
     "pinned": step.pinned,
     "unhealthy": step.healthy is False,

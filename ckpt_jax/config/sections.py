@@ -160,7 +160,8 @@ class RetentionConfig(_Section):
     within: keeps every step younger than this, in seconds.
     every_steps: keeps every step that is a multiple of this.
     best: keeps the best steps by a metric.
-    budget: bytes that all steps of the run may take together; the oldest are deleted first, those of `best` last.
+    budget: bytes that all steps of the run may take together, what they share on a disk counted once; the oldest are
+      deleted first, those of `best` last.
     thin: what is removed from older steps that are kept.
     delete_rate: the most files to delete in a second on a file system whose metadata server others need too; unset: no
       limit. Buckets delete up to 1,000 objects with one request.

@@ -32,6 +32,7 @@ from ckpt_jax.storage.page_cache import write_behind
 from ckpt_jax.storage.urls import is_object_store
 
 _LOOK_S, _MOMENT_S = 0.2, 0.001
+_SYNCED_LAST_NBYTES = 2**27
 _QUEUE_S = 2.0  # the most that other work waits for the writes to be queued
 _ParamInfos = Sequence[ocp.type_handlers.ParamInfo]
 
@@ -220,10 +221,12 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     """In which arrays are opened instead of Orbax's context.
 
     TensorStore syncs each file, its directory and the manifest whenever it commits to a database: some 40 times for a
-    save of a few MB. If what is written leaves the page cache meanwhile, it is on its way to the disk anyway, and the
-    process that commits the step syncs all of it (`storage.durable.seal`), if there is no other.
+    save of a few MB. Where only little is written, by one process, it need not: that process syncs all of it before the
+    commit (`storage.durable.seal`). Of more the syncs stay, since they hold the writer back to the disk's speed, and
+    report an error of the disk however late the kernel gets to it.
     """
-    if not self._direct or jax.process_count() > 1:
+    coming = self._unchanged.coming
+    if not self._direct or jax.process_count() > 1 or coming is None or coming > _SYNCED_LAST_NBYTES:
       return of
     return ts.Context({"file_io_sync": False}, parent=of)
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
+import glob
+import itertools
 import json
+import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from etils import epath
 
 from ckpt_jax.config import LayoutConfig
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.layout.keys import UNCHANGED
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.checksums import is_intact_file, with_file_digest
+from ckpt_jax.run.steps import step_path
 from ckpt_jax.storage.clone import Stamp
+from ckpt_jax.storage.paths import files_beneath
+from ckpt_jax.storage.urls import is_object_store
 
 if TYPE_CHECKING:  # commands that read metadata start without jax
   import jax
@@ -116,6 +125,25 @@ class Saved:
 def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
   """Metadata as it is read back from JSON."""
   return json.loads(json.dumps(metadata))
+
+
+def shared_files(step_dir: epath.Path) -> dict[tuple[int, int], int]:
+  """Bytes of the files of homes in a step, which other steps may have too, by device and inode; none in a bucket."""
+  found: dict[tuple[int, int], int] = {}
+  if not is_object_store(step_dir):
+    for home in glob.iglob(f"{glob.escape(os.fspath(step_dir))}/*/*/{UNCHANGED}*"):
+      for file in files_beneath(home):
+        with contextlib.suppress(FileNotFoundError):  # it is being deleted
+          of = os.lstat(file)
+          found[of.st_dev, of.st_ino] = of.st_size
+  return found
+
+
+def shared_by_step(run: epath.Path, steps: Iterable[int]) -> dict[int, dict[tuple[int, int], int]]:
+  """Of each step what several of them share: see `shared_files`."""
+  files = {step: shared_files(step_path(run, step)) for step in steps}
+  holders = collections.Counter(itertools.chain.from_iterable(files.values()))
+  return {step: {file: n for file, n in own.items() if holders[file] > 1} for step, own in files.items()}
 
 
 def write_homes(database: epath.Path, homes: Mapping[str, Home]) -> None:

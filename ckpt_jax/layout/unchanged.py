@@ -141,6 +141,7 @@ class Round:
     committed: whether the step is.
     nbytes: bytes that were not written.
     spared: bytes that all processes together are expected not to write.
+    coming: bytes that they are expected to write; None while that is not known.
   """
 
   def __init__(
@@ -154,6 +155,7 @@ class Round:
     self.names: dict[str, str] = {}
     self.committed: Callable[[], bool] = lambda: False
     self.nbytes = self.spared = 0
+    self.coming: int | None = None
     self._run = run
     self._item = item
     self._layout = layout

@@ -12,6 +12,7 @@ A rule is a field of `Retention` and a function in `_RULES` that yields the step
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import functools
@@ -53,10 +54,12 @@ class RetentionContext:
   Attributes:
     pinned: step numbers that every rule must leave alone.
     restoring: steps that are being read right now.
+    shared: bytes of the files of a step that others may have too, by step and by what names a file.
   """
 
   pinned: Collection[int] = ()
   restoring: Collection[int] = ()
+  shared: Mapping[int, Mapping[Any, int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +197,7 @@ class Retention(ocp_policies.PreservationPolicy):
       keep(_RULES[name](steps, value))
     if self.budget is not None and not self._rules:
       keep((step, "budget") for step in steps.times)
-    over_budget, notes = _hold_budget(steps, reasons, self.budget)
+    over_budget, notes = _hold_budget(steps, reasons, self.budget, getattr(context, "shared", {}))
     thinned = _to_thin(steps, reasons, self.thin)
     return Decisions({step: tuple(reasons[step]) for step in reversed(reasons)}, over_budget, notes, thinned)
 
@@ -331,14 +334,24 @@ _RULES: dict[str, Callable[[_Steps, Any], _Kept]] = {
 # -- what rules keep may still be over the budget, or lose a part
 
 
-def _hold_budget(steps: _Steps, reasons: _Reasons, budget: Any) -> tuple[frozenset[int], tuple[str, ...]]:
-  """Clears the reasons of steps for which there is no room; returns these steps, and a note if that is not enough."""
+def _hold_budget(
+  steps: _Steps, reasons: _Reasons, budget: Any, shared: Mapping[int, Mapping[Any, int]]
+) -> tuple[frozenset[int], tuple[str, ...]]:
+  """Clears the reasons of steps for which there is no room; returns these steps, and a note if that is not enough.
+
+  What several steps share takes its room once, and is free once the last of them is deleted.
+  """
   if budget is None:
     return frozenset(), ()
   kept = [c for c in reversed(steps.all) if reasons[c.step]]
-  sizes = np.array([getattr(c, "nbytes", None) or 0 for c in kept], np.int64)
+  files = [shared.get(c.step, {}) for c in kept]
+  holders = collections.Counter(itertools.chain.from_iterable(files))
+  sizes = np.array(
+    [max(0, (getattr(c, "nbytes", None) or 0) - sum(own.values())) for c, own in zip(kept, files, strict=True)],
+    np.int64,
+  )
   times = np.array([np.nan if (t := steps.times[c.step]) is None else t.timestamp() for c in kept])
-  total = int(sizes.sum())
+  total = int(sizes.sum()) + sum({file: n for own in files for file, n in own.items()}.values())
   dropped = set()
   for i in sorted(range(len(kept)), key=lambda i: "best" in reasons[kept[i].step]):
     if total <= budget:
@@ -351,7 +364,8 @@ def _hold_budget(steps: _Steps, reasons: _Reasons, budget: Any) -> tuple[frozens
       continue
     dropped.add(step)
     reasons[step].clear()
-    total -= int(sizes[i])
+    holders.subtract(files[i].keys())
+    total -= int(sizes[i]) + sum(n for file, n in files[i].items() if not holders[file])
     sizes[i] = 0
   if total <= budget:
     return frozenset(dropped), ()

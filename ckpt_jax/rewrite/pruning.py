@@ -11,7 +11,8 @@ from etils import epath
 from ckpt_jax.config import ThinConfig
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.job.progress import OnProgress, reported
-from ckpt_jax.policies.retention import Retention
+from ckpt_jax.layout.homes import shared_by_step
+from ckpt_jax.policies.retention import Retention, RetentionContext
 from ckpt_jax.rewrite.thin import thin_step, thinned_nbytes
 from ckpt_jax.run.deletion import StepDeleter
 from ckpt_jax.run.events import Deletion
@@ -103,7 +104,8 @@ def plan_pruning(directory: epath.Path, rules: Retention) -> Pruning:
     CheckpointError: if a step that is to be thinned has no leaf that `thin` keeps.
   """
   steps = list_steps(directory)
-  decided = rules.decide(steps)
+  shared = {} if rules.budget is None else shared_by_step(directory, [s.step for s in steps])
+  decided = rules.decide(steps, context=RetentionContext(shared=shared))
   nbytes = {s.step: s.nbytes for s in steps}
   thinned: dict[int, int] = {}
   if isinstance(rules.thin, ThinConfig):
@@ -115,7 +117,7 @@ def plan_pruning(directory: epath.Path, rules: Retention) -> Pruning:
   found = Pruning(directory, rules, steps, decided.reasons, decided.over_budget, thinned, decided.notes)
   if is_object_store(directory):  # whose copies are no links
     return found
-  shared, staying = (
+  twice, staying = (
     shared_nbytes(os.fspath(step_path(directory, step)) for step in some) for some in (nbytes, found.removed)
   )
-  return dataclasses.replace(found, shared=shared, staying=staying)
+  return dataclasses.replace(found, shared=twice, staying=staying)

@@ -18,6 +18,7 @@ from ckpt_jax.config import Config
 from ckpt_jax.config.units import decimal_text
 from ckpt_jax.errors import CheckpointError, SaveFailedError, SaveOutOfSpaceError, SaveStorageError, StorageError
 from ckpt_jax.failures import is_out_of_space, is_read_only, storage_errors
+from ckpt_jax.layout.homes import shared_by_step
 from ckpt_jax.planning.estimate import room_nbytes
 from ckpt_jax.policies.retention import RetentionContext
 from ckpt_jax.run import leftovers, quarantine
@@ -348,7 +349,8 @@ class Admission:
     if not steps:
       return []
     rules = self._retention.rules
-    context = RetentionContext(noted_steps(self._directory, PINS), self._retention.restoring)
+    shared = {} if rules.budget is None else shared_by_step(self._directory, [s.step for s in steps])
+    context = RetentionContext(noted_steps(self._directory, PINS), self._retention.restoring, shared)
     coming = StepInfo(step, datetime.datetime.now(datetime.timezone.utc), nbytes, {})
     later = set(rules.decide([*steps, coming], context=context).removed)
     healthy = [s.step for s in steps if s.healthy is not False]

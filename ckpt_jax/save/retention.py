@@ -14,6 +14,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as ocp_policies
 
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
+from ckpt_jax.layout.homes import shared_files
 from ckpt_jax.policies.retention import Retention, RetentionContext
 from ckpt_jax.run.steps import PINS, StepInfo, noted_steps, step_info, step_path
 from ckpt_jax.storage.parallel import in_threads
@@ -45,6 +46,9 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     self._told: set[str] = set()
     self._why: dict[int, str] = {}
     self._coming: int | None = None
+    self._shares = False  # whether that will have the files that the last one shares
+    self._shared: dict[int, Mapping[Any, int]] = {}
+    self._looking_at_files: concurrent.futures.Future[None] | None = None
     self._lock = threading.Lock()
     self._ahead: threading.Thread | None = None
     self._pool = concurrent.futures.ThreadPoolExecutor(2, "ckpt_jax_retention")
@@ -61,9 +65,21 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     if jax.process_index() == 0 and not self._idle:
       pins = self._pool.submit(noted_steps, self._directory, PINS)
       self._looking = pins, self._pool.submit(lambda: {p.name for p in self._directory.iterdir()})
+      if self.rules.budget is not None:
+        self._looking_at_files = self._pool.submit(self._look_at_files)
 
-  def note(self, step: int, nbytes: int, healthy: bool | None, metrics: Mapping[str, Any]) -> None:
-    """Notes a step that is about to be written; storage has no metadata of it before the commit."""
+  def _look_at_files(self) -> None:
+    """Notes which files the committed steps have together with others."""
+    for step in [s.step for s in self.known() if s.step not in self._shared]:
+      self._shared[step] = shared_files(step_path(self._directory, step))
+
+  def note(self, step: int, nbytes: int, healthy: bool | None, metrics: Mapping[str, Any], *, shares: bool) -> None:
+    """Notes a step that is about to be written, and whether it will share files with the last one.
+
+    Storage has no metadata of it before the commit.
+    """
+    self._shares = shares
+    self._shared.pop(step, None)
     now = datetime.datetime.now(datetime.timezone.utc)
     self._coming = step
     with self._lock:
@@ -73,6 +89,7 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     """Forgets a step that has changed in storage."""
     with self._lock:
       self._known.pop(step, None)
+      self._shared.pop(step, None)
 
   def known(self) -> list[StepInfo]:
     """The steps whose metadata was read, oldest first; none if no rule needs it."""
@@ -113,14 +130,19 @@ class LiveRetention(ocp_policies.PreservationPolicy):
     assert self._looking is not None
     pins, there = self._looking
     self._looking = None
-    pinned = pins.result()
+    if self._looking_at_files is not None:
+      self._looking_at_files.result()
+    shared, last = dict(self._shared), max([n for n in numbers if n != self._coming], default=None)
+    if self._shares and last is not None and self._coming is not None:
+      shared[self._coming] = shared.get(last, {})
+    context = RetentionContext(pins.result(), self.restoring, shared)
     with self._lock:
       steps = [self._known.get(n) or unread[n] for n in numbers]
-    decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
+    decided = self.rules.decide(steps, context=context)
     if decided.removed and (vanished := self._vanished(numbers, there.result())):
       # Deleted by hand: it must not count in place of one that exists.
       steps = [s for s in steps if s.step not in vanished]
-      decided = self.rules.decide(steps, context=RetentionContext(pinned, self.restoring))
+      decided = self.rules.decide(steps, context=context)
     for note in set(decided.notes) - self._told:
       self._told.add(note)
       _log.warning("%s: %s", self._directory, note)

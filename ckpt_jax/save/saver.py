@@ -270,7 +270,7 @@ class Saver:
       self._config = snapshot.config
       self._replace_manager(pytree_handler(self._config))
     compressed = not is_uncompressed(self._config.layout.compression)
-    coming = record.nbytes - snapshot.recording.unchanged.spared
+    coming = snapshot.recording.unchanged.coming = record.nbytes - snapshot.recording.unchanged.spared
     made_room = self._run.admission.admit(record.step, coming, metadata["leaves"], compressed=compressed)
     forget_steps(self.manager, made_room)
     self._run.journal.begin()
@@ -284,7 +284,8 @@ class Saver:
     write.unchanged = lambda: recording.unchanged.nbytes
     try:
       healthy = snapshot.recording.health_told.get("healthy")
-      self._run.retention.note(record.step, record.nbytes, healthy, metadata["metrics"])
+      shares = recording.unchanged.spared > 0
+      self._run.retention.note(record.step, record.nbytes, healthy, metadata["metrics"], shares=shares)
       self._after.begun(record.step, self._run.planner.plan)
       arrays = ocp.args.PyTreeSave(snapshot.tree, ocdbt_target_data_file_size=target_file_size(self._config))
       copying = time.perf_counter()

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from commands import cli
 from etils import epath
 from hypothesis import strategies as st
 from jobs import together
@@ -372,6 +373,20 @@ def test_prune_counts_what_deleting_frees(tmp_path):
   assert small.kept_nbytes < whole + 20_000
   rest = plan_pruning(epath.Path(tmp_path), ckpt.policies.Retention(last=1))
   assert abs(rest.freed_nbytes() - whole) < 20_000
+
+
+@pytest.mark.parametrize(("wholes", "left"), [(3, [0, 1, 2, 3, 4, 5]), (1.5, [1, 2, 3, 4, 5])])
+def test_a_budget_counts_what_steps_share_once(tmp_path, wholes, left):
+  fixed, budget = frozen(), int(wholes * 8 * 2**16)
+  states = [{"frozen": fixed, "w": jnp.full(10, i)} for i in range(6)]
+  save(tmp_path / "live", states, {"retention": {"budget": budget}})
+  assert [s.step for s in ckpt.Checkpointer(tmp_path / "live").steps()] == left
+  save(tmp_path / "by_hand", states)
+  assert plan_pruning(epath.Path(tmp_path / "by_hand"), ckpt.policies.Retention(budget=budget)).removed == (
+    [] if wholes == 3 else [0]
+  )
+  text = cli("ls", tmp_path / "by_hand").stdout
+  assert text.count("shared with others") == 5, text  # 0 has written it with the others
 
 
 def test_a_thinned_step_still_shares_what_does_not_change(tmp_path):

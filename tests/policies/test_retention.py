@@ -150,13 +150,17 @@ def test_an_older_step_saved_later_never_deletes_a_newer_one(policy, infos, step
   assert step in stays, "and the step saved last stays itself"
 
 
-@given(rules, any_runs())
-def test_the_budget_is_held_or_it_is_said_why_not(policy, infos):
+@given(rules, any_runs(), st.data())
+def test_the_budget_is_held_or_it_is_said_why_not(policy, infos, data):
   policy = dataclasses.replace(policy, budget=policy.budget or 60)
   infos = sorted(infos, key=lambda c: c.step)
   infos = [dataclasses.replace(c, time=at(HOUR * i)) for i, c in enumerate(infos)]
-  decided = policy.decide(infos)
-  size = sum(c.nbytes for c in infos if c.step in decided.kept)
+  files = st.sets(st.sampled_from("abc")).map(lambda names: {name: {"a": 1, "b": 4, "c": 30}[name] for name in names})
+  shared = {c.step: data.draw(files) for c in infos}
+  decided = policy.decide(infos, context=RetentionContext(shared=shared))
+  kept = [c for c in infos if c.step in decided.kept]
+  size = sum(max(0, c.nbytes - sum(shared[c.step].values())) for c in kept)
+  size += sum({name: nbytes for c in kept for name, nbytes in shared[c.step].items()}.values())
   if size > policy.budget:
     assert "budget" in decided.notes[0]
     assert all(set(decided.reasons[s]) & set(PROMISES) for s in decided.kept if infos_size(infos, s))
@@ -216,6 +220,20 @@ def test_best_are_the_lowest_or_highest_and_missing_metrics_are_kept_on_request(
 def test_an_unhealthy_step_is_never_the_best():
   infos = [Info(i, at(i), {"loss": float(i)}, healthy=i > 0) for i in range(4)]
   assert kept(Retention(best={"metric": "loss"}), infos) == [1, 3]
+
+
+def test_budget_counts_what_steps_share_once_and_as_freed_with_the_last_of_them():
+  infos = [Info(i, at(i * HOUR), {}) for i in range(6)]
+  size = infos[0].nbytes
+  shared = {i: {"base": size - 1} for i in range(6)}  # the rest is one byte a step
+
+  def kept(budget, shared):
+    return Retention(last=6, budget=budget).decide(infos, context=RetentionContext(shared=shared)).kept
+
+  assert kept(size + 5, shared) == [0, 1, 2, 3, 4, 5]
+  assert kept(size + 4, shared) == [1, 2, 3, 4, 5]
+  assert kept(2 * size, {}) == [4, 5]
+  assert kept(2 * size + 1, {0: {"a": size - 1}, 1: {"a": size - 1}}) == [4, 5], "0 alone frees a byte, 1 the rest"
 
 
 @pytest.mark.parametrize("make", [{"last": 0}, {"hourly": 0}, {"within": "soon"}, {"budget": -1}, {"within": 0}])
