@@ -444,6 +444,23 @@ def test_the_same_array_of_an_accelerator_is_not_even_copied(tmp_path, sent, non
     assert bits(restored_by_orbax(tmp_path, step)) == bits(state)
 
 
+def test_what_was_donated_on_an_accelerator_is_copied_and_not_written(tmp_path, sent):
+  fixed = frozen()
+  states = [jax.device_put({"frozen": again(fixed), "w": jnp.full(10, i, jnp.int32)}) for i in range(6)]
+  copied = []
+  with ckpt.Checkpointer(tmp_path) as c:
+    for step, state in enumerate(states):
+      sent.clear()
+      c.save(step, state)
+      c.wait()
+      copied.append(sum(sent))
+  assert copied == [8 * 2**16 + 40] * 6
+  assert all(written(tmp_path, step, range(step)) < 2**16 for step in range(3, 6))
+  assert ckpt.verify(tmp_path) == []
+  records = [json.loads((tmp_path / str(i) / "default" / "ckpt_jax.json").read_text()) for i in range(6)]
+  assert len({json.dumps([r["leaves"]["frozen/f0"], r["hashes"]["frozen/f0"]]) for r in records}) == 1
+
+
 def test_an_array_that_was_not_copied_is_copied_after_all_if_links_fail(tmp_path, sent, monkeypatch):
   fixed = jax.device_put(frozen())
   with ckpt.Checkpointer(tmp_path) as c:

@@ -14,7 +14,8 @@ from etils import epath
 import ckpt_jax as ckpt
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.integrity.record import RecordingHandler
-from ckpt_jax.layout import handler, writing
+from ckpt_jax.layout import handler as layout_handler
+from ckpt_jax.layout import writing
 from ckpt_jax.orbax import manager as manager_module
 from ckpt_jax.orbax import private, saves
 from ckpt_jax.orbax.manager import RunManager, end_save, forget_failure, forget_steps, leave_behind, use_deleter
@@ -323,7 +324,7 @@ def test_what_arrays_die_of_before_they_are_described_is_raised(tmp_path, monkey
 
 @pytest.mark.parametrize(("file_io", "most"), [("direct", 2**20), ("direct", 15), ("buffered", 2**20)])
 def test_of_a_small_save_past_the_page_cache_tensorstore_syncs_nothing(tmp_path, monkeypatch, file_io, most):
-  monkeypatch.setattr(handler, "_SYNCED_LAST_NBYTES", most)
+  monkeypatch.setattr(layout_handler, "_SYNCED_LAST_NBYTES", most)
   seen, write = [], writing.Writer.write
 
   def noted(self, arrays, *args):
