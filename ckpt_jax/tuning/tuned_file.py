@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -36,12 +36,12 @@ def to_yaml(tuned: Tuned, plan: Plan, user: Config, header: list[str]) -> str:
       value, path = getattr(values, key), f"{section}.{key}"
       if path in tuned.best.changes:
         found = next(s for s in tuned.standings if s.candidate.name == tuned.best.name)
-        written += [f"  # measured: {found.text} of the plan's seconds", *_entry(path, value)]
+        written += [f"  # measured: {found.text} of the plan's seconds", _entry(path, value)]
       elif path in plan.values and value != "auto":
         choice = reasons[path]
-        written += [f"  # {'set by you; ' if choice.by_user else ''}{choice.reason}", *_entry(path, value)]
+        written += [f"  # {'set by you; ' if choice.by_user else ''}{choice.reason}", _entry(path, value)]
       elif key in getattr(user, section).model_fields_set:
-        written += _entry(path, values.model_dump(mode="json")[key])
+        written.append(f"  {key}: {json.dumps(values.model_dump(mode='json')[key])}")  # JSON is YAML
     if written:
       lines += [f"{section}:", *written, ""]
   return "\n".join(lines)
@@ -79,9 +79,6 @@ def table(tuned: Tuned) -> list[str]:
   return lines
 
 
-def _entry(path: str, value: Any) -> list[str]:
-  import yaml
-
-  flow = isinstance(value, (dict, list))
-  text = yaml.safe_dump(value, default_flow_style=True) if flow else value_text(path, value)
-  return [f"  {path.split('.')[1]}: {text.strip()}"]
+def _entry(path: str, value: Any) -> str:
+  text = json.dumps(value) if isinstance(value, Mapping) else value_text(path, value)
+  return f"  {path.split('.')[1]}: {text}"

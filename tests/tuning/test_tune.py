@@ -202,7 +202,11 @@ def test_where_the_user_set_everything_the_plan_alone_is_measured():
 
 def test_file_loads_holds_the_users_settings_and_the_measured_table(tmp_path):
   user = ckpt.Config(
-    retention={"last": 7, "daily": 3}, schedule={"every": "10m"}, layout={"replica_parallel": "off"}, item="items"
+    retention={"last": 7, "daily": 3, "thin": {"after": "2d"}},
+    schedule={"every": "10m"},
+    layout={"replica_parallel": "off"},
+    storage={"mode": "0640", "profile": "off", "fsync": "off"},
+    item="items",
   )
   found, _ = tuned(lambda c, _: 1.0 if c.layout.compression == "shuffled" else 2.0, user=user)
   file = tmp_path / "tuned.yaml"
@@ -210,7 +214,8 @@ def test_file_loads_holds_the_users_settings_and_the_measured_table(tmp_path):
   loaded = ckpt.load_config(file)
   assert loaded.layout.compression == "shuffled" and loaded.layout.replica_parallel == "off"
   assert loaded.retention.last == 7 and loaded.retention.daily == 3 and loaded.schedule.every == 600
-  assert loaded.item == "items"
+  assert loaded.item == "items" and loaded.retention == user.retention
+  assert loaded.storage == user.storage, "text that YAML takes for a number or a switch"
   assert loaded.limits.save_concurrency == found.config.limits.save_concurrency
   text = file.read_text()
   assert all(f"# {row}".rstrip() in text for row in table(found)) and "<- taken" in text
