@@ -7,8 +7,6 @@ them. Free memory is not filled with page cache first, as `ckpt-jax bench` does 
 from __future__ import annotations
 
 import datetime
-import functools
-import json
 import mmap
 import os
 import resource
@@ -20,19 +18,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ckpt_jax.bench import suites
+from ckpt_jax.bench.common import emit, job_events, medians, quiet, rotated
 from ckpt_jax.bench.runner import machine
-from ckpt_jax.bench.suites import SUITES
+from ckpt_jax.bench.suites import SUITES, state_of
+from ckpt_jax.bench.variants import VARIANTS, Target, jax_target, on_devices
 from ckpt_jax.bench.worker import drop_cache, give_memory_back
-from ckpt_jax.errors import CheckpointError
-from ckpt_jax.multihost import launch
 
-DIRECT, BUFFERED, ORBAX = "ckpt_jax, file_io direct", "ckpt_jax, file_io buffered", "orbax-uncompressed"
+DIRECT, BUFFERED, ORBAX = "ckpt_jax, file_io direct", "ckpt_jax, file_io buffered", suites.ORBAX_PLAIN
 RAW_DIRECT, RAW_BUFFERED = "one file, O_DIRECT + fsync", "one file, buffered + fsync"
 _BLOCK = 16 * 2**20
-_TIMEOUT_S = 900
 _SETTLE_S = 0.2  # the last pages are dropped behind the commit
-_Save = Callable[[int], None]
-_Restore = Callable[[int], Any]
 
 
 def direct(
@@ -50,11 +46,9 @@ def direct(
   with tempfile.TemporaryDirectory(dir=directory) as work:
     about = {"measured": datetime.date.today().isoformat(), "suite": suite, "rounds": rounds, "machine": machine(work)}
     devices = SUITES[suite].devices
-    (result,) = launch(["-m", __name__, suite, str(rounds), work], processes=1, devices=devices, timeout=_TIMEOUT_S)
-  if result.returncode:
-    raise CheckpointError(f"direct: {result.log[-2000:]}")
+    events = job_events("direct", [__name__, suite, str(rounds), work], devices=devices)
   turns: dict[str, list[dict[str, float]]] = {}
-  for event in (json.loads(line) for line in result.log.splitlines() if line.startswith('{"side"')):
+  for event in events:
     turns.setdefault(event.pop("side"), []).append(event)
   return about | {"sides": {side: _summary(events[1:]) for side, events in turns.items()}}
 
@@ -64,8 +58,7 @@ def _summary(events: list[dict[str, float]]) -> dict[str, Any]:
   commits = [e["commit_s"] for e in events]
   middle = statistics.median(commits)
   low, _, high = statistics.quantiles(commits, n=4) if len(commits) > 1 else [middle] * 3
-  medians = {key: round(statistics.median(e[key] for e in events), 3) for key in events[0]}
-  return medians | {
+  return medians(events, 3) | {
     "commit_spread": round((high - low) / middle, 3),
     "commit_range_s": [round(min(commits), 3), round(max(commits), 3)],
   }
@@ -74,92 +67,76 @@ def _summary(events: list[dict[str, float]]) -> dict[str, Any]:
 # -- in the process
 
 
-def _sides(work: str, state: Any) -> dict[str, tuple[_Save, _Restore]]:
-  """How each side saves, to the commit, and restores; a side keeps its steps in the directory of its name."""
-  import jax
-  import orbax.checkpoint as ocp
+class _RawFile:
+  """All bytes of a state in one file, as `Target` saves and restores, through the page cache or past it."""
 
-  import ckpt_jax
+  def __init__(self, state: Any, place: str, flag: int):
+    import jax
 
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    self._leaves = [memoryview(x).cast("B") for x in jax.device_get(jax.tree.leaves(state)) if x.ndim]
+    self._place, self._flag = place, flag
+    self._buffer = mmap.mmap(-1, _BLOCK)  # aligned to a page, as O_DIRECT asks for
 
-  def ours(name: str, file_io: str) -> tuple[_Save, _Restore]:
-    # The state is the same in each save, and is to be written each time.
-    config = {"limits": {"file_io": file_io}, "retention": {"last": None}, "layout": {"unchanged": "off"}}
-    c = ckpt_jax.Checkpointer(os.path.join(work, name), config)
+  def save(self, step: int) -> None:
+    os.makedirs(f"{self._place}/{step}")
+    descriptor = os.open(f"{self._place}/{step}/all", os.O_WRONLY | os.O_CREAT | self._flag)
+    at = 0
+    for leaf in self._leaves:
+      while leaf:
+        n = min(len(leaf), _BLOCK - at)
+        self._buffer[at : at + n] = leaf[:n]
+        leaf, at = leaf[n:], at + n
+        if at == _BLOCK:
+          os.write(descriptor, self._buffer)
+          at = 0
+    os.write(descriptor, memoryview(self._buffer)[: -(-at // mmap.PAGESIZE) * mmap.PAGESIZE])
+    os.fsync(descriptor)
+    os.close(descriptor)
 
-    def save(step: int) -> None:
-      c.save(step, state)
-      c.wait()
-
-    return save, lambda step: c.restore(step, like=like).state
-
-  manager = ocp.CheckpointManager(
-    os.path.join(work, ORBAX),
-    options=ocp.CheckpointManagerOptions(max_to_keep=None),
-    item_handlers=ocp.PyTreeCheckpointHandler(use_compression=False),
-  )
-
-  def save(step: int) -> None:
-    manager.save(step, args=ocp.args.PyTreeSave(state))
-    manager.wait_until_finished()
-
-  restore_args = ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
-  leaves = [memoryview(x).cast("B") for x in jax.device_get(jax.tree.leaves(state)) if x.ndim]
-  found = {DIRECT: ours(DIRECT, "direct"), BUFFERED: ours(BUFFERED, "buffered")}
-  found[ORBAX] = save, lambda step: manager.restore(step, args=restore_args)
-  for name, flag in ((RAW_DIRECT, os.O_DIRECT), (RAW_BUFFERED, 0)):
-    place = os.path.join(work, name)
-    buffer = mmap.mmap(-1, _BLOCK)  # aligned to a page, as O_DIRECT asks for
-    found[name] = functools.partial(_write, place, leaves, buffer, flag), functools.partial(_read, place, buffer, flag)
-  return found
-
-
-def _write(place: str, leaves: list[memoryview], buffer: mmap.mmap, flag: int, step: int) -> None:
-  os.makedirs(f"{place}/{step}")
-  descriptor = os.open(f"{place}/{step}/all", os.O_WRONLY | os.O_CREAT | flag)
-  at = 0
-  for leaf in leaves:
-    while leaf:
-      n = min(len(leaf), _BLOCK - at)
-      buffer[at : at + n] = leaf[:n]
-      leaf, at = leaf[n:], at + n
-      if at == _BLOCK:
-        os.write(descriptor, buffer)
-        at = 0
-  os.write(descriptor, memoryview(buffer)[: -(-at // mmap.PAGESIZE) * mmap.PAGESIZE])
-  os.fsync(descriptor)
-  os.close(descriptor)
-
-
-def _read(place: str, buffer: mmap.mmap, flag: int, step: int) -> None:
-  descriptor = os.open(f"{place}/{step}/all", os.O_RDONLY | flag)
-  while os.readv(descriptor, [buffer]):
+  def wait(self) -> None:
     pass
-  os.close(descriptor)
+
+  def restore(self, step: int) -> None:
+    descriptor = os.open(f"{self._place}/{step}/all", os.O_RDONLY | self._flag)
+    while os.readv(descriptor, [self._buffer]):
+      pass
+    os.close(descriptor)
+
+
+def _sides(work: str, state: Any) -> dict[str, Target | _RawFile]:
+  """A side keeps its steps in the directory of its name."""
+
+  def ours(name: str, file_io: str) -> Target:
+    return jax_target(VARIANTS[suites.OURS], state, f"{work}/{name}", config={"limits": {"file_io": file_io}})
+
+  return {
+    DIRECT: ours(DIRECT, "direct"),
+    BUFFERED: ours(BUFFERED, "buffered"),
+    ORBAX: jax_target(VARIANTS[ORBAX], state, f"{work}/{ORBAX}"),
+    RAW_DIRECT: _RawFile(state, f"{work}/{RAW_DIRECT}", os.O_DIRECT),
+    RAW_BUFFERED: _RawFile(state, f"{work}/{RAW_BUFFERED}", 0),
+  }
 
 
 def main() -> None:
   """The process: `python -m ckpt_jax.bench.direct SUITE ROUNDS DIRECTORY`."""
   suite_name, rounds, work = sys.argv[1], int(sys.argv[2]), sys.argv[3]
   import jax
-  from absl import logging
 
-  from ckpt_jax.bench.suites import state_of
-  from ckpt_jax.bench.variants import on_devices
   from ckpt_jax.storage.page_cache import cached_nbytes
 
-  logging.set_verbosity("error")
+  quiet()
   suite = SUITES[suite_name]
   state = on_devices(state_of(suite), suite)
   sides = _sides(work, state)
   for turn in range(rounds + 1):
-    for side in [*sides][turn % len(sides) :] + [*sides][: turn % len(sides)]:
-      save, restore = sides[side]
+    for side in rotated(sides, turn):
+      target = sides[side]
       place = os.path.join(work, side, str(turn))
       os.sync()
       before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-      save(turn)
+      target.save(turn)
+      target.wait()
       event: dict[str, Any] = {"side": side, "commit_s": time.perf_counter() - started}
       used = resource.getrusage(resource.RUSAGE_SELF)
       event |= {"user_s": used.ru_utime - before.ru_utime, "system_s": used.ru_stime - before.ru_stime}
@@ -171,9 +148,9 @@ def main() -> None:
           drop_cache(place)
         give_memory_back()
         started = time.perf_counter()
-        jax.block_until_ready(restore(turn))
+        jax.block_until_ready(target.restore(turn))
         event[key] = time.perf_counter() - started
-      print(json.dumps(event), flush=True)
+      emit(**event)
       shutil.rmtree(place)
 
 
