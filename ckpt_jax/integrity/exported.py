@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pydantic
 import xxhash
 from etils import epath
 
@@ -53,6 +54,9 @@ class ExportRecord:
     return sum(nbytes for pieces in self.files.values() for nbytes, _, _ in pieces)
 
 
+_record = pydantic.TypeAdapter(ExportRecord)
+
+
 def read_export(directory: epath.Path) -> ExportRecord | None:
   """The record of an export; None if the directory is none.
 
@@ -61,17 +65,12 @@ def read_export(directory: epath.Path) -> ExportRecord | None:
   """
   file = directory / EXPORT
   try:
-    data = untrusted.read_json(file, is_intact_file)
-    return ExportRecord(
-      data["about"],
-      data["tree"],
-      data["leaves"],
-      {name: [(int(n), str(h), str(t)) for n, h, t in pieces] for name, pieces in data["files"].items()},
-    )
+    return _record.validate_python(untrusted.read_json(file, is_intact_file))
   except FileNotFoundError:
     return None
-  except (KeyError, TypeError, ValueError, AttributeError) as e:
-    raise CorruptCheckpointError(f"{file}: damaged ({type(e).__name__}: {e})") from e
+  except pydantic.ValidationError as e:
+    first = e.errors()[0]
+    raise CorruptCheckpointError(f"{file}: damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from e
 
 
 def wrong_files(

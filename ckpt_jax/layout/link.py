@@ -16,7 +16,7 @@ from ckpt_jax.storage.cache import recall, remember
 
 _log = logging.getLogger(__name__)
 PINNED = "pinned_host"
-_VERSION = 1  # of the measurements on disk
+_VERSION = 2  # of the measurements on disk
 _ARRAY_NBYTES, _ARRAYS = 4 << 20, 8  # a device
 _TINY = 256
 _ROUNDS = 3
@@ -29,7 +29,6 @@ class Link:
   Attributes:
     to_pinned: from the devices to pinned host memory; None without such memory.
     to_pageable: from the devices to ordinary memory.
-    from_pinned: to the devices, from pinned memory; None without such memory.
     from_pageable: to the devices, from numpy arrays.
     first_pinned: into pinned memory that the process uses for the first time, whose pages must be pinned; None without
       such memory. Later transfers reuse it.
@@ -38,7 +37,6 @@ class Link:
 
   to_pinned: float | None
   to_pageable: float
-  from_pinned: float | None
   from_pageable: float
   first_pinned: float | None
   put_s: float
@@ -87,19 +85,17 @@ def _measure(devices: Sequence[jax.Device]) -> Link:
   hosts = [np.zeros(_ARRAY_NBYTES, np.uint8) for _ in homes]
   nbytes = len(hosts) * _ARRAY_NBYTES
   arrays, _ = _timed(lambda: jax.device_put(hosts, homes))
-  to_pinned = from_pinned = first = None
+  to_pinned = first = None
   places = homes
   if all(map(has_pinned, devices)):
     places = [home.with_memory_kind(PINNED) for home in homes]
-    pinned, first_s = _timed(lambda: jax.device_put(arrays, places))
+    _, first_s = _timed(lambda: jax.device_put(arrays, places))
     to_pinned = nbytes / _best(lambda: jax.device_put(arrays, places))
-    from_pinned = nbytes / _best(lambda: jax.device_put(pinned, homes))
     first = nbytes / first_s
   tiny = jax.block_until_ready(jax.device_put([np.zeros(8, np.uint8)] * _TINY, homes[0]))
   return Link(
     to_pinned=to_pinned,
     to_pageable=nbytes / _best(lambda: pageable(arrays), lambda copies: [np.asarray(copy) for copy in copies]),
-    from_pinned=from_pinned,
     from_pageable=nbytes / _best(lambda: jax.device_put(hosts, homes)),
     first_pinned=first,
     put_s=_best(lambda: jax.device_put(tiny, places[0])) / _TINY,

@@ -53,10 +53,6 @@ class Request:
 def open_stores(info: ocp.type_handlers.ParamInfo, names: Sequence[str]) -> dict[str, ts.TensorStore]:
   """Opens arrays of an item, by their names in the database, through one key-value store.
 
-  Args:
-    info: Orbax's description of an array of the item.
-    names: of the arrays.
-
   Raises:
     ValueError: naming the array that cannot be opened.
   """
@@ -218,11 +214,7 @@ def read_packed(
 ) -> Iterator[tuple[str, list[np.ndarray]]]:
   """Parts of packed arrays, in the order in which they are complete; only chunks that hold some of them are read.
 
-  Args:
-    info: Orbax's description of any array of the item.
-    index: the places of the arrays.
-    boxes: the parts to read, by array.
-    window: how much at a time.
+  `boxes` are the parts to read, by array.
   """
   wanted: dict[int, list[tuple[int, int, str]]] = {}
   for name, parts in boxes.items():

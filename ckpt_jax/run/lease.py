@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import pydantic
 from etils import epath
 
 from ckpt_jax.config.units import duration_text
@@ -79,15 +80,14 @@ class Holder:
   released: bool = False
 
 
+_holder = pydantic.TypeAdapter(Holder)
+
+
 def parse(data: bytes) -> Holder | None:
   """The holder in a lease file; None if the file holds anything else."""
   try:
-    fields = json.loads(data)
-    holder = Holder(**fields | {"saving": tuple(int(s) for s in fields["saving"])})
-    texts, numbers = (holder.owner, holder.host, holder.boot, holder.started, holder.place), (holder.pid, holder.beat)
-    valid = all(isinstance(t, str) for t in texts) and all(isinstance(n, int) for n in numbers)
-    return holder if valid else None
-  except (ValueError, TypeError, KeyError, RecursionError):
+    return _holder.validate_json(data, strict=True)
+  except pydantic.ValidationError:
     return None
 
 

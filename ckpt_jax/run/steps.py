@@ -385,13 +385,3 @@ def tree_nbytes(directory: epath.Path) -> int:
   """Bytes of all files in a directory, on disks and in buckets."""
   # epath refuses a recursive glob
   return sum(tree_nbytes(p) if p.is_dir() else p.stat().length for p in directory.iterdir())
-
-
-def orbax_can_list(step_dir: epath.Path) -> bool:
-  """Whether Orbax's manager, which reads the metadata of all steps when it opens a run, can read this one's."""
-  try:
-    untrusted.check_step_metadata(step_metadata(step_dir), str(step_dir / fmt.STEP_METADATA))
-    _orbax_metrics(step_dir)
-  except (CorruptCheckpointError, OSError):
-    return False
-  return True

@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from ckpt_jax.errors import CorruptCheckpointError
-from ckpt_jax.orbax.format import BEGUN_AT, COMMITTED_AT, CUSTOM, ITEM_HANDLERS, KEY, KEYS, TREE, VALUE
+from ckpt_jax.orbax.format import KEY, KEYS, TREE, VALUE
 from ckpt_jax.storage import look
 
 # A state of a million leaves takes 300 MB of `_METADATA`; the Python objects take several times as much.
@@ -24,7 +24,6 @@ MAX_DEPTH = 200  # jax and Orbax recurse over trees
 # zstd stores 128 KiB of zeros in 4 bytes at best (RFC 8878, RLE blocks).
 MAX_COMPRESSION = 1 << 15
 FREE_CLAIM = 1 << 30  # bytes that any file may claim: too few to do harm
-_LAST_NS = 253402300799 * 10**9  # the end of the year 9999, where datetime ends
 
 
 def read_json(file: epath.Path, is_intact: Callable[[bytes], bool] = lambda text: True) -> Any:
@@ -54,29 +53,6 @@ def check_name(name: str) -> str | None:
   if name.startswith("/") or ".." in name.split("/") or "\0" in name:
     return f"the name {name!r} leads out of the checkpoint"
   return None
-
-
-def check_step_metadata(data: Any, where: str) -> None:
-  """Checks what Orbax's manager reads of each step when it opens a run, since one unreadable step would stop it.
-
-  Raises:
-    CorruptCheckpointError: naming the entry.
-  """
-  check_object(data, where)
-  for key in (BEGUN_AT, COMMITTED_AT):
-    stamp = data.get(key)
-    if stamp is not None and not (type(stamp) is int and 0 <= stamp <= _LAST_NS):
-      raise CorruptCheckpointError(f"{where}: {key} is {stamp!r:.60}, not a time")
-  for key in (CUSTOM, "metrics", "performance_metrics"):
-    if data.get(key) is not None:
-      check_object(data[key], f"{where}: {key}")
-  handlers = data.get(ITEM_HANDLERS)
-  names = handlers.values() if isinstance(handlers, dict) else [handlers]
-  if handlers is not None and not all(isinstance(name, str) for name in names):
-    raise CorruptCheckpointError(f"{where}: {ITEM_HANDLERS} is {handlers!r:.60}, expected names")
-  numbers = data.get("performance_metrics") or {}
-  if not all(isinstance(v, (int, float)) or v is None for v in numbers.values()):
-    raise CorruptCheckpointError(f"{where}: performance_metrics is {numbers!r:.60}, expected numbers")
 
 
 def check_object(data: Any, where: str) -> None:

@@ -165,9 +165,8 @@ class Admission:
   ) -> type[ocp.path.atomicity_types.TemporaryPath]:
     """Orbax's `temporary_path_class`.
 
-    Args:
-      committing: called on process 0 right before a commit; raises to stop it.
-      committed: called on process 0 once the commit is durable.
+    On process 0 `committing` is called right before a commit, which it stops by raising, and `committed` once it is
+    durable.
     """
 
     def on_committing(step: int) -> None:

@@ -115,12 +115,7 @@ def saves_that_fit(
 ) -> int | None:
   """How many of the `coming` saves fit into `free` bytes beside what the rules keep; None if all of them do.
 
-  Args:
-    rules: what retention deletes meanwhile.
-    steps: the committed steps, whose bytes are not free.
-    coming: the next saves.
-    free: bytes.
-    step_nbytes: bytes of each step.
+  The bytes of the committed `steps` are not free; each step takes `step_nbytes`.
   """
 
   def taken(count: int) -> float:

@@ -26,7 +26,7 @@ from etils import epath
 from ckpt_jax.orbax import private
 from ckpt_jax.orbax.format import ARRAY_METADATAS
 from ckpt_jax.run.naming import Naming
-from ckpt_jax.run.steps import committed_steps, is_step, naming_in, orbax_can_list
+from ckpt_jax.run.steps import committed_steps, naming_in
 from ckpt_jax.storage.durable import Sealing, seal, sync_directory, sync_file
 from ckpt_jax.storage.urls import is_object_store
 
@@ -75,18 +75,10 @@ class StepNames(ocp.path.step.NameFormat[ocp.path.step.Metadata]):
     return (self.find_step(base_path, step) for step in committed_steps(epath.Path(base_path)))
 
 
-def _counts(path: epath.Path) -> bool:
-  # A step that is damaged so that Orbax could not even open the run is left out; reading it reports the damage.
-  return is_step(path) and (is_object_store(path) or orbax_can_list(path))
-
-
 def step_path_class(
   directory: epath.Path, sealing: Sealing, hooks: Hooks
 ) -> type[ocp.path.atomicity_types.TemporaryPath]:
-  """Orbax's `temporary_path_class` for the steps of a run, and for the items in them.
-
-  It also decides which directories are steps for Orbax, which on a disk takes any with a number for one.
-  """
+  """Orbax's `temporary_path_class` for the steps of a run, and for the items in them."""
   renames = not is_object_store(directory)
   naming = naming_in(directory)
   base: Any = atomicity.AtomicRenameTemporaryPath if renames else atomicity.CommitFileTemporaryPath
@@ -98,12 +90,6 @@ def step_path_class(
       if sealing.directory_mode is not None:
         options["file_options"] = ocp.options.FileOptions(path_permission_mode=sealing.directory_mode)
       super().__init__(temporary_path, final_path, **options)
-
-    @classmethod
-    async def validate_final(cls, final_path: epath.Path) -> None:
-      await super().validate_final(final_path)
-      if final_path.parent == directory and not await asyncio.to_thread(_counts, final_path):
-        raise atomicity.ValidationError(f"{final_path} holds no committed step")
 
     async def create(self) -> epath.Path:
       step = self._step()

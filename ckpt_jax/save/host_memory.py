@@ -83,13 +83,8 @@ def copies_for(
   """Copies of a state that take no more host memory than there is; nothing is copied yet.
 
   All processes call it alike, and all get a ring or none does, of the same size: large leaves are stored in its slices.
-
-  Args:
-    directory: the run, for messages.
-    state: what is to be saved.
-    config: `limits.host_memory` bounds the copies.
-    unchanged: which leaves have not changed, of which some need no copies.
-    all_numbers: gives the numbers of each process to all.
+  `limits.host_memory` bounds the copies; of leaves that have not changed some need none. `all_numbers` gives the
+  numbers of each process to all.
   """
   copies, need = _planned(state, config, unchanged)
   mine = [int(need.needed <= need.free), need.ring, unchanged.expected]

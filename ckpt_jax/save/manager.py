@@ -44,12 +44,7 @@ def open_manager(
 ) -> RunManager:
   """Opens Orbax's manager. All processes call it alike.
 
-  Args:
-    run: the run.
-    hooks: called by the threads that write a step.
-    handlers: Orbax's item handlers.
-    config: the settings, planned or not.
-    known: the committed steps, if they were listed a moment ago.
+  `config` are the settings, planned or not, and `known` the committed steps, if they were listed a moment ago.
   """
   best, found = config.retention.best, [known]
   with run.deleter.paused():

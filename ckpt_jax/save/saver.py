@@ -139,9 +139,7 @@ class Saver:
   def save(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extras: Any, started: float) -> None:
     """Starts a save and returns once the arrays may be overwritten; see `Checkpointer.save`.
 
-    Args:
-      step, state, metrics, extras: what to save.
-      started: `time.perf_counter()` when training began to wait.
+    `started` is `time.perf_counter()` when training began to wait.
     """
     self._collect_again = threading.Event()
     garbage.pause(self._collect_again, _NO_COLLECTION_S)

@@ -201,11 +201,7 @@ def not_saved(directory: epath.Path, step: int, error: BaseException, *, committ
 def left_hanging(directory: epath.Path, step: int, timeout: float, *, uncommitted: bool) -> SaveFailedError:
   """The error to raise for a save that did not end within `timeout` seconds (`timeouts.save`) and was given up.
 
-  Args:
-    directory: the run.
-    step: the step that was to be saved.
-    timeout: `timeouts.save`, in seconds.
-    uncommitted: whether its commit had not started, so that the step will never be committed.
+  `uncommitted`: whether its commit had not started, so that the step will never be committed.
   """
   late = f"did not end within {timeout:.0f} s (timeouts.save) and still hangs; the storage does not answer"
   if uncommitted:

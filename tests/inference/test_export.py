@@ -319,6 +319,12 @@ def test_flipped_bit_of_an_export_is_found_and_named(tmp_path, trained, format):
   assert cli("verify", out).returncode == 1
 
 
+def test_a_record_that_lacks_something_is_damaged(tmp_path):
+  (tmp_path / "ckpt_jax_export.json").write_text('{"about": {}, "leaves": {}, "files": {"f": [[1, "hash"]]}}')
+  with pytest.raises(ckpt.CorruptCheckpointError, match=r"ckpt_jax_export.json: damaged \(tree: Field required\)"):
+    ckpt.load_quantized(tmp_path)
+
+
 def test_an_export_is_no_run(tmp_path, trained):
   ckpt.export(trained[0], 5, tmp_path / "out", format="safetensors")
   with pytest.raises(ckpt.NotARunError, match="is an export"):

@@ -24,7 +24,7 @@ def test_devices_without_pinned_memory_have_figures_of_ordinary_memory(tmp_path,
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   monkeypatch.setattr(link, "PINNED", "no_such_kind")
   found = link.measured_link()
-  assert (found.to_pinned, found.from_pinned, found.first_pinned) == (None, None, None)
+  assert (found.to_pinned, found.first_pinned) == (None, None)
   assert found.to_pageable > 0 and not found.prefers_pinned
 
 

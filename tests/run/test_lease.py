@@ -196,6 +196,12 @@ def test_deleted_run_does_not_come_back_by_a_heartbeat(tmp_path):
   lease.release()
 
 
+def test_a_lease_with_a_field_of_a_newer_version_is_somebodys():
+  holder = Holder("owner", "host", "boot", 7, "1", "/run", 3, 1, 10.0, 0.0, saving=(1, 2))
+  assert parse(json.dumps(dataclasses.asdict(holder) | {"later": 1}).encode()) == holder
+  assert parse(json.dumps(dataclasses.asdict(holder) | {"pid": "7"}).encode()) is None
+
+
 @given(
   st.binary(max_size=200)
   | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())

@@ -508,7 +508,7 @@ def test_all_processes_have_the_plan_of_the_first(fresh_cache, tmp_path):
 
 # -- accelerators
 
-LINK = Link(to_pinned=50e9, to_pageable=2e9, from_pinned=40e9, from_pageable=25e9, first_pinned=2e9, put_s=36e-6)
+LINK = Link(to_pinned=50e9, to_pageable=2e9, from_pageable=25e9, first_pinned=2e9, put_s=36e-6)
 ON_GPU = dataclasses.replace(big(), accelerator_nbytes=10 * GB, accelerator_shards=400)
 GPU_HOST = dataclasses.replace(HOST, link=LINK)
 
