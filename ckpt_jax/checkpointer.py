@@ -34,7 +34,7 @@ from ckpt_jax.restore.result import Restored
 from ckpt_jax.restore.strategies import STRATEGIES
 from ckpt_jax.run import pins
 from ckpt_jax.run.events import Event
-from ckpt_jax.run.steps import StepInfo, committed_steps, list_steps
+from ckpt_jax.run.steps import StepInfo, committed_steps, list_steps, step_directory
 from ckpt_jax.save.host_memory import warmup
 from ckpt_jax.save.last import LastSave
 from ckpt_jax.save.opening import open_run, start
@@ -311,6 +311,7 @@ class Checkpointer:
       NoCheckpointError: if there is no such step.
     """
     step = step_number(step)
+    step_directory(self.directory, step)  # on each process, so that all raise
     if jax.process_index() == 0:
       pins.pin(self.directory, step)
 

@@ -184,6 +184,13 @@ def test_failed_write_of_one_process_is_raised_on_all_and_the_next_save_works(tm
     assert [s.step for s in c.steps()] == [0, 2]
 
 
+def test_processes_that_wait_for_the_directory_of_a_step_learn_that_it_cannot_be_made(tmp_path):
+  for r in run_all("first_fails", tmp_path, 4):
+    raised = re.search(r"raised after (\d+\.\d) s: .*step 1 was not saved: .*No space left", r.log)
+    assert raised and float(raised[1]) < 120, r.log
+    assert r.process == 0 or "process 0 failed" in r.log
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
 def test_process_that_does_not_see_the_run_of_the_others_is_named_at_once(tmp_path):
   own = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {tmp_path} && exec "$@"', "sh"]

@@ -66,6 +66,11 @@ class Rendezvous:
       with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone, and with it whoever would listen
         self._store.key_value_set(f"{self._key}/failed/{jax.process_index()}", reason or _NOTHING, allow_overwrite=True)
 
+  def check(self, what: str) -> None:
+    """Raises PeerFailedError if another process has failed, so that this one need not begin to wait."""
+    if self._store is not None:
+      self._raise_failure(what)
+
   def wait(self, what: str, timeout: float) -> None:
     """Returns once all processes are here. See `exchange`."""
     self.exchange(what, "", timeout)

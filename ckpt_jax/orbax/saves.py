@@ -11,7 +11,7 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -36,9 +36,16 @@ class Operation:
     name: its id inside Orbax.
   """
 
-  def __init__(self, name: str):
-    """`name` is the same on all processes, and of no other save."""
+  def __init__(self, name: str, check: Callable[[], None] = lambda: None):
+    """Begins nothing.
+
+    Args:
+      name: the same on all processes, and of no other save.
+      check: called before a part of the save begins; raises if another process has failed.
+    """
     self.name = f"{_PREFIX}{name}"
+    self._check = check
+    self._failed = False
     self._threads: list[threading.Thread] = []
     self._parts: list[_Part] = []
     self._returned = threading.Event()
@@ -63,6 +70,23 @@ class Operation:
   def threads(self) -> list[threading.Thread]:
     """Those that write parts of the step, and still run."""
     return [thread for thread in self._threads if thread.is_alive()]
+
+  def fail(self) -> None:
+    """Called on process 0 if the save has failed, in a job of many: wakes the parts that wait for its directory.
+
+    They look whether it has failed, on all processes, and end instead of waiting until the save times out.
+    """
+    self._failed = True
+    for thread in self._threads:
+      signals = {*thread._receive_signals, *thread._send_signals}  # type: ignore[attr-defined]  # pylint: disable=protected-access
+      future.set_signals(sorted(signals, key=str), operation_id=self.name)
+
+  def may_begin(self) -> None:
+    """Called by each part before it begins; raises if the save has failed, here or on another process."""
+    self._returned.wait(_CALLER_FIRST_S)
+    if self._failed:
+      raise asyncio.CancelledError("another part of the save has failed")
+    self._check()
 
   def end(self, timeout: float) -> bool:
     """Ends the threads of a save that has failed; False if one still runs after `timeout` seconds.
@@ -92,12 +116,16 @@ class Operation:
 class _Part:
   """A coroutine that can be closed although it was never begun."""
 
-  def __init__(self, coroutine: Coroutine[Any, Any, Any], may_begin: threading.Event):
+  def __init__(self, coroutine: Coroutine[Any, Any, Any], may_begin: Callable[[], None]):
     self._coroutine = coroutine
     self._may_begin = may_begin
 
   def __await__(self) -> Generator[Any, Any, Any]:
-    self._may_begin.wait(_CALLER_FIRST_S)
+    try:
+      self._may_begin()
+    except BaseException:
+      self.close()
+      raise
     return self._coroutine.__await__()
 
   def close(self) -> None:
@@ -131,7 +159,7 @@ def _keep_apart() -> None:
     def __init__(self, coro: Any, **options: Any):
       operation = _begun.get()
       if operation is not None and asyncio.iscoroutine(coro):
-        coro = _Part(coro, operation._returned)
+        coro = _Part(coro, operation.may_begin)
         operation._parts.append(coro)
       super().__init__(coro, **options)
       if operation is not None:

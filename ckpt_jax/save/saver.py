@@ -272,7 +272,7 @@ class Saver:
     made_room = self._run.admission.admit(record.step, coming, metadata["leaves"], compressed=compressed)
     forget_steps(self.manager, made_room)
     self._run.journal.begin()
-    operation = Operation(self._rendezvous.begin())
+    operation = Operation(self._rendezvous.begin(), functools.partial(self._rendezvous.check, "the step's directory"))
     recording, ring = snapshot.recording, snapshot.copies.ring
     committed = functools.partial(self._after.committed, health=lambda: recording.health)
     timeout = self._config.timeouts.save_s + _GRACE_S
@@ -376,6 +376,10 @@ class Saver:
     write.ring.close()
     if error is not None and jax.process_count() == 1:
       write.operation.end(write.left)
+    elif error is not None and jax.process_index() == 0:
+      if not isinstance(error, PeerFailedError):
+        self._rendezvous.fail(root_cause(error))
+      write.operation.fail()
     write.ended.set()
     self._collect_again.set()
 

@@ -88,6 +88,7 @@ with ckpt.Checkpointer(run) as c:
   got = c.restore(like=like).state
   assert np.asarray(got["w"].addressable_data(0)).tolist() == np.asarray(state(2)["w"].addressable_data(0)).tolist()
   assert [s.step for s in c.steps()] == [1, 2]
+  raised(ckpt.NoCheckpointError, lambda: c.pin(99), "no committed step 99")
   # A process alone may look into what all have written.
   assert ckpt.verify(run) == []
   assert ckpt.diff(run, 2, run, 2).same and not ckpt.diff(run, 1, run, 2).same

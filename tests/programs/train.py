@@ -13,6 +13,7 @@ multihost.initialize()
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import psutil
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -140,6 +141,32 @@ elif mode == "one_fails":
       raise SystemExit("nobody said that step 1 was lost")
     if jax.process_index() == 1:
       resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    c.save(2, state)
+    c.wait()
+    assert [s.step for s in c.steps()] == [0, 2]
+elif mode == "first_fails":
+  # Process 0 cannot make the step's directory, for which the others wait.
+  temporary = ocp.path.atomicity.AtomicRenameTemporaryPath
+  create = temporary.create
+
+  async def no_room(self):
+    raise OSError(28, "No space left on device")
+
+  with ckpt.Checkpointer(run) as c:
+    state = init()
+    c.save(0, state)
+    c.wait()
+    if jax.process_index() == 0:
+      temporary.create = no_room
+    started = time.monotonic()
+    try:
+      c.save(1, state)
+      c.wait()
+    except ckpt.SaveFailedError as e:
+      print(f"raised after {time.monotonic() - started:.1f} s: {e}", flush=True)
+    else:
+      raise SystemExit("nobody said that step 1 was lost")
+    temporary.create = create
     c.save(2, state)
     c.wait()
     assert [s.step for s in c.steps()] == [0, 2]
