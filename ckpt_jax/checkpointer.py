@@ -16,9 +16,9 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import SaveDecisionPolicy
 
 from ckpt_jax.config import BestConfig, Config
-from ckpt_jax.config.arguments import check_schedule, step_number
+from ckpt_jax.config.arguments import check_schedule, check_type, checked, step_number
 from ckpt_jax.config.html import html_table
-from ckpt_jax.config.units import size_text
+from ckpt_jax.config.units import one_of, size_text
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.job.progress import OnProgress
 from ckpt_jax.job.threads import transfers_asked_for
@@ -102,6 +102,8 @@ class Checkpointer:
     check_not_forked()
     if schedule is not None:
       check_schedule(schedule)
+    for name, called in (("on_event", on_event), ("on_progress", on_progress)):
+      check_type(name, called, called is None or callable(called), "a function of one argument")
     self._run = run = open_run(directory, config, schedule)
     self.config = run.config
     self.directory: epath.Path = run.directory
@@ -332,8 +334,7 @@ class Checkpointer:
     `init_fn` makes on each process for itself (an eager `jnp.int32(0)`) come back so in a job of many.
     """
     self._session.check_open()
-    if not callable(init_fn):
-      raise ConfigError(f"init_fn: expected a function that makes the state, without arguments, got {init_fn!r:.80}")
+    check_type("init_fn", init_fn, callable(init_fn), "a function that makes the state, without arguments")
     self._session.wait_for_predecessors()
     self.wait()
     self._session.record_start()
@@ -400,8 +401,7 @@ class Checkpointer:
     self.wait()
     step = None if step is None else step_number(step)
     strategy = strategy or self.config.restore.strategy
-    if strategy not in ("auto", *STRATEGIES):
-      raise ConfigError(f"strategy: {strategy!r} is not one of auto, {', '.join(STRATEGIES)}")
+    checked("strategy", one_of, strategy, ("auto", *STRATEGIES))
     return self._restored(step, RestoreRequest(like, only, init_missing, cast, item), strategy, healthy=healthy)
 
   @transfers_asked_for()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
+from ckpt_jax.config.units import parse_dtype
 from ckpt_jax.errors import CheckpointError, ConfigError
+
+T = TypeVar("T")
 
 
 def whole_number(value: Any) -> int | None:
@@ -51,19 +54,34 @@ def check_request(only: Any, init_missing: Any, cast: Any, item: Any) -> None:
     ConfigError: for the first wrong one, with its name.
   """
   for name, value in (("only", only), ("init_missing", init_missing)):
-    if value is not None and not isinstance(value, Iterable):
-      raise ConfigError(f"{name}: expected a leaf path such as 'params', or several, got {value!r:.80}")
-  if not (cast is None or isinstance(cast, (bool, Mapping))):
-    raise ConfigError(f"cast: expected True, or {{'params': 'bfloat16'}}, got {cast!r:.80}")
-  if not (item is None or (isinstance(item, str) and item)):
-    raise ConfigError(f"item: expected the name of an item of the step, such as 'state', got {item!r:.80}")
+    check_type(name, value, value is None or isinstance(value, Iterable), "a leaf path such as 'params', or several")
+  check_type("cast", cast, cast is None or isinstance(cast, (bool, Mapping)), "True, or {'params': 'bfloat16'}")
+  named = item is None or (isinstance(item, str) and item)
+  check_type("item", item, named, "the name of an item of the step, such as 'state'")
   for pattern, dtype in cast.items() if isinstance(cast, Mapping) else ():
-    import jax
+    checked(f"cast={{{pattern!r}: ...}}", parse_dtype, dtype)
 
-    try:
-      jax.numpy.dtype(dtype)
-    except TypeError:
-      raise ConfigError(f"cast={{{pattern!r}: {dtype!r:.60}}}: not a dtype; write e.g. 'bfloat16'") from None
+
+def checked(argument: str, parse: Callable[..., T], *given: Any) -> T:
+  """What `parse` makes of an argument.
+
+  Raises:
+    ConfigError: naming the argument, if `parse` raises a ValueError.
+  """
+  try:
+    return parse(*given)
+  except ValueError as e:
+    raise ConfigError(f"{argument}: {e}") from None
+
+
+def check_type(argument: str, value: Any, right: object, what: str) -> None:
+  """Checks an argument of any other kind: `what` says what it should be, and `right` whether it is.
+
+  Raises:
+    ConfigError: if it is not.
+  """
+  if not right:
+    raise ConfigError(f"{argument}: expected {what}, got {value!r:.80}")
 
 
 def check_schedule(schedule: Any, argument: str = "schedule") -> None:
@@ -72,8 +90,9 @@ def check_schedule(schedule: Any, argument: str = "schedule") -> None:
   Raises:
     ConfigError: if it has no `should_save`.
   """
-  if isinstance(schedule, type) or not callable(getattr(schedule, "should_save", None)):
-    raise ConfigError(
-      f"{argument}: expected a policy with should_save(), such as policies.EverySteps(500), got {schedule!r:.80}; "
-      'settings go into config={"schedule": {"every_steps": 500}}'
-    )
+  what = (
+    "a policy with should_save(), such as policies.EverySteps(500) (settings go into "
+    'config={"schedule": {"every_steps": 500}})'
+  )
+  right = not isinstance(schedule, type) and callable(getattr(schedule, "should_save", None))
+  check_type(argument, schedule, right, what)

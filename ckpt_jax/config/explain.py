@@ -43,7 +43,7 @@ def _explain(model: type[BaseModel], keys: tuple[str, ...], detail: Any) -> str:
   if kind == "value_error":
     return str(context["error"])
   if kind == "literal_error":
-    allowed = re.findall(r"'([^']*)'", context["expected"])
+    allowed = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
     return f"{value!r:.80} is not one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}"
   if kind in ("model_type", "model_attributes_type", "dict_type"):
     return f"expected a mapping of keys, got {value!r:.80}"

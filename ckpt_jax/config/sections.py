@@ -51,8 +51,8 @@ StorageName = Literal[
 ]
 
 
-class _Section(pydantic.BaseModel):
-  """Frozen and strict; raises ConfigError where pydantic would raise its own error."""
+class Section(pydantic.BaseModel):
+  """Settings by name, frozen and strict; raises ConfigError where pydantic would raise its own error."""
 
   model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
@@ -69,7 +69,7 @@ class _Section(pydantic.BaseModel):
     __init__.__pydantic_base_init__ = True
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
   """When to save: at most one rule; without one, at each call of `save`. A preemption notice saves in any case.
 
   Attributes:
@@ -118,7 +118,7 @@ class ScheduleConfig(_Section):
     return self
 
 
-class BestConfig(_Section):
+class BestConfig(Section):
   """Keep the `n` steps with the best value of a metric.
 
   Attributes:
@@ -134,7 +134,7 @@ class BestConfig(_Section):
   keep_missing: StrictBool = False
 
 
-class ThinConfig(_Section):
+class ThinConfig(Section):
   """Removes a part of the state from older steps: two thirds of a step are optimizer state.
 
   Training cannot go on from a thinned step. The newest step, the newest healthy one, pinned steps and those being
@@ -149,7 +149,7 @@ class ThinConfig(_Section):
   keep: LeafPaths = ("params",)
 
 
-class RetentionConfig(_Section):
+class RetentionConfig(Section):
   """Which steps to keep, in the words of restic's `forget`: a step that no rule keeps is deleted.
 
   Without a rule every step stays.
@@ -188,7 +188,7 @@ class RetentionConfig(_Section):
     return {name: value for name, value in vars(data).items() if value is not None}
 
 
-class LayoutConfig(_Section):
+class LayoutConfig(Section):
   """How a state is laid out in storage.
 
   Attributes:
@@ -216,7 +216,7 @@ class LayoutConfig(_Section):
   unchanged: AutoOrOff = "auto"
 
 
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
   """What saving and restoring may take from the host, per process.
 
   Attributes:
@@ -238,7 +238,7 @@ class LimitsConfig(_Section):
   file_io: Literal["auto", "buffered", "direct"] = "auto"
 
 
-class RestoreConfig(_Section):
+class RestoreConfig(Section):
   """How a step is read back.
 
   Attributes:
@@ -253,7 +253,7 @@ class RestoreConfig(_Section):
   on_corruption: Literal["fallback", "raise"] = "fallback"
 
 
-class HealthConfig(_Section):
+class HealthConfig(Section):
   """What to do with a state that holds NaN or inf.
 
   Attributes:
@@ -264,7 +264,7 @@ class HealthConfig(_Section):
   nonfinite: Literal["refuse", "tag", "ignore"] = "refuse"
 
 
-class PreemptionConfig(_Section):
+class PreemptionConfig(Section):
   """What SIGTERM does, from the first call of `save` until the Checkpointer is closed; see `ckpt_jax.preemption`.
 
   Attributes:
@@ -278,7 +278,7 @@ class PreemptionConfig(_Section):
   exit_code: Annotated[StrictInt, Field(ge=0, le=255)] = 143
 
 
-class TimeoutsConfig(_Section):
+class TimeoutsConfig(Section):
   """How long to wait before an operation counts as failed, in seconds.
 
   Attributes:
@@ -304,7 +304,7 @@ class TimeoutsConfig(_Section):
     return TIMEOUT_FLOOR_S if self.restore == "auto" else self.restore
 
 
-class ObserveConfig(_Section):
+class ObserveConfig(Section):
   """What is recorded of a run, and who else hears of it; on process 0.
 
   Attributes:
@@ -323,7 +323,7 @@ class ObserveConfig(_Section):
   progress: StrictBool = False
 
 
-class RetryConfig(_Section):
+class RetryConfig(Section):
   """How to retry requests that an object store refuses (429, 503) or does not answer; all in seconds.
 
   Attributes:
@@ -337,7 +337,7 @@ class RetryConfig(_Section):
   deadline: Duration = 60.0
 
 
-class StorageConfig(_Section):
+class StorageConfig(Section):
   """The storage that holds the run. A plain name is short for `{kind: NAME}`.
 
   Attributes:
@@ -393,7 +393,7 @@ if TYPE_CHECKING:
     item: str | None
 
 
-class Config(_Section):
+class Config(Section):
   """All settings of a Checkpointer. Each section is a dict or its class, whose docstring has the keys. Immutable.
 
   Attributes:

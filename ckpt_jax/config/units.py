@@ -18,6 +18,7 @@ _BYTES = {"b": 1} | {
   for power, prefix in enumerate("kmgtp", start=1)
   for suffix, base in (("b", 1000), ("ib", 1024))
 }
+_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4")
 _NUMBER = r"(?:\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)"
 
 
@@ -65,6 +66,24 @@ def parse_count(value: Any) -> int:
   if not 1 <= number < 2**63:
     raise ValueError(f"{value!r} is out of range: it must be at least one, and finite")
   return round(number)
+
+
+def parse_dtype(value: Any) -> str:
+  """The name of a dtype that is given by its name, or as a type of numpy or jax.
+
+  Raises:
+    ValueError: if it is none.
+  """
+  import ml_dtypes  # noqa: F401  numpy then knows bfloat16 and its like by name
+  import numpy as np
+
+  try:
+    if isinstance(value, (str, type, np.dtype)):
+      return np.dtype(value).name
+  except TypeError:
+    pass
+  near = did_you_mean(str(value), _DTYPES) or f"; write {', '.join(_DTYPES)} ..."
+  raise ValueError(f"{value!r:.60} is no dtype{near}")
 
 
 def parse_share(value: Any) -> float:
@@ -171,12 +190,17 @@ def _switch(value: Any) -> Any:
 
 def _compression(value: Any) -> Any:
   if not isinstance(value, Mapping):
-    return _one_of(_switch(value), ("auto", "on", *_CODECS))
-  return {str(kind): _one_of(_switch(codec), _CODECS) for kind, codec in value.items()}
+    return one_of(_switch(value), ("auto", "on", *_CODECS))
+  return {str(kind): one_of(_switch(codec), _CODECS) for kind, codec in value.items()}
 
 
-def _one_of(value: Any, allowed: Sequence[str]) -> str:
-  if value not in allowed:
+def one_of(value: Any, allowed: Sequence[str]) -> str:
+  """`value`, which must be in `allowed`.
+
+  Raises:
+    ValueError: naming the nearest that is.
+  """
+  if not isinstance(value, str) or value not in allowed:
     raise ValueError(f"{value!r:.80} is not one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}")
   return value
 

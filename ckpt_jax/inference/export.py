@@ -123,7 +123,7 @@ def export(
     CheckpointError: if `out` exists, or a number does not fit into `dtype`.
     OutOfSpaceError: if the storage is full; then nothing is left at `out`.
   """
-  options = Options(dtype=dtype if dtype is None else jnp.dtype(dtype).name, quantize=quantize, format=format, **more)
+  options = Options(dtype=dtype, quantize=quantize, format=format, **more)
   evaluate = _function(options.evaluate)
   output = Output(run_directory(out), overwrite=options.overwrite)
   number, source = open_step(run, step, options.item)

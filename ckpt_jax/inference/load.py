@@ -19,6 +19,8 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ckpt_jax.config import Config, LimitsConfig
+from ckpt_jax.config.arguments import checked
+from ckpt_jax.config.units import one_of
 from ckpt_jax.errors import (
   CheckpointError,
   ConfigError,
@@ -40,6 +42,7 @@ from ckpt_jax.restore.like import is_held_by_jax
 from ckpt_jax.restore.meshes import axes_by_dim
 from ckpt_jax.restore.read import Reading, RestoreRequest, fetch_state, plan_reading
 from ckpt_jax.restore.step import Step
+from ckpt_jax.restore.strategies import STRATEGIES
 from ckpt_jax.run import untrusted
 from ckpt_jax.run.steps import run_directory
 from ckpt_jax.storage import look
@@ -88,6 +91,7 @@ def load_safetensors(
     CorruptCheckpointError: if one is damaged.
     StructureMismatchError: listing every difference between `like` and the files.
   """
+  checked("strategy", one_of, strategy, ("auto", *STRATEGIES))
   config = Config()
   source = _SafetensorsFiles(run_directory(path), renaming.rules(rename))
   together = Together(Rendezvous(f"load {source}"), config.timeouts.restore_s)
@@ -112,6 +116,7 @@ def load_quantized(path: str | os.PathLike[str], like: PyTree | None = None, *, 
     CorruptCheckpointError: if it is damaged.
     StructureMismatchError: if `like` has other leaves, or other shapes.
   """
+  checked("strategy", one_of, strategy, ("auto", *STRATEGIES))
   directory = run_directory(path)
   known = read_export(directory)
   if known is None:

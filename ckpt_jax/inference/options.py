@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-import jax.numpy as jnp
+import pydantic
+from pydantic import BeforeValidator, Field, StrictBool, StrictStr
 
+from ckpt_jax.config.sections import Section
+from ckpt_jax.config.units import Bytes, LeafPaths, parse_dtype
 from ckpt_jax.errors import ConfigError
-from ckpt_jax.inference.quantize import check_quantize
-from ckpt_jax.inference.rename import Rules
 
 PyTree = Any
-FLOATS = ("float32", "bfloat16", "float16")
-FORMATS = ("orbax", "safetensors")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Section):
   """What an export makes of the parameters.
 
   Attributes:
@@ -41,28 +38,25 @@ class Options:
     progress: called with bytes read and bytes in all.
   """
 
-  dtype: str | None = "bfloat16"
-  quantize: str | None = None
-  format: str = "orbax"
-  group: int = 64
-  keep: Sequence[str] = ()
-  subtree: str | None = None
-  ema: bool = False
-  item: str | None = None
-  rename: Rules = ()
-  metadata: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"format": "pt"})
-  shard_size: int = 5 * 10**9
-  overflow: bool = False
-  overwrite: bool = False
-  memory: int = 128 << 20
+  dtype: Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(parse_dtype)] | None = "bfloat16"
+  quantize: Literal["int8", "int4"] | None = None
+  format: Literal["orbax", "safetensors"] = "orbax"
+  group: Literal[32, 64, 128] = 64
+  keep: LeafPaths | tuple[()] = ()
+  subtree: StrictStr | None = None
+  ema: StrictBool = False
+  item: StrictStr | None = None
+  rename: Any = ()
+  metadata: dict[str, StrictStr] = Field(default_factory=lambda: {"format": "pt"})
+  shard_size: Bytes = 5 * 10**9
+  overflow: StrictBool = False
+  overwrite: StrictBool = False
+  memory: Bytes = 128 << 20
   evaluate: str | Callable[[PyTree], Any] | None = None
   progress: Callable[[int, int], None] = lambda done, total: None
 
-  def __post_init__(self):
-    if self.dtype is not None and (name := jnp.dtype(self.dtype).name) not in FLOATS:
-      raise ConfigError(f"dtype: {name}: expected {', '.join(FLOATS)} or None")
-    if self.format not in FORMATS:
-      raise ConfigError(f"format: expected {' or '.join(FORMATS)}, got {self.format!r:.40}")
-    check_quantize(self.quantize, self.group)
+  @pydantic.model_validator(mode="after")
+  def _names_of_safetensors(self) -> Options:
     if self.rename and self.format != "safetensors":
       raise ConfigError("rename: names are those of the state in Orbax's format; use format='safetensors'")
+    return self

@@ -17,13 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckpt_jax.errors import ConfigError
 from ckpt_jax.inference.cast import BLOCK, Loss, difference
 from ckpt_jax.layout.sharding import Box
 
 PyTree = Any
 LARGEST = {8: 127, 4: 7}  # by number of bits
-GROUPS = (32, 64, 128)
 _SMALLEST_GROUP = 16
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # a smaller one would be flushed to zero on a device
 # Matrices that stay as they are: tables that are looked up, and vectors that scanned layers stack to matrices.
@@ -69,14 +67,6 @@ def scheme_of(path: str, shape: Sequence[int], quantize: str, group: int) -> Sch
   fitting = max(n for n in range(1, min(group, length) + 1) if length % n == 0)
   # With scales for fewer values than this, int4 would take more than int8.
   return Scheme(4, axis, fitting) if fitting >= _SMALLEST_GROUP else Scheme(8, axis, length)
-
-
-def check_quantize(quantize: str | None, group: int) -> None:
-  """Raises ConfigError for what is no kind of quantisation, or no size of a group."""
-  if quantize not in (None, "int8", "int4"):
-    raise ConfigError(f"quantize: expected 'int8', 'int4' or None, got {quantize!r:.40}")
-  if group not in GROUPS:
-    raise ConfigError(f"group: expected one of {', '.join(map(str, GROUPS))}, got {group!r:.40}")
 
 
 class Magnitudes:

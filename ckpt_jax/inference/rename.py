@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ckpt_jax.config.arguments import check_type
 from ckpt_jax.errors import ConfigError
 
 _STARS = re.compile(r"\*\*|\*")
@@ -53,13 +54,11 @@ def rules(given: Rules) -> list[Rule]:
   Raises:
     ConfigError: for one that is not of that form.
   """
-  pairs: Iterable[tuple[str, str]]
-  if isinstance(given, Mapping):
-    pairs = given.items()
-  else:
-    if isinstance(given, str) or not all(isinstance(text, str) and "=" in text for text in given):
-      raise ConfigError(f"rename: {given!r:.80}: expected {{'PATH': 'NAME'}}, or texts PATH=NAME")
-    pairs = [tuple(text.split("=", 1)) for text in given]  # type: ignore[misc]
+  is_several = isinstance(given, Iterable) and not isinstance(given, str)
+  texts = given.items() if isinstance(given, Mapping) else list(given) if is_several else [given]
+  pairs = [tuple(text.split("=", 1)) if isinstance(text, str) else text for text in texts]
+  fit = all(isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(p, str) for p in pair) for pair in pairs)
+  check_type("rename", given, is_several and fit, "{'PATH': 'NAME'}, or texts PATH=NAME")
   return [Rule(path.strip("/ "), name.removesuffix(":T").strip(), name.endswith(":T")) for path, name in pairs]
 
 

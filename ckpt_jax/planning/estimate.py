@@ -16,9 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ckpt_jax.config.explain import did_you_mean
+from ckpt_jax.config.arguments import check_type, checked, whole_number
 from ckpt_jax.config.html import html_table
-from ckpt_jax.config.units import count, parse_count, size_text
+from ckpt_jax.config.units import count, one_of, parse_count, parse_dtype, size_text
 from ckpt_jax.errors import ConfigError
 
 PyTree = Any
@@ -139,12 +139,12 @@ class SizeEstimate:
 def estimate(
   params: float | str | PyTree = None,
   optimizer: Any = "adam",
-  param_dtype: str | None = None,
+  param_dtype: Any = None,
   *,
-  master_dtype: str | None = None,
-  moments_dtype: str | None = None,
+  master_dtype: Any = None,
+  moments_dtype: Any = None,
   ema: int = 0,
-  inference_dtype: str = "bfloat16",
+  inference_dtype: Any = "bfloat16",
   state: PyTree = None,
 ) -> SizeEstimate:
   """Bytes of a training state, and of the weights for inference that remain of it. Allocates nothing.
@@ -163,42 +163,35 @@ def estimate(
   Raises:
     ConfigError: if an argument makes no sense.
   """
-  for dtype in (inference_dtype, param_dtype, master_dtype, moments_dtype):
-    bits_of(dtype or "float32")
+  inference_dtype = checked("estimate: inference_dtype", parse_dtype, inference_dtype)
   if (params is None) == (state is None):
     raise ConfigError("estimate: give either params= (their number, or a tree) or state=")
   if state is not None:
     return _of_state(state, inference_dtype)
-  if ema < 0:
-    raise ConfigError(f"estimate: ema={ema}: the number of averaged copies cannot be negative")
-  if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
-    near = did_you_mean(optimizer, OPTIMIZERS)
-    raise ConfigError(f"estimate: no optimizer {optimizer!r}{near or '; there are ' + ', '.join(OPTIMIZERS)}")
-  recipe = _Recipe(optimizer, param_dtype, master_dtype, moments_dtype, ema)
+  copies = whole_number(ema)
+  check_type("estimate: ema", ema, copies is not None and copies >= 0, "a number of averaged copies")
+  if not callable(getattr(optimizer, "init", None)):
+    checked("estimate: optimizer", one_of, optimizer, OPTIMIZERS)
+  dtypes = {"param_dtype": param_dtype, "master_dtype": master_dtype, "moments_dtype": moments_dtype}
+  given = {
+    name: checked(f"estimate: {name}", parse_dtype, dtype) for name, dtype in dtypes.items() if dtype is not None
+  }
+  recipe = _Recipe(optimizer, **given, ema=ema)
+  if getattr(params, "ndim", None) == 0 and hasattr(params, "item"):  # a number of numpy or jax
+    params = params.item()
   if not isinstance(params, (int, float, str)):
+    check_type("estimate: params", params, arrays_of(params), "their number, or a tree of arrays")
     return recipe.of_tree(params, inference_dtype)
-  try:
-    return recipe.of_count(parse_count(params), inference_dtype)
-  except ValueError as e:
-    raise ConfigError(f"estimate: params={e}") from None
+  return recipe.of_count(checked("estimate: params", parse_count, params), inference_dtype)
 
 
 def bits_of(dtype: Any) -> int:
-  """Bits of a value.
-
-  Raises:
-    ConfigError: if there is no such dtype.
-  """
-  try:
-    dtype = np.dtype(dtype)
-    if dtype.kind in "iuV" or dtype.type.__module__.startswith("ml_dtypes"):
-      info = ml_dtypes.iinfo if "int" in dtype.name else ml_dtypes.finfo
-      return info(dtype).bits
-    return dtype.itemsize * 8
-  except (TypeError, ValueError):
-    raise ConfigError(
-      f"{dtype!r} is no dtype; write float32, bfloat16, float16, float8_e4m3fn, int8, int4 ..."
-    ) from None
+  """Bits of a value."""
+  dtype = np.dtype(dtype)
+  if dtype.kind in "iuV" or dtype.type.__module__.startswith("ml_dtypes"):
+    info = ml_dtypes.iinfo if "int" in dtype.name else ml_dtypes.finfo
+    return info(dtype).bits
+  return dtype.itemsize * 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,10 +199,10 @@ class _Recipe:
   """What a state holds besides its parameters; see `estimate`."""
 
   optimizer: Any
-  param_dtype: str | None
-  master_dtype: str | None
-  moments_dtype: str | None
-  ema: int
+  param_dtype: str | None = None
+  master_dtype: str | None = None
+  moments_dtype: str | None = None
+  ema: int = 0
 
   def of_count(self, params: int, inference_dtype: str) -> SizeEstimate:
     """The state of a number of parameters, whose shapes are not known."""

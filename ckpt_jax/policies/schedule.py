@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from orbax.checkpoint import checkpoint_managers as ocp_policies
 
-from ckpt_jax.config.arguments import check_schedule, whole_number
+from ckpt_jax.config.arguments import check_schedule, check_type, whole_number
 from ckpt_jax.errors import ConfigError
 from ckpt_jax.job.agreement import decided_by_process_zero
 from ckpt_jax.job.rendezvous import Rendezvous
@@ -172,6 +172,9 @@ class EveryMinutes(ByClock):
     super().__init__(clock)
     self.minutes = minutes
 
+  def __repr__(self) -> str:
+    return f"EveryMinutes(minutes={self.minutes:g})"
+
   def interval(self) -> float:
     return self.minutes * 60
 
@@ -187,7 +190,10 @@ class OnPreemption(Schedule):
     noticed: an extra source of notices, for jobs without `jax.distributed`, which Orbax's own detection does not cover.
   """
 
-  noticed: Callable[[], bool] = lambda: False
+  noticed: Callable[[], bool] = dataclasses.field(default=lambda: False, repr=False)
+
+  def __post_init__(self):
+    check_type("OnPreemption: noticed", self.noticed, callable(self.noticed), "a function without arguments")
 
   def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
     return bool(context.reached_preemption) or self.noticed()

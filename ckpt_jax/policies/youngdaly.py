@@ -108,6 +108,10 @@ class YoungDaly(ByClock):
     self._last_step: tuple[int, float] | None = None
     self._unmeasured: float | None = None  # when this asked for a save that was not reported to `begun`
 
+  def __repr__(self) -> str:
+    given = {"mtti": self.mtti, "max_overhead": self.max_overhead}
+    return f"YoungDaly({', '.join(f'{name}={value:g}' for name, value in given.items() if value is not None)})"
+
   def begun(self, step: int) -> None:
     super().begun(step)
     self._writing = True

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_jax.config import Config
+from ckpt_jax.config.arguments import check_request, check_type
 from ckpt_jax.config.html import html_table
 from ckpt_jax.config.units import count
 from ckpt_jax.integrity.fingerprint import bits_of
@@ -114,7 +115,7 @@ class BesideDiff:
 
 @dataclasses.dataclass(frozen=True)
 class Diff:
-  """What differs between two steps.
+  """What differs between two steps. False if nothing does.
 
   Attributes:
     a, b: the steps, as RUN@STEP.
@@ -136,6 +137,9 @@ class Diff:
   def same(self) -> bool:
     """Whether nothing differs."""
     return not self.differing and not self.beside
+
+  def __bool__(self) -> bool:
+    return not self.same
 
   def summary(self) -> str:
     """How many leaves differ in what, and what else does."""
@@ -180,6 +184,8 @@ def diff(
     UnknownLeafError: if `only` names a leaf of neither step.
     CorruptCheckpointError, StorageError: if one cannot be read.
   """
+  check_request(only, None, None, item)
+  check_type("on_progress", on_progress, on_progress is None or callable(on_progress), "a function of one argument")
   place_a, place_b = step_directory(run_directory(run_a), step_a), step_directory(run_directory(run_b), step_b)
   with snapshot(place_a), snapshot(place_b):
     a, b = Step(place_a, Config(), item), Step(place_b, Config(), item)

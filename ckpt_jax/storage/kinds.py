@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 
+from ckpt_jax.config.arguments import check_type
 from ckpt_jax.errors import StorageError
 from ckpt_jax.storage.paths import given, url_scheme
 
@@ -193,7 +194,9 @@ def detect(path: str | os.PathLike[str], mounts: str | None = None) -> StorageKi
 
   Raises:
     StorageError: if the URL's scheme is not known.
+    ConfigError: if `path` is no path, or `mounts` no text.
   """
+  check_type("mounts", mounts, mounts is None or isinstance(mounts, str), "the text of a /proc/self/mountinfo")
   return _detect(path, mounts)[0]
 
 

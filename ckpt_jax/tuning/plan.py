@@ -13,7 +13,8 @@ from typing import Any
 
 import pydantic
 
-from ckpt_jax.config import Config
+from ckpt_jax.config import Config, as_config, did_you_mean
+from ckpt_jax.config.arguments import check_type
 from ckpt_jax.config.html import html_table
 from ckpt_jax.config.units import count, decimal_text, duration_text
 from ckpt_jax.layout.staging import PINNED_LIMIT
@@ -174,7 +175,7 @@ def make_plan(
   state: PyTree | StateProfile,
   storage: StorageProfile | StorageKind | str | os.PathLike[str],
   host: HostProfile | None = None,
-  config: Config | Mapping[str, Any] | None = None,
+  config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> Plan:
   """Decides how to save and restore a state.
 
@@ -183,14 +184,14 @@ def make_plan(
     storage: a profile from `probe`; or a path, for which the last measurement is used, or a quick one made (under a
       second); or a StorageKind or its name, whose usual figures are used.
     host: None measures this one (0.2 s, once after each start of the host).
-    config: settings that are made already; the plan is made around them.
+    config: settings that are made already, as for `Checkpointer`; the plan is made around them.
 
   Raises:
-    ConfigError: if `config` is wrong.
+    ConfigError: if `config` is wrong, or `storage` neither a directory nor a kind but like one.
     StorageError: if the path cannot be reached.
   """
-  if not isinstance(config, Config):
-    config = Config(**(config or {}))
+  config = as_config(config)
+  check_type("host", host, host is None or isinstance(host, HostProfile), "the HostProfile of profile_host(), or None")
   if not isinstance(state, StateProfile):
     state = profile_state(state)
   if isinstance(storage, str) and storage in set(StorageKind):
@@ -199,6 +200,8 @@ def make_plan(
     storage = assumed_profile(storage)
   elif not isinstance(storage, StorageProfile):
     path = given(storage)
+    near = "" if os.path.exists(path) else did_you_mean(path, StorageKind)
+    check_type("storage", storage, not near, f"a path, a StorageProfile or a kind of storage{near}")
     connect(path)
     storage = cached_profile(path) or quick_probe(path)
   return decide(Facts(state, storage, host or profile_host(), config))

@@ -111,8 +111,8 @@ def test_matrices_alone_are_quantised_along_their_inputs(path, shape, quantize, 
 
 def test_unknown_quantisation_is_refused(tmp_path):
   for more, match in [
-    ({"quantize": "int2"}, "expected 'int8', 'int4'"),
-    ({"group": 48}, "expected one of 32, 64, 128"),
+    ({"quantize": "int2"}, "quantize: 'int2' is not one of int8, int4; did you mean int4?"),
+    ({"group": 48}, "group: 48 is not one of 32, 64 or 128"),
   ]:
     with pytest.raises(ckpt.ConfigError, match=match):
       ckpt.export(tmp_path, 0, tmp_path / "out", **more)
