@@ -12,7 +12,7 @@ import ckpt_jax as ckpt
 from ckpt_jax import policies
 
 # Of every type that people have at hand: a value that was meant for another argument, a variable that is not set.
-WRONG = [None, 3, -1, True, float("nan"), "nonsense", "", b"x", ["a"], {"a": 1}, object(), print]
+WRONG = [None, 3, -1, True, float("nan"), "nonsense", "", b"x", ["a"], {"a": 1}, object(), print, 10**400]
 
 
 @dataclasses.dataclass

@@ -91,7 +91,7 @@ def test_command_prints_the_link_and_the_section(tmp_path):
   shown = cli("explain", topic)
   assert shown.returncode == 0 and "No checkpoint" in shown.stdout and "restore_or_init(init_fn)" in shown.stdout
   assert "\nno-checkpoint " in cli("explain").stdout
-  for name in ("NoCheckpointError", "No checkpoint", "no_checkpoint"):
+  for name in ("NoCheckpointError", "ckpt_jax.errors.NoCheckpointError", "No checkpoint", "no_checkpoint"):
     assert cli("explain", name).stdout == shown.stdout
   mistyped = cli("explain", "no-checkpiont")
   assert mistyped.returncode == 2 and "did you mean no-checkpoint?" in mistyped.stderr

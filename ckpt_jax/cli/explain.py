@@ -36,7 +36,8 @@ def explain(
   from rich.markdown import Markdown
 
   sections = topics()
-  known = _anchor(getattr(getattr(errors, topic, None), "topic", topic))
+  of_class = getattr(errors, topic.rpartition(".")[2], None)  # as a traceback names it, with its module
+  known = _anchor(getattr(of_class, "topic", topic))
   if not topic:
     for name, text in sections.items():
       typer.echo(f"{name:26} {text.splitlines()[2].replace('`', '')}")

@@ -30,7 +30,7 @@ def step_number(value: Any, argument: str = "step") -> int:
   """A step number as a Python int.
 
   Args:
-    value: an integer of Python, numpy or jax, not negative.
+    value: an integer of Python, numpy or jax, not negative and below 2**63.
     argument: the caller's name for it, for the message.
 
   Raises:
@@ -41,6 +41,10 @@ def step_number(value: Any, argument: str = "step") -> int:
     kind = type(value).__name__
     raise CheckpointError(
       f"{argument}: expected a whole number such as 100, got {value!r:.80} ({kind})", topic="configuration"
+    )
+  if number.bit_length() > 63:  # Python refuses to print one of thousands of digits
+    raise CheckpointError(
+      f"{argument}: a number of {number.bit_length()} bits; 63 are the limit", topic="configuration"
     )
   if number < 0:
     raise CheckpointError(f"{argument}: {number} must not be negative", topic="configuration")

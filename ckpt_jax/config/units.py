@@ -143,6 +143,8 @@ def pairs_text(values: Mapping[str, Any]) -> str:
 
 def _number(value: Any) -> float | None:
   """A number, or text that is one; None for anything else, True and False included."""
+  if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 1023:
+    return math.inf  # none of the settings; math's functions raise OverflowError for it
   if isinstance(value, (int, float)) and not isinstance(value, bool):
     return value
   if isinstance(value, str) and re.fullmatch(_NUMBER, value.strip().lower()):

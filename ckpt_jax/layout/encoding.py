@@ -156,7 +156,7 @@ def _no_value(leaf: Any) -> str | None:
       )
     return f"a {name} is no array or scalar; put it into extras= or leave it out"
   if kind is int and not -(2**63) <= leaf < 2**63:
-    return f"the integer {leaf} needs more than 64 bits; store it as text in extras="
+    return f"the integer {hex(leaf):.40} needs more than 64 bits; store it as text in extras="
   if kind is str and not is_utf8(leaf):
     return f"the text {leaf!r:.60} is no Unicode; store bytes as np.frombuffer(..., np.uint8)"
   return None

@@ -167,7 +167,7 @@ class EveryMinutes(ByClock):
   """
 
   def __init__(self, minutes: float, *, clock: Callable[[], float] = time.monotonic):
-    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 < minutes < math.inf:
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not 0 < minutes < 2**63:
       raise ConfigError(f"EveryMinutes(minutes={minutes!r:.80}): minutes must be a number above zero")
     super().__init__(clock)
     self.minutes = minutes

@@ -127,6 +127,12 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float | int]:
         ) from e
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       raise CheckpointError(f"metrics[{name!r}] is {value!r:.80}; a metric is one number", topic="metrics-and-extras")
+    if isinstance(value, int) and value.bit_length() > 1023:
+      raise CheckpointError(f"metrics[{name!r}] is larger than a float can hold", topic="metrics-and-extras")
+    if not isinstance(name, str):
+      raise CheckpointError(
+        f"metrics: the name {name!r:.80} would come back as text; use str names", topic="metrics-and-extras"
+      )
     plain[str(name)] = value
   return plain
 

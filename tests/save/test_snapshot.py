@@ -76,6 +76,13 @@ def test_metrics_that_are_no_number_are_refused_by_name(value):
     plain_metrics({"loss": 1.0, "acc": value})
 
 
+def test_metrics_that_would_come_back_otherwise_or_could_not_be_compared_are_refused():
+  for metrics, match in [({1: 2.0, "1": 3.0}, "the name 1 would"), ({"loss": -(10**5000)}, r"\['loss'\] is larger")]:
+    with pytest.raises(ckpt.CheckpointError, match=match):
+      plain_metrics(metrics)
+  assert plain_metrics({"loss": 10**300, "other": math.inf}) == {"loss": 10**300, "other": math.inf}
+
+
 def test_run_metadata_says_what_made_the_step_in_json():
   mesh = jax.make_mesh((2,), ("fsdp",))
   config = ckpt.Config(retention={"last": 7})
