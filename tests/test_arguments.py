@@ -110,7 +110,7 @@ def test_a_number_of_numpy_or_jax_is_a_number():
 
 def test_a_name_near_that_of_a_storage_is_no_path(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(ckpt.ConfigError, match="storage: expected .* did you mean gcs"):
+  with pytest.raises(ckpt.ConfigError, match=r"storage: expected .* did you mean gcs"):
     ckpt.make_plan({"w": jnp.ones(2)}, "gsc")
   (tmp_path / "gsc").mkdir()
   assert ckpt.make_plan({"w": jnp.ones(2)}, "gsc").storage.kind != "gcs"

@@ -13,7 +13,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +102,8 @@ def export(
   step: int | str,
   out: str | os.PathLike[str],
   dtype: Any = "bfloat16",
-  quantize: str | None = None,
-  format: str = "orbax",
+  quantize: Literal["int8", "int4"] | None = None,
+  format: Literal["orbax", "safetensors"] = "orbax",
   **more: Any,
 ) -> ExportReport:
   """Writes the parameters of a step, and nothing else, for inference. One process calls it.
