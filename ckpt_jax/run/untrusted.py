@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,7 +37,12 @@ def read_json(file: epath.Path, is_intact: Callable[[bytes], bool] = lambda text
   """
   if (size := look.file_nbytes(file)) > MAX_JSON_BYTES:
     raise CorruptCheckpointError(f"{file}: {size / 1e9:.1f} GB of JSON; no checkpoint has as much")
-  text = look.read_bytes(file)
+  try:
+    text = look.read_bytes(file)
+  except FileNotFoundError:
+    if os.path.isdir(file):
+      raise CorruptCheckpointError(f"{file}: not JSON: a directory is in its place") from None
+    raise
   try:
     data = json.loads(text)
   except RecursionError:

@@ -211,6 +211,14 @@ def test_changed_extras_and_metrics_are_found(tmp_path, assert_same):
   assert restored_right(tmp_path, assert_same).step == 0
 
 
+def test_directory_in_place_of_the_metrics_is_found(tmp_path, assert_same):
+  save(tmp_path)
+  (file := tmp_path / "1" / "metrics" / "metrics").unlink()
+  file.mkdir()
+  assert {(f.step, f.kind) for f in ckpt.verify(tmp_path)} == {(1, "metadata")}
+  assert restored_right(tmp_path, assert_same).step == 1  # the step's own JSON holds them too
+
+
 def test_healthy_goes_back_behind_an_explosion(tmp_path):
   with ckpt.Checkpointer(tmp_path, {"health": {"nonfinite": "tag"}}) as c:
     for step, value in enumerate([1.0, 2.0, np.nan, np.inf]):
