@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from ckpt_jax.storage.paths import files_beneath
 def export(side: str, source: str, out: str) -> None:
   """Writes bfloat16 parameters, durably."""
   if side.startswith("ckpt_jax"):
-    quantize = "int8" if side.endswith("int8") else None
+    quantize: Literal["int8"] | None = "int8" if side.endswith("int8") else None
     ckpt.export(source, 0, out, format="orbax" if side.endswith("orbax") else "safetensors", quantize=quantize)
   elif side == "read":
     left = 4 * sum(np.prod(x.shape) for x in jax.tree.leaves(_described(source)["params"]))
