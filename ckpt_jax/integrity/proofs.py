@@ -17,7 +17,9 @@ from ckpt_jax.integrity.sums import Tally
 from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.sharding import shape_of
 from ckpt_jax.layout.unchanged import Round
+from ckpt_jax.tuning.profile import usable_cores
 
+_THREADS = 8  # XXH3 then reads at the speed of memory
 _Apart = Mapping[str, list[tuple[Values, tuple[int, ...]]]]
 
 
@@ -31,7 +33,7 @@ def tallies(
   """
   apart = _apart(taken, unchanged)
   first = unchanged.first.keys() - unchanged.held.keys()
-  found = _as_before(taken, unchanged, first - apart.keys(), threads)
+  found = _as_before(taken, unchanged, first - apart.keys())
   seen = dict(found)
   if first:
     more, seen_of_more = _looked_at(taken, first - found.keys(), apart, threads, health)
@@ -63,7 +65,7 @@ def _apart(taken: Taken, unchanged: Round) -> _Apart:
   return apart
 
 
-def _as_before(taken: Taken, unchanged: Round, paths: set[str], threads: int) -> dict[str, Tally]:
+def _as_before(taken: Taken, unchanged: Round, paths: set[str]) -> dict[str, Tally]:
   """What was known of leaves before, if their hash is the same.
 
   Also of those that are the same `jax.Array`, on a CPU: it does not change, but may share the memory of a numpy array,
@@ -73,7 +75,8 @@ def _as_before(taken: Taken, unchanged: Round, paths: set[str], threads: int) ->
     return {}
   whole = {path for path in paths if taken.leaves[path].part is not None}
   known = {path: tally for path in whole if (tally := unchanged.last_tally(path)) is not None}
-  hashes = taken.of(known).tallies(threads, health=False, hashed=known.keys())
+  # By as many threads as there are cores, also on a CPU: for moments, and the save waits for it.
+  hashes = taken.of(known).tallies(min(_THREADS, usable_cores()), health=False, hashed=known.keys())
   same = {path for path, now in hashes.items() if (now.hash, now.high) == (known[path].hash, known[path].high)}
   for values, _ in (piece for path in same for piece in taken.pieces[path]) if taken.copies.by_piece else ():
     values.done()
