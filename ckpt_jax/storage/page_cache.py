@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from ckpt_jax.storage.paths import files_beneath
+
 CAN_RELEASE = hasattr(os, "posix_fadvise")
 # 1 GB written by one call took 0.32 s, and 0.36 s beside a thread that hashed it; with steps of 16 MiB that were late
 # whenever the one before had taken long, 1.2 s and 0.7 s: the disk stood idle, and the writer waited for fresh pages.
@@ -167,9 +169,8 @@ def pages_in_memory(descriptor: int) -> tuple[int, int]:
 def cached_nbytes(directory: str | os.PathLike[str]) -> tuple[int, int]:
   """Bytes that the files below a directory take of the page cache, and all their bytes, both in whole pages."""
   cached = total = 0
-  for folder, _, names in os.walk(directory):
-    for name in names:
-      with open(os.path.join(folder, name), "rb") as file:
-        found, pages = pages_in_memory(file.fileno())
-      cached, total = cached + found * mmap.PAGESIZE, total + pages * mmap.PAGESIZE
+  for path in files_beneath(os.fspath(directory)):
+    with open(path, "rb") as file:
+      found, pages = pages_in_memory(file.fileno())
+    cached, total = cached + found * mmap.PAGESIZE, total + pages * mmap.PAGESIZE
   return cached, total
