@@ -15,7 +15,7 @@ from ckpt_jax.errors import CorruptCheckpointError, StorageError
 from ckpt_jax.failures import is_unreachable, root_cause
 from ckpt_jax.layout.homes import read_homes
 from ckpt_jax.layout.keys import ARRAY_FILES
-from ckpt_jax.orbax.format import MANIFEST, VALUES, is_process_database, process_database
+from ckpt_jax.orbax.format import ARRAY_METADATAS, MANIFEST, VALUES, is_process_database, process_database
 from ckpt_jax.storage import look
 from ckpt_jax.storage.clients import kvstore_spec
 from ckpt_jax.storage.urls import is_object_store
@@ -72,6 +72,8 @@ def written(item: epath.Path) -> Iterator[tuple[int, dict[str, int]]]:
   Empty if the step was saved without OCDBT, or was rewritten since.
   """
   parts = {int(name.rpartition("_")[2]): item / name for name in look.names(item) if is_process_database(name)}
+  if not parts and is_object_store(item) and look.names(item / ARRAY_METADATAS) == ["process_0"]:
+    parts = {0: item}  # the one process of a job writes there what has nothing to be merged with
   for process, path in sorted(parts.items()):
     found = ((key.decode(), nbytes) for key, _, nbytes in _database(path))
     yield process, {key: nbytes for key, nbytes in found if key.rpartition("/")[2] not in ARRAY_FILES}

@@ -269,8 +269,9 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
 
   def finalize(self, directory: epath.Path) -> None:
     """See Orbax's; on process 0, checks what all processes wrote and writes the record."""
-    BACKEND.end_claim(directory)
     recording, self._recording = self._recording, None
+    if not (recording and self._inner.is_merged):
+      BACKEND.end_claim(directory)
     if recording is None:
       self._inner.finalize(directory)
       return
@@ -278,6 +279,11 @@ class RecordingHandler(ocp.AsyncCheckpointHandler):
     others = in_threads(lambda i: json.loads(_part(directory, i).read_text()), range(1, jax.process_count()))
     recording.check_own(others)
     recording.complete(others)
+    if self._inner.is_merged:  # nobody else wrote, so that no listing is needed
+      self._inner.finalize(directory)
+      databases.check_merged(directory)
+      recording.write(directory)
+      return
     writers = [process for process, part in enumerate([recording.part, *others]) if part["writes"]]
     with snapshot(directory):  # all processes have written their parts; the merged database is looked for afterwards
       databases.check_written(directory, writers)

@@ -26,8 +26,9 @@ from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.layout.text import TextHandler
 from ckpt_jax.layout.unchanged import Round, nothing_unchanged
 from ckpt_jax.orbax import private
-from ckpt_jax.orbax.format import SHARDINGS, VALUES, process_database
+from ckpt_jax.orbax.format import MANIFEST, SHARDINGS, VALUES, process_database
 from ckpt_jax.storage import look
+from ckpt_jax.storage.objects import BACKEND
 from ckpt_jax.storage.page_cache import write_behind
 from ckpt_jax.storage.urls import is_object_store
 
@@ -93,8 +94,10 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
     if self._pack and not self.copies.in_turn and (parts := split(args.item)) is not None:  # slabs are read in one go
       rest, packed, self._small = parts
       args = dataclasses.replace(args, item=rest)
-    self._has_arrays = any(not isinstance(leaf, str) for leaf in jax.tree.leaves(args.item))
-    self._arrays.prepare(packed, self._small, self.copies, self.unchanged)
+    leaves = jax.tree.leaves(args.item)
+    self._has_arrays = any(not isinstance(leaf, str) for leaf in leaves)
+    alone = jax.process_count() == 1 and all(isinstance(leaf, jax.Array | str) for leaf in leaves)
+    self._arrays.prepare(packed, self._small, self.copies, self.unchanged, alone=alone)
     self.copies, self.unchanged = HostCopies(self._arrays.limits), nothing_unchanged()
     return await super().async_save(directory, item, save_args, args)
 
@@ -102,6 +105,11 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
   def writes(self) -> bool:
     """Whether this process writes a part of the last tree into an OCDBT database of its own, as far as is known."""
     return self._has_arrays and (jax.process_index() == 0 or self._arrays.writes)
+
+  @property
+  def is_merged(self) -> bool:
+    """Whether the last tree went straight into the item's own database, so that there is nothing to merge."""
+    return self._arrays.merged
 
   def wait_until_queued(self) -> None:
     """Waits, in the background of a save, until enough of the arrays is on its way to keep the storage busy.
@@ -116,6 +124,8 @@ class PyTreeHandler(ocp.PyTreeCheckpointHandler):
     packing.merge_parts(directory, jax.process_count())
     if self._small is not None:
       self._small.complete(directory)
+    if self.is_merged:
+      return  # Orbax's would look for databases to merge, and warn that there are none
     with self._arrays.behind(directory):  # Orbax has written numpy arrays and numbers
       super().finalize(directory)
 
@@ -126,6 +136,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
   Attributes:
     limits: of the division among processes.
     writes: whether this process writes a part of the last arrays.
+    merged: whether it writes them into the item's own database.
     writer: of the last arrays; None if Orbax wrote them.
   """
 
@@ -141,21 +152,30 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     self.limits = shares.Limits.of(layout)
     self._compression = layout.compression
     self._direct = direct
-    self.writes = False
+    self.writes = self.merged = False
     self.writer: writing.Writer | None = None
     self._memory = writing.SlabMemory()
     self.prepare([], None, HostCopies(), nothing_unchanged())
 
-  def prepare(self, packed: Sequence[jax.Array], small: Small | None, copies: HostCopies, unchanged: Round) -> None:
+  def prepare(
+    self,
+    packed: Sequence[jax.Array],
+    small: Small | None,
+    copies: HostCopies,
+    unchanged: Round,
+    *,
+    alone: bool = False,
+  ) -> None:
     """Says what belongs to the next call of `serialize` and Orbax does not pass on.
 
     Args:
       packed, small: arrays that go into a slab, and their places.
       copies: of the arrays, as far as they were started before.
       unchanged: which of them need not be written.
+      alone: whether no other process, and no other handler, writes into a database of the item.
     """
     self._packed, self._small, self._copies, self._unchanged = packed, small, copies, unchanged
-    self.writes, self.writer = False, None
+    self._alone, self.writes, self.merged, self.writer = alone, False, False, None
 
   async def serialize(
     self, values: Sequence[jax.Array], infos: _ParamInfos, args: Sequence[ocp.SaveArgs] | None = None
@@ -175,10 +195,13 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       7. With `limits.file_io: direct` what is written leaves the page cache meanwhile (`storage.page_cache`).
       8. Arrays that have not changed since the last step are not written again (`unchanged`).
       9. A failed write is waited for before the error is raised: nothing is written once a save counts as ended.
+      10. What one process writes to a bucket goes straight into the item's own database: a merge takes six requests,
+         one after the other.
     Items without OCDBT and casts go through Orbax's.
     """
     args = args or [ocp.SaveArgs()] * len(values)
     packed, small, copies, unchanged = self._packed, self._small, self._copies, self._unchanged
+    alone = self._alone
     self.prepare([], None, HostCopies(), nothing_unchanged())
     private.check_input_arguments(values, infos, args)
     if self._chunk_nbytes is not None:
@@ -199,15 +222,13 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     self.writes = any(array.pieces for array in written) or bool(small and small.slab.nbytes)
     if copies.in_turn:
       written.sort(key=lambda array: array.turn)
-    bounds = [n for n in (getattr(first.byte_limiter, "max_bytes", None), copies.ring.limit) if n is not None]
-    window = min(bounds, default=None)
     own = sum(array.own_nbytes for array in written) + (small.slab.nbytes if small else 0)
-    if window is not None and own <= min(window, _ONE_TRANSACTION_NBYTES) and is_object_store(first.parent_dir):
-      window = copies.ring.limit
+    # Homes of what does not change are in the database of a process.
+    self.merged = alone and is_object_store(first.parent_dir) and unchanged.is_plain(written)
     self.writer = writing.Writer(
       first.ts_context,  # two contexts would be two databases that do not know of each other
-      window,
-      process=jax.process_index(),
+      _window(first, copies.ring.limit, own),
+      process=None if self.merged else jax.process_index(),
       compressed=bool(first.use_compression),
       memory=self._memory,
       direct=self._direct,
@@ -266,6 +287,8 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
       if small is not None:
         _ = small.entries  # made here, where nobody waits for them
       await bulk
+      if self.merged:
+        BACKEND.wrote(item / MANIFEST)
     except BaseException as e:
       writer.stop.set()
       ring.close(e)
@@ -321,6 +344,14 @@ class NumpyHandler(ocp.type_handlers.NumpyHandler):
     codecs = [codec.codec_of(self._compression, info.name, v.dtype) for v, info in zip(values, infos, strict=True)]
     infos = [info.replace(use_compression=c != codec.OFF) for info, c in zip(infos, codecs, strict=True)]
     return await super().serialize(values, infos, args)
+
+
+def _window(info: ocp.type_handlers.ParamInfo, limit: int | None, own: int) -> int | None:
+  """Bytes of arrays in flight at a time, of `own` that a process writes; None for one transaction."""
+  window = min([n for n in (getattr(info.byte_limiter, "max_bytes", None), limit) if n is not None], default=None)
+  if window is not None and own <= min(window, _ONE_TRANSACTION_NBYTES) and is_object_store(info.parent_dir):
+    return limit
+  return window
 
 
 def _write_shardings(item: epath.Path, *objects: str) -> None:

@@ -31,6 +31,7 @@ _SEVERAL = 4  # reads
 # Of a data file in a bucket that one request reads. Orbax merges all reads of 1 ms, here 264 MB of a step, into one
 # request: one connection, whose bytes are passed on only when all have come.
 _MERGED_NBYTES = 2**24
+_MOST_GATHERED_NBYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +68,7 @@ def open_stores(info: ocp.type_handlers.ParamInfo, names: Sequence[str]) -> dict
   database = spec.pop("kvstore")
   if "experimental_read_coalescing_merged_bytes" in database:
     database["experimental_read_coalescing_merged_bytes"] = _MERGED_NBYTES
+
   root = ts.KvStore.open(database, context=context).result()
   futures = {
     name: ts.open(spec, kvstore=root / prefix(name) if name else root, context=context, open=True, read=True)
@@ -114,7 +116,7 @@ def read(
     ValueError: naming the array that cannot be read.
     CheckpointError: if the restore was given up (see `job.threads`).
   """
-  flight = _Flight()
+  flight = _Flight(gathers=not window.is_local)
   try:
     yield from _read(requests, window, enough, flight)
   finally:
@@ -143,7 +145,7 @@ def _read(
           source = store
         else:
           source = store[tuple(slice(a, b) for a, b in part)].translate_to[0]
-        flight.start(nbytes, ts.array(target).write(source), wanted)
+        flight.start(nbytes, ts.array(target).write(source, batch=flight.batch), wanted)
     wanted.all_started = True
     if not wanted.pending:
       yield request, wanted.arrays
@@ -163,11 +165,22 @@ class _Wanted:
 
 
 class _Flight:
-  """Reads in flight, which end in any order."""
+  """Reads in flight, which end in any order.
 
-  def __init__(self) -> None:
+  Attributes:
+    nbytes: of all.
+    batch: into which the next one goes; None without batches.
+  """
+
+  def __init__(self, *, gathers: bool):
+    """`gathers`: whether reads are sent together: first 16 MiB, so that the link is busy soon, later 64 MiB.
+
+    OCDBT by itself merges what is asked for within a millisecond, which is a handful of small arrays.
+    """
     self._flying: collections.deque[tuple[int, Any, _Wanted]] = collections.deque()
     self.nbytes = 0
+    self.batch = ts.Batch() if gathers else None
+    self._gathered, self._enough = 0, _MERGED_NBYTES
 
   def __len__(self) -> int:
     return len(self._flying)
@@ -177,9 +190,21 @@ class _Flight:
     wanted.pending += 1
     self.nbytes += nbytes
     self._flying.append((nbytes, future, wanted))
+    self._gathered += nbytes
+    if self._gathered >= self._enough:
+      self._enough = min(2 * self._enough, _MOST_GATHERED_NBYTES)
+      self._send()
+
+  def _send(self) -> None:
+    """Sends what was gathered; nothing of it is read before."""
+    if self.batch is not None and self._gathered:
+      self.batch.submit()
+      self.batch = ts.Batch()
+    self._gathered = 0
 
   def settle(self) -> None:
     """Waits for all reads, failed or not: none may write into memory that was freed, or outlive Python."""
+    self._send()
     for _, future, _ in self._flying:
       future.exception()
     self._flying.clear()
@@ -187,6 +212,8 @@ class _Flight:
   def land(self, *, wait: bool = True) -> Iterator[tuple[Request, list[np.ndarray]]]:
     """The requests that are complete; with `wait`, at least one read has ended when it returns."""
     landed = 0
+    if wait:
+      self._send()
     while self._flying and (self._flying[0][1].done() or (wait and not landed)):
       ended: list[tuple[int, Any, _Wanted]] = []
       try:

@@ -205,6 +205,13 @@ class Round:
     self._last = None
     self.first, self.held, self._still, self.spared = {}, {}, set(), 0
 
+  def is_plain(self, arrays: Sequence[Written]) -> bool:
+    """Whether all of what this process writes goes with the others, so that the step will have no home."""
+    if self._last is None or not self._still:
+      return True
+    self._nbytes = _nbytes(arrays)
+    return not self.first and self._are_few([x for x in arrays if self.names.get(x.info.name) in self._still])
+
   def named(self, names: Sequence[str], arrays: Sequence[jax.Array]) -> None:
     """Says what the arrays are called in the database."""
     self.names = {name: path for name, x in zip(names, arrays, strict=True) if (path := self._paths.get(id(x)))}

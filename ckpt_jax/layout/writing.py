@@ -150,8 +150,7 @@ class Writer:
     Args:
       context: TensorStore's resources.
       window: bytes in flight at a time; None hands over everything at once, in one transaction.
-      process: the process whose database this is (0 writes the arrays' metadata); None for the item's own database,
-        into which those of the processes are merged.
+      process: the process whose database this is (0 writes the arrays' metadata); None for the item's own database.
       compressed: whether slabs are, by zstd.
       memory: buffers for the chunks of slabs.
       direct: whether what is written leaves the page cache meanwhile.

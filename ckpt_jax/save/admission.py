@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import functools
@@ -174,6 +175,7 @@ class Admission:
       committing(step)
 
     def on_committed(step: int) -> None:
+      self._deleter.committed(step)  # within the claim, which has its metadata
       self._claim.close()
       committed(step)
       self._vacant.discard(step)
@@ -182,8 +184,11 @@ class Admission:
 
     def on_beginning(step: int) -> None:
       if is_object_store(self._directory):
-        self._claim_place(step)
-        self.lease.begin(step)
+        # Side by side, since neither needs the other; both before anything is written into the place.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+          noted = pool.submit(self.lease.begin, step)
+          self._claim_place(step)
+          noted.result()
 
     return step_path_class(self._directory, self.sealing, Hooks(on_beginning, on_committing, on_committed))
 

@@ -27,6 +27,7 @@ from etils.epath import stat_utils
 
 from ckpt_jax.orbax.format import COMMIT_MARKER
 from ckpt_jax.storage import requests
+from ckpt_jax.storage.behind import WriteBehind
 from ckpt_jax.storage.requests import Entry
 from ckpt_jax.storage.urls import is_object_store, split_url
 
@@ -74,6 +75,7 @@ class ObjectBackend(epath_backend.Backend):
     self._own: dict[str, tuple[float, bool]] = {}  # URL -> when this process made it, and whether it is an object
     self._snapshots: dict[str, _Snapshot] = {}
     self._written: dict[str, dict[str, bytes]] = {}  # claimed URL -> small objects that were written beneath it, by URL
+    self._behind = WriteBehind()
 
   # -- reading
 
@@ -155,13 +157,14 @@ class ObjectBackend(epath_backend.Backend):
     return file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8", write_through=True)
 
   def _fetch(self, url: str) -> bytes:
-    if (written := self._written_around(url)) is not None and url in written:
+    _, written = self._claimed_around(url)
+    if written is not None and url in written:
       return written[url]
     snapshot, key = self._snapshot_of(url), split_url(url)[2]
+    if snapshot is not None and key not in snapshot.entries:
+      raise FileNotFoundError(f"{url}: no such object")
     if snapshot is None or snapshot.claimed:
       return requests.fetch(url)
-    if key not in snapshot.entries:
-      raise FileNotFoundError(f"{url}: no such object")
     if key not in snapshot.contents:
       content = requests.fetch(url)
       if len(content) > _KEPT_NBYTES:
@@ -172,12 +175,17 @@ class ObjectBackend(epath_backend.Backend):
   # -- writing
 
   def _write(self, url: str, content: bytes) -> None:
-    requests.store(url, content)
-    self._note_own(url, is_object=True)
-    written = self._written_around(url)
-    if written is not None and len(content) <= _KEPT_NBYTES:
+    root, written = self._claimed_around(url)
+    if written is None or len(content) > _KEPT_NBYTES:
+      self._behind.settle(url)
+      requests.store(url, content)
+    else:
+      self._behind.write(url, content)
       with self._lock:
         written[url] = content
+      if url == f"{root}/{COMMIT_MARKER}":  # the step counts once this returns
+        self._behind.settle(root)
+    self._note_own(url, is_object=True)
 
   def makedirs(self, path: Path, *, exist_ok: bool = False, mode: int | None = None) -> None:
     del mode  # objects have none
@@ -190,7 +198,7 @@ class ObjectBackend(epath_backend.Backend):
   def remove(self, path: Path) -> None:
     url = os.fspath(path)
     snapshot = self._snapshot_of(path)
-    written = self._written_around(url)
+    _, written = self._claimed_around(url)
     claimed_marker = written is not None and url.endswith(COMMIT_MARKER) and url not in written
     if claimed_marker or (snapshot and snapshot.claimed and split_url(path)[2] not in snapshot.entries):
       raise FileNotFoundError(f"{url}: no such object")
@@ -220,6 +228,7 @@ class ObjectBackend(epath_backend.Backend):
     if not overwrite and epath.Path(target).exists():
       raise FileExistsError(f"{target} exists already")
     self._forget(target)
+    self._behind.settle(source)
     requests.copy(source, target)
     if is_object_store(target):
       self._note_own(target, is_object=True)
@@ -242,7 +251,8 @@ class ObjectBackend(epath_backend.Backend):
   def claim(self, path: Path) -> Iterator[None]:
     """As `snapshot`, for a path where only this process writes, and through this back end; its writes are added.
 
-    Small objects that it writes are read back without a request until the end of the block.
+    Until the end of the block, small objects that it writes are read back without a request, and written behind the
+    caller (see `behind`), but for the commit marker of `path` itself, whose write waits for all of them.
     """
     url = os.fspath(path).rstrip("/")
     self._forget(url)  # an earlier claim, or what was written there before it was removed
@@ -259,9 +269,14 @@ class ObjectBackend(epath_backend.Backend):
     What this process itself wrote there is still as it wrote it.
     """
     url = os.fspath(path).rstrip("/")
+    self._behind.settle(url)
     with self._lock:
       for root in [r for r, s in self._snapshots.items() if s.claimed and (url == r or url.startswith(r + "/"))]:
         del self._snapshots[root]
+
+  def wrote(self, path: Path) -> None:
+    """Notes an object that another client of this process has written, as TensorStore does."""
+    self._note_own(path, is_object=True)
 
   @contextlib.contextmanager
   def _listed(self, url: str, *, claimed: bool) -> Iterator[None]:
@@ -314,10 +329,12 @@ class ObjectBackend(epath_backend.Backend):
         else:
           del self._snapshots[root]  # it does change, after all
 
-  def _written_around(self, url: str) -> dict[str, bytes] | None:
-    return next((objects for root, objects in list(self._written.items()) if url.startswith(root + "/")), None)
+  def _claimed_around(self, url: str) -> tuple[str, dict[str, bytes] | None]:
+    """The claimed place around an object, and what was written there; nothing if there is none."""
+    return next((found for found in list(self._written.items()) if url.startswith(found[0] + "/")), ("", None))
 
   def _forget(self, url: str) -> None:
+    self._behind.forget(url)  # else it would come back
     with self._lock:
       for objects in self._written.values():
         for gone in [u for u in objects if u == url or u.startswith(url + "/")]:

@@ -94,6 +94,61 @@ def test_plain_orbax_reads_what_was_written(bucket):
     assert np.array_equal(manager.restore(7, args=ocp.args.PyTreeRestore(state))["w"], state["w"])
 
 
+def test_arrays_of_one_process_need_no_merge_and_plain_orbax_reads_them(bucket, assert_same):
+  run, state = bucket.url + "/run", {k: v for k, v in make_state().items() if isinstance(v, jax.Array)}
+  with ckpt.Checkpointer(run) as c:
+    for step in range(3):
+      bucket.proxy.reset()
+      c.save(step, state)
+      c.wait()
+    assert sum(bucket.proxy.requests.values()) <= 32, bucket.proxy.lines
+    assert_same(c.restore(like=state).state, state)
+    assert not any("ocdbt.process_" in key for key in BACKEND.tree(c.directory / "2"))
+  plain = epath.Path(run) / "2" / "default"
+  words = {k: jax.random.key_data(v) if k == "key" else v for k, v in state.items()}
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    found = checkpointer.restore(plain, restore_args=ocp.checkpoint_utils.construct_restore_args(words))
+  assert_same({k: v for k, v in found.items() if k != "key"}, {k: v for k, v in state.items() if k != "key"})
+  assert [p.process for p in who_wrote(run, 2).processes] == [0] and not ckpt.verify(run)
+
+
+def test_small_files_of_a_step_are_written_before_its_markers(s3):  # requests to gs:// do not say for which object
+  delayed = ("_sharding", "array_metadatas", "_METADATA", "metrics/metrics", "_CHECKPOINT_METADATA")
+  s3.proxy.delayed = lambda method, path: any(urllib.parse.unquote(path).split("?")[0].endswith(d) for d in delayed)
+  s3.proxy.delay = 0.3
+  with ckpt.Checkpointer(s3.url + "/run") as c:
+    c.save(1, make_state())
+    c.wait()
+    keys = [urllib.parse.unquote(line) for line in s3.proxy.lines if line.startswith("write")]
+    listed = BACKEND.tree(c.directory / "1")
+  last = max(i for i, key in enumerate(keys) if "run/1/commit_success.txt" in key)
+  assert all(i < last for i, key in enumerate(keys) if "run/1/" in key and i != last), keys
+  for item in ("default", "metrics"):
+    marker = max(i for i, key in enumerate(keys) if f"run/1/{item}/commit_success.txt" in key)
+    assert all(i <= marker for i, key in enumerate(keys) if f"run/1/{item}/" in key), keys
+  assert {"commit_success.txt", "default/_sharding", "metrics/metrics", "_CHECKPOINT_METADATA"} <= listed.keys()
+
+
+@pytest.mark.parametrize("lost", ["default/_sharding", "metrics/metrics", "default/ckpt_jax.json"])
+def test_step_of_which_a_small_file_cannot_be_written_is_not_committed_and_leaves_nothing(s3, lost):
+  with ckpt.Checkpointer(s3.url + "/run", {"storage": {"retry": {"deadline": "1s"}}}) as c:
+    c.save(1, make_state())
+    c.wait()
+    s3.proxy.reset()
+    s3.proxy.fails = lambda method, path: f"run/2/{lost}" in urllib.parse.unquote(path)
+    s3.proxy.fail_share = 1.0
+    c.save(2, make_state(1))
+    with pytest.raises(ckpt.SaveFailedError, match=lost):
+      c.wait()
+    written = [urllib.parse.unquote(line) for line in s3.proxy.lines if line.startswith("write")]
+    assert any(f"run/2/{lost}" in line for line in written) and not any("run/2/commit_success" in w for w in written)
+    assert not BACKEND.tree(c.directory / "2"), "cleared, and nothing came after"
+    s3.proxy.fail_share = 0.0
+    c.save(2, make_state(1))
+    c.wait()
+    assert [s.step for s in c.steps()] == [1, 2]
+
+
 def test_run_may_be_the_bucket_itself(bucket):
   for step in (1, 2):
     with ckpt.Checkpointer(bucket.url) as c:
