@@ -144,10 +144,12 @@ class Saver:
     self._collect_again = threading.Event()
     garbage.pause(self._collect_again, _NO_COLLECTION_S)
     self._run.meeting.begin()
+    if looked := self.under_way is None:  # else the step that is being written may not be in the listing yet
+      self._run.retention.look()
     try:
       snapshot, computing_s = self._snapshot(step, state, metrics, extras)
       self._beginning = snapshot.record
-      self._do(functools.partial(self._begin, snapshot, started + computing_s))
+      self._do(functools.partial(self._begin, snapshot, started + computing_s, looked))
     except BaseException as e:
       self._collect_again.set()
       self._run.meeting.fail(f"step {step} was not saved: {root_cause(e)}")  # wherever the others are by now
@@ -260,10 +262,11 @@ class Saver:
     return step_path(self._directory, max(steps)) / self._run.item if steps else None
 
   @transfers_asked_for()
-  def _begin(self, snapshot: _Snapshot, started: float) -> None:
+  def _begin(self, snapshot: _Snapshot, started: float, looked: bool) -> None:
     """From the first file to the return of `save`."""
     record, metadata = snapshot.record, snapshot.metadata
-    self._run.retention.look()
+    if not looked:
+      self._run.retention.look()
     if snapshot.config != self._config:
       self._config = snapshot.config
       self._replace_manager(pytree_handler(self._config))
