@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 
-from ckpt_jax.config import Config
 from ckpt_jax.config.arguments import step_number
 from ckpt_jax.config.sections import BestConfig
 from ckpt_jax.errors import ConfigError, NoCheckpointError
+from ckpt_jax.layout.description import ONCE
 from ckpt_jax.policies.retention import best_steps
 from ckpt_jax.restore.step import Step
 from ckpt_jax.run import foreign
@@ -50,7 +50,7 @@ def open_step(run: str | os.PathLike[str], step: int | str, item: str | None = N
     number = int(step)
   else:
     raise ConfigError(f"step: {step!r:.40}: expected a number, 'latest' or 'best:METRIC'")
-  return number, Step(step_directory(directory, number), Config(), item)
+  return number, Step(step_directory(directory, number), ONCE, item)
 
 
 def parameters(paths: Collection[str], subtree: str | None, *, ema: bool, where: str) -> str:

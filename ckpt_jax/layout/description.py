@@ -44,6 +44,9 @@ _EMPTY: dict[str, Callable[[], Any]] = {
   "NamedTuple": lambda: None,
 }
 _ELSEWHERE = "PLACEHOLDER://"
+# Of those who read a step once, not to train on it: it pushes nothing out of the page cache, and what is checked is
+# what the disk has, not what memory has of it.
+ONCE = Config(limits=LimitsConfig(file_io="direct"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ class ItemDescription:
     return {name: self.stores.get(name) or closed[name] for name in names}
 
 
-def describe_item(item_dir: epath.Path, config: Config | None = None) -> ItemDescription:
+def describe_item(item_dir: epath.Path, config: Config = ONCE) -> ItemDescription:
   """Reads the description of an item, RUN/STEP/default, and opens its arrays within the limits of `config`.
 
   Raises:
@@ -79,7 +82,7 @@ def describe_item(item_dir: epath.Path, config: Config | None = None) -> ItemDes
     StorageError: if storage does not answer, or denies access.
   """
   try:
-    limits = (config or Config()).limits
+    limits = config.limits
     found = _from_aggregate(item_dir, limits) or _from_json(item_dir, limits)
     _check_claims(found.tree, item_dir)
     return found

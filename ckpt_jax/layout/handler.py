@@ -253,7 +253,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
 
   def behind(self, item: epath.Path) -> contextlib.AbstractContextManager[None]:
     """Within it, what this process writes of an item leaves the page cache, if it is to."""
-    if not self._direct or is_object_store(item):
+    if not self._direct:
       return contextlib.nullcontext()
     return write_behind(item / process_database(jax.process_index()) / VALUES)
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_jax.config import Config
 from ckpt_jax.config.arguments import check_request, check_type
 from ckpt_jax.config.html import html_table
 from ckpt_jax.config.units import count
 from ckpt_jax.integrity.fingerprint import bits_of
 from ckpt_jax.job.progress import Counter, OnProgress, reported
 from ckpt_jax.layout.contents import LeafInfo
+from ckpt_jax.layout.description import ONCE
 from ckpt_jax.restore import stream
 from ckpt_jax.restore.patterns import as_patterns, selected
 from ckpt_jax.restore.step import Step
@@ -188,7 +188,7 @@ def diff(
   check_type("on_progress", on_progress, on_progress is None or callable(on_progress), "a function of one argument")
   place_a, place_b = step_directory(run_directory(run_a), step_a), step_directory(run_directory(run_b), step_b)
   with snapshot(place_a), snapshot(place_b):
-    a, b = Step(place_a, Config(), item), Step(place_b, Config(), item)
+    a, b = Step(place_a, ONCE, item), Step(place_b, ONCE, item)
     comparison = _Comparison(a, b)
     leaves = comparison.leaves(None if only is None else as_patterns(only, "only"), on_progress)
     beside: list[BesideDiff] = []

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from ckpt_jax.config import Config
 from ckpt_jax.config.arguments import step_number
 from ckpt_jax.config.units import count
 from ckpt_jax.errors import ConfigError, CorruptCheckpointError, NoCheckpointError, StorageError
@@ -21,6 +20,7 @@ from ckpt_jax.integrity import databases, exported, fingerprint, record, sums
 from ckpt_jax.job.progress import Counter, OnProgress, reported
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.layout import contents
+from ckpt_jax.layout.description import ONCE
 from ckpt_jax.orbax.format import COMMIT_MARKER, ITEM_HANDLERS, ITEM_METADATA, METRICS_ITEM
 from ckpt_jax.restore import stream
 from ckpt_jax.restore.leaf import LeafPlan
@@ -219,7 +219,7 @@ class _Check:
     for part in parts:
       with self._item(part.name):
         if part.kind in ("tree", "array"):
-          steps[part.name] = Step(self._directory, Config(), part.name)
+          steps[part.name] = Step(self._directory, ONCE, part.name)
         else:
           self._checked[part.name] = self._other(part)
     plans = {name: [step.plan(leaf) for leaf in step.meta] for name, step in steps.items()}

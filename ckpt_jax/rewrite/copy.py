@@ -26,6 +26,7 @@ from ckpt_jax.orbax import format as fmt
 from ckpt_jax.storage import look
 from ckpt_jax.storage.clients import kvstore_spec
 from ckpt_jax.storage.clone import CloneError, clone, stamp
+from ckpt_jax.storage.page_cache import write_behind
 
 _AT_ONCE = 4
 _BATCH_NBYTES = 256 * 2**20  # of a transaction, which holds what it writes
@@ -64,7 +65,8 @@ def copy_leaves(
   target.mkdir(parents=True)
   stored = {".".join(name) for name in names}
   _copy_descriptions(source, target, set(names), stored)
-  _copy_chunks(source, target, stored if chunks_of is None else {".".join(name) for name in chunks_of}, pause)
+  with write_behind(target / fmt.VALUES):
+    _copy_chunks(source, target, stored if chunks_of is None else {".".join(name) for name in chunks_of}, pause)
   if (source / fmt.COMMIT_MARKER).exists():
     (source / fmt.COMMIT_MARKER).copy(target / fmt.COMMIT_MARKER)
 
@@ -98,6 +100,7 @@ def _copy_chunks(source: epath.Path, target: epath.Path, stored: set[str], pause
     spec = {"driver": "ocdbt", "base": kvstore_spec(str(item).rstrip("/") + "/")}
     # As Orbax configures its databases.
     config = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
+    context = context or ts.Context({"file_io_mode": {"mode": "direct"}})  # of reads; see `description.ONCE`
     return ts.KvStore.open(spec if item is source else spec | {"config": config}, context=context).result()
 
   old, new = database(source), database(target)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 
 from ckpt_jax.storage.paths import files_beneath
+from ckpt_jax.storage.urls import is_object_store
 
 CAN_RELEASE = hasattr(os, "posix_fadvise")
 # 1 GB written by one call took 0.32 s, and 0.36 s beside a thread that hashed it; with steps of 16 MiB that were late
@@ -37,8 +38,9 @@ def write_behind(directory: str | os.PathLike[str]) -> Iterator[None]:
 
   Args:
     directory: of the files, not those of folders in it; it need not exist yet, and may be renamed at the end.
+      Nothing happens if it is in a bucket.
   """
-  if not CAN_RELEASE:
+  if not CAN_RELEASE or is_object_store(directory):
     yield
     return
   files = _Files(os.fspath(directory))

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from jobs import together
 
 import ckpt_jax as ckpt
 from ckpt_jax.bench.worker import drop_cache
+from ckpt_jax.rewrite.copy import copy_leaves, leaf_names
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.page_cache import CAN_RELEASE, cached_nbytes, write_behind
 
@@ -132,6 +134,29 @@ def test_a_restore_reads_past_the_page_cache_where_it_was_asked_to(disk):
       restored = c.restore(like=state).state
     assert all(np.array_equal(restored[name], x) for name, x in STATE.items())
     assert share(disk / "1") < 0.1 if way == "direct" else share(disk / "1") > 0.9
+
+
+def test_who_reads_a_step_once_leaves_the_page_cache_as_it_was(disk):
+  if not tells_alignment(disk):
+    pytest.skip("this file system does not say how O_DIRECT reads are aligned")
+  with ckpt.Checkpointer(disk / "run") as c:
+    for step in (1, 2):
+      c.save(step, jax.tree.map(jnp.asarray, STATE))
+  item = epath.Path(disk / "run" / "1" / "default")
+
+  def copy():
+    copy_leaves(item, epath.Path(disk / "copied"), leaf_names(item), pause=lambda: None)
+    assert falls_to(0.05, disk / "copied")
+
+  for read in (
+    lambda: ckpt.verify(disk / "run", 1),
+    lambda: ckpt.diff(disk / "run", 1, disk / "run", 2),
+    lambda: ckpt.export(disk / "run", 1, disk / "out", subtree=".", format="safetensors"),
+    copy,
+  ):
+    drop_cache(disk / "run")
+    read()
+    assert share(disk / "run") < 0.1
 
 
 @pytest.mark.multiprocess
