@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -10,7 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from ckpt_jax.config import Config
+from ckpt_jax.job.threads import Worker
 from ckpt_jax.layout.structure import Flat, flatten
 from ckpt_jax.storage.kinds import StorageKind
 from ckpt_jax.storage.probe import StorageProfile, quick_probe
@@ -18,7 +23,7 @@ from ckpt_jax.tuning.assumed import is_assumed
 from ckpt_jax.tuning.choices import Facts
 from ckpt_jax.tuning.plan import NoPlan, Plan, decide, known_profile
 from ckpt_jax.tuning.profile import profile_host, profile_state
-from ckpt_jax.tuning.sampling import sample_kinds
+from ckpt_jax.tuning.sampling import Kind, measure_kinds, sample_kinds, take_sample
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -28,6 +33,9 @@ _WORTH_MEASURING_NBYTES = 32 << 20
 _COMPARED_LEAVES = 64
 # What a plan depends on in a state's structure: array leaves, bytes, some shapes and shardings.
 _Signature = tuple[int, int, tuple[Any, ...]]
+_Sampled = concurrent.futures.Future[tuple[Kind, ...]]
+_Kinds = Callable[[], tuple[Kind, ...]]
+_SAMPLE_S = 10.0  # the most that a save waits for the sample of the one before, on a busy machine
 
 
 class Planner:
@@ -35,7 +43,7 @@ class Planner:
 
   It measures for under a second in all, once for a host and its storage (results are kept on disk), and not at all for
   states below 32 MiB. Values are sampled again at the 2nd, 4th, 8th ... save: optimizer moments are zeros at first and
-  compress as they never will again.
+  compress as they never will again. Those samples are compressed behind training, and the next save goes by them.
 
   Attributes:
     plan: the one in force; None before the first save or restore.
@@ -65,6 +73,7 @@ class Planner:
     self._agree = agree
     self._planned_for: _Signature | None = None
     self._saves = 0
+    self._sampled: _Sampled | None = None  # what the next save goes by
 
   @property
   def config(self) -> Config:
@@ -83,10 +92,14 @@ class Planner:
     flat = flatten(state)
     signature = _signature(flat)
     sample = self._user.layout.compression == "auto" and signature[1] >= _WORTH_MEASURING_NBYTES
-    again = sample and self._saves & (self._saves - 1) == 0
-    if signature != self._planned_for or again:
-      self.plan = self._make(flat, signature, sample=sample)
+    sampled, self._sampled = self._sampled, None
+    if signature != self._planned_for:
+      self.plan = self._make(flat, signature, lambda: sample_kinds(flat) if sample else ())
       self._planned_for = signature
+    elif sampled is not None:
+      self.plan = self._make(flat, signature, lambda: sampled.result(_SAMPLE_S))
+    elif sample and self._saves & (self._saves - 1) == 0:
+      self._sampled = _compressed_behind(flat)
     return self.config
 
   def for_restore(self, like: PyTree | None) -> Config:
@@ -97,19 +110,19 @@ class Planner:
     signature = _signature(flat)
     if self.plan is not None and signature == self._planned_for:
       return self.config
-    plan = self._make(flat, signature, sample=False)
+    plan = self._make(flat, signature)
     if self._planned_for is None:  # else the plan of the saves stays in force
       self.plan = plan
     return self.unplanned if plan is None else plan.apply(self._user)
 
-  def _make(self, state: Flat, signature: _Signature, *, sample: bool) -> Plan | None:
-    """A plan, or the one in force if there is none to be had."""
+  def _make(self, state: Flat, signature: _Signature, kinds: _Kinds = tuple) -> Plan | None:
+    """A plan, or the one in force if there is none to be had; `kinds` returns how values compress, if it is known."""
     started = time.perf_counter()
     again = self.plan if signature == self._planned_for else None
     decided: list[Plan | None] = []
 
     def decide() -> dict[str, Any] | None:
-      decided.append(plan := self._decide(state, again, signature[1], sample))
+      decided.append(plan := self._decide(state, again, signature[1], kinds))
       return None if plan is None else plan.to_dict()
 
     sent = self._agree(decide)  # one process's plan for all: a step has one layout
@@ -133,11 +146,10 @@ class Planner:
       seconds,
     )
 
-  def _decide(self, state: Flat, again: Plan | None, nbytes: int, sample: bool) -> Plan | None:
+  def _decide(self, state: Flat, again: Plan | None, nbytes: int, kinds: _Kinds) -> Plan | None:
     try:
       profile = again.state if again is not None else profile_state(state.structure.abstract, sample=False)
-      if sample:
-        profile = dataclasses.replace(profile, kinds=sample_kinds(state))
+      profile = dataclasses.replace(profile, kinds=kinds() or profile.kinds)
       return decide(Facts(profile, self._storage(nbytes), profile_host(), self._user))
     except Exception as e:  # the checkpoint that waits for it is worth more than a plan
       reason = f"{type(e).__name__}: {e}"
@@ -153,6 +165,16 @@ class Planner:
       except Exception as e:  # no room, no permission: the save itself reports it, where it matters
         _log.info("%s: could not be measured (%s); planned with usual figures of %s", self._directory, e, self._kind)
     return storage
+
+
+def _compressed_behind(state: Flat) -> _Sampled:
+  """Samples a state for process 0, which decides, and compresses the sample in the background."""
+  if jax.process_index() > 0:
+    return concurrent.futures.Future()
+  worker = Worker("ckpt_jax_sample")
+  found = worker.submit(functools.partial(measure_kinds, take_sample(state)))
+  worker.submit(worker.close)
+  return found
 
 
 def _signature(state: Flat) -> _Signature:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -66,11 +66,24 @@ class Kind:
   codecs: Codecs
 
 
+class _Sample(NamedTuple):
+  """Values of a kind of leaves: the kind, its bytes, and blocks of them as rows of unsigned integers."""
+
+  name: str
+  nbytes: int
+  rows: np.ndarray
+
+
 def sample_kinds(state: Flat) -> tuple[Kind, ...]:
   """How well a state's values compress, by kind, most bytes first: some 8 MiB of them in all.
 
   Left out are kinds that have less than 1% of the bytes, or of which this process holds no values.
   """
+  return measure_kinds(take_sample(state))
+
+
+def take_sample(state: Flat) -> list[_Sample]:
+  """Copies of the values that `sample_kinds` would compress: the state may change afterwards."""
   kinds = state.structure.once(_kinds, state.structure)
   total = sum(nbytes for nbytes, _ in kinds.values())
   found = []
@@ -78,10 +91,15 @@ def sample_kinds(state: Flat) -> tuple[Kind, ...]:
     if nbytes and nbytes >= _WORTH_A_SAMPLE * total:
       leaves = [state.leaves[i] for i in numbers]
       values = [np.asarray(x) if isinstance(x, np.generic) else as_words(x) for x in leaves]
-      codecs = measure_codecs([x for x in values if _has_values(x)], max(1, round(_BLOCKS * nbytes / total)))
-      if codecs:
-        found.append(Kind(name, nbytes, codecs))
-  return tuple(found)
+      rows = _rows([x for x in values if _has_values(x)], max(1, round(_BLOCKS * nbytes / total)))
+      if rows is not None:
+        found.append(_Sample(name, nbytes, rows))
+  return found
+
+
+def measure_kinds(samples: Sequence[_Sample]) -> tuple[Kind, ...]:
+  """How well samples compress; some 50 ms."""
+  return tuple([Kind(sample.name, sample.nbytes, _codecs(sample.rows)) for sample in samples])
 
 
 def _kinds(structure: Structure) -> dict[str, tuple[int, list[int]]]:
@@ -112,16 +130,25 @@ def measure_codecs(arrays: Sequence[Any], blocks: int = _BLOCKS) -> dict[str, Co
   Returns:
     By codec; empty if the arrays hold less than a kilobyte.
   """
+  rows = _rows(arrays, blocks)
+  return {} if rows is None else _codecs(rows)
+
+
+def _codecs(rows: np.ndarray) -> dict[str, Compressibility]:
+  names = (codec.ZSTD, codec.SHUFFLED) if rows.itemsize > 1 else (codec.ZSTD,)
+  return {name: _compress(rows, name) for name in names}
+
+
+def _rows(arrays: Sequence[Any], blocks: int) -> np.ndarray | None:
+  """Blocks of arrays as the rows of one of unsigned integers; None if the arrays hold less than a kilobyte."""
   sampled = _sample([x for x in arrays if x.size], blocks)
   if sum(map(len, sampled)) < 1024:
-    return {}
+    return None
   # All blocks of one length, as the codec's chunks are. Longer ones are cut and shorter ones left out: padding or
   # repeating would improve the ratio.
   size = sorted(map(len, sampled))[len(sampled) // 2]
   data = np.stack([block[:size] for block in sampled if len(block) >= size])
-  itemsize = math.gcd(arrays[0].dtype.itemsize, 8)
-  names = (codec.ZSTD, codec.SHUFFLED) if itemsize > 1 else (codec.ZSTD,)
-  return {name: _compress(data.view(f"u{itemsize}"), name) for name in names}
+  return data.view(f"u{math.gcd(arrays[0].dtype.itemsize, 8)}")
 
 
 def _sample(arrays: list[Any], blocks: int) -> list[np.ndarray]:

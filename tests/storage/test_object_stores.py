@@ -203,11 +203,12 @@ def test_every_fifth_request_failing_changes_nothing_but_the_time(bucket, assert
       state = make_state(step)
       c.save(step, state)
       c.wait()
-      assert_same(c.restore(like=state).state, state)
+      for _ in range(3):  # one in fourteen meets no failure
+        assert_same(c.restore(like=state).state, state)
     assert bucket.proxy.failed > 10
   events = read_records(bucket.url + "/run").events
-  retries = {e.kind: e.retries for e in events if isinstance(e, (Save, Restore, RetryStorm))}
-  assert all(retries.get(kind) for kind in ("save", "restore", "retry_storm")), retries
+  retried = {e.kind for e in events if isinstance(e, (Save, Restore, RetryStorm)) and e.retries}
+  assert retried == {"save", "restore", "retry_storm"}
   assert [s.step for s in c.steps()] == [1, 2]
 
 
