@@ -54,6 +54,11 @@ class Traits:
     shared: whether all hosts of a job see the same files.
     atomic_rename: whether a directory is renamed as a whole or not at all; else a commit marker is needed.
     overwrite_in_place: whether a part of a file can be rewritten.
+    real_directories: whether an empty directory exists, and deleting one is one operation.
+    listing: `cheap`, `dear` (a request per 1000 names) or `slow` (a round trip per file for its attributes).
+    consistency: `strict`: other hosts see a finished write at once; `close_to_open`: once they open the file anew;
+      `cached`: a mount may answer from a cache for seconds.
+    retries: the `kernel` retries (calls block until the server is back), or the `client`, this process.
     request_nbytes: size of a request above which throughput hardly grows; the usual value, `probe` measures it.
     parallelism: requests in flight that one host needs for full throughput; the usual value, `probe` measures it.
     durable_on_close: whether data is safe from a power cut once the file is closed; else fsync is needed.
@@ -63,6 +68,10 @@ class Traits:
   shared: bool = False
   atomic_rename: bool = True
   overwrite_in_place: bool = True
+  real_directories: bool = True
+  listing: str = "cheap"
+  consistency: str = "strict"
+  retries: str = "kernel"
   request_nbytes: int = 1 * _MIB
   parallelism: int = 8
   durable_on_close: bool = False
@@ -81,6 +90,9 @@ _BUCKET = Traits(
   shared=True,
   atomic_rename=False,
   overwrite_in_place=False,
+  real_directories=False,
+  listing="dear",
+  retries="client",
   request_nbytes=8 * _MIB,
   parallelism=32,
   durable_on_close=True,
@@ -98,11 +110,14 @@ TRAITS: dict[StorageKind, Traits] = {
     "Close-to-open consistency: a host sees another's write once it opens the file after the writer closed it, and "
     "directory listings may be seconds old. close() sends everything to the server. One server is the bottleneck.",
     shared=True,
+    listing="slow",
+    consistency="close_to_open",
     durable_on_close=True,
   ),
   StorageKind.LUSTRE: _CLUSTER,
   StorageKind.GLUSTERFS: dataclasses.replace(
     _CLUSTER,
+    listing="slow",
     why="Files are spread over bricks by the hash of their names: a listing asks every brick, and renames may leave "
     "link files behind.",
   ),
@@ -113,12 +128,16 @@ TRAITS: dict[StorageKind, Traits] = {
   StorageKind.SMB: Traits(
     "Windows file shares: leases let clients cache, and renaming a directory fails while a file in it is open.",
     shared=True,
+    listing="slow",
+    consistency="cached",
     request_nbytes=4 * _MIB,
   ),
   StorageKind.GCS: _BUCKET,
   StorageKind.S3: _BUCKET,
   StorageKind.BUCKET_MOUNT: dataclasses.replace(
     _BUCKET,
+    consistency="cached",
+    retries="kernel",
     why="Looks like a disk and is not one: a rename copies every object, an append rewrites it, and the mount caches "
     "listings for a while. The URL of the bucket avoids all of it.",
   ),

@@ -63,7 +63,11 @@ def test_unknown_scheme_is_refused():
 
 def test_every_kind_has_traits_with_a_reason():
   for kind in StorageKind:
-    assert kind.traits.why and kind.traits.parallelism >= 1, kind
+    traits = kind.traits
+    assert traits.why and traits.parallelism >= 1, kind
+    assert traits.listing in ("cheap", "dear", "slow") and traits.retries in ("kernel", "client"), kind
+    assert traits.consistency in ("strict", "close_to_open", "cached"), kind
+    assert not (traits.atomic_rename and not traits.real_directories), kind
 
 
 def test_configuration_takes_every_kind_by_its_name():
