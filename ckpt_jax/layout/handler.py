@@ -32,8 +32,8 @@ from ckpt_jax.storage.objects import BACKEND
 from ckpt_jax.storage.page_cache import write_behind
 from ckpt_jax.storage.urls import is_object_store
 
-_LOOK_S, _MOMENT_S = 0.2, 0.001
-_SYNCED_LAST_NBYTES = 2**27
+_LOOK_S, _MOMENT_S = 0.2, 0.001  # between looks whether a write has died, and of such a look
+_SYNCED_LAST_NBYTES = 2**27  # of a save that is synced once, before its commit
 _QUEUE_S = 2.0  # the most that other work waits for the writes to be queued
 _ParamInfos = Sequence[ocp.type_handlers.ParamInfo]
 

@@ -68,7 +68,6 @@ def open_stores(info: ocp.type_handlers.ParamInfo, names: Sequence[str]) -> dict
   database = spec.pop("kvstore")
   if "experimental_read_coalescing_merged_bytes" in database:
     database["experimental_read_coalescing_merged_bytes"] = _MERGED_NBYTES
-
   root = ts.KvStore.open(database, context=context).result()
   futures = {
     name: ts.open(spec, kvstore=root / prefix(name) if name else root, context=context, open=True, read=True)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import jax
 from etils import epath
 
 from ckpt_jax.config import Config, as_config
@@ -61,6 +62,8 @@ class Meeting:
     Raises:
       CheckpointError: on all processes, naming who differs and in what, or what one of them cannot save.
     """
+    if jax.process_count() == 1:
+      return encode()
     try:
       found = encode()
     except CheckpointError as e:
@@ -111,6 +114,9 @@ def agreed_run(directory: str | os.PathLike[str], config: Settings) -> tuple[epa
   Raises:
     CheckpointError: on all processes, naming who differs and in what, or what one of them cannot open.
   """
+  if jax.process_count() == 1:
+    settings = as_config(config)
+    return _connected(directory, settings), settings, 1
   error: Exception | None = None
   path, settings, facts = epath.Path(), Config(), {}
   try:

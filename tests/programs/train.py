@@ -41,6 +41,18 @@ def check(state):
       assert np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes(), name
 
 
+def lose(c, step, state):
+  """Saves a step that cannot be written, and prints after how long the error came."""
+  started = time.monotonic()
+  try:
+    c.save(step, state)
+    c.wait()
+  except ckpt.SaveFailedError as e:
+    print(f"raised after {time.monotonic() - started:.1f} s: {e}", flush=True)
+  else:
+    raise SystemExit(f"nobody said that step {step} was lost")
+
+
 if mode == "save":
   with ckpt.Checkpointer(run) as c:
     c.save(0, init(), metrics={"loss": 1.0}, extras={"data": 3})
@@ -131,14 +143,7 @@ elif mode == "one_fails":
     c.wait()
     if jax.process_index() == 1:
       resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    started = time.monotonic()
-    try:
-      c.save(1, state)
-      c.wait()
-    except ckpt.SaveFailedError as e:
-      print(f"raised after {time.monotonic() - started:.1f} s: {e}", flush=True)
-    else:
-      raise SystemExit("nobody said that step 1 was lost")
+    lose(c, 1, state)
     if jax.process_index() == 1:
       resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     c.save(2, state)
@@ -158,14 +163,7 @@ elif mode == "first_fails":
     c.wait()
     if jax.process_index() == 0:
       temporary.create = no_room
-    started = time.monotonic()
-    try:
-      c.save(1, state)
-      c.wait()
-    except ckpt.SaveFailedError as e:
-      print(f"raised after {time.monotonic() - started:.1f} s: {e}", flush=True)
-    else:
-      raise SystemExit("nobody said that step 1 was lost")
+    lose(c, 1, state)
     temporary.create = create
     c.save(2, state)
     c.wait()
