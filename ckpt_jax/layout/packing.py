@@ -34,6 +34,7 @@ _FORMAT = 1
 SMALL_NBYTES = 2**20
 # Read whole: small enough that reading a few leaves costs little, large enough to be worth a request.
 _CHUNK_NBYTES = 8 * 2**20
+_SLAB_NBYTES = 64 * 2**20  # of a slab in flight at a time, and kept for the next save
 _GAP = np.zeros(ALIGNMENT, np.uint8)  # between pieces
 
 
@@ -182,6 +183,54 @@ class SlabBytes:
     touched = range(offset // n, max(offset // n + 1, -(-(offset + nbytes) // n)))
     parts = [self._chunks[c][max(offset - c * n, 0) : offset + nbytes - c * n] for c in touched]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, out=unaligned_empty((nbytes,), np.dtype(np.uint8)))
+
+
+class SlabMemory:
+  """Buffers for the chunks of slabs, reused once a chunk is written, and by the next save.
+
+  Fresh memory costs as much as filling it, and now and then ten times that, where the kernel has to move pages for it.
+  """
+
+  def __init__(self) -> None:
+    self._chunk_nbytes = 0
+    self._free: list[np.ndarray] = []
+    self._left = 0
+
+  def begin(self, chunk_nbytes: int) -> None:
+    """Sets the size of the chunks from now on."""
+    most = max(1, _SLAB_NBYTES // chunk_nbytes)
+    self._free = self._free[:most] if self._chunk_nbytes == chunk_nbytes else []
+    self._chunk_nbytes = chunk_nbytes
+    self._left = most - len(self._free)
+
+  def take(self, wait: Callable[[], None]) -> np.ndarray:
+    """A buffer for a chunk; `wait` is called until one is free."""
+    while not self._left and not self._free:
+      wait()
+    if self._free:
+      return self._free.pop()
+    self._left -= 1
+    return fresh(self._chunk_nbytes)
+
+  def give(self, chunk: np.ndarray) -> None:
+    """Takes the buffer of a written chunk back."""
+    self._free.append(chunk)
+
+
+class FreshMemory(SlabMemory):
+  """Buffers that are not used again, since what they hold is referred to until all is committed."""
+
+  def take(self, wait: Callable[[], None]) -> np.ndarray:
+    """A new buffer."""
+    return fresh(self._chunk_nbytes)
+
+  def give(self, chunk: np.ndarray) -> None:
+    """Does nothing."""
+
+
+def fresh(nbytes: int) -> np.ndarray:
+  """A new buffer."""
+  return unaligned_empty((nbytes,), np.dtype(np.uint8))
 
 
 @functools.cache

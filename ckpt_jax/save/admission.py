@@ -80,6 +80,7 @@ class Admission:
     self._vacant: set[int] = set()  # steps with nothing of others in their place, so that all there is ours
     self._first = jax.process_index() == 0
     self.unclaimed = False
+    self._entering: concurrent.futures.Future[None] | None = None
     self._claim = contextlib.ExitStack()  # to the names in the step that is being created in a bucket
 
   def opened(self) -> None:
@@ -128,7 +129,7 @@ class Admission:
 
     In a job of many this happens at the next save: until then another process may still be writing its part.
     """
-    self._claim.close()
+    self._leave()
     if step is None:
       return
     if hangs:
@@ -155,7 +156,7 @@ class Admission:
 
   def close(self) -> None:
     """Releases the lease."""
-    self._claim.close()
+    self._leave()
     self._restrict_notes()
     self.lease.release()
 
@@ -183,12 +184,8 @@ class Admission:
       self._restrict_notes()
 
     def on_beginning(step: int) -> None:
-      if is_object_store(self._directory):
-        # Side by side, since neither needs the other; both before anything is written into the place.
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-          noted = pool.submit(self.lease.begin, step)
-          self._claim_place(step)
-          noted.result()
+      if self._entering is not None:
+        self._entering.result()
 
     return step_path_class(self._directory, self.sealing, Hooks(on_beginning, on_committing, on_committed))
 
@@ -284,9 +281,33 @@ class Admission:
       quarantine.vacate(self._directory, step)
       self._vacant.add(step)
     dropped = self._make_room(step, nbytes, lambda: self._room(nbytes, leaves, compressed))
-    if not is_object_store(self._directory):
+    if is_object_store(self._directory):
+      self._entering = self._enter(step)
+    else:
       self.lease.begin(step)
     return dropped
+
+  def _enter(self, step: int) -> concurrent.futures.Future[None]:
+    """Starts to claim a place in a bucket, before Orbax is ready to write into it; no request holds up training."""
+    pool = concurrent.futures.ThreadPoolExecutor(2, "ckpt_jax_claim")
+    try:
+      # Side by side, since neither needs the other.
+      noted = pool.submit(self.lease.begin, step)
+
+      def enter() -> None:
+        self._claim_place(step)
+        noted.result()
+
+      return pool.submit(enter)
+    finally:
+      pool.shutdown(wait=False)
+
+  def _leave(self) -> None:
+    """Ends the claim of a save that has failed, once it is there."""
+    if self._entering is not None:
+      concurrent.futures.wait([self._entering], self._config.timeouts.save_s)
+      self._entering = None
+    self._claim.close()
 
   def _claim_place(self, step: int) -> None:
     """Lists the place of a step in a bucket, makes sure that nothing is there, and keeps the answer for Orbax."""

@@ -176,15 +176,18 @@ class ObjectBackend(epath_backend.Backend):
 
   def _write(self, url: str, content: bytes) -> None:
     root, written = self._claimed_around(url)
-    if written is None or len(content) > _KEPT_NBYTES:
-      self._behind.settle(url)
-      requests.store(url, content)
-    else:
+    commits, small = url == f"{root}/{COMMIT_MARKER}", len(content) <= _KEPT_NBYTES
+    if written is not None and small and not commits:
       self._behind.write(url, content)
+    else:  # a step counts once its marker is there, which comes after all the rest
+      self._behind.settle(root if commits else url)
+      requests.store(url, content)
+    if written is not None:
       with self._lock:
-        written[url] = content
-      if url == f"{root}/{COMMIT_MARKER}":  # the step counts once this returns
-        self._behind.settle(root)
+        if small:
+          written[url] = content
+        else:
+          written.pop(url, None)
     self._note_own(url, is_object=True)
 
   def makedirs(self, path: Path, *, exist_ok: bool = False, mode: int | None = None) -> None:

@@ -22,6 +22,7 @@ RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _NAMES = {429: "429 Too Many Requests", 503: "503 Service Unavailable"}
 
 
+_LARGE_NBYTES = 2**20  # of a body that is not sent before the store wants it
 _UNRESOLVED_S = 5.0  # for a host that never answered and whose name is not known: it will not be in a minute either
 _answered: set[str] = set()  # hosts
 # Not the module's generator: hosts that a trainer has seeded alike would retry at the same moments, and a retry would
@@ -139,6 +140,9 @@ def s3_session_class(retry: RetryConfig) -> type:
       async def attempt() -> tuple[int, Any]:
         if hasattr(request.body, "seek"):
           request.body.seek(0)
+        # botocore has every body wait for the server's leave to be sent: a round trip, as long as a small one takes.
+        if int(request.headers.get("Content-Length") or _LARGE_NBYTES) < _LARGE_NBYTES:
+          request.headers.pop("Expect", None)
         answer = await AIOHTTPSession.send(self, request)
         return answer.status_code, answer
 

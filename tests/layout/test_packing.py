@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jobs import together
 
 import ckpt_jax as ckpt
-from ckpt_jax.layout import contents, packing, writing
+from ckpt_jax.layout import contents, packing
 from ckpt_jax.layout.packing import SlabBytes, gather, lay_out, needed
 from ckpt_jax.layout.ring import Values
 from ckpt_jax.multihost import who_wrote
@@ -139,10 +139,10 @@ def test_packed_leaves_are_shown_as_they_are(tmp_path):
 
 def test_chunks_go_through_the_same_memory_within_a_save_and_from_one_to_the_next(tmp_path, monkeypatch):
   made = []
-  fresh = writing.fresh
+  fresh = packing.fresh
   monkeypatch.setattr(packing, "_CHUNK_NBYTES", 4096)
-  monkeypatch.setattr(writing, "_SLAB_NBYTES", 3 * 4096)
-  monkeypatch.setattr(writing, "fresh", lambda nbytes: made.append(nbytes) or fresh(nbytes))
+  monkeypatch.setattr(packing, "_SLAB_NBYTES", 3 * 4096)
+  monkeypatch.setattr(packing, "fresh", lambda nbytes: made.append(nbytes) or fresh(nbytes))
 
   def state(step):
     return {f"x{i}": np.random.default_rng((step, i)).standard_normal((7, 30), np.float32) for i in range(100)}

@@ -126,7 +126,7 @@ def test_a_failure_ends_a_save_that_waits_for_the_ring(tmp_path, held, monkeypat
     c.save(0, {"w": jnp.ones(3)})
     c.wait()
     with monkeypatch.context() as m:
-      m.setattr(*((Writer, "_write_array") if part == "written" else (sums, "tally_block")), fails)
+      m.setattr(*((Writer, "_await_window") if part == "written" else (sums, "tally_block")), fails)
       with pytest.raises(ckpt.SaveFailedError, match="no luck"):
         c.save(1, state())
         c.wait()
