@@ -137,7 +137,10 @@ class Proxy:
   async def _forward(self, request: Any) -> Any:
     from aiohttp import web
 
-    body = await request.read()
+    try:
+      body = await request.read()
+    except ConnectionResetError:  # the client was killed
+      return web.Response(status=400)
     kind = request_kind(request.method, request.path_qs, request.headers)
     self.requests[kind] += 1
     self.lines.append(f"{kind:6} {request.method} {request.path_qs}")
@@ -344,6 +347,16 @@ def s3_server(bucket: str = "bucket", *, seed: int = 0) -> Iterator[Bucket]:
   """Serves an empty `s3://BUCKET` from memory while the block runs."""
   with s3_process() as server, s3_bucket(server, bucket, seed=seed) as made:
     yield made
+
+
+def server_pid(bucket: Bucket) -> int:
+  """The process of a bucket's server, the one that was started with its port."""
+  port = bucket.proxy.target.rpartition(":")[2].encode()
+  for arguments in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    with contextlib.suppress(OSError):  # it has ended
+      if port in arguments.read_bytes().split(b"\0"):
+        return int(arguments.parent.name)
+  raise CheckpointError(f"{bucket.url}: no process here serves it")
 
 
 def _serve_s3(port: int) -> None:

@@ -24,34 +24,52 @@ from typing import Any
 
 from ckpt_jax import multihost
 from ckpt_jax.bench.common import emit
+from ckpt_jax.bench.fault_places import TEMPORARY, unfinished
 
-TEMPORARY = "*.orbax-checkpoint-tmp*"
+_LEAVES = 8
 
 
 class Side:
   """What the scenarios need of a checkpointer; `save` and `wait` raise the errors that training would see.
 
+  Args:
+    url: of the run.
+    options: `megabytes` of a state; `keep`: steps that stay; `frozen`: how many of its 8 leaves are the same in each
+      step; `config`: of ours; `server`: the process that serves the bucket.
+    timeout: of a save, in seconds.
+
   Attributes:
-    run: the directory.
+    url: of the run.
+    run: its directory, if it is no bucket.
     errors: those that training would see, one line each.
+    nbytes: of a state, without the leaves that are the same in each step.
+    step: that the fault meets; those before it are committed.
+    server: see `options`.
   """
 
-  def __init__(self, run: pathlib.Path, megabytes: int, timeout: float):
+  def __init__(self, url: str, options: dict[str, Any], timeout: float):
     import jax
 
-    self.run = run
+    self.url = url
+    self.run = pathlib.Path(url)
     self.errors: list[str] = []
+    self.server: int = options.get("server", 0)
     self._timeout = timeout
-    self._rows = max(1, int(megabytes * 1e6) // (8 * 4 * 256))
+    self._keep = options.get("keep", 3)
+    self._frozen = options.get("frozen", 0)
+    self.step = 4 if self._frozen else 2  # the third save is the first one that shares files with the step before
+    self._rows = max(1, int(options["megabytes"] * 1e6) // (_LEAVES * 4 * 256))
     self._mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))
     self._rows += -self._rows % jax.device_count()
+    self.nbytes = self._rows * 256 * 4 * (_LEAVES - self._frozen)
 
   def values(self, step: int) -> dict[str, Any]:
     """The state of a step, in host memory."""
     import numpy as np
 
-    rng = np.random.default_rng(step)
-    return {f"w{i}": rng.standard_normal((self._rows, 256), dtype=np.float32) for i in range(8)}
+    frozen, rng = np.random.default_rng(10**6), np.random.default_rng(step)
+    leaves = [frozen] * self._frozen + [rng] * (_LEAVES - self._frozen)
+    return {f"w{i}": of.standard_normal((self._rows, 256), dtype=np.float32) for i, of in enumerate(leaves)}
 
   def state(self, step: int) -> dict[str, Any]:
     """The state of a step, on its devices."""
@@ -97,10 +115,10 @@ class Side:
     self.wait()
 
   def leftovers(self) -> int:
-    """Counts temporary directories, after five seconds if there are some: Orbax removes them in the background."""
+    """Counts unfinished steps, after five seconds if there are some: Orbax removes them in the background."""
     deadline = time.monotonic() + 5
     while True:
-      count = len(list(self.run.glob(TEMPORARY))) if self.run.is_dir() else 0
+      count = len(unfinished(self.url))
       if not count or time.monotonic() > deadline:
         return count
       time.sleep(0.05)
@@ -124,11 +142,12 @@ class Side:
 class Ours(Side):
   """ckpt_jax."""
 
-  def __init__(self, run: pathlib.Path, megabytes: int, timeout: float):
+  def __init__(self, url: str, options: dict[str, Any], timeout: float):
     import ckpt_jax as ckpt
 
-    super().__init__(run, megabytes, timeout)
-    self._c = ckpt.Checkpointer(run, {"retention": {"last": 3}, "timeouts": {"save": timeout}})
+    super().__init__(url, options, timeout)
+    config = {"retention": {"last": self._keep}, "timeouts": {"save": timeout}} | options.get("config", {})
+    self._c = ckpt.Checkpointer(url, config)
 
   def save(self, step: int) -> None:
     if not self._c.save(step, self.state(step)):
@@ -150,15 +169,15 @@ class Ours(Side):
 class Orbax(Side):
   """Plain Orbax with the options that a careful user sets: three steps, leftovers cleaned up, the same timeout."""
 
-  def __init__(self, run: pathlib.Path, megabytes: int, timeout: float):
+  def __init__(self, url: str, options: dict[str, Any], timeout: float):
     import orbax.checkpoint as ocp
 
-    super().__init__(run, megabytes, timeout)
+    super().__init__(url, options, timeout)
     self._ocp = ocp
     self._m = ocp.CheckpointManager(
-      run,
+      url,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=3,
+        max_to_keep=self._keep,
         cleanup_tmp_directories=True,
         async_options=ocp.options.AsyncOptions(timeout_secs=max(1, int(timeout))),
       ),
@@ -192,21 +211,24 @@ def _line(error: BaseException) -> str:
   return " ".join(str(error).split())[:160]
 
 
-def live(side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
+def live(side: type[Side], run: str, options: dict[str, Any]) -> None:
   """One life of a job that will be killed: reports the steps of earlier lives, then saves until the end."""
   import jax
 
-  job = side(run, options["megabytes"], 300.0)
+  job = side(run, options, 300.0)
   steps = job.steps()
   wrong = [step for step in steps if not job.is_right(step)]
-  first = jax.process_index() == 0
+  first, in_bucket = jax.process_index() == 0, "://" in run
   if first:
-    emit(found=steps, wrong=wrong, leftovers=job.leftovers(), told=job.errors)
-  step = (max(steps) if steps else -1) + 1
+    emit(found=steps, wrong=wrong, told=job.errors, **({} if in_bucket else {"leftovers": job.leftovers()}))
+  step = begin = (max(steps) if steps else -1) + 1
   for _ in range(options["saves"]):
     if first:
       emit(begin=step)
     job.save(step)
+    if in_bucket and step == begin:  # only a job that saves may clear them there
+      job.wait()
+      emit(leftovers=job.leftovers())
     step += 1
     time.sleep(0.01)
   job.wait()
@@ -220,7 +242,7 @@ def full_disk(job: Side, disk: pathlib.Path, seed: int) -> None:
   """Another program fills the disk while a step is being written."""
   filler = threading.Thread(target=_fill, args=(disk / "filler", seed * 0.005))
   filler.start()
-  job.try_to(lambda: job.commit(2))
+  job.try_to(lambda: job.commit(job.step))
   filler.join()
   (disk / "filler").unlink()
 
@@ -234,10 +256,10 @@ def _fill(file: pathlib.Path, delay: float) -> None:
 
 def too_large(job: Side, disk: pathlib.Path, _: int) -> None:
   """A step that does not fit is saved again and again."""
-  size = shutil.disk_usage(disk).free - int(job._rows * 256 * 4 * 8 * 0.7)
+  size = shutil.disk_usage(disk).free - int(job.nbytes * 0.7)
   with open(disk / "filler", "wb") as f:
     f.write(bytes(max(0, size)))
-  for step in (2, 3, 4):
+  for step in range(job.step, job.step + 3):
     job.try_to(functools.partial(job.commit, step))
   (disk / "filler").unlink()
 
@@ -256,7 +278,7 @@ def directory_deleted(job: Side, disk: pathlib.Path, seed: int) -> None:
   def delete() -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-      for path in job.run.glob(f"2{TEMPORARY[1:]}"):
+      for path in job.run.glob(f"2{TEMPORARY}*"):
         time.sleep(0.002 * seed)
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -271,16 +293,30 @@ def hang(job: Side, disk: pathlib.Path, _: int) -> None:
   """The file system stops answering writes in the middle of a save (fsfreeze), for longer than the timeout."""
   job.save(2)
   subprocess.run(["fsfreeze", "-f", disk], check=True)
-  thaw = threading.Timer(30, lambda: subprocess.run(["fsfreeze", "-u", disk], check=True))
-  thaw.start()
+  _wait_until(job, lambda: subprocess.run(["fsfreeze", "-u", disk], check=False, capture_output=True))
+
+
+def server_stops(job: Side, disk: pathlib.Path, seed: int) -> None:
+  """The server of a bucket stops answering in the middle of a save (SIGSTOP), for longer than the timeout."""
+  del disk
+  job.save(job.step)
+  time.sleep(0.1 * seed)
+  os.kill(job.server, signal.SIGSTOP)
+  _wait_until(job, lambda: os.kill(job.server, signal.SIGCONT))
+
+
+def _wait_until(job: Side, thaw: Callable[[], Any]) -> None:
+  """Waits for a save whose storage hangs until `thaw` is called, which is after 30 seconds at the latest."""
+  timer = threading.Timer(30, thaw)
+  timer.start()
   started = time.monotonic()
   job.try_to(job.wait)
   waited = time.monotonic() - started
   emit(waited_s=waited)
   if waited > 29:
     job.errors.append("wait() hung for as long as the storage did")
-  thaw.cancel()
-  subprocess.run(["fsfreeze", "-u", disk], check=False, capture_output=True)
+  timer.cancel()
+  thaw()
   time.sleep(2)
 
 
@@ -311,31 +347,31 @@ SCENARIOS: dict[str, Callable[[Side, pathlib.Path, int], None]] = {
   "read_only": read_only,
   "directory_deleted": directory_deleted,
   "hang": hang,
+  "server_stops": server_stops,
   "sigterm": sigterm,
   "odd_directories": odd_directories,
   "clock_back": nothing,
 }
 
 
-def scenario(name: str, side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
-  """Saves two steps, runs the fault, and reports what is left."""
-  job = side(run, options["megabytes"], options.get("timeout", 60.0))
-  for step in (0, 1):
-    job.save(step)
-    job.wait()
+def scenario(name: str, side: type[Side], run: str, options: dict[str, Any]) -> None:
+  """Saves steps, runs the fault, and reports what is left."""
+  job = side(run, options, options.get("timeout", 60.0))
+  for step in range(job.step):
+    job.commit(step)
   before = len(job.errors)
-  emit(before=job.steps())
+  emit(before=job.steps(), hit=job.step)
   SCENARIOS[name](job, pathlib.Path(options["disk"]), options["seed"])
   errors = job.errors[before:]
   emit(errors=errors)
   following = 4 if name == "odd_directories" else 7
-  emit(next=job.saved(following), kept=job.is_right(1), told=job.errors[before + len(errors) :])
+  emit(next=job.saved(following), kept=job.is_right(job.step - 1), told=job.errors[before + len(errors) :])
   job.try_to(job.close)
 
 
-def after(side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
+def after(side: type[Side], run: str, options: dict[str, Any]) -> None:
   """A new process opens the run after the fault."""
-  job = side(run, options["megabytes"], 60.0)
+  job = side(run, options, 60.0)
   steps = job.steps()
   wrong = [step for step in steps if not job.is_right(step)]
   works = job.saved(options.get("step", 9))
@@ -343,9 +379,9 @@ def after(side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
   job.try_to(job.close)
 
 
-def hold(side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
+def hold(side: type[Side], run: str, options: dict[str, Any]) -> None:
   """Saves a step, and stays open until standard input ends."""
-  job = side(run, options["megabytes"], 60.0)
+  job = side(run, options, 60.0)
   emit(saved=job.saved(0))
   sys.stdin.readline()
   emit(next=job.saved(5), found=job.steps(), told=job.errors)
@@ -354,7 +390,7 @@ def hold(side: type[Side], run: pathlib.Path, options: dict[str, Any]) -> None:
 
 def main() -> None:
   """Runs the scenario of the command line."""
-  side, name, run = SIDES[sys.argv[1]], sys.argv[2], pathlib.Path(sys.argv[3])
+  side, name, run = SIDES[sys.argv[1]], sys.argv[2], sys.argv[3]
   options = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
   if "clock" in options:  # before any module reads it
     real, real_ns, shift = time.time, time.time_ns, options["clock"]

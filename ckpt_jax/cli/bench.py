@@ -293,14 +293,19 @@ def flips(
   count: Annotated[int, typer.Option("--flips", min=1, help="Bits to flip, in all.")] = 200,
   seed: Annotated[int, typer.Option(help="Seed of the random flips.")] = 0,
   plain: Annotated[bool, typer.Option("--plain/--no-plain", help="Flip plain Orbax's bits too.")] = True,
+  fill: Annotated[
+    list[str] | None, typer.Option(help="Put the table between <!-- flips --> and <!-- /flips --> of this file.")
+  ] = None,
 ) -> None:
   """Flip random bits in the files of checkpoints, then restore; exit 1 if ckpt_jax restores wrong bits in silence."""
-  from ckpt_jax.bench.flips import run
+  from ckpt_jax.bench.flips import render, run
 
   found = run(count, seed, _progress, plain=plain)
   for side, totals in found["totals"].items():
     typer.echo(f"{side}: " + ", ".join(f"{n} {outcome}" for outcome, n in totals.items()))
   _keep(output, found)
+  for page in fill or []:
+    files.rewrite(page, functools.partial(render, found))
   if found["totals"]["ckpt_jax"]["silently wrong"]:
     raise typer.Exit(1)
 

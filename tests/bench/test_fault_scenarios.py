@@ -2,13 +2,15 @@
 
 import json
 import os
+import pathlib
 
 import pytest
 from commands import cli
 
-from ckpt_jax.bench.faults import FAULTS, campaign, kills, one_fault, render, table
+from ckpt_jax.bench.faults import FAULTS, Fault, campaign, kills, one_fault, render, table
 from ckpt_jax.errors import CheckpointError
 
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
 
 
@@ -24,15 +26,35 @@ def survives(name, seed=1):
 
 
 @pytest.mark.multiprocess
-def test_job_killed_at_random_moments_goes_on_from_its_last_commit():
-  for found in kills("ckpt_jax", 1, [101, 102]):
+@pytest.mark.parametrize(("name", "seeds"), [("kill_1", [101, 102]), ("kill_linked", [101, 102]), ("kill_gs", [101])])
+def test_job_killed_at_random_moments_goes_on_from_its_last_commit(name, seeds):
+  for found in kills("ckpt_jax", FAULTS[name], seeds):
     assert found["good"], found
 
 
 @pytest.mark.multiprocess
 def test_job_of_several_processes_resumes_from_its_last_commit_after_one_is_killed():
-  for found in kills("ckpt_jax", 2, [103], megabytes=4):
+  for found in kills("ckpt_jax", Fault("", processes=2, options={"megabytes": 4}), [103]):
     assert found["good"], found
+
+
+@pytest.mark.multiprocess
+def test_kill_is_no_good_try_of_linked_leaves_if_nothing_was_linked():
+  nothing_frozen = {"megabytes": 4, "frozen": 0}
+  for found in kills("ckpt_jax", Fault("", processes=1, options=nothing_frozen), [104]):
+    assert found["kept"] and found["next"] and not found["shared"] and not found["good"], found
+
+
+@needs_root
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["full_disk_linked", "too_large_linked"])
+def test_step_of_linked_leaves_that_finds_no_room_raises_and_costs_nothing_else(name):
+  assert survives(name)["shared"]
+
+
+@pytest.mark.multiprocess
+def test_server_of_a_bucket_that_stops_answering_raises_within_the_timeout_and_nothing_late_is_taken_for_a_step():
+  assert survives("hang_s3")["waited_s"] < 60, "the timeout is 5 s, that of storage none"
 
 
 @needs_root
@@ -62,6 +84,12 @@ def test_what_was_tried_already_is_not_tried_again_and_the_table_counts_it():
   assert "| 2 of 2 | 2 of 3 | a step was lost, or is listed and cannot be restored (1) |" in text
   page = render(results, "before\n<!-- faults -->\nold\n<!-- /faults -->\nafter\n")
   assert page.startswith("before\n") and page.endswith("\nafter\n") and text in page and "old" not in page
+
+
+def test_page_has_the_table_of_the_campaign():
+  results, page = json.loads((DOCS / "faults.json").read_text()), (DOCS / "faults.md").read_text()
+  assert render(results, page) == page
+  assert results["faults"].keys() == FAULTS.keys()
 
 
 def test_unknown_fault_names_the_known_ones():
