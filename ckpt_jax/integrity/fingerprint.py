@@ -222,6 +222,14 @@ def take(state: Flat, copies: HostCopies | None = None) -> Taken:
   return taken
 
 
+def take_some(arrays: Mapping[str, jax.Array], copies: HostCopies) -> Taken:
+  """Copies of what this process saves of some arrays of a state, by path, for one reader."""
+  copies.stage([*arrays.values()])
+  taken = _take([*arrays], [*arrays.values()], [None] * len(arrays), copies, copies)
+  copies.settled()
+  return taken
+
+
 def take_restored(leaves: Mapping[str, Any], saved_as: Mapping[str, str]) -> Taken:
   """Views of restored leaves, by path; every copy of replicated values is counted, since each may be wrong.
 

@@ -200,16 +200,26 @@ def record_of(
     UnhealthyStateError: if the state is found to be unhealthy before the save and `nonfinite` is `refuse`.
   """
   flat = flatten(state)
+  unchanged = nothing_unchanged() if unchanged is None else unchanged
+  if copies.in_turn:
+    proofs.ahead(flat, copies, unchanged)
+
+  def taken_by(copies: HostCopies) -> Taken:
+    taken = take(flat, copies)
+    taken.summed |= unchanged.held
+    for path in unchanged.held:
+      taken.pieces[path] = []
+    return taken
+
   before = nonfinite == "tag" or (nonfinite == "refuse" and nbytes <= health_checks.BEFORE_SAVE_NBYTES)
   known = None
-  if before and copies.in_turn:  # what does not fit into host memory is read twice
-    known = health_checks.before_save(take(flat, copies.again(copies.ring.limit)))
-  taken = take(flat, copies)
-  unchanged = nothing_unchanged() if unchanged is None else unchanged
-  taken.summed |= unchanged.held
-  for path in unchanged.held:
-    taken.pieces[path] = []
-  if before and known is None:
+  looked_at = taken_by(copies.again(copies.ring.limit)) if before and copies.in_turn else None  # it is read twice
+  if looked_at is not None:
+    known = health_checks.before_save(looked_at)
+  taken = taken_by(copies)
+  if looked_at is not None:
+    taken.health = looked_at.health
+  elif before:
     known = health_checks.before_save(taken)
   if known is not None:
     known = meant.judge(known)

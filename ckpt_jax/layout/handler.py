@@ -215,8 +215,6 @@ class ArrayHandler(ocp.type_handlers.ArrayHandler):
     unchanged.named([info.name for info in infos], values)
     unchanged.written = written if jax.process_count() > 1 else ()
     self.writes = any(array.pieces for array in written) or bool(small and small.slab.nbytes)
-    if copies.in_turn:
-      written.sort(key=lambda array: array.turn)
     # Homes of what does not change are in the database of a process.
     self.merged = alone and is_object_store(first.parent_dir) and unchanged.is_plain(written)
     self.writer = writing.Writer(

@@ -44,6 +44,11 @@ class Tally(Protocol):
   high: int
 
 
+def are_equal(now: Tally, then: Tally) -> bool:
+  """Whether two tallies are of the same bits."""
+  return (now.total, now.hash, now.high) == (then.total, then.hash, then.high)
+
+
 @dataclasses.dataclass
 class Seen:
   """A `Tally` that was read from storage."""

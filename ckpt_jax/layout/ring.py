@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -90,7 +91,9 @@ class Copy(Values):
 
 
 class Late(Values):
-  """A piece that is copied only if somebody asks for it, and that may be gone then."""
+  """A piece that is copied only if somebody asks for it, behind all others, and that may be gone then."""
+
+  turn = sys.maxsize
 
   def __init__(self, ring: Ring, source: jax.Array, cut: Cut | None, nbytes: int):
     self._source: jax.Array | None = source
@@ -99,12 +102,24 @@ class Late(Values):
     self._ring = ring
     self._copy: Copy | None = None
 
+  @property
+  def is_sent(self) -> bool:  # type: ignore[override]
+    return self._asked_for().is_sent
+
   def __call__(self) -> np.ndarray:
     """See `Values`.
 
     Raises:
       CheckpointError: if the array was donated meanwhile.
     """
+    return self._asked_for()()
+
+  def done(self) -> None:
+    self._source = None
+    if self._copy is not None:
+      self._copy.done()
+
+  def _asked_for(self) -> Copy:
     if self._copy is None:
       assert self._source is not None
       try:
@@ -119,12 +134,7 @@ class Late(Values):
           "donated the array by now; the next save writes it",
           topic="save-failed",
         ) from None
-    return self._copy()
-
-  def done(self) -> None:
-    self._source = None
-    if self._copy is not None:
-      self._copy.done()
+    return self._copy
 
 
 class Part(Values):
@@ -186,17 +196,18 @@ class Ring:
 
   def add(self, source: jax.Array, cut: Cut | None, nbytes: int) -> Copy:
     """Queues a piece, for `start`."""
-    wave = self._queue[-1] if self._queue else None
-    if wave is None or (self.limit is not None and wave.nbytes + nbytes > self.limit // _WAVES):
-      wave = _Wave(self._turns)
-      wave.send = with_x64_of_caller(functools.partial(self._send, wave.copies))
-      self._turns += 1
-      self._queue.append(wave)
-    copy = Copy(self, wave, source, cut)
-    self._new.append(copy)
-    wave.copies.append(copy)
-    wave.unread += 1
-    wave.nbytes += nbytes
+    with self._changed:  # of late pieces others may send the wave meanwhile
+      wave = self._queue[-1] if self._queue else None
+      if wave is None or (self.limit is not None and wave.nbytes + nbytes > self.limit // _WAVES):
+        wave = _Wave(self._turns)
+        wave.send = with_x64_of_caller(functools.partial(self._send, wave.copies))
+        self._turns += 1
+        self._queue.append(wave)
+      copy = Copy(self, wave, source, cut)
+      self._new.append(copy)
+      wave.copies.append(copy)
+      wave.unread += 1
+      wave.nbytes += nbytes
     return copy
 
   def start(self) -> None:

@@ -130,6 +130,7 @@ class HostCopies:
     """Copies of the same arrays, for one more pass over them or under another limit."""
     other = HostCopies(self._limits, limit)
     other._plans |= self._plans
+    other.held |= self.held
     return other
 
   def plan(self, leaves: Sequence[Any], beside: int = 0) -> None:
@@ -149,8 +150,8 @@ class HostCopies:
     return sum(_size(box) * x.dtype.itemsize for x, plan in zip(arrays, plans, strict=True) for box, _, _ in plan.parts)
 
   def boxes(self, array: jax.Array) -> tuple[Box, ...]:
-    """What this process saves of an array."""
-    return tuple([box for box, _, _ in self._planned([array])[0].parts])
+    """What this process saves of an array, in the pieces in which it is stored."""
+    return tuple([box for box, _, _ in self._stored(array, self._planned([array])[0]).parts])
 
   def stage(self, leaves: Sequence[Any]) -> None:
     """Starts to copy what this process saves of jax arrays: all of it, or what fits into the ring.
@@ -172,7 +173,7 @@ class HostCopies:
   def pieces(self, array: jax.Array) -> Pieces:
     """What this process saves of an array, for one more reader, who says `Values.done` of each piece."""
     if id(array) in self.held:
-      plan, itemsize = self._planned([array])[0], array.dtype.itemsize
+      plan, itemsize = self._stored(array, self._planned([array])[0]), array.dtype.itemsize
       late = [(box, Late(self.ring, shard, cut, _size(box) * itemsize)) for box, shard, cut in plan.parts]
       return Pieces(plan.chunks, plan.whole, tuple(late))
     if self.by_piece and array.size and (self._on_cpu or belongs_to_accelerators(array.sharding)):
@@ -218,18 +219,26 @@ class HostCopies:
       for x in arrays
     ]
 
+  @property
+  def _most(self) -> float:
+    """The largest piece in bytes: at most half of a ring, and a power of two, so that much the same ring cuts alike."""
+    return math.inf if self.ring.limit is None else 1 << max(0, (self.ring.limit // 2).bit_length() - 1)
+
+  def _stored(self, array: jax.Array, plan: Slices) -> Slices:
+    """What is planned of an array, in finer pieces if one would be too large for the ring."""
+    if self.ring.limit is None:
+      return plan
+    itemsize, most, piece = array.dtype.itemsize, self._most, array.sharding.shard_shape(array.shape)
+    chunks, parts = _finer(tuple(map(min, plan.chunks, piece)), plan.parts, itemsize, most)
+    return Slices(chunks, plan.whole and math.prod(piece) * itemsize <= max(most, itemsize), parts)
+
   def _queued(self, array: jax.Array, plan: Slices) -> Pieces:
-    """Queues what is planned of an array, in finer pieces if one would take more than half of the ring.
+    """Queues what is planned of an array.
 
     A shard that this process writes all of, from one device or several, is sent whole: no program has to cut it.
     """
-    itemsize, most = array.dtype.itemsize, math.inf
-    chunks, whole, parts = plan
-    if self.ring.limit is not None:
-      most = self.ring.limit // 2
-      piece = array.sharding.shard_shape(array.shape)
-      whole = whole and math.prod(piece) * itemsize <= max(most, itemsize)
-      chunks, parts = _finer(tuple(map(min, chunks, piece)), parts, itemsize, most)
+    itemsize, most = array.dtype.itemsize, self._most
+    chunks, whole, parts = self._stored(array, plan)
     shards: dict[Box, list[jax.Array]] = {whole_box(array.shape): [array]}
     if one_device(array.sharding) is None:
       shards.clear()

@@ -19,6 +19,10 @@ The proof: the same `jax.Array` in the memory of an accelerator, which nothing c
 its bits, of 128 bits (see `integrity.proofs`). Name, place, dtype, chunks and codec must be the same too, and each file
 of the home what it was.
 What cannot be proven, or cloned, is written.
+
+Where copies go through a ring, nothing in it waits for a proof, since it has no room for what waits: all is proven
+before, and what is goes into the ring no more. At the first clone of a home, which shows whether the storage has any,
+its leaves do go into the ring, of which nothing is read before.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from ckpt_jax.errors import CheckpointError
 from ckpt_jax.failures import root_cause
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.encoding import is_prng_key
-from ckpt_jax.layout.homes import Home, Kept, Saved, Tally, as_json, read_homes, write_homes
+from ckpt_jax.layout.homes import Home, Kept, Saved, Tally, are_equal, as_json, read_homes, write_homes
 from ckpt_jax.layout.keys import UNCHANGED
 from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.sharding import Box
@@ -134,7 +138,8 @@ class Round:
 
   Attributes:
     first: leaves, by path, that need not be written if their fingerprints are those of what a home holds.
-    held: those of them of which that is known without fingerprints, and what was counted of each.
+    held: those of them of which that is known without them, and what was counted of each; they are not even copied.
+    proven: paths of those that go through a ring, of which that is known.
     identical: paths of leaves that are the same arrays as in the last committed step.
     written: what this process writes, or would write, until the state is summed.
     names: the path of each leaf, by its name in the database.
@@ -150,6 +155,7 @@ class Round:
     """`last` is None if nothing may be left unwritten; `arrays` is empty if nothing will be said of them either."""
     self.first: dict[str, Kept] = {}
     self.held: dict[str, Any] = {}
+    self.proven: frozenset[str] = frozenset()
     self.identical: frozenset[str] = frozenset()
     self.written: Sequence[Written] = ()
     self.names: dict[str, str] = {}
@@ -157,6 +163,7 @@ class Round:
     self.nbytes = self.spared = 0
     self.coming: int | None = None
     self._run = run
+    self._in_turn = False
     self._item = item
     self._layout = layout
     self._last = last
@@ -179,31 +186,38 @@ class Round:
 
   # -- in the training thread
 
-  def look(self, state: Sequence[Any], copies: HostCopies) -> None:
-    """Finds the leaves that homes hold, and has `copies`, which are planned, copy none of which that is known."""
+  def look(self, state: Sequence[Any], copies: HostCopies, read: Mapping[str, Tally] | None = None) -> None:
+    """Finds the leaves that homes hold, and has `copies`, which are planned, copy none of which that is known.
+
+    Args:
+      state: the leaves.
+      copies: of them; called again if others are made instead.
+      read: what was counted, just now, of leaves that are what a home holds, by path.
+    """
+    self._in_turn = copies.in_turn
+    self.first, self.held, self.proven = {}, {}, frozenset()
+    copies.held.clear()
     if self._last is None:
       return
+    read = read or {}
     by_path = {path: x for x in state if (path := self._paths.get(id(x))) is not None}
     for home in self._last.homes.values() if self._still else ():
       there = [(kept, by_path.get(kept.path)) for kept in home.leaves.values()] if home.saves < LONGEST else []
       fits = [(k, x) for k, x in there if x is not None and k.seen is not None and k.boxes == copies.boxes(x)]
       self.first |= {kept.path: kept for kept, _ in fits}
+      same = {k.path for k, x in fits if k.path in self.identical and copies.by_piece and is_on_accelerator(x)}
+      sure = [(k, x) for k, x in fits if k.path in same or k.path in read]
+      self.proven |= {kept.path for kept, _ in sure} if copies.in_turn else set()
       # Only if nothing but the storage can stop it from being cloned, which it has been once.
-      sure = [(k, x) for k, x in fits if k.path in self.identical and copies.by_piece and is_on_accelerator(x)]
       alike = self._last.layout == self._layout and home.saves > 1
       if alike and sum(kept.nbytes for kept, _ in sure) >= _LIVE * home.nbytes:
-        self.held |= {kept.path: self._last.tallies[kept.path] for kept, _ in sure}
+        self.held |= {k.path: read[k.path] if k.path in read else self._last.tallies[k.path] for k, _ in sure}
         copies.held |= {id(x): x for _, x in sure}
 
   @property
   def expected(self) -> int:
     """Bytes that this process is expected not to write."""
     return sum(kept.nbytes for kept in self.first.values())
-
-  def drop(self) -> None:
-    """Has everything be written: copies of the state do not fit into host memory, and are stored in other chunks."""
-    self._last = None
-    self.first, self.held, self._still, self.spared = {}, {}, set(), 0
 
   def is_plain(self, arrays: Sequence[Written]) -> bool:
     """Whether all of what this process writes goes with the others, so that the step will have no home."""
@@ -246,7 +260,7 @@ class Round:
         then, now = before.get(path), tally
         if then is None and path in self.first:  # all that is known of a step of the job before
           then, now = self.first[path].seen, seen.get(path, tally)
-        if then is not None and _are_equal(now, then):
+        if path in self.proven or (then is not None and are_equal(now, then)):
           self._streaks[path] = last.streaks.get(path, 0) + 1
         elif path in self._still:
           self._patience[path] = min(2 * self._patience.get(path, 1), _MOST_PATIENCE)
@@ -280,10 +294,16 @@ class Round:
     number = jax.process_index()
     plain, own, first = self._sorted(writer, arrays)
     place = item / process_database(number)
+    if self._in_turn and any(self.names[array.info.name] not in self.held for array in first):
+      again, moved = self._linked(writer, first, place)  # before anything of the ring is read
+      plain, own, first = plain + moved, own + again, []
     with concurrent.futures.ThreadPoolExecutor(1, "ckpt_jax-links") as beside:
       links = beside.submit(self._linked, writer, first, place) if first else None
       try:
-        if plain or slab is not None or not (own or first):
+        if own and self._in_turn:
+          self._settle_in(writer, own, place, plain)
+          own = []
+        elif plain or slab is not None or not (own or first or self._homes):
           writer.write(plain, slab, pieces, number)
       except BaseException:
         writer.stop.set()  # nobody waits for proofs any more
@@ -352,7 +372,7 @@ class Round:
     """Clones homes. Returns the arrays that do not change but have no home now, and those that have changed."""
     assert self._last is not None
     waited = any(self.names[array.info.name] not in self.held for array in arrays)
-    seen = self._proven(writer) if waited else {}
+    seen = self._proven(writer) if waited and not self._in_turn else {}
     changed: list[Written] = []
     same: dict[str, list[Written]] = {name: [] for name in self._last.homes}
     home_of = {name: home for home in self._last.homes.values() for name in home.leaves}
@@ -360,7 +380,7 @@ class Round:
       name, home = array.info.name, home_of[array.info.name]
       path, then = self.names[name], home.leaves[name].seen
       now = seen.get(path)
-      is_same = path in self.held or (now is not None and then is not None and _are_equal(now, then))
+      is_same = {path} & (self.held.keys() | self.proven) or (now and then and are_equal(now, then))
       (same[home.name] if is_same else changed).append(array)
     homeless: list[Written] = []
     for name, live in same.items():
@@ -401,14 +421,19 @@ class Round:
     self._homes[home.name] = dataclasses.replace(home, leaves=leaves, whole=whole, saves=home.saves + 1)
     return True
 
-  def _settle_in(self, writer: Writer, arrays: Sequence[Written], place: epath.Path) -> None:
-    """Writes arrays into a home of their own."""
+  def _settle_in(
+    self, writer: Writer, arrays: Sequence[Written], place: epath.Path, others: Sequence[Written] | None = None
+  ) -> None:
+    """Writes arrays into a home of their own, and together with them, if given, what has none."""
     directory = self._run.new_home()
     home, leaves = writer.nested(directory), {}
     for array in arrays:
       name = array.info.name
       leaves[name] = Kept(self.names[name], _boxes(array), as_json(writer.spec(array)["metadata"]), array.own_nbytes)
-    home.write(arrays)
+    if others is None:
+      home.write(arrays)
+    else:
+      writer.write(others, beside=(home, arrays))
     writer.refer(home)
     files = {file: stamp(place / directory / file) for file in home.files()}
     self._new[directory] = Home(directory, files, _nbytes(arrays), leaves)
@@ -426,10 +451,6 @@ def _boxes(array: Written) -> tuple[Box, ...]:
 def _nbytes(arrays: Collection[Written]) -> int:
   """Bytes that this process writes of arrays."""
   return sum(array.own_nbytes for array in arrays)
-
-
-def _are_equal(now: Tally, then: Tally) -> bool:
-  return (now.total, now.hash, now.high) == (then.total, then.hash, then.high)
 
 
 def _numbers(leaves: Sequence[Any]) -> list[int]:

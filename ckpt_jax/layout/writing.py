@@ -137,12 +137,14 @@ class _Target:
   """An array to write into a database.
 
   Attributes:
+    writer: of the database.
     name, prefix: its name, and that of its keys.
     spec: TensorStore's, without the key-value store.
     create: whether this process writes its metadata.
     chunks: what is to be written of it.
   """
 
+  writer: Writer
   name: str
   prefix: str
   spec: dict[str, Any]
@@ -251,6 +253,7 @@ class Writer:
     slab: packing.Slab | None = None,
     pieces: Sequence[Values] = (),
     number: int = 0,
+    beside: tuple[Writer, Sequence[Written]] | None = None,
   ) -> None:
     """Writes arrays and, if there is one, a slab; returns when everything is committed to the database.
 
@@ -258,13 +261,19 @@ class Writer:
       arrays: those that are stored by themselves. Their specs locate the database; without any, one was asked for.
       slab, pieces: packed arrays, and the values of their pieces.
       number: names the slab.
+      beside: a nested database and its arrays: what a ring brings is written in the order in which it comes.
 
     Raises:
       ValueError: naming the array that could not be written.
       CheckpointError: if `stop` was set.
     """
-    with self._written_behind(arrays):
-      self._write(arrays, slab, pieces, number)
+    of = [(self, array) for array in arrays]
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(self._written_behind(arrays))
+      if beside is not None:
+        stack.enter_context(beside[0]._written_behind(beside[1]))
+        of += [(beside[0], array) for array in beside[1]]
+      self._write(sorted(of, key=lambda one: one[1].turn), slab, pieces, number)
 
   def _written_behind(self, arrays: Sequence[Written]) -> contextlib.AbstractContextManager[None]:
     for array in arrays[:1]:
@@ -274,17 +283,20 @@ class Writer:
       return contextlib.nullcontext()
     return write_behind(os.path.join(place["path"], VALUES))
 
-  def _write(self, arrays: Sequence[Written], slab: packing.Slab | None, pieces: Sequence[Values], number: int) -> None:
-    targets = [self._array(array) for array in arrays]
+  def _write(
+    self, arrays: Sequence[tuple[Writer, Written]], slab: packing.Slab | None, pieces: Sequence[Values], number: int
+  ) -> None:
+    targets = [self._array(array, of) for of, array in arrays]
     if slab is not None and slab.nbytes:
       targets.append(self._slab(slab, pieces, number))
     transaction = ts.Transaction(atomic=True) if self._window is None and not self._batches else None
     try:
-      root = ts.KvStore.open(self._kvstore, context=self._context).result()
+      writers = {self, *(target.writer for target in targets)}
+      roots = {of: ts.KvStore.open(of._kvstore, context=self._context).result() for of in writers}
       if self._batches:
-        self._write_batches(root, targets)
+        self._write_batches(roots, targets)
       else:
-        for target, store in self._opened(root, dict.fromkeys(targets, True), transaction):
+        for target, store in self._opened(roots, dict.fromkeys(targets, True), transaction):
           for box, data, landed in target.chunks():
             self._await_window(data.nbytes)
             self._fly(data.nbytes, _begin_write(store, box, data), target.name, landed)
@@ -298,13 +310,13 @@ class Writer:
     if transaction is not None:
       transaction.commit_async().result()
 
-  def _write_batches(self, root: ts.KvStore, targets: Sequence[_Target]) -> None:
+  def _write_batches(self, roots: Mapping[Writer, ts.KvStore], targets: Sequence[_Target]) -> None:
     begun: set[_Target] = set()
     for nbytes, batch in _gathered(targets):
       self._await_window(nbytes)
       transaction = ts.Transaction(atomic=True)
       landed: list[Callable[[], None]] = []
-      for target, store in self._opened(root, {t: t not in begun for t in batch}, transaction):
+      for target, store in self._opened(roots, {t: t not in begun for t in batch}, transaction):
         for box, data, then in batch[target]:
           result_of(_begin_write(store, box, data), target.name)  # only noted, until the transaction is committed
           landed.append(then)
@@ -313,14 +325,14 @@ class Writer:
       self._fly(nbytes, transaction.commit_async(), " to ".join(dict.fromkeys([names[0], names[-1]])), *landed)
 
   def _opened(
-    self, root: ts.KvStore, targets: Mapping[_Target, bool], transaction: ts.Transaction | None
+    self, roots: Mapping[Writer, ts.KvStore], targets: Mapping[_Target, bool], transaction: ts.Transaction | None
   ) -> Iterator[tuple[_Target, ts.TensorStore]]:
     """Opens arrays, all at once; `targets` has for each whether it is new to the database."""
     common: dict[str, Any] = {"context": self._context, "transaction": transaction, "open": True}
     opened = [
       ts.open(
         target.spec,
-        kvstore=root / target.prefix if target.prefix else root,
+        kvstore=roots[target.writer] / target.prefix if target.prefix else roots[target.writer],
         create=target.create and new,
         assume_metadata=not (target.create and new),
         **common,
@@ -329,7 +341,7 @@ class Writer:
     ]
     return ((target, result_of(future, target.name)) for target, future in zip(targets, opened, strict=True))
 
-  def _array(self, array: Written) -> _Target:
+  def _array(self, array: Written, of: Writer) -> _Target:
     name = array.info.name
 
     def chunks() -> Iterator[_Chunk]:
@@ -337,7 +349,7 @@ class Writer:
         self._make_room(values)
         yield box, values(), values.done
 
-    return _Target(name, prefix(name) if name else "", self.spec(array), self._process in (0, None), chunks)
+    return _Target(of, name, prefix(name) if name else "", self.spec(array), self._process in (0, None), chunks)
 
   def _make_room(self, values: Values) -> None:
     """Waits for writes that have begun, as long as what they write is in the way of a piece in a ring."""
@@ -354,7 +366,7 @@ class Writer:
       for offset, nbytes, chunk in slab.chunks(pieces, functools.partial(memory.take, self.land)):
         yield ((offset, offset + nbytes),), chunk[:nbytes], functools.partial(memory.give, chunk)
 
-    return _Target(name, f"{name}/", _slab_spec(slab, self._compressed), True, chunks)
+    return _Target(self, name, f"{name}/", _slab_spec(slab, self._compressed), True, chunks)
 
   def _await_window(self, more: int) -> None:
     while self._window is not None and self._flying and self._nbytes + more > self._window:

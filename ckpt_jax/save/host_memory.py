@@ -102,10 +102,12 @@ def copies_for(
     size_text(need.free),
     need.why,
   )
-  unchanged.drop()
   ring = min(rings)
   _note_arena(ring)
-  return copies.again(ring)
+  copies = copies.again(ring)
+  unchanged.look(state.leaves, copies)  # which has pieces of other sizes
+  unchanged.spared = sum(sum(expected) for expected in all_numbers([unchanged.expected]))
+  return copies
 
 
 def _note_arena(nbytes: int) -> None:

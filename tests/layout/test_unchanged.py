@@ -498,6 +498,82 @@ def test_if_training_has_donated_it_by_then_the_save_fails_and_the_next_one_writ
   assert ckpt.verify(tmp_path) == []
 
 
+# -- through a ring
+
+
+RING = {"limits": {"host_memory": "2MB"}}  # of 1 MiB, with pieces of half of it
+
+
+def large(count=8, seed=0):
+  """More than 4 MiB, of which one leaf is stored in more than one piece under `RING` alone."""
+  rng = np.random.default_rng(seed)
+  devices = jax.sharding.Mesh(np.array(jax.devices()), "d")
+  split = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("d"))
+  made = {f"f{i}": jnp.asarray(rng.standard_normal((128, 512), dtype=np.float32)) for i in range(count)}
+  made["large"] = jnp.asarray(rng.standard_normal((512, 1024), dtype=np.float32))
+  return made | {"split": jax.device_put(rng.standard_normal((256, 512), dtype=np.float32), split)}
+
+
+def moving(step):
+  """What does not fit into `RING` either, and moves."""
+  return {f"m{i}": jax.device_put(jnp.full((256, 512), step + i, jnp.float32)) for i in range(6)}
+
+
+WHOLE = 8 * 2**18 + 2**21 + 2**19
+MOVING = 6 * 2**19
+
+
+@pytest.mark.parametrize("nonfinite", ["refuse", "ignore"])
+@pytest.mark.parametrize("donating", [False, True])
+def test_what_does_not_change_is_not_written_though_the_rest_goes_through_a_ring(tmp_path, sent, donating, nonfinite):
+  fixed = jax.device_put(large())
+  states = [{"frozen": again(fixed) if donating else fixed, "lora": moving(i)} for i in range(7)]
+  copied = []
+  with ckpt.Checkpointer(tmp_path, RING | {"health": {"nonfinite": nonfinite}}) as c:
+    for step, state in enumerate(states):
+      sent.clear()
+      c.save(step, state)
+      c.wait()
+      copied.append(sum(sent))
+  twice = 2 if nonfinite == "refuse" else 1  # health is looked at before the save
+  if donating:
+    assert copied[5:] == [twice * MOVING + WHOLE] * 2, "what is hashed and found to be the same is not sent again"
+  else:
+    assert copied[3:] == [twice * MOVING] * 4
+  for step in range(4, 7):
+    assert written(tmp_path, step, range(step)) < MOVING + 2**16
+  assert ckpt.verify(tmp_path) == []
+  for step, state in enumerate(states):
+    assert bits(restored_by_orbax(tmp_path, step)) == bits(state)
+  records = [json.loads((tmp_path / str(i) / "default" / "ckpt_jax.json").read_text()) for i in range(7)]
+  assert len({json.dumps([r["health"]["norms"]["frozen"], r["leaves"]["frozen/large"]]) for r in records}) == 1
+  saves = [event for event in read_records(tmp_path).events if event.kind == "save"]
+  assert [event.unchanged_nbytes for event in saves[4:]] == [WHOLE] * 3
+
+
+def test_a_ring_on_a_cpu_links_too_what_is_read_and_found_to_be_the_same(tmp_path):
+  fixed = large()
+  states = [{"frozen": again(fixed), "lora": moving(i)} for i in range(6)]
+  save(tmp_path, states, RING)
+  for step in range(3, 6):
+    assert written(tmp_path, step, range(step)) < MOVING + 2**16
+    assert bits(restored_by_orbax(tmp_path, step)) == bits(states[step])
+  assert ckpt.verify(tmp_path) == []
+
+
+def test_a_job_that_goes_on_through_a_ring_links_what_the_last_one_has_written(tmp_path, sent):
+  fixed = large()
+  states = [{"frozen": jax.device_put(again(fixed)), "lora": moving(step)} for step in range(7)]
+  save(tmp_path, states[:3], RING)
+  for step in range(3, 7):  # a new job each time
+    with ckpt.Checkpointer(tmp_path, RING) as c:
+      c.save(step, states[step])
+  assert [written(tmp_path, step, range(step)) > WHOLE for step in range(7)] == [True] * 3 + [False] * 4
+  records = [json.loads((tmp_path / str(i) / "default" / "ckpt_jax.json").read_text()) for i in range(7)]
+  assert len({json.dumps([r["health"]["norms"]["frozen"], r["leaves"]["frozen/split"]]) for r in records}) == 1
+  assert ckpt.verify(tmp_path) == []
+
+
 # -- elsewhere
 
 
