@@ -335,8 +335,9 @@ class Round:
   def _homes_now(self) -> dict[str, Home]:
     """The homes in the step, once the state is summed."""
     homes, seen = dict(self._homes), self._outcome[2] if self._outcome else {}
+    known = {path: kept.seen for path, kept in self.first.items() if path in self.held} | seen
     for name, home in self._new.items():
-      leaves = {leaf: dataclasses.replace(kept, seen=seen.get(kept.path)) for leaf, kept in home.leaves.items()}
+      leaves = {leaf: dataclasses.replace(kept, seen=known.get(kept.path)) for leaf, kept in home.leaves.items()}
       homes[name] = dataclasses.replace(home, leaves=leaves)
     return homes
 

@@ -30,7 +30,7 @@ from ckpt_jax.rewrite.pruning import plan_pruning
 from ckpt_jax.rewrite.repack import repack_step
 from ckpt_jax.rewrite.thin import thin_step
 from ckpt_jax.run.journal import read_records
-from ckpt_jax.save import admission
+from ckpt_jax.save import admission, host_memory
 from ckpt_jax.storage.traffic import traffic
 
 PROGRAMS = pathlib.Path(__file__).parents[1] / "programs"
@@ -139,9 +139,12 @@ def _flipped(array, rng):
   return jnp.asarray(np.frombuffer(bytes(raw), array.dtype).reshape(array.shape).copy())
 
 
-@hypothesis.given(_histories(), st.integers(0, 99))
-@hypothesis.settings(max_examples=12)
-def test_whatever_changes_each_step_is_bit_for_bit_what_was_saved(history, seed):
+@hypothesis.given(
+  _histories(), st.integers(0, 99), st.booleans(), st.lists(st.sampled_from([2**40, 20, 100, 130, 500]), max_size=7)
+)
+@hypothesis.settings(max_examples=24)
+def test_whatever_changes_each_step_is_bit_for_bit_what_was_saved(history, seed, accelerators, free):
+  """`free`: bytes of host memory at each save; most send the state through a ring, of a few pieces of a few bytes."""
   leaves, saves = history
   rng = np.random.default_rng(seed)
   first = {}
@@ -157,8 +160,13 @@ def test_whatever_changes_each_step_is_bit_for_bit_what_was_saved(history, seed)
       new = {"=": lambda x: x, "c": lambda x: _flipped(x, rng), "n": again}[kind](x)
       state[name] = new if new is x else jax.device_put(new, x.sharding)
     states.append(state)
-  with tempfile.TemporaryDirectory() as run:
-    save(run, states, {"health": {"nonfinite": "ignore"}})
+  with tempfile.TemporaryDirectory() as run, pytest.MonkeyPatch.context() as patch:
+    patch.setattr(staging, "as_accelerators", accelerators)
+    patch.setattr(host_memory, "_LEAST_RING_NBYTES", 8)
+    patch.setattr(host_memory, "_arena_nbytes", 0)
+    patch.setattr(host_memory, "_note_arena", lambda nbytes: None)
+    patch.setattr(host_memory, "available_memory", lambda: free.pop() if free else 150)
+    save(run, states, {"health": {"nonfinite": "ignore"}, "timeouts": {"save": "60s"}})
     assert ckpt.verify(run) == []
     for step in range(len(states) - 1, -1, -1):
       assert bits(restored_by_orbax(run, step)) == bits(states[step])
@@ -331,9 +339,10 @@ def test_what_shares_files_with_a_step_in_quarantine_is_not_linked_on(tmp_path):
   assert ckpt.verify(tmp_path) == []
 
 
+@pytest.mark.parametrize("limit", ["auto", "100KiB"])  # the second sends all through a ring
 @pytest.mark.parametrize("links", [1, 3, -1])
-def test_a_process_killed_between_links_and_commit_leaves_whole_steps(tmp_path, links):
-  command = [sys.executable, str(PROGRAMS / "killed_between_links.py"), str(tmp_path), str(links)]
+def test_a_process_killed_between_links_and_commit_leaves_whole_steps(tmp_path, links, limit):
+  command = [sys.executable, str(PROGRAMS / "killed_between_links.py"), str(tmp_path), str(links), limit]
   done = subprocess.run(command, capture_output=True, text=True, timeout=120)
   assert done.returncode == -signal.SIGKILL, done.stderr
   with ckpt.Checkpointer(tmp_path) as c:
@@ -574,12 +583,65 @@ def test_a_job_that_goes_on_through_a_ring_links_what_the_last_one_has_written(t
   assert ckpt.verify(tmp_path) == []
 
 
+@pytest.mark.parametrize("accelerators", [False, True])
+@pytest.mark.parametrize("failing", [2, 3, 4])
+def test_what_cannot_be_linked_after_all_goes_through_the_ring(tmp_path, monkeypatch, failing, accelerators):
+  monkeypatch.setattr(staging, "as_accelerators", accelerators)
+  fixed = jax.device_put(large())
+  states = [{"frozen": fixed, "lora": moving(i)} for i in range(7)]
+  with ckpt.Checkpointer(tmp_path, RING | {"timeouts": {"save": "60s"}}) as c:
+    for step, state in enumerate(states):
+      with monkeypatch.context() as patch:
+        if step == failing:
+          patch.setattr(unchanged, "clone", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "refused")))
+        c.save(step, state)
+        c.wait()
+  assert [step for step in range(7) if written(tmp_path, step, range(step)) > WHOLE] == [0, 1, failing]
+  for step, state in enumerate(states):
+    assert bits(restored_by_orbax(tmp_path, step)) == bits(state)
+  assert ckpt.verify(tmp_path) == []
+
+
+def test_what_the_ring_left_out_and_training_donated_fails_the_save_and_the_next_one_writes_it(
+  tmp_path, sent, monkeypatch
+):
+  fixed = jax.device_put(large())
+  with ckpt.Checkpointer(tmp_path, RING | {"timeouts": {"save": "60s"}}) as c:
+    for step in range(4):
+      c.save(step, {"frozen": fixed, "lora": moving(step)})
+      c.wait()
+
+    def donated_meanwhile(*args):
+      jax.tree.map(lambda x: x.delete(), fixed)
+      raise OSError(errno.EIO, "refused")
+
+    with monkeypatch.context() as patch:
+      patch.setattr(unchanged, "clone", donated_meanwhile)
+      with pytest.raises(ckpt.SaveFailedError, match="has not changed, so that it was not copied"):
+        c.save(4, {"frozen": fixed, "lora": moving(4)})
+        c.wait()
+    c.save(5, {"frozen": jax.device_put(large()), "lora": moving(5)})
+    c.wait()
+    assert [s.step for s in c.steps()] == [0, 1, 2, 3, 5]
+  assert ckpt.verify(tmp_path) == []
+
+
+def test_a_leaf_whose_halves_change_places_is_not_taken_for_what_it_was(tmp_path, sent):
+  fixed = large()
+  states = [{"frozen": jax.device_put(again(fixed)), "lora": moving(i)} for i in range(6)]
+  states[5]["frozen"]["large"] = jnp.roll(fixed["large"], 256, axis=0)  # by pieces of the ring
+  save(tmp_path, states, RING)
+  assert written(tmp_path, 5, range(5)) > MOVING + 2**21
+  assert bits(restored_by_orbax(tmp_path, 5)) == bits(states[5])
+
+
 # -- elsewhere
 
 
+@pytest.mark.parametrize("limit", ["auto", "100KiB"])
 @pytest.mark.parametrize("how", ["same", "donate"])
-def test_four_processes_link_their_shares_and_write_them_on_another_mesh(tmp_path, how):
-  results = together("unchanged.py", tmp_path, how, processes=4)
+def test_four_processes_link_their_shares_and_write_them_on_another_mesh(tmp_path, how, limit):
+  results = together("unchanged.py", tmp_path, how, limit, processes=4)
   sizes = json.loads(next(line for line in results[0].log.splitlines() if line.startswith("[1")))
   whole = 8 * 128 * 256 * 4
   settled = 3 if how == "donate" else 2  # by then leaves are in homes, which the next step links

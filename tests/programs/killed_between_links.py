@@ -1,4 +1,7 @@
-"""killed_between_links.py RUN LINKS: a save of step 3 is killed after so many links; -1: right before its commit."""
+"""A save of step 3 is killed after so many links, or right before its commit: killed_between_links.py RUN LINKS LIMIT.
+
+LINKS: how many; -1: right before the commit. LIMIT: of host memory.
+"""
 
 import os
 import signal
@@ -10,7 +13,7 @@ import ckpt_jax as ckpt
 from ckpt_jax.save import commit
 
 frozen = {f"f{i}": jnp.full((64, 256), i, jnp.float32) for i in range(8)}
-run, left = sys.argv[1], int(sys.argv[2])
+run, left, limit = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 link, seal = os.link, commit.seal
 
 
@@ -27,7 +30,7 @@ def killed_before_commit(*args):
   os.kill(os.getpid(), signal.SIGKILL)
 
 
-with ckpt.Checkpointer(run) as c:
+with ckpt.Checkpointer(run, {"limits": {"host_memory": limit}}) as c:
   for step in range(3):
     c.save(step, {"frozen": frozen, "w": jnp.full(100, step)})
   c.wait()

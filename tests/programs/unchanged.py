@@ -1,4 +1,4 @@
-"""Saves a state of which 1% moves, from all processes, on two meshes in turn: unchanged.py DIRECTORY DONATE."""
+"""Saves a state of which 1% moves, from all processes, on two meshes in turn: unchanged.py DIRECTORY DONATE LIMIT."""
 
 import json
 import os
@@ -15,9 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
 from ckpt_jax.layout import unchanged
+from ckpt_jax.save import host_memory
 
-run, donate = sys.argv[1], sys.argv[2] == "donate"
+run, donate, limit = sys.argv[1], sys.argv[2] == "donate", sys.argv[3]
 unchanged._LEAST_NBYTES = 0
+host_memory._LEAST_RING_NBYTES = 1
 one, other = (
   Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "fsdp")),
   Mesh(np.array(jax.devices()[::-1]), ("fsdp",)),
@@ -52,7 +54,7 @@ def new_nbytes(step):
 
 
 pass_on = jax.jit(lambda tree: tree, donate_argnums=0)
-with ckpt.Checkpointer(run) as c:
+with ckpt.Checkpointer(run, {"limits": {"host_memory": limit}}) as c:
   for step in range(8):
     mesh = one if step < 5 else other
     if step in (0, 5):
