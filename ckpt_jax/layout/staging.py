@@ -14,6 +14,7 @@ import functools
 import itertools
 import math
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -220,9 +221,9 @@ class HostCopies:
     ]
 
   @property
-  def _most(self) -> float:
+  def _most(self) -> int:
     """The largest piece in bytes: at most half of a ring, and a power of two, so that much the same ring cuts alike."""
-    return math.inf if self.ring.limit is None else 1 << max(0, (self.ring.limit // 2).bit_length() - 1)
+    return sys.maxsize if self.ring.limit is None else 1 << max(0, (self.ring.limit // 2).bit_length() - 1)
 
   def _stored(self, array: jax.Array, plan: Slices) -> Slices:
     """What is planned of an array, in finer pieces if one would be too large for the ring."""

@@ -17,12 +17,10 @@ its files, plain Orbax reads it, and no deletion of another step harms it.
 
 The proof: the same `jax.Array` in the memory of an accelerator, which nothing can change; elsewhere the XXH3 hash of
 its bits, of 128 bits (see `integrity.proofs`). Name, place, dtype, chunks and codec must be the same too, and each file
-of the home what it was.
-What cannot be proven, or cloned, is written.
+of the home what it was. What cannot be proven, or cloned, is written.
 
-Where copies go through a ring, nothing in it waits for a proof, since it has no room for what waits: all is proven
-before, and what is goes into the ring no more. At the first clone of a home, which shows whether the storage has any,
-its leaves do go into the ring, of which nothing is read before.
+A ring has no room for what waits for a proof: all is proven before, and goes into it no more. At the first clone of a
+home, which shows whether the storage has any, its leaves do, and nothing is read of the ring before.
 """
 
 from __future__ import annotations
@@ -47,7 +45,6 @@ from ckpt_jax.layout.encoding import is_prng_key
 from ckpt_jax.layout.homes import Home, Kept, Saved, Tally, are_equal, as_json, read_homes, write_homes
 from ckpt_jax.layout.keys import UNCHANGED
 from ckpt_jax.layout.ring import Values
-from ckpt_jax.layout.sharding import Box
 from ckpt_jax.layout.staging import HostCopies, is_on_accelerator
 from ckpt_jax.layout.structure import Flat
 from ckpt_jax.layout.writing import Writer, Written
@@ -189,10 +186,7 @@ class Round:
   def look(self, state: Sequence[Any], copies: HostCopies, read: Mapping[str, Tally] | None = None) -> None:
     """Finds the leaves that homes hold, and has `copies`, which are planned, copy none of which that is known.
 
-    Args:
-      state: the leaves.
-      copies: of them; called again if others are made instead.
-      read: what was counted, just now, of leaves that are what a home holds, by path.
+    It is called again for other copies. `read`: what was counted, just now, of leaves that are what a home holds.
     """
     self._in_turn = copies.in_turn
     self.first, self.held, self.proven = {}, {}, frozenset()
@@ -205,13 +199,13 @@ class Round:
       there = [(kept, by_path.get(kept.path)) for kept in home.leaves.values()] if home.saves < LONGEST else []
       fits = [(k, x) for k, x in there if x is not None and k.seen is not None and k.boxes == copies.boxes(x)]
       self.first |= {kept.path: kept for kept, _ in fits}
-      same = {k.path for k, x in fits if k.path in self.identical and copies.by_piece and is_on_accelerator(x)}
-      sure = [(k, x) for k, x in fits if k.path in same or k.path in read]
-      self.proven |= {kept.path for kept, _ in sure} if copies.in_turn else set()
+      here = self.identical if copies.by_piece else ()
+      sure = [(k, x) for k, x in fits if k.path in read or (k.path in here and is_on_accelerator(x))]
+      self.proven |= {kept.path for kept, _ in sure if copies.in_turn}
       # Only if nothing but the storage can stop it from being cloned, which it has been once.
       alike = self._last.layout == self._layout and home.saves > 1
       if alike and sum(kept.nbytes for kept, _ in sure) >= _LIVE * home.nbytes:
-        self.held |= {k.path: read[k.path] if k.path in read else self._last.tallies[k.path] for k, _ in sure}
+        self.held |= {k.path: read.get(k.path) or self._last.tallies[k.path] for k, _ in sure}
         copies.held |= {id(x): x for _, x in sure}
 
   @property
@@ -335,7 +329,7 @@ class Round:
   def _homes_now(self) -> dict[str, Home]:
     """The homes in the step, once the state is summed."""
     homes, seen = dict(self._homes), self._outcome[2] if self._outcome else {}
-    known = {path: kept.seen for path, kept in self.first.items() if path in self.held} | seen
+    known = {path: kept.seen for path, kept in self.first.items() if path in self.held} | {**seen}
     for name, home in self._new.items():
       leaves = {leaf: dataclasses.replace(kept, seen=known.get(kept.path)) for leaf, kept in home.leaves.items()}
       homes[name] = dataclasses.replace(home, leaves=leaves)
@@ -355,7 +349,7 @@ class Round:
       path = self.names.get(name)
       if path is None or not array.pieces or "/" in name:  # the keys of `a/b` are among those of `a`
         plain.append(array)
-      elif path in self.first and name in kept and kept[name].fits(path, _boxes(array), writer.spec(array)["metadata"]):
+      elif path in self.first and name in kept and kept[name].fits(path, array.boxes, writer.spec(array)["metadata"]):
         first.append(array)
       else:
         (own if path in self._still else plain).append(array)
@@ -430,7 +424,7 @@ class Round:
     home, leaves = writer.nested(directory), {}
     for array in arrays:
       name = array.info.name
-      leaves[name] = Kept(self.names[name], _boxes(array), as_json(writer.spec(array)["metadata"]), array.own_nbytes)
+      leaves[name] = Kept(self.names[name], array.boxes, as_json(writer.spec(array)["metadata"]), array.own_nbytes)
     if others is None:
       home.write(arrays)
     else:
@@ -443,10 +437,6 @@ class Round:
 def nothing_unchanged() -> Round:
   """A save of everything."""
   return Round(Unchanged(), epath.Path(), LayoutConfig(), None, {})
-
-
-def _boxes(array: Written) -> tuple[Box, ...]:
-  return tuple([box for box, _ in array.pieces])
 
 
 def _nbytes(arrays: Collection[Written]) -> int:

@@ -67,6 +67,11 @@ class Written:
     return min((values.turn for _, values in self.pieces), default=0)
 
   @property
+  def boxes(self) -> tuple[Box, ...]:
+    """Those of the pieces."""
+    return tuple([box for box, _ in self.pieces])
+
+  @property
   def own_nbytes(self) -> int:
     """Bytes of the pieces."""
     return sum(math.prod(shape_of(box)) for box, _ in self.pieces) * self.dtype.itemsize

@@ -68,7 +68,11 @@ def clone(source: epath.Path, target: epath.Path, files: Mapping[str, Stamp]) ->
       _link(os.fspath(source / name), os.fspath(target / name), files[name])
 
   try:
-    in_threads(one, files)
+    if remote:
+      in_threads(one, files)
+    else:  # a link takes less than a thread to start
+      for name in files:
+        one(name)
   except CloneError:
     raise
   except FileNotFoundError as e:
