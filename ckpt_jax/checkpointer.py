@@ -243,6 +243,7 @@ class Checkpointer:
     if not (force or final or self._session.order.is_due(step)):
       self._session.order.skipped(step)
       warmup.offer(state, self.config)
+      self._saver.look_ahead()
       return False
     return self._session.order.admits(step, force=force)
 
@@ -345,6 +346,7 @@ class Checkpointer:
         request = RestoreRequest(abstract_state(init_fn), initial=True)
         restored = self._restored(None, request, self.config.restore.strategy)
     warmup.offer(restored.state, self.config)  # what is only restored may never be saved
+    self._saver.look_ahead()
     return restored
 
   def restore(

@@ -42,8 +42,9 @@ from ckpt_jax.errors import CheckpointError
 from ckpt_jax.failures import root_cause
 from ckpt_jax.layout import packing
 from ckpt_jax.layout.encoding import is_prng_key
-from ckpt_jax.layout.homes import Home, Kept, Saved, Tally, are_equal, as_json, read_homes, write_homes
+from ckpt_jax.layout.homes import Home, Kept, Saved, Tally, are_equal, as_json, write_homes
 from ckpt_jax.layout.keys import UNCHANGED
+from ckpt_jax.layout.lookback import LookBack
 from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.staging import HostCopies, is_on_accelerator
 from ckpt_jax.layout.structure import Flat
@@ -65,27 +66,32 @@ _LOOK_S = 1.0
 
 
 class Unchanged:
-  """What one process knows of the leaves of a run, from save to save."""
+  """What one process knows of the leaves of a run, from save to save.
+
+  `never`: whether the storage has no clones.
+  """
 
   def __init__(self) -> None:
     self._last: Saved | None = None
     self._round: Round | None = None
     self._said: set[str] = set()
-    self._never = False  # the storage has no clones
+    self.never = False
     self._homes = 0  # so far
     self._began = False
+    self._before = LookBack()
+
+  def look_ahead(self, layout: LayoutConfig, item: Callable[[], epath.Path | None]) -> None:
+    """While there is nothing to save yet: begins to look back, if that takes a while."""
+    if not self._began and layout.unchanged != "off":
+      self._before.begin(item, jax.process_index())
 
   def look_back(self, item: Callable[[], epath.Path | None]) -> None:
     """Before the first save of a job: finds the homes in the last committed step, whose state `item` returns."""
-    if self._began:
-      return
-    self._began = True
-    if (there := item()) is None:
-      return
-    homes = read_homes(there / process_database(jax.process_index()))
-    self._homes = max((int(name.removeprefix(UNCHANGED)) for name in homes), default=0)
-    still = {kept.path: 1 for home in homes.values() for kept in home.leaves.values()}
-    self._last = Saved(there, LayoutConfig(), {}, {}, {}, still, {}, homes) if homes else None
+    if not self._began:
+      self._began = True
+      self._last = self._before.end(item(), jax.process_index())
+      homes = self._last.homes if self._last is not None else {}
+      self._homes = max((int(name.removeprefix(UNCHANGED)) for name in homes), default=0)
 
   def forget(self) -> None:
     """Has the next save write everything: something has moved steps, or found one to be damaged."""
@@ -103,7 +109,7 @@ class Unchanged:
     if self._round is not None and self._round.committed():
       self._last = self._round.outcome()
     self._round = None
-    if layout.unchanged == "off" or self._never:
+    if layout.unchanged == "off" or self.never:
       self._last = None
       return Round(self, item, layout, None, {})
     structure, leaves = flat.structure, flat.leaves
@@ -116,14 +122,9 @@ class Unchanged:
     self._homes += 1
     return f"{UNCHANGED}{self._homes}"
 
-  @property
-  def never(self) -> bool:
-    """Whether the storage has no clones."""
-    return self._never
-
   def refused(self, error: Exception) -> None:
     """Notes that a home could not be cloned, and logs each kind of reason once."""
-    self._never = self._never or getattr(error, "for_good", False)
+    self.never = self.never or getattr(error, "for_good", False)
     why = str(error) if isinstance(error, CloneError) else root_cause(error)
     if (kind := why.rpartition(": ")[2]) not in self._said:
       self._said.add(kind)

@@ -49,7 +49,6 @@ from ckpt_jax.save.manager import Hooks, open_manager
 from ckpt_jax.save.opening import OpenRun
 from ckpt_jax.save.snapshot import checked_json, encoded, run_metadata
 from ckpt_jax.save.write import SaveRecord, Write, left_hanging, not_saved
-from ckpt_jax.storage.urls import is_object_store
 
 _log = logging.getLogger(__name__)
 PyTree = Any
@@ -157,6 +156,10 @@ class Saver:
         self._after.failed(step, e)
       raise
 
+  def look_ahead(self) -> None:
+    """Training has begun, and will save."""
+    self._unchanged.look_ahead(self._config.layout, self._newest_item)
+
   @property
   def under_way(self) -> SaveRecord | None:
     """The save that has begun and is neither committed nor known to have failed."""
@@ -256,8 +259,6 @@ class Saver:
     return _Snapshot(tree, metadata, recording, record, config, copies), computing_s
 
   def _newest_item(self) -> epath.Path | None:
-    if is_object_store(self._directory):  # training waits for no request
-      return None
     steps = self.manager.all_steps()
     return step_path(self._directory, max(steps)) / self._run.item if steps else None
 

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 
 import hypothesis
 import jax
@@ -24,7 +26,7 @@ from jobs import together
 
 import ckpt_jax as ckpt
 from ckpt_jax.integrity import sums
-from ckpt_jax.layout import homes, staging, unchanged
+from ckpt_jax.layout import homes, lookback, staging, unchanged
 from ckpt_jax.multihost import who_wrote
 from ckpt_jax.rewrite.pruning import plan_pruning
 from ckpt_jax.rewrite.repack import repack_step
@@ -675,3 +677,63 @@ def test_a_bucket_copies_for_itself(kind, request):
       {"frozen": fixed, "w": jnp.full(10, 4)}
     )
   assert ckpt.verify(run) == []
+
+
+def _after_look(c):
+  """Waits until what is read ahead has arrived, as it has once training is under way."""
+  c._saver._unchanged._before._found[1].result(60)
+
+
+@pytest.mark.parametrize("kind", ["s3", "gcs"])
+def test_a_job_that_goes_on_in_a_bucket_has_it_copy_what_the_last_one_has_written(kind, request):
+  bucket = request.getfixturevalue(kind)
+  run = f"{bucket.url}/run"
+  fixed = frozen()
+  states = [{"frozen": fixed, "w": jnp.full(10, step)} for step in range(7)]
+  save(run, states[:3])
+  sent = []
+  for step in range(3, 6):  # a new job each time
+    with ckpt.Checkpointer(run) as c:
+      assert c.restore_or_init(lambda: states[0]).step == step - 1
+      _after_look(c)
+      before = traffic()
+      c.save(step, states[step])
+      c.wait()
+      sent.append(traffic().since(before).nbytes_written)
+  assert all(nbytes < 2**16 for nbytes in sent), sent
+  with ckpt.Checkpointer(run) as c:
+    assert bits(c.restore(like=states[5]).state) == bits(states[5])
+  assert ckpt.verify(run) == []
+
+
+def test_an_object_that_was_written_after_its_step_was_committed_is_not_copied(gcs):
+  run = f"{gcs.url}/run"
+  states = [{"frozen": frozen(), "w": jnp.full(10, step)} for step in range(4)]
+  save(run, states[:3])
+  inside = epath.Path(run) / "2" / "default" / "ocdbt.process_0" / "unchanged.1" / "d"
+  file = next(iter(inside.iterdir()))
+  time.sleep(1.1)  # the times of objects are in seconds, or finer
+  file.write_bytes(file.read_bytes())
+  with ckpt.Checkpointer(run) as c:
+    c.restore_or_init(lambda: states[0])
+    _after_look(c)
+    before = traffic()
+    c.save(3, states[3])
+    c.wait()
+    assert traffic().since(before).nbytes_written > 8 * 2**16
+
+
+def test_a_first_save_does_not_wait_for_a_bucket_that_is_slow_to_say_what_it_has(s3, monkeypatch):
+  run = f"{s3.url}/run"
+  states = [{"frozen": frozen(), "w": jnp.full(10, step)} for step in range(4)]
+  save(run, states[:3])
+  goes_on, read = threading.Event(), lookback.read_homes
+  monkeypatch.setattr(lookback, "read_homes", lambda database: goes_on.wait(60) and read(database))
+  with ckpt.Checkpointer(run) as c:
+    c.restore_or_init(lambda: states[0])
+    c.save(3, states[3])
+    c.wait()
+    assert not goes_on.is_set()
+    goes_on.set()
+  with ckpt.Checkpointer(run) as c:
+    assert bits(c.restore(like=states[3]).state) == bits(states[3])
