@@ -71,6 +71,11 @@ class Copy(Values):
   def is_sent(self) -> bool:  # type: ignore[override]
     return self._wave.sent.is_set()
 
+  @property
+  def is_gone(self) -> bool:
+    """Whether the array was donated before it was sent."""
+    return self.source is not None and self.source.is_deleted()
+
   def __call__(self) -> np.ndarray:
     """See `Values`.
 
@@ -122,18 +127,9 @@ class Late(Values):
   def _asked_for(self) -> Copy:
     if self._copy is None:
       assert self._source is not None
-      try:
-        self._copy = self._ring.add(self._source, self._cut, self._nbytes)
-        self._copy.begin()
-        self._ring.start()
-      except Exception:
-        if not self._source.is_deleted():
-          raise
-        raise CheckpointError(
-          "it has not changed, so that it was not copied; what is in storage of it cannot be used, and training has "
-          "donated the array by now; the next save writes it",
-          topic="save-failed",
-        ) from None
+      self._copy = self._ring.add(self._source, self._cut, self._nbytes)
+      self._copy.begin()
+      self._ring.start()
     return self._copy
 
 
@@ -157,6 +153,14 @@ class Part(Values):
 
   def done(self) -> None:
     self._copy.done()
+
+
+def _gone() -> CheckpointError:
+  return CheckpointError(
+    "it has not changed, so that it was not copied; what is in storage of it cannot be used, and training has donated "
+    "the array by now; the next save writes it",
+    topic="save-failed",
+  )
 
 
 @dataclasses.dataclass(eq=False)
@@ -219,6 +223,9 @@ class Ring:
         for copy in wave.copies:
           copy.source = None
       except BaseException as e:
+        if any(copy.is_gone for copy in wave.copies):
+          self.close(gone := _gone())
+          raise gone from None
         self.close(e)
         raise
       finally:

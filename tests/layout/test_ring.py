@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import ckpt_jax as ckpt
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.layout import staging
-from ckpt_jax.layout.ring import Ring
+from ckpt_jax.layout.ring import Late, Ring
 from ckpt_jax.layout.sharding import merge_boxes, whole_box
 from ckpt_jax.layout.staging import HostCopies
 
@@ -232,3 +232,27 @@ def test_readers_of_a_ring_wait_for_each_other_and_no_longer_than_it_is_open():
   more.ring.close()
   with pytest.raises(CheckpointError, match="given up"):
     last()
+
+
+def test_late_pieces_come_behind_the_others_and_one_that_is_gone_is_an_error_wherever_it_was_to_be_sent():
+  def send(copies):
+    for copy in copies:
+      copy.found = np.asarray(copy.source)
+
+  ring = Ring(send, 16)
+  arrays = [jnp.full(2, i) for i in range(4)]  # 8 bytes each
+  first = [ring.add(x, None, 8) for x in arrays[:2]]
+  for copy in first:
+    copy.begin()
+  ring.start()
+  late = [Late(ring, x, None, 8) for x in arrays[2:]]
+  assert not late[0].is_sent, "there is no room for it"
+  first[0].done()
+  assert late[0].is_sent and late[0]().tolist() == [2, 2]
+  assert not late[1].is_sent
+  arrays[3].delete()
+  with pytest.raises(CheckpointError, match="has not changed, so that it was not copied"):
+    first[1].done()
+  with pytest.raises(CheckpointError, match="given up") as error:
+    late[1]()
+  assert "donated" in str(error.value.__cause__)
