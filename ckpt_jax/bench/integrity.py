@@ -46,7 +46,7 @@ def run(rounds: int, directory: str | None, say: Callable[[str], None]) -> dict[
   nbytes, leaves = global_nbytes(state), len(jax.tree.leaves(state))
   say(f"{nbytes / 1e9:.2f} GB in {leaves} leaves")
   views = _median(rounds, lambda: fingerprint.take(flatten(state)))
-  checked = _median(rounds, lambda: health.before_save(fingerprint.take(flatten(state))))
+  checked = _median(rounds, lambda: health.from_tallies(fingerprint.take(flatten(state)).tallies(2, fingerprint=False)))
   found: dict[str, Any] = {
     "nbytes": nbytes,
     "leaves": leaves,

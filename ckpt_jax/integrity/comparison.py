@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import json
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,9 +13,9 @@ import jax
 import numpy as np
 
 from ckpt_jax.errors import CorruptCheckpointError
-from ckpt_jax.integrity.fingerprint import Taken, sum_over_processes, take_restored
+from ckpt_jax.integrity.fingerprint import Taken, take_restored
 from ckpt_jax.integrity.record import Record
-from ckpt_jax.integrity.sums import MASK
+from ckpt_jax.integrity.sums import MASK, mix
 from ckpt_jax.job.threads import transfers_asked_for
 from ckpt_jax.tuning.profile import usable_cores
 
@@ -119,19 +120,30 @@ class Verifier:
         found |= part if isinstance(part, dict) else part.result()
     except Exception as e:
       error = e
-    together.meet("all processes to verify what they read", error)
-    paths = sorted(found)
-    numbers = np.array([found[path] for path in paths], np.uint64)
-    totals = sum_over_processes(numbers)
-    bad = [path for path, total in zip(paths, totals.tolist(), strict=True) if total]
-    # All processes find the same, unless one has a damaged copy of the record.
-    wrong = CorruptCheckpointError(f"{where}: {_named(bad)}") if bad else None
-    together.meet("all processes to compare what they read with what was saved", wrong)
-    return len(paths)
+    told = together.meet("all processes to verify what they read", error, str(_folded(found)))
+    if sum(map(int, told)) & MASK:
+      (bad,) = together.meet("all processes to say which leaves are wrong", text=json.dumps(found), combine=_wrong)
+      wrong = CorruptCheckpointError(f"{where}: {_named(json.loads(bad))}")
+      together.meet("all processes to compare what they read with what was saved", wrong)
+    return len(found)
 
   def stop(self) -> None:
     """Gives up without comparing."""
     self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _folded(found: _Found) -> int:
+  """One number for all leaves: what all processes add up to is not 0 if a leaf is wrong, or but one time in 2**63."""
+  numbers = np.array([found[path] for path in sorted(found)], np.uint64)
+  return int((numbers * mix(np.arange(len(numbers)), 0)).sum(dtype=np.uint64))
+
+
+def _wrong(parts: list[str]) -> list[str]:
+  """The leaves that are not right over all processes, given what each has found."""
+  totals: collections.Counter[str] = collections.Counter()
+  for part in parts:
+    totals.update(json.loads(part))
+  return [json.dumps(sorted(path for path, total in totals.items() if total & MASK))]
 
 
 def _named(paths: Sequence[str]) -> str:

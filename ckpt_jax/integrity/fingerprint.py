@@ -24,7 +24,6 @@ import numpy as np
 
 from ckpt_jax.integrity import sums
 from ckpt_jax.integrity.sums import Tally
-from ckpt_jax.job.agreement import from_all_processes
 from ckpt_jax.layout.encoding import dtype_name, is_prng_key
 from ckpt_jax.layout.placing import Unplaced
 from ckpt_jax.layout.ring import Values
@@ -418,8 +417,3 @@ def _run(tasks: Sequence[_Task], threads: int) -> list[dict[str, Tally]]:
   if threads == 1:
     return [run(tasks)]
   return in_threads(run, [tasks[i::threads] for i in range(threads)], threads=threads)
-
-
-def sum_over_processes(mine: np.ndarray) -> np.ndarray:
-  """Adds up 64-bit numbers of this process, one row for each leaf, over all processes, which call it alike."""
-  return from_all_processes(mine).sum(axis=0, dtype=mine.dtype)

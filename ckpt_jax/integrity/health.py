@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from ckpt_jax.errors import UnhealthyStateError
-from ckpt_jax.integrity.fingerprint import Taken, sum_over_processes
+from ckpt_jax.integrity.fingerprint import Taken
 from ckpt_jax.integrity.sums import Tally
+from ckpt_jax.job.rendezvous import Combine
 
 # Larger states are not checked before `save` goes on: BLAS reads some 30 GB/s, and a copy from an accelerator has to
 # arrive first. Programs on the device would answer sooner only for large states, and cost 0.1 s for each distinct shape
@@ -23,6 +24,7 @@ BEFORE_SAVE_NBYTES = 64 << 20
 _MAX_GROUPS = 64
 _MAX_NAMED = 10
 FOUND = "the state holds non-finite numbers"
+Combined = Callable[[str, str, Combine], str]
 JUMP = 10.0  # a norm so many times the median of the steps before is logged
 
 
@@ -99,19 +101,20 @@ def from_tallies(tallies: Mapping[str, Tally]) -> Health:
   return Health(nonfinite, {group: math.sqrt(s) for group, s in squares.items() if s}, nan)
 
 
-def before_save(taken: Taken) -> Health:
-  """The health of a state that is about to be saved, on every process. All processes call it alike."""
+def before_save(taken: Taken, combined: Combined) -> Health:
+  """The health of a state that is about to be saved, on every process. All processes call it alike.
+
+  `combined` gives all processes what process 0 makes of the texts of all.
+  """
   taken.health = tallies = taken.tallies(2, fingerprint=False, last=taken.copies.in_turn)
+  found = from_tallies(tallies)
   if jax.process_count() == 1:
-    return from_tallies(tallies)
-  rows = [[t.nonfinite, t.nan, t.squares] for t in tallies.values()]
-  mine = np.array(rows, np.float64).reshape(len(rows), 3)
-  totals = sum_over_processes(mine).tolist()
-  found = {
-    path: Tally(nonfinite=int(nonfinite), nan=int(nan), squares=squares)
-    for path, (nonfinite, nan, squares) in zip(tallies, totals, strict=True)
-  }
-  return from_tallies(found)
+    return found
+
+  def whole(parts: list[str]) -> list[str]:
+    return [json.dumps(from_parts(map(json.loads, parts)).part)]
+
+  return Health(**json.loads(combined("all processes to check the health of the state", json.dumps(found.part), whole)))
 
 
 def from_parts(parts: Iterable[Mapping[str, Any]]) -> Health:

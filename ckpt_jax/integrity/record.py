@@ -184,7 +184,8 @@ def record_of(
   where: str,
   meant: Meant,
   copies: HostCopies,
-  unchanged: Round | None = None,
+  unchanged: Round,
+  combined: health_checks.Combined,
 ) -> Recording:
   """The record of a state that is about to be saved. All processes call it alike.
 
@@ -195,12 +196,12 @@ def record_of(
     meant: the non-finite numbers that are meant to be there.
     copies: in which the state is staged.
     unchanged: which leaves have not changed, as far as it is known.
+    combined: see `health.before_save`.
 
   Raises:
     UnhealthyStateError: if the state is found to be unhealthy before the save and `nonfinite` is `refuse`.
   """
   flat = flatten(state)
-  unchanged = nothing_unchanged() if unchanged is None else unchanged
   if copies.in_turn:
     proofs.ahead(flat, copies, unchanged)
 
@@ -215,12 +216,12 @@ def record_of(
   known = None
   looked_at = taken_by(copies.again(copies.ring.limit)) if before and copies.in_turn else None  # it is read twice
   if looked_at is not None:
-    known = health_checks.before_save(looked_at)
+    known = health_checks.before_save(looked_at, combined)
   taken = taken_by(copies)
   if looked_at is not None:
     taken.health = looked_at.health
   elif before:
-    known = health_checks.before_save(taken)
+    known = health_checks.before_save(taken, combined)
   if known is not None:
     known = meant.judge(known)
     if not known.healthy:

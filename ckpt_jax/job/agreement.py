@@ -1,4 +1,8 @@
-"""One answer for all processes: process 0 looks at storage or the clock, or all give their numbers to all."""
+"""One answer for all processes: process 0 looks at storage or the clock, or all say what they have.
+
+Nothing travels between the devices: a collective has no time limit and names nobody, and one that was given up would
+hold up whatever the devices do next.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from ckpt_jax import errors
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
+from ckpt_jax.job.rendezvous import Combine, PeerFailedError, Rendezvous
 
 T = TypeVar("T")
 _SHOWN = 3  # processes that differ, and differences of each
 
 
 def meet(
-  rendezvous: Rendezvous, what: str, text: str = "", *, timeout: float, error: BaseException | None = None
+  rendezvous: Rendezvous,
+  what: str,
+  text: str = "",
+  *,
+  timeout: float,
+  error: BaseException | None = None,
+  combine: Combine = list,
 ) -> list[str]:
   """Waits for all processes, and returns the texts of all of them, by process. A single process waits for nothing.
 
@@ -33,6 +41,7 @@ def meet(
     timeout: seconds.
     error: what went wrong on this process; then all of them raise. One that is no CheckpointError, a bug, is raised as
       it is here, and the others raise a PeerFailedError.
+    combine: see `Rendezvous.exchange`; called only if no process had an error.
 
   Raises:
     CheckpointError: of the kind of the first `error`, with the same message on all processes.
@@ -42,7 +51,14 @@ def meet(
     rendezvous.fail(f"{type(error).__name__}: {error}")
     raise error
   said = json.dumps({"text": text} if error is None else error_to_json(error))
-  answers = [json.loads(answer) for answer in rendezvous.exchange(what, said, timeout)]
+
+  def combined(said: list[str]) -> list[str]:
+    answers = list(map(json.loads, said))
+    if any("error" in answer for answer in answers):
+      return said
+    return [json.dumps({"text": text}) for text in combine([answer["text"] for answer in answers])]
+
+  answers = [json.loads(answer) for answer in rendezvous.exchange(what, said, timeout, combined)]
   failed = {process: answer for process, answer in enumerate(answers) if "error" in answer}
   if failed:
     raise _common(failed, len(answers)) from error
@@ -117,18 +133,6 @@ def who_differs(
   found = [f"process {p}: {text}" for p, text in enumerate(exchange(_differences(facts, first))) if text]
   more = f" (and {len(found) - _SHOWN} more processes)" if len(found) > _SHOWN else ""
   return "; ".join(found[:_SHOWN]) + more
-
-
-def from_all_processes(mine: np.ndarray) -> np.ndarray:
-  """64-bit numbers of every process, [processes, *shape], on every process. All call it alike; one process: no cost.
-
-  They travel between the devices, since there may be many; a wait for a process that does not come has no limit here.
-  """
-  if jax.process_count() == 1:
-    return mine[None]
-  # As bytes: jax without x64 would cut 64-bit numbers to 32.
-  everyone = np.asarray(multihost_utils.process_allgather(mine.view(np.uint8)), np.uint8).reshape(-1)
-  return everyone.view(mine.dtype).reshape(jax.process_count(), *mine.shape)
 
 
 def error_to_json(error: BaseException) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +26,9 @@ _log = logging.getLogger(__name__)
 _LOG_EVERY_S = 60.0
 _SLICE_S = 2.0  # how long a failure elsewhere may go unnoticed
 _NOTHING = "-"  # the coordination service treats an empty value as missing
-_POLL_S = (0.005, 0.25)  # shortest and longest pause of process 0 between two looks
+_POLL_S = 0.25  # how long process 0 waits for one of the missing before it looks for failures
+
+Combine = Callable[[list[str]], list[str]]
 
 _made: collections.Counter[str] = collections.Counter()
 _making = threading.Lock()
@@ -50,6 +54,7 @@ class Rendezvous:
       _made[name] += 1  # e.g. one Checkpointer after the other on one run
       self.name = f"{name} {_made[name]}"
     self._round = 0
+    self._heard = False  # of the failure of another process, in this round
     self._uses: collections.Counter[str] = collections.Counter()
     self._old: list[str] = []
     self._store: Any = private.coordination_service() if jax.process_count() > 1 else None
@@ -57,12 +62,16 @@ class Rendezvous:
   def begin(self) -> str:
     """Starts a new round, for which earlier failures do not count. Returns a name of its own."""
     self._round += 1
+    self._heard = False
     self._uses.clear()
     return f"{self.name}/{self._round}"
 
   def fail(self, reason: str) -> None:
-    """Reports that this process will not arrive; those that wait, or will, raise `reason`."""
-    if self._store is not None:
+    """Reports that this process will not arrive; those that wait, or will, raise `reason`.
+
+    Not if it has heard of the failure of another, which the others hear of too.
+    """
+    if self._store is not None and not self._heard:
       with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone, and with it whoever would listen
         self._store.key_value_set(f"{self._key}/failed/{jax.process_index()}", reason or _NOTHING, allow_overwrite=True)
 
@@ -75,26 +84,27 @@ class Rendezvous:
     """Returns once all processes are here. See `exchange`."""
     self.exchange(what, "", timeout)
 
-  def exchange(self, what: str, text: str, timeout: float) -> list[str]:
+  def exchange(self, what: str, text: str, timeout: float, combine: Combine = list) -> list[str]:
     """Returns once all processes are here, with the texts of all of them, by process.
 
     Args:
       what: what is waited for, the same on all processes; may be used again.
       text: this process's contribution; short, since the coordinator holds all of them.
       timeout: seconds.
+      combine: makes of all texts, on process 0, the ones that all get instead; then they need not be as short.
 
     Raises:
       TimeoutError: naming the processes that did not arrive.
       PeerFailedError: if one of them failed.
     """
     if self._store is None:
-      return [text]
+      return combine([text])
     self._uses[what] += 1
     place = f"{self._key}/{what}/{self._uses[what]}"
-    collect = self._count if jax.process_index() == 0 else self._listen
+    collect = functools.partial(self._count, combine) if jax.process_index() == 0 else self._listen
     try:
       self._store.key_value_set(f"{place}/here/{jax.process_index()}", text or _NOTHING)
-      return ["" if text == _NOTHING else text for text in collect(place, what, timeout)]
+      return collect(place, what, timeout)
     except jax.errors.JaxRuntimeError as e:
       raise PeerFailedError(f"waiting for {what}: the coordination service is gone (process 0): {e}") from e
 
@@ -114,11 +124,10 @@ class Rendezvous:
   def _by_process(self, prefix: str) -> dict[int, str]:
     return {int(key.rsplit("/", 1)[1]): text for key, text in self._store.key_value_dir_get(prefix)}
 
-  def _count(self, place: str, what: str, timeout: float) -> list[str]:
+  def _count(self, combine: Combine, place: str, what: str, timeout: float) -> list[str]:
     """For process 0: waits until all have arrived, and lets them go."""
     started = time.monotonic()
     deadline, log_at = started + timeout, started + _LOG_EVERY_S
-    pause, longest = _POLL_S
     while True:
       here = self._by_process(f"{place}/here/")
       missing = [p for p in range(jax.process_count()) if p not in here]
@@ -132,10 +141,10 @@ class Rendezvous:
       if time.monotonic() > log_at:
         log_at += _LOG_EVERY_S
         _log.warning("still waiting for %s, up to %.0f s; not there yet: %s", what, timeout, _listed(missing))
-      time.sleep(pause)
-      pause = min(pause * 1.5, longest)
+      # Any of them: the chance that the next one to come is the last is small, so that there are few rounds.
+      self._get(f"{place}/here/{missing[-1]}", _POLL_S)
     self._raise_failure(what)
-    said = [here[p] for p in range(jax.process_count())]
+    said = combine(["" if here[p] == _NOTHING else here[p] for p in range(jax.process_count())])
     self._store.key_value_set(f"{place}/go", json.dumps(said))
     # All that are here have left the places before the last one.
     self._old.append(place)
@@ -147,13 +156,8 @@ class Rendezvous:
     """For the others: waits for process 0, a little longer than it does, since it names the missing ones."""
     deadline = time.monotonic() + timeout + _SLICE_S
     while (left := deadline - time.monotonic()) > 0:
-      message = None
-      try:
-        message = self._store.blocking_key_value_get(f"{place}/go", int(min(left, _SLICE_S) * 1000))
-      except jax.errors.JaxRuntimeError as e:
-        if "DEADLINE_EXCEEDED" not in str(e):
-          raise
-      if message is None:  # out of the handler, so that the deadline of a slice is no part of what is raised
+      message = self._get(f"{place}/go", min(left, _SLICE_S))
+      if message is None:
         self._raise_failure(what)
         continue
       said = json.loads(message)
@@ -162,10 +166,20 @@ class Rendezvous:
       return said
     raise TimeoutError(_timed_out(what, timeout, [0]))
 
+  def _get(self, key: str, timeout: float) -> str | None:
+    """The text of a key as soon as it is there, or None after so many seconds."""
+    try:
+      return self._store.blocking_key_value_get(key, max(1, int(timeout * 1000)))
+    except jax.errors.JaxRuntimeError as e:
+      if "DEADLINE_EXCEEDED" not in str(e):
+        raise
+    return None
+
   def _raise_failure(self, what: str) -> None:
     failed = self._by_process(f"{self._key}/failed/")
     failed.pop(jax.process_index(), None)
     if failed:
+      self._heard = True
       first = min(failed)
       raise PeerFailedError(f"waiting for {what}: process {first} failed: {failed[first]}")
 

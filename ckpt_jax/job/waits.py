@@ -13,7 +13,7 @@ import jax
 
 from ckpt_jax.errors import CheckpointError, RestoreTimeoutError
 from ckpt_jax.job.agreement import meet
-from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
+from ckpt_jax.job.rendezvous import Combine, PeerFailedError, Rendezvous
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,17 +46,17 @@ class Together:
     wanted = max(_LEAST_S, _PATIENCE * self.expected_s, _PATIENCE * elapsed)
     return max(0.1, min(wanted, self._limit - elapsed))
 
-  def meet(self, what: str, error: BaseException | None = None, text: str = "") -> list[str]:
+  def meet(self, what: str, error: BaseException | None = None, text: str = "", combine: Combine = list) -> list[str]:
     """Waits for all processes to do `what`, and returns the texts of all of them, by process.
 
-    If this process had an `error`, all raise.
+    If this process had an `error`, all raise. `combine`: see `Rendezvous.exchange`.
 
     Raises:
       RestoreTimeoutError: naming the processes that did not arrive.
       CheckpointError: of the kind of the first `error`, with the same message on all processes.
     """
     try:
-      return self._meet(what, error, text)
+      return self._meet(what, error, text, combine)
     except CheckpointError as e:
       self._told = e
       raise
@@ -80,9 +80,9 @@ class Together:
     """Whether all processes know of `error` already."""
     return error is self._told
 
-  def _meet(self, what: str, error: BaseException | None, text: str) -> list[str]:
+  def _meet(self, what: str, error: BaseException | None, text: str, combine: Combine) -> list[str]:
     try:
-      return meet(self._rendezvous, what, text, timeout=self.patience(), error=error)
+      return meet(self._rendezvous, what, text, timeout=self.patience(), error=error, combine=combine)
     except TimeoutError as e:
       if e is error:
         raise

@@ -102,16 +102,28 @@ class RunManager(ocp.CheckpointManager):
     directory: Any,
     steps: Callable[[], Iterable[tuple[int, datetime.datetime]]],
     ended: Callable[[int, BaseException | None], None] = lambda step, error: None,
+    meet: Callable[[str], None] = lambda what: None,
     **options: Any,
   ):
-    """Opens the run; `steps` is asked when it opens and reloads.
+    """Opens the run.
 
-    `ended` is called in the background when the last thread of a save ends, with its step, and its error if it failed.
+    Args:
+      directory, options: Orbax's.
+      steps: asked when it opens and reloads.
+      ended: called in the background when the last thread of a save ends, with its step, and its error if it failed.
+      meet: waits for all processes, in the thread that opens or saves; see `saves.met_by`.
     """
     self._steps_there = steps
     self._ended = ended
-    super().__init__(directory, **options)
+    self._meet = meet
+    with saves.met_by(meet):
+      super().__init__(directory, **options)
     saves.quiet_threads(self)
+
+  def save(self, *args: Any, **options: Any) -> bool:
+    """See Orbax's."""
+    with saves.met_by(self._meet):
+      return super().save(*args, **options)
 
   def _finalize(self, step: int, steps_to_remove: list[int]) -> None:
     error: BaseException | None = None

@@ -16,9 +16,11 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint._src.futures import future, signaling_client, synchronization
+from orbax.checkpoint._src.multihost import multihost
 
 _lock = threading.Lock()
 _begun: contextvars.ContextVar[Operation | None] = contextvars.ContextVar("ckpt_jax_operation", default=None)
+_meet: contextvars.ContextVar[Callable[[str], None] | None] = contextvars.ContextVar("ckpt_jax_meet", default=None)
 _quiet: contextvars.ContextVar[bool] = contextvars.ContextVar("ckpt_jax_quiet", default=False)
 _PREFIX = "ckpt_jax "
 _CALLER_FIRST_S = 0.02
@@ -169,6 +171,38 @@ def _keep_apart() -> None:
   generator.get_current_operation_id = staticmethod(get_current_operation_id)
   future.CommitFuture = CommitFuture  # type: ignore[misc]
   _apart = True
+
+
+_meets = False
+
+
+@contextlib.contextmanager
+def met_by(meet: Callable[[str], None]) -> Iterator[None]:
+  """Within it, where Orbax would wait for all processes it calls `meet`, with what it waits for, in words.
+
+  Why private: Orbax waits in the thread of `save`, seven times a save, by a collective of the devices: without a time
+  limit, for a process that is gone or has failed on its way, and in the queue of the devices, which nothing leaves any
+  more. `barrier_sync_fn` is for its waits in the background alone.
+  """
+  global _meets
+  with _lock:
+    if not _meets:
+      plain = multihost.sync_global_processes
+
+      def sync_global_processes(name: str, **options: Any) -> None:
+        ours = None if options.get("barrier_sync_fn") else _meet.get()
+        if ours is None:
+          plain(name, **options)
+        else:
+          ours(f"all processes to reach {name}")
+
+      multihost.sync_global_processes = sync_global_processes
+      _meets = True
+  token = _meet.set(meet)
+  try:
+    yield
+  finally:
+    _meet.reset(token)
 
 
 @contextlib.contextmanager

@@ -53,6 +53,7 @@ def open_manager(
       run.directory,
       lambda: _steps(run, found.pop() if found else None),
       hooks.ended,
+      run.meeting.wait,
       item_handlers=handlers,
       options=ocp.CheckpointManagerOptions(
         save_decision_policy=run.policy,

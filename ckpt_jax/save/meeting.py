@@ -14,7 +14,7 @@ from etils import epath
 from ckpt_jax.config import Config, as_config
 from ckpt_jax.errors import CheckpointError, ConfigError
 from ckpt_jax.job.agreement import decided_by_process_zero, digest, meet, who_differs
-from ckpt_jax.job.rendezvous import PeerFailedError, Rendezvous
+from ckpt_jax.job.rendezvous import Combine, PeerFailedError, Rendezvous
 from ckpt_jax.layout import alike
 from ckpt_jax.run.steps import run_directory
 from ckpt_jax.save.snapshot import Encoded
@@ -83,6 +83,10 @@ class Meeting:
     """The numbers of all processes, by process."""
     return list(map(json.loads, self.exchange("plans its copies", json.dumps(mine))))
 
+  def combined(self, what: str, text: str, combine: Combine) -> str:
+    """What process 0 makes of the texts of all processes, on all; `what` they are to do."""
+    return self._met(what, text, combine=combine)[0]
+
   def exchange(self, doing: str, text: str = "", error: CheckpointError | None = None) -> list[str]:
     """The texts of all processes, by process.
 
@@ -91,13 +95,7 @@ class Meeting:
       text: this process's contribution; short.
       error: what keeps it from that; then all processes raise.
     """
-    said = json.dumps([doing, text])
-    try:
-      told = meet(self._rendezvous, "all processes to save", said, timeout=self._timeout, error=error)
-    except TimeoutError as e:
-      raise PeerFailedError(
-        f"{self._directory}: {e} (timeouts.save); all of them call save at the same steps"
-      ) from None
+    told = self._met("all processes to save", json.dumps([doing, text]), error)
     does, texts = zip(*map(json.loads, told), strict=True)
     if len(set(does)) > 1:
       named = ", ".join(f"process {process} {what}" for process, what in enumerate(does[:20]))
@@ -106,6 +104,14 @@ class Meeting:
         topic="processes-differ",
       )
     return list(texts)
+
+  def _met(self, what: str, text: str, error: CheckpointError | None = None, combine: Combine = list) -> list[str]:
+    try:
+      return meet(self._rendezvous, what, text, timeout=self._timeout, error=error, combine=combine)
+    except TimeoutError as e:
+      raise PeerFailedError(
+        f"{self._directory}: {e} (timeouts.save); all of them call save at the same steps"
+      ) from None
 
 
 def agreed_run(directory: str | os.PathLike[str], config: Settings) -> tuple[epath.Path, Config, int]:

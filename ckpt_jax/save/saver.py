@@ -254,7 +254,8 @@ class Saver:
     self._unchanged.look_back(self._newest_item)
     unchanged = self._unchanged.begin(step_path(self._directory, step) / self._run.item, flat, config.layout)
     copies = copies_for(self._directory, flat, config, unchanged, self._run.meeting.numbers)
-    recording = record_of(flat, record.nbytes, config.health.nonfinite, where, self._meant, copies, unchanged)
+    combined = self._run.meeting.combined
+    recording = record_of(flat, record.nbytes, config.health.nonfinite, where, self._meant, copies, unchanged, combined)
     metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._run.item}
     return _Snapshot(tree, metadata, recording, record, config, copies), computing_s
 
@@ -269,8 +270,7 @@ class Saver:
     if not looked:
       self._run.retention.look()
     if snapshot.config != self._config:
-      self._config = snapshot.config
-      self._replace_manager(pytree_handler(self._config))
+      self._replace_manager(snapshot.config)
     compressed = not is_uncompressed(self._config.layout.compression)
     coming = snapshot.recording.unchanged.coming = record.nbytes - snapshot.recording.unchanged.spared
     made_room = self._run.admission.admit(record.step, coming, metadata["leaves"], compressed=compressed)
@@ -285,8 +285,7 @@ class Saver:
     recording.unchanged.committed = lambda: write.durable
     write.unchanged = lambda: recording.unchanged.nbytes
     try:
-      healthy = snapshot.recording.health_told.get("healthy")
-      shares = recording.unchanged.spared > 0
+      shares, healthy = recording.unchanged.spared > 0, recording.health_told.get("healthy")
       self._run.retention.note(record.step, record.nbytes, healthy, metadata["metrics"], shares=shares)
       self._after.begun(record.step, self._run.planner.plan)
       arrays = ocp.args.PyTreeSave(snapshot.tree, ocdbt_target_data_file_size=target_file_size(self._config))
@@ -336,11 +335,11 @@ class Saver:
     hooks = Hooks(self._on_committing, self._on_commit, self._on_end, meet)
     return open_manager(self._run, hooks, handlers, self._config, known)
 
-  def _replace_manager(self, handler: PyTreeHandler) -> None:
+  def _replace_manager(self, config: Config) -> None:
     known = self.manager.all_steps()
     self.manager.close()
-    self._manager = None
-    self._manager = self._opened(handler, known)
+    self._manager, self._config = None, config
+    self._manager = self._opened(pytree_handler(config), known)
 
   # -- called by Orbax's threads
 
@@ -419,6 +418,10 @@ class Saver:
     # In a job of many, processes learn of one that hangs in different ways, and all must keep their manager or none.
     if single and not (self._ends(write) and (write.durable or not is_timeout(error))):
       raise self._hangs(write) from error
+    if self._manager is not None and not (single or write.ended.is_set()):
+      self._rendezvous.fail(root_cause(error))  # the threads of a save that has raised hear of it, everywhere, and end
+      write.operation.fail()
+      end_save(self._manager, write.ended, _GRACE_S)
     step = write.record.step
     committed = self._is_committed(write)
     if self._manager is not None:

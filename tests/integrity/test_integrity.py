@@ -297,10 +297,10 @@ def test_four_processes_saved_one_bit_flips_and_two_processes_agree_on_the_older
 class Alone:
   """The waits of a job of one process."""
 
-  def meet(self, what, error=None, text=""):
+  def meet(self, what, error=None, text="", combine=list):
     if error is not None:
       raise error
-    return [text]
+    return combine([text])
 
 
 @pytest.mark.parametrize("bunch_nbytes", [1, 1 << 20])

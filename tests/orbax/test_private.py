@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from orbax.checkpoint._src.multihost import multihost
 
 import ckpt_jax as ckpt
 from ckpt_jax.errors import CheckpointError
@@ -69,6 +70,20 @@ def test_manager_asks_us_for_its_steps_when_it_opens_and_reloads(tmp_path):
     steps.append((7, times[0]))
     manager.reload()
     assert manager.all_steps() == [3, 7] and manager.latest_step() == 7
+
+
+def test_all_that_orbax_waits_for_in_the_thread_that_opens_or_saves_goes_through_our_meeting(tmp_path, monkeypatch):
+  plain, met = [], []
+  monkeypatch.setattr(multihost, "should_skip_process_sync", lambda processes: plain.append(processes) or True)
+  with RunManager(tmp_path, lambda: [], meet=met.append) as manager:
+    opened = len(met)
+    manager.save(0, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
+    manager.wait_until_finished()
+  assert opened and any("CheckpointManager:save_start" in what for what in met[opened:])
+  before, ours = len(plain), len(met)
+  with ocp.CheckpointManager(tmp_path) as theirs:
+    theirs.save(1, args=ocp.args.PyTreeSave({"x": jnp.ones(2)}))
+  assert len(plain) > before and len(met) == ours
 
 
 def test_coordination_service_is_where_we_look_and_asked_for_by_name():
