@@ -24,7 +24,7 @@ from ckpt_jax.planning.estimate import room_nbytes
 from ckpt_jax.policies.retention import RetentionContext
 from ckpt_jax.run import leftovers, quarantine
 from ckpt_jax.run.deletion import StepDeleter
-from ckpt_jax.run.lease import Lease
+from ckpt_jax.run.lease import LEASE, Lease
 from ckpt_jax.run.naming import PLAIN
 from ckpt_jax.run.steps import (
   NOTES,
@@ -173,6 +173,7 @@ class Admission:
 
     def on_committing(step: int) -> None:
       self.lease.check()
+      self._ensure_there()
       committing(step)
 
     def on_committed(step: int) -> None:
@@ -272,6 +273,7 @@ class Admission:
         self._clear()
       self._restrict_notes()
     self.lease.ensure_ours()
+    self._ensure_there()
     self._clear_failed()
     if not self._deleter.wait_for({step}, self._config.timeouts.save_s):
       raise CheckpointError(
@@ -308,6 +310,19 @@ class Admission:
       concurrent.futures.wait([self._entering], self._config.timeouts.save_s)
       self._entering = None
     self._claim.close()
+
+  def _ensure_there(self) -> None:
+    """Makes sure that nobody has moved or deleted the run since the lease was taken: a save would begin another one."""
+    if is_object_store(self._directory) or os.path.exists(self._directory / NOTES / LEASE):
+      return
+    with storage_errors(f"{self._directory}: its steps cannot be listed"):
+      if committed_steps(self._directory):
+        return  # only our notes were deleted
+    raise StorageError(
+      f"{self._directory}: the run is gone: it was moved, renamed or deleted while this job had it open, and no new one "
+      "was begun in its place. Move it back, and the next save goes on; or open a Checkpointer where it is now",
+      topic="run-directory",
+    )
 
   def _claim_place(self, step: int) -> None:
     """Lists the place of a step in a bucket, makes sure that nothing is there, and keeps the answer for Orbax."""
