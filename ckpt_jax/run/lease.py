@@ -41,6 +41,7 @@ from ckpt_jax.storage.urls import is_object_store
 _log = logging.getLogger(__name__)
 LEASE = "lease"
 _BEAT_S = 10.0
+_MOST_SILENCE_S = 10 * _BEAT_S  # whatever interval a file names
 _REQUEST_S = 60.0  # the longest that one read or write of the lease may take
 _LAST_REQUEST_S = 10.0  # the same when the lease is given back, so that a job that ends does not wait long
 # A process that opens a run holds the lease for a moment if it clears leftovers; that is no reason to fail.
@@ -117,7 +118,7 @@ class Lease:
   def __init__(self, directory: epath.Path, *, patience: float = 60.0, mode: int | None = None):
     """Writes nothing.
 
-    An owner on another host counts as dead after `patience` seconds without a heartbeat. `mode` has the permission bits
+    An owner on another host counts as dead after `patience` seconds, and three of its intervals, without a heartbeat. `mode` has the permission bits
     of the file; None: as the umask says.
     """
     self.held = False
@@ -157,18 +158,18 @@ class Lease:
   def acquire(self, wait: float | None = None) -> None:
     """Takes the lease if no living process holds it; else a StorageError names the owner, its host and the way out.
 
-    Waits `wait` seconds for an owner that may be dead; default: one and a half times `patience`, and a moment.
+    Waits `wait` seconds for an owner that may be dead; default: one and a half times as long as one may be silent.
     """
     with self._lock:
       self.ensure_ours()
       if self.held:
         return
     started = time.monotonic()
-    limit = started + (self._patience * 1.5 + _MOMENT_S if wait is None else wait)
-    moment = min(started + _MOMENT_S, limit)
     logged = False
     while True:
       holder, generation, verdict = self._read()
+      limit = started + (self._silence(holder) * 1.5 + _MOMENT_S if wait is None else wait)
+      moment = min(started + _MOMENT_S, limit)
       if verdict in ("free", "dead") and self._take(holder, generation):
         return
       now = time.monotonic()
@@ -257,9 +258,13 @@ class Lease:
       if (owner, beat) != (holder.owner, holder.beat):
         self._seen = holder.owner, holder.beat, now
         verdict = "alive" if owner == holder.owner else verdict
-      elif now - since > max(self._patience, 3 * holder.interval):
+      elif now - since > self._silence(holder):
         verdict = "dead"
     return holder, generation, verdict
+
+  def _silence(self, holder: Holder | None) -> float:
+    """Seconds without a heartbeat after which an owner on another host is dead; one that beats slowly is given more."""
+    return self._patience if holder is None else max(self._patience, min(3 * holder.interval, _MOST_SILENCE_S))
 
   def _record(self, released: bool = False) -> Holder:
     return dataclasses.replace(self._me, saving=tuple(sorted(self._saving)), released=released)
@@ -305,7 +310,8 @@ class Lease:
       f"{self._directory}: another job {what}: {who}, owner {holder.owner[:8]}, since {when:%Y-%m-%d %H:%M:%S} UTC "
       f"({age} ago), heartbeat {holder.beat}. Nothing was written. End that job (or close "
       f"that Checkpointer), or give this one a directory of its own. A job that is gone for good loses its lease by "
-      f"itself: on this host at once, on another one after {self._patience:.0f} s without a heartbeat (timeouts.lease)",
+      f"itself: on this host at once, on another one after {self._silence(holder):.0f} s without a heartbeat, for which "
+      "the next attempt waits (timeouts.lease, but at least three of its heartbeats)",
       topic="another-job",
     )
 

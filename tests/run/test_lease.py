@@ -155,6 +155,22 @@ def test_owner_on_another_host_is_dead_once_its_heartbeat_stands_still(tmp_path)
   other.release()
 
 
+def test_owner_that_beats_more_slowly_than_we_have_patience_for_is_dead_after_three_beats_and_waited_for(tmp_path):
+  owner = Lease(epath.Path(tmp_path))
+  owner.acquire()
+  with owner._lock:
+    elsewhere(tmp_path / ".ckpt_jax" / "lease", interval=2)
+    other = Lease(epath.Path(tmp_path), patience=0.1)
+    with pytest.raises(ckpt.StorageError, match=r"on host far.*after 6 s without a heartbeat"):
+      other.acquire(wait=0.2)
+    other.acquire()
+    assert other.held
+    elsewhere(tmp_path / ".ckpt_jax" / "lease", interval=1e300)
+    with pytest.raises(ckpt.StorageError, match="after 100 s without a heartbeat"):
+      Lease(epath.Path(tmp_path), patience=0.1).acquire(wait=0)
+    other.held = False
+
+
 def test_of_many_that_ask_at_once_one_gets_it(tmp_path):
   import threading
 
