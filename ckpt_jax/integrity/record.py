@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import logging
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,6 +69,8 @@ class Recording:
     prints_json: the fingerprints of all processes as they are written; empty until complete.
     unchanged: what the save learns of leaves that have not changed.
     written: called on process 0 once all processes have written their parts of the step, right before the commit.
+    mark: in the step's JSON and in the record, so that neither can be taken for that of another save. Process 0's
+      counts.
   """
 
   taken: Taken
@@ -81,6 +84,7 @@ class Recording:
   part: dict[str, Any] = dataclasses.field(default_factory=dict)
   prints_json: str = ""
   written: Callable[[], None] = lambda: None
+  mark: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:16])
 
   @transfers_asked_for()
   def sum_up(self, wait: Callable[[], None] = lambda: None) -> None:
@@ -142,7 +146,7 @@ class Recording:
 
   def write(self, directory: epath.Path) -> None:
     """Writes the record of all processes into the item `directory`."""
-    found: dict[str, Any] = {"files": file_digests(directory)}
+    found: dict[str, Any] = {"mark": self.mark, "files": file_digests(directory)}
     if self.health is not None:
       norms = self.health.norms
       found["health"] = self.health.to_json() | {"jumps": health_checks.jumps(norms, self.meant.norms)}
@@ -373,6 +377,10 @@ def read_record(step_dir: epath.Path, item: str, ours: dict[str, Any]) -> Record
   if not ours:
     raise CorruptCheckpointError(f"{step_dir / STEP_METADATA}: what ckpt_jax wrote there is missing")
   try:
+    if data.get("mark") != ours.get("mark"):  # neither has one in a step of an older version
+      raise CorruptCheckpointError(
+        f"{file}: not of the save that {STEP_METADATA} is of; one of them was put there later"
+      )
     hashes = {path: (_shape(part), int(h, 16)) for path, (part, h) in data.get("hashes", {}).items()}
     leaves = {
       path: LeafPrint(_dtype(d), _shape(s), int(h, 16), hashes.get(path)) for path, (d, s, h) in data["leaves"].items()

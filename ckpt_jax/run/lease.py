@@ -118,8 +118,8 @@ class Lease:
   def __init__(self, directory: epath.Path, *, patience: float = 60.0, mode: int | None = None):
     """Writes nothing.
 
-    An owner on another host counts as dead after `patience` seconds, and three of its intervals, without a heartbeat. `mode` has the permission bits
-    of the file; None: as the umask says.
+    An owner on another host counts as dead after `patience` seconds, and three of its intervals, without a heartbeat.
+    `mode` has the permission bits of the file; None: as the umask says.
     """
     self.held = False
     self._directory = directory
@@ -310,8 +310,8 @@ class Lease:
       f"{self._directory}: another job {what}: {who}, owner {holder.owner[:8]}, since {when:%Y-%m-%d %H:%M:%S} UTC "
       f"({age} ago), heartbeat {holder.beat}. Nothing was written. End that job (or close "
       f"that Checkpointer), or give this one a directory of its own. A job that is gone for good loses its lease by "
-      f"itself: on this host at once, on another one after {self._silence(holder):.0f} s without a heartbeat, for which "
-      "the next attempt waits (timeouts.lease, but at least three of its heartbeats)",
+      f"itself: on this host at once, on another one after {self._silence(holder):.0f} s without a heartbeat, for "
+      "which the next attempt waits (timeouts.lease, but at least three of its heartbeats)",
       topic="another-job",
     )
 

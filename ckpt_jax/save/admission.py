@@ -319,8 +319,8 @@ class Admission:
       if committed_steps(self._directory):
         return  # only our notes were deleted
     raise StorageError(
-      f"{self._directory}: the run is gone: it was moved, renamed or deleted while this job had it open, and no new one "
-      "was begun in its place. Move it back, and the next save goes on; or open a Checkpointer where it is now",
+      f"{self._directory}: the run is gone: it was moved, renamed or deleted while this job had it open, and no new "
+      "one was begun in its place. Move it back, and the next save goes on; or open a Checkpointer where it is now",
       topic="run-directory",
     )
 

@@ -256,7 +256,7 @@ class Saver:
     copies = copies_for(self._directory, flat, config, unchanged, self._run.meeting.numbers)
     combined = self._run.meeting.combined
     recording = record_of(flat, record.nbytes, config.health.nonfinite, where, self._meant, copies, unchanged, combined)
-    metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._run.item}
+    metadata |= {"fingerprints": 1, "health": recording.health_told, "item": self._run.item, "mark": recording.mark}
     return _Snapshot(tree, metadata, recording, record, config, copies), computing_s
 
   def _newest_item(self) -> epath.Path | None:

@@ -57,6 +57,32 @@ def test_damage_to_any_file_is_harmless_or_found_and_gone_back_from(tmp_path, da
   assert 0 in steps
 
 
+@pytest.mark.parametrize("of_the_other", ["_CHECKPOINT_METADATA", "default", "default/ckpt_jax.json"])
+def test_what_was_put_into_a_step_from_another_one_is_found_and_gone_back_from(tmp_path, assert_same, of_the_other):
+  save(tmp_path)
+  old, new = tmp_path / "0" / of_the_other, tmp_path / "1" / of_the_other
+  if old.is_dir():
+    shutil.rmtree(new)
+    shutil.copytree(old, new)
+  else:
+    shutil.copy(old, new)
+  assert any("not of the save" in str(finding) for finding in verify(tmp_path, 1))
+  assert restored_right(tmp_path, assert_same).step == 0
+
+
+def test_step_that_was_renamed_or_copied_as_a_whole_is_sound_and_has_the_number_of_its_name(tmp_path, assert_same):
+  save(tmp_path)
+  (tmp_path / "1").rename(tmp_path / "7")
+  shutil.copytree(tmp_path / "0", tmp_path / "3")
+  assert verify(tmp_path) == []
+  with ckpt.Checkpointer(tmp_path) as c:
+    assert [s.step for s in c.steps()] == [0, 3, 7]
+    for step, of in ((7, 1), (3, 0)):
+      got = c.restore(step=step)
+      assert (got.step, got.next_step, got.extras) == (step, step + 1, {"batch": of * 1000})
+      assert_same(c.restore(step=step, like=state(of)).state, state(of))
+
+
 def test_damage_is_found_where_leaves_are_hashed_and_where_they_are_summed_up(tmp_path):
   save(tmp_path)
   damage_params(tmp_path, 1)

@@ -40,7 +40,7 @@ def test_run_that_is_moved_away_right_before_a_commit_is_an_error_there(tmp_path
     check = c._saver._run.admission.lease.check
     c._saver._run.admission.lease.check = lambda: (run.rename(tmp_path / "elsewhere"), check())
     c.save(1, STATE)
-    with pytest.raises(ckpt.SaveFailedError, match="step 1 was not saved.*the run is gone"):
+    with pytest.raises(ckpt.SaveFailedError, match=r"step 1 was not saved.*the run is gone"):
       c.wait()
     c._saver._run.admission.lease.check = check
     with pytest.raises(ckpt.StorageError, match="the run is gone"):
