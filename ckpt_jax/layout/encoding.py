@@ -154,7 +154,7 @@ def _no_value(leaf: Any) -> str | None:
         f"a function ({name}); save the arrays alone, e.g. eqx.filter(model, eqx.is_array), and put it back with "
         "eqx.combine; or make it a static field"
       )
-    return f"a {name} is no array or scalar; put it into extras= or leave it out"
+    return f"a {name} is no array or scalar; put it into extras= as text or numbers, or leave it out"
   if kind is int and not -(2**63) <= leaf < 2**63:
     return f"the integer {hex(leaf):.40} needs more than 64 bits; store it as text in extras="
   if kind is str and not is_utf8(leaf):
@@ -213,7 +213,7 @@ def _stored_as(dtype: np.dtype) -> Any:
   if dtype in _WIDENED:
     return _WIDENED[dtype]
   if dtype.kind in "OSUMmT" or dtype.names or (dtype.kind == "V" and not _is_extended(dtype)):
-    raise TypeError(f"dtype {dtype} is not numeric; put it into extras=")
+    raise TypeError(f"dtype {dtype} is not numeric; {_as_numbers(dtype)}")
   if not dtype.isnative:
     raise TypeError(f"dtype {dtype.str} has the other byte order; save x.astype(x.dtype.newbyteorder('='))")
   with contextlib.suppress(ValueError, TypeError):
@@ -223,6 +223,19 @@ def _stored_as(dtype: np.dtype) -> Any:
     return np.dtype(np.uint8)  # its bits
   other = {"f": "np.float64", "c": "np.complex128"}.get(dtype.kind, "another dtype")
   raise TypeError(f"dtype {dtype} is none that checkpoints can hold; save it as {other}")
+
+
+def _as_numbers(dtype: np.dtype) -> str:
+  """How to save an array x whose dtype is not numeric."""
+  if dtype == jax.dtypes.float0:
+    return "it has no values, being the gradient of integers; leave it out"
+  if dtype.names:
+    return "save its fields as leaves, {name: x[name] for name in x.dtype.names}"
+  if dtype.kind in "Mm":
+    return f"save x.view(np.int64), and take .view({dtype.str!r}) of what comes back"
+  if dtype.kind in "SV":
+    return f"save np.frombuffer(x.tobytes(), np.uint8), and take .view({dtype.str!r}) of what comes back"
+  return "put it into extras= as x.tolist(), if JSON can hold its elements"
 
 
 def _is_extended(dtype: np.dtype) -> bool:

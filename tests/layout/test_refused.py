@@ -109,8 +109,8 @@ BAD = {
   "objects": (lambda: np.array([1, None]), "dtype object is not numeric"),
   "dates": (lambda: np.array(["2020"], "M8[s]"), "not numeric"),
   "records": (lambda: np.zeros(2, [("a", int)]), "not numeric"),
-  "void": (lambda: np.zeros(2, "V1"), "not numeric"),
-  "float0": (lambda: np.zeros(2, jax.dtypes.float0), "not numeric"),
+  "void": (lambda: np.zeros(2, "V1"), "not numeric; save np.frombuffer"),
+  "float0": (lambda: np.zeros(2, jax.dtypes.float0), "not numeric; it has no values.*leave it out"),
   "strings": (lambda: np.array(["a"], np.dtypes.StringDType()), "not numeric"),
   "masked": (lambda: np.ma.masked_array([1.0, 2.0], [0, 1]), "save its .data and its .mask"),
   "subclass": (lambda: np.ones(2).view(Special), "a Special, which .*save np.asarray"),
@@ -123,6 +123,28 @@ def test_leaves_that_cannot_come_back_are_refused_by_name_with_the_way_out(tmp_p
   leaf, message = BAD[name]
   said = refused(tmp_path, {"w": jnp.ones(1), "x": leaf()})
   assert re.search(message, said) and "\n  x" in said and "  w" not in said
+
+
+def test_what_a_refusal_of_arrays_without_numbers_advises_works(tmp_path):
+  records = np.array([(1.5, 2), (-0.0, 3)], [("a", "f4"), ("b", "i8")])
+  dates = np.array(["2020-01-01", "NaT"], "M8[s]")
+  raw, names = np.array([b"a", b"bcd"]), np.array(["é", "bc"])
+  state = {
+    "records": {name: records[name] for name in records.dtype.names},
+    "dates": dates.view(np.int64),
+    "raw": np.frombuffer(raw.tobytes(), np.uint8),
+  }
+  said = [refused(tmp_path / str(i), {"x": x}) for i, x in enumerate((records, dates, raw, names))]
+  advised = ["{name: x[name] for name in x.dtype.names}", "x.view(np.int64)", "np.frombuffer(x.tobytes(), np.uint8)"]
+  assert all(text in found for text, found in zip([*advised, "extras= as x.tolist()"], said, strict=True))
+  assert ".view('<M8[s]') of" in said[1] and ".view('|S3') of" in said[2]
+  with ckpt.Checkpointer(tmp_path / "run") as c:
+    c.save(0, state, extras={"names": names.tolist()})
+    c.wait()
+    back = c.restore()
+  assert all(back.state["records"][name].tobytes() == records[name].tobytes() for name in records.dtype.names)
+  assert back.state["dates"].view("<M8[s]").tobytes() == dates.tobytes()
+  assert (back.state["raw"].view("|S3") == raw).all() and (np.array(back.extras["names"]) == names).all()
 
 
 def test_values_of_a_trace_are_refused_by_name(tmp_path):
