@@ -19,7 +19,6 @@ import ckpt_jax as ckpt
 from ckpt_jax.integrity import health
 from ckpt_jax.integrity.record import RecordingHandler
 from ckpt_jax.job.errand import Errand
-from ckpt_jax.layout.handler import pytree_handler
 from ckpt_jax.layout.staging import HostCopies
 from ckpt_jax.orbax import saves
 from ckpt_jax.run import steps as run
@@ -192,12 +191,12 @@ def test_save_that_ends_without_commit_and_without_error_is_said_to_have_failed(
     with monkeypatch.context() as patch:
       # As Orbax ends a save that somebody has cancelled.
       patch.setattr(async_checkpointer._AsyncManager, "_thread_func", lambda *_: None)
-      c._saver._replace_manager(pytree_handler(c.config))
+      c._saver._replace_manager(c.config)
       assert c.save(1, STATE)
       with pytest.raises(ckpt.SaveFailedError, match=r"step 1 was not saved: .* without a commit") as raised:
         c.wait()
       assert raised.value.step == 1
-    c._saver._replace_manager(pytree_handler(c.config))
+    c._saver._replace_manager(c.config)
     c.wait()
     assert c.save(1, STATE)
   assert c.latest_step() == 1
