@@ -241,11 +241,8 @@ class Saver:
     flat, tree, notes, numbers, computing_s = self._run.meeting.agreed(step, lambda: encoded(state, metrics))
     config = self._run.planner.for_save(flat)
     record = SaveRecord(step, global_nbytes(flat))
-    metadata = run_metadata(config, flat, record.nbytes) | {
-      "metrics": numbers,
-      "extras": checked_json(extras, "extras"),
-      "encoded": notes,
-    }
+    metadata = run_metadata(config, flat, record.nbytes)
+    metadata |= {"metrics": numbers, "extras": checked_json(extras, "extras"), "encoded": notes}
     waited = time.perf_counter()
     self.wait()
     record.waited_s = time.perf_counter() - waited
@@ -422,8 +419,7 @@ class Saver:
       self._rendezvous.fail(root_cause(error))  # the threads of a save that has raised hear of it, everywhere, and end
       write.operation.fail()
       end_save(self._manager, write.ended, _GRACE_S)
-    step = write.record.step
-    committed = self._is_committed(write)
+    step, committed = write.record.step, self._is_committed(write)
     if self._manager is not None:
       forget_failure(self._manager)
     if not committed:
