@@ -60,8 +60,8 @@ class Shape:
 
 SHAPES = {
   # The saves after the 2nd, 4th, 8th ... plan anew, by how well the state then compressed: not to be the median.
-  "gs": (Shape(64, 10**6, 5, 5), Shape(600, 16 * 10**5, 3, 1), Shape(5000, 40_000, 3, 1)),
-  "s3": (Shape(64, 10**6, 5, 5), Shape(600, 16 * 10**5, 1, 1), Shape(5000, 40_000, 1, 1)),
+  "gs": (Shape(64, 10**6, 9, 5), Shape(600, 16 * 10**5, 3, 3), Shape(5000, 40_000, 3, 3)),
+  "s3": (Shape(64, 10**6, 9, 5), Shape(600, 16 * 10**5, 3, 1), Shape(5000, 40_000, 3, 3)),
 }
 
 
