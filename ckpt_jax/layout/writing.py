@@ -64,7 +64,7 @@ class Written:
   @property
   def turn(self) -> int:
     """When its first piece arrives, see `Values`."""
-    return min((values.turn for _, values in self.pieces), default=0)
+    return min([values.turn for _, values in self.pieces], default=0)
 
   @property
   def boxes(self) -> tuple[Box, ...]:
@@ -137,7 +137,7 @@ def small_on_host(slices: Sequence[Slices], copies: HostCopies) -> list[Values]:
 _Chunk = tuple[Box, np.ndarray, Callable[[], None]]  # where it goes, what, and what is called once it is there
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class _Target:
   """An array to write into a database.
 
@@ -382,12 +382,13 @@ class Writer:
   def _fly(self, nbytes: int, future: Any, name: str, *landed: Callable[[], None]) -> None:
     self._flying.append((nbytes, future, name, landed))
     self._nbytes += nbytes
-    if self._nbytes >= _AHEAD_NBYTES:
+    if self._nbytes >= _AHEAD_NBYTES and not self.queued.is_set():
       self.queued.set()
 
   def land(self) -> None:
     """Waits for the write that was started first."""
-    self.queued.set()
+    if not self.queued.is_set():
+      self.queued.set()
     nbytes, future, name, landed = self._flying.popleft()
     result_of(future, name)
     self._nbytes -= nbytes
