@@ -17,10 +17,10 @@ from unittest import mock
 
 from ckpt_jax.bench.buckets import gcs_server, s3_server, server_pid
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.layout.keys import UNCHANGED
+from ckpt_jax.orbax.format import COMMIT_MARKER, TEMPORARY
 
-TEMPORARY = ".orbax-checkpoint-tmp"
-MARKER = "commit_success.txt"
-_HOME = "/unchanged."  # in the path of a file that several steps may have: see docs/format.md
+_HOME = f"/{UNCHANGED}"  # in the path of a file that several steps may have
 
 
 @dataclasses.dataclass
@@ -106,7 +106,7 @@ def unfinished(run: str) -> list[str]:
     return [p.name for p in place.glob(f"*{TEMPORARY}*")] if place.is_dir() else []
   names = _objects(run)
   steps = {name.split("/")[0] for name in names if re.match(r"\d+(\.|/)", name)}
-  return sorted(step for step in steps if f"{step}/{MARKER}" not in names)
+  return sorted(step for step in steps if f"{step}/{COMMIT_MARKER}" not in names)
 
 
 def unfinished_homes(run: str) -> bool:

@@ -24,7 +24,8 @@ from typing import Any
 
 from ckpt_jax import multihost
 from ckpt_jax.bench.common import emit
-from ckpt_jax.bench.fault_places import TEMPORARY, unfinished
+from ckpt_jax.bench.fault_places import unfinished
+from ckpt_jax.orbax.format import TEMPORARY
 
 _LEAVES = 8
 

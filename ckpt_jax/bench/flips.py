@@ -34,6 +34,7 @@ from ckpt_jax.bench.files import filled, markdown
 from ckpt_jax.bench.variants import same_bits
 from ckpt_jax.config.units import count
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.layout.keys import UNCHANGED
 
 # How a restore after a flip ends. `harmless`: with the flipped step, bit for bit right, metrics and extras too; `fell
 # back`: with the step before, bit for bit right, and a report of it; `detected`: with an error; `silently wrong`: else.
@@ -160,7 +161,7 @@ def save(case: Case, side: str, url: str) -> None:
 
 def _checked(case: Case, files: list[str]) -> list[str]:
   """The files to flip bits of. Raises CheckpointError if the step shares none with others although it is to."""
-  if case.shared and not any("/unchanged." in file for file in files):
+  if case.shared and not any(f"/{UNCHANGED}" in file for file in files):
     raise CheckpointError(f"{case.name}: the newest step shares nothing with the one before")
   return files
 

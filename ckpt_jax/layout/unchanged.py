@@ -48,7 +48,7 @@ from ckpt_jax.layout.lookback import LookBack
 from ckpt_jax.layout.ring import Values
 from ckpt_jax.layout.staging import HostCopies, is_on_accelerator
 from ckpt_jax.layout.structure import Flat
-from ckpt_jax.layout.writing import Writer, Written
+from ckpt_jax.layout.writing import Writer, Written, in_turn
 from ckpt_jax.orbax.format import process_database
 from ckpt_jax.run.quarantine import is_put_aside
 from ckpt_jax.storage.clone import CloneError, clone, stamp
@@ -291,7 +291,7 @@ class Round:
     place = item / process_database(number)
     if self._in_turn and any(self.names[array.info.name] not in self.held for array in first):
       again, moved = self._linked(writer, first, place)  # before anything of the ring is read
-      plain, own, first = plain + moved, own + again, []
+      plain, own, first = in_turn(plain + moved), own + again, []
     with concurrent.futures.ThreadPoolExecutor(1, "ckpt_jax-links") as beside:
       links = beside.submit(self._linked, writer, first, place) if first else None
       try:

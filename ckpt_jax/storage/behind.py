@@ -12,6 +12,7 @@ import concurrent.futures
 import threading
 
 from ckpt_jax.storage import requests
+from ckpt_jax.storage.urls import is_beneath
 
 _AT_A_TIME = 8
 _Future = concurrent.futures.Future[None]
@@ -48,7 +49,7 @@ class WriteBehind:
       StorageError: if some of it could not be written.
     """
     with self._lock:
-      for again in [u for u in self._held if _is_beneath(u, url)]:
+      for again in [u for u in self._held if is_beneath(u, url)]:
         self._start(again, self._held.pop(again), self._under_way.get(again))
       waited = self._beneath(url)
     concurrent.futures.wait(waited)
@@ -59,7 +60,7 @@ class WriteBehind:
   def forget(self, url: str) -> None:
     """As `settle`, for what is to be deleted or replaced: nothing arrives afterwards, and failures do not count."""
     with self._lock:
-      self._held = {u: content for u, content in self._held.items() if not _is_beneath(u, url)}
+      self._held = {u: content for u, content in self._held.items() if not is_beneath(u, url)}
       waited = self._beneath(url)
     concurrent.futures.wait(waited)
     self._drop(waited)
@@ -70,15 +71,11 @@ class WriteBehind:
     self._under_way[url] = self._pool.submit(_store, url, content, before)
 
   def _beneath(self, url: str) -> list[_Future]:
-    return [future for u, future in self._under_way.items() if _is_beneath(u, url)]
+    return [future for u, future in self._under_way.items() if is_beneath(u, url)]
 
   def _drop(self, done: list[_Future]) -> None:
     with self._lock:
       self._under_way = {u: future for u, future in self._under_way.items() if future not in done}
-
-
-def _is_beneath(url: str, directory: str) -> bool:
-  return url == directory or url.startswith(directory + "/")
 
 
 def _store(url: str, content: bytes, before: _Future | None) -> None:

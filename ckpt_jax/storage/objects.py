@@ -29,7 +29,7 @@ from ckpt_jax.orbax.format import COMMIT_MARKER
 from ckpt_jax.storage import requests
 from ckpt_jax.storage.behind import WriteBehind
 from ckpt_jax.storage.requests import Entry
-from ckpt_jax.storage.urls import is_object_store, split_url
+from ckpt_jax.storage.urls import is_beneath, is_object_store, split_url
 
 # Long enough for the checks that follow a write at once, short enough that another process's deletion is noticed.
 _OWN_WRITES_S = 10.0
@@ -274,7 +274,7 @@ class ObjectBackend(epath_backend.Backend):
     url = os.fspath(path).rstrip("/")
     self._behind.settle(url)
     with self._lock:
-      for root in [r for r, s in self._snapshots.items() if s.claimed and (url == r or url.startswith(r + "/"))]:
+      for root in [r for r, s in self._snapshots.items() if s.claimed and is_beneath(url, r)]:
         del self._snapshots[root]
 
   def wrote(self, path: Path) -> None:
@@ -313,7 +313,7 @@ class ObjectBackend(epath_backend.Backend):
     url = os.fspath(path).rstrip("/")
     with self._lock:
       for root, snapshot in self._snapshots.items():
-        if url == root or url.startswith(root + "/"):
+        if is_beneath(url, root):
           return snapshot
     return None
 
@@ -340,10 +340,10 @@ class ObjectBackend(epath_backend.Backend):
     self._behind.forget(url)  # else it would come back
     with self._lock:
       for objects in self._written.values():
-        for gone in [u for u in objects if u == url or u.startswith(url + "/")]:
+        for gone in [u for u in objects if is_beneath(u, url)]:
           del objects[gone]
-      self._own = {p: made for p, made in self._own.items() if p != url and not p.startswith(url + "/")}
-      for root in [r for r in self._snapshots if url == r or url.startswith(r + "/")]:
+      self._own = {p: made for p, made in self._own.items() if not is_beneath(p, url)}
+      for root in [r for r in self._snapshots if is_beneath(url, r)]:
         del self._snapshots[root]
 
   def _own_kind(self, path: Path) -> bool | None:

@@ -14,6 +14,11 @@ def is_object_store(path: str | os.PathLike[str]) -> bool:
   return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
 
 
+def is_beneath(url: str, directory: str) -> bool:
+  """Whether a URL is that of `directory`, which ends without a slash, or of something in it."""
+  return url == directory or url.startswith(directory + "/")
+
+
 def split_url(url: str | os.PathLike[str]) -> tuple[str, str, str]:
   """Scheme, bucket and key of a URL; the key has no slash at either end.
 

@@ -76,6 +76,11 @@ def bits(tree):
   return jax.tree.map(lambda x: (str(x.dtype), x.shape, np.asarray(x).tobytes()), tree)
 
 
+def refused(*args):
+  """In place of what links files: storage that does not, this time."""
+  raise OSError(errno.EIO, "refused")
+
+
 def save(run, states, config=None):
   with ckpt.Checkpointer(run, config) as c:
     for step, state in enumerate(states):
@@ -478,34 +483,12 @@ def test_an_array_that_was_not_copied_is_copied_after_all_if_links_fail(tmp_path
     for step in range(4):
       c.save(step, {"frozen": fixed})
       c.wait()
-    monkeypatch.setattr(unchanged, "clone", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "refused")))
+    monkeypatch.setattr(unchanged, "clone", refused)
     sent.clear()
     c.save(4, {"frozen": fixed})
     c.wait()
     assert sum(sent) == 8 * 2**16
     jax.tree.map(lambda x: x.delete(), fixed)
-  assert ckpt.verify(tmp_path) == []
-
-
-def test_if_training_has_donated_it_by_then_the_save_fails_and_the_next_one_writes_it(tmp_path, sent, monkeypatch):
-  fixed = jax.device_put(frozen())
-  with ckpt.Checkpointer(tmp_path) as c:
-    for step in range(4):
-      c.save(step, {"frozen": fixed})
-      c.wait()
-
-    def donated_meanwhile(*args):
-      jax.tree.map(lambda x: x.delete(), fixed)
-      raise OSError(errno.EIO, "refused")
-
-    with monkeypatch.context() as patch:
-      patch.setattr(unchanged, "clone", donated_meanwhile)
-      with pytest.raises(ckpt.SaveFailedError, match="has not changed, so that it was not copied"):
-        c.save(4, {"frozen": fixed})
-        c.wait()
-    c.save(5, {"frozen": jax.device_put(frozen())})
-    c.wait()
-    assert [s.step for s in c.steps()] == [0, 1, 2, 3, 5]
   assert ckpt.verify(tmp_path) == []
 
 
@@ -595,7 +578,7 @@ def test_what_cannot_be_linked_after_all_goes_through_the_ring(tmp_path, monkeyp
     for step, state in enumerate(states):
       with monkeypatch.context() as patch:
         if step == failing:
-          patch.setattr(unchanged, "clone", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "refused")))
+          patch.setattr(unchanged, "clone", refused)
         c.save(step, state)
         c.wait()
   assert [step for step in range(7) if written(tmp_path, step, range(step)) > WHOLE] == [0, 1, failing]
@@ -604,25 +587,32 @@ def test_what_cannot_be_linked_after_all_goes_through_the_ring(tmp_path, monkeyp
   assert ckpt.verify(tmp_path) == []
 
 
-def test_what_the_ring_left_out_and_training_donated_fails_the_save_and_the_next_one_writes_it(
-  tmp_path, sent, monkeypatch
+@pytest.mark.parametrize(
+  "config, made, beside",
+  [
+    pytest.param({}, frozen, lambda step: {}, id="whole"),
+    pytest.param(RING | {"timeouts": {"save": "60s"}}, large, lambda step: {"lora": moving(step)}, id="ring"),
+  ],
+)
+def test_if_training_has_donated_what_was_left_out_the_save_fails_and_the_next_one_writes_it(
+  tmp_path, sent, monkeypatch, config, made, beside
 ):
-  fixed = jax.device_put(large())
-  with ckpt.Checkpointer(tmp_path, RING | {"timeouts": {"save": "60s"}}) as c:
+  fixed = jax.device_put(made())
+  with ckpt.Checkpointer(tmp_path, config) as c:
     for step in range(4):
-      c.save(step, {"frozen": fixed, "lora": moving(step)})
+      c.save(step, {"frozen": fixed} | beside(step))
       c.wait()
 
     def donated_meanwhile(*args):
       jax.tree.map(lambda x: x.delete(), fixed)
-      raise OSError(errno.EIO, "refused")
+      refused()
 
     with monkeypatch.context() as patch:
       patch.setattr(unchanged, "clone", donated_meanwhile)
       with pytest.raises(ckpt.SaveFailedError, match="has not changed, so that it was not copied"):
-        c.save(4, {"frozen": fixed, "lora": moving(4)})
+        c.save(4, {"frozen": fixed} | beside(4))
         c.wait()
-    c.save(5, {"frozen": jax.device_put(large()), "lora": moving(5)})
+    c.save(5, {"frozen": jax.device_put(made())} | beside(5))
     c.wait()
     assert [s.step for s in c.steps()] == [0, 1, 2, 3, 5]
   assert ckpt.verify(tmp_path) == []
